@@ -1,0 +1,58 @@
+"""Cached against uncached sampling of 256 tokens with guidance: same model, same random numbers, same process.
+
+The baseline does what sampling without a cache has to do: at every step it runs the whole prefix through the model.
+Run it with ``python benchmarks/sampling.py``. Goal: at least 8 times faster.
+"""
+
+import time
+
+import torch
+
+from robustok.generators.rar import RAR, RARConfig
+from robustok.generators.sampling import Sampling, draw_tokens, guidance_scales, guide, image_rngs, image_uniforms
+
+SAMPLING = Sampling(guidance_scale=4.0, guidance_power=1.15)
+IMAGES, TOKENS, CODEBOOK_SIZE, CLASSES = 2, 256, 4096, 1000
+
+
+def build() -> RAR:
+    torch.manual_seed(0)
+    config = RARConfig(width=256, depth=6, heads=8)
+    model = RAR(config, CODEBOOK_SIZE, TOKENS, CLASSES).eval()
+    for (
+        parameter
+    ) in model.parameters():  # the blocks of a new model are identities: the tokens would not show a mistake
+        torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+@torch.no_grad()
+def sample_uncached(model: RAR, labels: torch.Tensor) -> torch.Tensor:
+    rngs = image_rngs(0, range(len(labels)))
+    image_uniforms(rngs, TOKENS)  # the draws that decide what a mixture keeps come first
+    uniforms = image_uniforms(rngs, TOKENS)
+    both = torch.cat([labels, torch.full_like(labels, model.null_label)])
+    tokens = torch.empty(len(labels), 0, dtype=torch.int64)
+    for step, scale in enumerate(guidance_scales(TOKENS, SAMPLING).tolist()):
+        conditional, unconditional = model.logits(tokens.repeat(2, 1), both)[:, -1].chunk(2)
+        chosen = draw_tokens(guide(conditional, unconditional, scale), uniforms[:, step], SAMPLING)
+        tokens = torch.cat([tokens, chosen[:, None]], dim=1)
+    return tokens
+
+
+def main() -> None:
+    model = build()
+    labels = torch.arange(IMAGES) * 7
+    start = time.perf_counter()
+    cached = model.generate(labels, SAMPLING, image_rngs(0, range(IMAGES)))
+    middle = time.perf_counter()
+    uncached = sample_uncached(model, labels)
+    end = time.perf_counter()
+    same = (cached == uncached).float().mean().item()
+    print(f"sampling {IMAGES} images of {TOKENS} tokens, width 256, depth 6, guided, {torch.get_num_threads()} threads")
+    print(f"cached {middle - start:.2f} s, uncached {end - middle:.2f} s, same tokens {same:.1%}")
+    print(f"ratio {(end - middle) / (middle - start):.1f} (goal >= 8)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""Configuration: defaults in pydantic models, then a YAML file, then words such as ``tokenizer.width=192``.
+
+Every model lives beside the code it configures and inherits from :class:`Config`, which forbids unknown keys. A variant is a
+union discriminated by its ``name``. The merged result, written by :func:`save`, is all that is needed to repeat a run.
+"""
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from robustok.types import UserError
+
+
+class Config(BaseModel):
+    """Base of all configuration: unknown keys are errors, values do not change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+C = TypeVar("C", bound=Config)
+
+
+def load(model: type[C], file: str | Path | None = None, words: Sequence[str] = ()) -> C:
+    """Merge defaults, a YAML file and dotted words into a validated configuration.
+
+    Args:
+        model: the configuration class.
+        file: YAML file with what differs from the defaults; a recipe's name such as ``digits/tokenizer.yaml`` works too.
+        words: ``dotted.key=value`` strings; values are read as YAML (``seeds=[0,1]``, ``steps=200``).
+
+    Raises:
+        UserError: the file is missing or no mapping; a word has no ``=``; a key is unknown (the nearest known one is named);
+            a value has the wrong type or range.
+    """
+    settings = read_yaml(recipe(file)) if file is not None else {}
+    for word in words:
+        key, separator, text = word.partition("=")
+        if not separator or not key:
+            raise UserError(f"got the word {word!r}, expected KEY=VALUE such as steps=200 (lists: seeds=[0,1])")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        _set(settings, key.split("."), value)
+    return validate(model, settings, source=str(file) if file is not None else "the settings")
+
+
+def validate(model: type[C], settings: dict[str, Any], source: str = "the settings") -> C:
+    """Validate a nested dictionary; the first error becomes one line.
+
+    Raises:
+        UserError: names the key, what was found and what is accepted.
+    """
+    try:
+        return model.model_validate(settings)
+    except ValidationError as error:
+        raise UserError(_explain(model, error, source)) from None
+
+
+def save(config: Config, path: Path) -> None:
+    """Write the whole configuration as YAML; that file alone repeats the run."""
+    path.write_text(yaml.safe_dump(plain(config), sort_keys=False))
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """The configuration as JSON-ready dictionaries (paths become strings)."""
+    return config.model_dump(mode="json")
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys in which two plain configurations differ, as ``key: old -> new``."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {a} -> {b}")
+    return found
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises:
+        UserError: the file is missing, is not YAML or holds no mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise UserError(f"cannot read the configuration {path}: {reason}; give the path of a YAML file") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, expected a mapping of settings such as 'steps: 200'")
+    return content
+
+
+def recipe(name: str | Path) -> Path:
+    """The path itself where it exists, else the recipe of that name shipped with robustok (``digits/tokenizer.yaml``)."""
+    path = Path(name)
+    if path.exists():
+        return path
+    here = Path(__file__).resolve().parent
+    for folder in (here / "configs", here.parents[1] / "configs"):  # in a wheel; in a checkout
+        if (folder / path).is_file():
+            return folder / path
+    return path
+
+
+def _set(settings: dict[str, Any], keys: list[str], value: Any) -> None:
+    """Set a nested value. Choosing another variant (``data.name=folder``) drops the settings of the one before."""
+    *parents, last = keys
+    for key in parents:
+        if not isinstance(settings.get(key), dict):
+            settings[key] = {}
+        settings = settings[key]
+    if last == "name" and settings.get("name") not in (None, value):
+        settings.clear()
+    settings[last] = value
+
+
+def _explain(model: type[Config], error: ValidationError, source: str) -> str:
+    """One line for the first error, with the nearest known key where the key is unknown."""
+    errors = error.errors()
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+    known = dict(_keys(model))
+    # A discriminated union puts the variant's name into the location; it is not a key that the user wrote.
+    location = [str(part) for part in first["loc"]]
+    key = ".".join(part for i, part in enumerate(location) if i == 0 or not _is_variant(model, location[:i], part))
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+        near = near or [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]][:1]
+        near = near or difflib.get_close_matches(key.rpartition(".")[2], [k.rpartition(".")[2] for k in known], n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(k for k in known if '.' not in k)}"
+        return f"{source}: unknown key {key!r}; {hint}"
+    if first["type"] == "missing":
+        return f"{source}: {key!r} is missing; {known.get(key) or 'it has no default'}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{source}: {key or 'settings'} = {first['input']!r}: {message}"
+
+
+def _is_variant(model: type[Config], path: list[str], part: str) -> bool:
+    """Whether ``part`` of an error's location is the tag of a union rather than a key."""
+    fields = [annotation for name, annotation in _annotations(model, path) if name == path[-1]]
+    return any(part in _tags(annotation) for annotation in fields)
+
+
+def _annotations(model: type[Config], path: list[str]) -> Iterator[tuple[str, Any]]:
+    models = [model]
+    for depth, key in enumerate(path):
+        found = [(key, m.model_fields[key].annotation) for m in models if key in m.model_fields]
+        if depth == len(path) - 1:
+            yield from found
+        if found:  # a tag in the path leaves the candidate models as they are
+            models = [m for _, annotation in found for m in _models(annotation)]
+
+
+def _models(annotation: Any) -> list[type[Config]]:
+    """All configuration classes inside a type annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return [annotation]
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
+        return [m for argument in typing.get_args(annotation) for m in _models(argument)]
+    return []
+
+
+def _tags(annotation: Any) -> set[str]:
+    return {m.model_fields["name"].default for m in _models(annotation) if "name" in m.model_fields}
+
+
+def _keys(model: type[Config], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """All dotted keys of a configuration class with their descriptions."""
+    for name, info in model.model_fields.items():
+        yield prefix + name, info.description or ""
+        for inner in _models(info.annotation):
+            yield from _keys(inner, f"{prefix}{name}.")

@@ -1,0 +1,95 @@
+"""Discriminators of images, and the differentiable augmentation both sides pass through before they are judged."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from robustok.config import Config
+
+
+class PatchConfig(Config):
+    """A convolutional patch discriminator, small enough for 16x16 images."""
+
+    name: Literal["patch"] = "patch"
+    width: int = Field(64, ge=1, description="channels of the first layer; doubles at each halving of the resolution")
+    depth: int = Field(2, ge=0, description="number of halvings")
+    augment: bool = Field(True, description="differentiable augmentation; without it a small data set is learnt by heart")
+
+
+class PatchDiscriminator(nn.Module):
+    """Images to a map of logits. Spectral norm and no batch statistics: an image's logits do not depend on its neighbours."""
+
+    def __init__(self, config: PatchConfig) -> None:
+        super().__init__()
+        widths = [config.width * min(2**i, 8) for i in range(config.depth + 1)]
+        layers: list[nn.Module] = [spectral_norm(nn.Conv2d(3, widths[0], 3, padding=1)), nn.LeakyReLU(0.2)]
+        for a, b in zip(widths, widths[1:], strict=False):
+            layers += [spectral_norm(nn.Conv2d(a, b, 4, stride=2, padding=1)), nn.LeakyReLU(0.2)]
+        layers += [spectral_norm(nn.Conv2d(widths[-1], widths[-1], 3, padding=1)), nn.LeakyReLU(0.2)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W) in [-1, 1] to logits (N, places)."""
+        return self.layers(images).flatten(1)  # (N, h * w)
+
+
+DISCRIMINATORS = {"patch": (PatchDiscriminator, PatchConfig)}
+DiscriminatorConfig = PatchConfig  # a union discriminated by ``name`` once there are two
+
+
+def augmentation_draw(count: int, rng: torch.Generator) -> Tensor:
+    """The random numbers of :func:`augment`: (7, N, 1, 1) uniform in [0, 1)."""
+    return torch.rand(7, count, 1, 1, generator=rng)
+
+
+def augment(images: Tensor, draw: Tensor) -> Tensor:
+    """Differentiable augmentation: translation, colour and cutout (DiffAug; METHOD 4.3, its pixels taken as shares of 256).
+
+    Args:
+        images: (N, 3, H, W) in [-1, 1].
+        draw: (7, N, 1, 1) from :func:`augmentation_draw`: two for the translation, three for brightness, saturation and
+            contrast, two for the cutout's centre.
+
+    Returns:
+        (N, 3, H, W).
+    """
+    images = images.float()
+    down, right, brightness, saturation, contrast, top, left = draw.to(images.device)  # each (N, 1, 1)
+    images = _translate(images, down, right)
+    images = images + (brightness - 0.5)[..., None]
+    mean = images.mean(1, keepdim=True)  # (N, 1, H, W)
+    images = (images - mean) * (2 * saturation)[..., None] + mean
+    mean = images.mean((1, 2, 3), keepdim=True)  # (N, 1, 1, 1)
+    images = (images - mean) * (contrast + 0.5)[..., None] + mean
+    return _cut_out(images, top, left)
+
+
+def _translate(images: Tensor, down: Tensor, right: Tensor) -> Tensor:
+    """Shift by whole pixels, up to an eighth of the image each way, zeros moving in."""
+    n, _, h, w = images.shape
+    reach_h, reach_w = round(h / 8), round(w / 8)
+    shift_h = (down * (2 * reach_h + 1)).long() - reach_h  # (N, 1, 1)
+    shift_w = (right * (2 * reach_w + 1)).long() - reach_w
+    rows = torch.arange(h, device=images.device)[None, :, None] - shift_h  # (N, H, 1)
+    columns = torch.arange(w, device=images.device)[None, None, :] - shift_w  # (N, 1, W)
+    rows = rows.clamp(-1, h) + 1  # a border of zeros one pixel wide catches what lies outside
+    columns = columns.clamp(-1, w) + 1
+    padded = F.pad(images, (1, 1, 1, 1))  # (N, 3, H + 2, W + 2)
+    flat = (rows * (w + 2) + columns).flatten(1)[:, None].expand(-1, 3, -1)  # (N, 3, H * W)
+    return padded.flatten(2).gather(2, flat).view(n, 3, h, w)
+
+
+def _cut_out(images: Tensor, top: Tensor, left: Tensor) -> Tensor:
+    """Zero a square of a fifth of the image's side around a uniform centre; it may reach over the edge."""
+    _, _, h, w = images.shape
+    size_h, size_w = max(1, round(h * 0.2)), max(1, round(w * 0.2))
+    centre_h = (top * (h + 1 - size_h % 2)).long()  # (N, 1, 1)
+    centre_w = (left * (w + 1 - size_w % 2)).long()
+    rows = torch.arange(h, device=images.device)[None, :, None] - centre_h + size_h // 2
+    columns = torch.arange(w, device=images.device)[None, None, :] - centre_w + size_w // 2
+    hole = (rows >= 0) & (rows < size_h) & (columns >= 0) & (columns < size_w)  # (N, H, W)
+    return images * ~hole[:, None]

@@ -1,0 +1,185 @@
+"""The verbs `generate` (free samples) and `make-pairs` (samples mixed with real latents, for post-training).
+
+Both write caches of latents. Record i has its own random numbers, so it is the same whatever the batch size or the processes.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from robustok.config import Config, plain
+from robustok.encode import fill_cache
+from robustok.generators import Sampling, load_generator
+from robustok.generators.sampling import image_rngs
+from robustok.images import from_pixels, to_pixels
+from robustok.latents import LatentCache, Manifest, check_cache
+from robustok.snapshots import digest
+from robustok.tokenizers import encoder_digest, load_tokenizer
+from robustok.training.loop import autocast, start_accelerator
+from robustok.types import Generator, Tokenizer, UserError
+
+
+class GenerateRun(Config):
+    """Sample latents, class-balanced: record i has class i modulo the number of classes."""
+
+    out: Path = Field(description="folder of the cache of latents; an unfinished one is completed")
+    generator: Path = Field(description="generator snapshot, or run folder")
+    count: int = Field(50_000, ge=1, description="number of samples")
+    classes: list[int] | None = Field(None, description="only these classes; null is all")
+    sampling: Sampling | None = Field(None, description="null takes the settings stored with the generator")
+    seed: int = Field(0, ge=0, description="seed; sample i depends on it and on i alone")
+    tokenizer: Path | None = Field(None, description="decode with this tokenizer and write images too")
+    images: Literal["none", "npz", "png"] = Field("none", description="npz: one ADM-style samples.npz (arr_0); png: a folder of files")
+    batch_size: int = Field(64, ge=1, description="samples at a time")
+    shard_size: int = Field(10_000, ge=1, description="records in a shard")
+    precision: Literal["auto", "bf16", "float32"] = Field("float32", description="autocast dtype")
+
+    @model_validator(mode="after")
+    def _images_need_a_tokenizer(self) -> "GenerateRun":
+        if (self.images == "none") != (self.tokenizer is None):
+            raise ValueError("images and tokenizer go together: set both (images=npz tokenizer=PATH) or neither")
+        return self
+
+
+class MakePairsRun(Config):
+    """Mix real latents with samples of the generator (METHOD 6.1, 6.2)."""
+
+    out: Path = Field(description="folder of the cache of pairs; an unfinished one is completed")
+    generator: Path = Field(description="generator snapshot, or run folder")
+    latents: Path = Field(description="cache of the real images' latents, made by `robustok encode`")
+    preservation: float = Field(0.9, ge=0, le=1, description="share of real tokens that is kept (sigma); 1 is the control")
+    count: int | None = Field(200_000, ge=1, description="number of pairs, a random subset of the latents; null, or more than there are, is all")
+    mode: Literal["generated", "reencoded"] = Field(
+        "generated", description="generated: the mixture itself; reencoded: decoded to uint8 and encoded again (release)"
+    )
+    tokenizer: Path | None = Field(None, description="needed for mode=reencoded")
+    sampling: Sampling | None = Field(None, description="null takes the settings stored with the generator")
+    seed: int = Field(0, ge=0, description="seed of the subset and of every sample")
+    batch_size: int = Field(64, ge=1, description="samples at a time")
+    shard_size: int = Field(10_000, ge=1, description="records in a shard")
+    precision: Literal["auto", "bf16", "float32"] = Field("float32", description="autocast dtype")
+
+    @model_validator(mode="after")
+    def _reencoding_needs_a_tokenizer(self) -> "MakePairsRun":
+        if self.mode == "reencoded" and self.tokenizer is None:
+            raise ValueError("reencoded needs the tokenizer that decodes and encodes again; set tokenizer=PATH")
+        return self
+
+
+def generate(run: GenerateRun) -> Path:
+    """Sample latents into a cache, and images if asked for.
+
+    Returns:
+        The folder of the cache.
+
+    Raises:
+        UserError: generator, classes or tokenizer do not fit, or the folder holds other latents.
+    """
+    accelerator = start_accelerator()
+    generator = load_generator(run.generator).to(accelerator.device)
+    sampling = run.sampling or generator.sampling
+    wrong = [c for c in run.classes or [] if not 0 <= c < generator.classes]
+    if wrong:
+        raise UserError(f"class {wrong[0]} is not among the generator's classes 0 to {generator.classes - 1}; set classes=[...] or null")
+    tokenizer = load_tokenizer(run.tokenizer).to(accelerator.device) if run.tokenizer else None
+    if tokenizer is not None and encoder_digest(tokenizer) != generator.latent_space:
+        raise UserError(f"{run.tokenizer} is not the tokenizer whose tokens {run.generator} models; give that one, or its post-trained self")
+    wanted = torch.tensor(run.classes or list(range(generator.classes)))
+
+    def make(records: np.ndarray) -> dict[str, Tensor]:
+        labels = wanted[records % len(wanted)]
+        with autocast(accelerator.device, run.precision):
+            latents = generator.generate(labels, sampling, image_rngs(run.seed, records.tolist()))
+        return _fields(latents, labels, indices=torch.full((len(records),), -1), records=records)
+
+    source = {"made_by": "generate", "sigma": 0.0, "seed": run.seed, "sampling": plain(sampling), "precision": run.precision}
+    source |= {"generator": digest(generator.state_dict()), "classes": run.classes}
+    fill_cache(run.out, _manifest(generator, run.count, run.shard_size, None, source), make, run.batch_size, accelerator, "generate")
+    if tokenizer is not None and accelerator.is_main_process:
+        write_images(run.out, tokenizer, run.images, run.batch_size)
+    return run.out
+
+
+def make_pairs(run: MakePairsRun) -> Path:
+    """Make the latents that post-training decodes; each names the real image it must become.
+
+    Returns:
+        The folder of the cache.
+
+    Raises:
+        UserError: generator, latents and tokenizer do not belong together, or the folder holds other latents.
+    """
+    accelerator = start_accelerator()
+    generator = load_generator(run.generator).to(accelerator.device)
+    cache = LatentCache(run.latents)
+    check_cache(cache, generator.latent_space, codebook_size=generator.codebook_size)
+    tokenizer = load_tokenizer(run.tokenizer).to(accelerator.device) if run.mode == "reencoded" else None
+    if tokenizer is not None:
+        check_cache(cache, encoder_digest(tokenizer))
+    sampling = run.sampling or generator.sampling
+    order = torch.randperm(len(cache), generator=torch.Generator().manual_seed(run.seed)).numpy()
+    rows = order[: run.count]
+
+    def make(records: np.ndarray) -> dict[str, Tensor]:
+        real = cache.read(rows[records])
+        rngs = image_rngs(run.seed, records.tolist())
+        with autocast(accelerator.device, run.precision):
+            latents = generator.generate(real.labels, sampling, rngs, real.latents, run.preservation)
+            if tokenizer is not None:
+                latents = reencode(tokenizer, latents)
+        return _fields(latents, real.labels, real.indices, records) | {"flips": real.flips}
+
+    source = {"made_by": "make-pairs", "sigma": run.preservation, "mode": run.mode, "seed": run.seed, "sampling": plain(sampling)}
+    source |= {"generator": digest(generator.state_dict()), "precision": run.precision, "split": cache.manifest.source.get("data")}
+    manifest = _manifest(generator, len(rows), run.shard_size, cache.manifest.data, source)
+    fill_cache(run.out, manifest, make, run.batch_size, accelerator, "make-pairs")
+    return run.out
+
+
+def reencode(tokenizer: Tokenizer, latents: Tensor) -> Tensor:
+    """Decode latents, round to uint8 as a PNG would, and encode again (the released procedure)."""
+    return tokenizer.encode(from_pixels(to_pixels(tokenizer.decode(latents))))
+
+
+@torch.no_grad()
+def write_images(out: Path, tokenizer: Tokenizer, kind: Literal["npz", "png"], batch_size: int) -> None:
+    """Decode a cache to out/samples.npz (arr_0, uint8 NHWC) or out/png/000000.png ..."""
+    cache = LatentCache(out)
+    check_cache(cache, encoder_digest(tokenizer))
+    device = next(tokenizer.parameters()).device
+    pixels = []
+    for start in range(0, len(cache), batch_size):
+        latents = cache.read(slice(start, start + batch_size)).latents.to(device)
+        pixels.append(to_pixels(tokenizer.decode(latents)).permute(0, 2, 3, 1).cpu().numpy())  # (n, H, W, 3)
+    try:
+        if kind == "npz":
+            np.savez(out / "samples.npz", arr_0=np.concatenate(pixels))
+        else:
+            (out / "png").mkdir(exist_ok=True)
+            for i, image in enumerate(np.concatenate(pixels)):
+                Image.fromarray(image).save(out / "png" / f"{i:06d}.png")
+    except OSError as error:
+        raise UserError(f"cannot write images to {out}: {error.strerror}; free some space and run the same command again") from None
+
+
+def _fields(latents: Tensor, labels: Tensor, indices: Tensor, records: np.ndarray) -> dict[str, Tensor]:
+    return {"latents": latents, "labels": labels, "indices": indices, "seeds": torch.from_numpy(records.astype(np.int64))}
+
+
+def _manifest(generator: Generator, count: int, shard_size: int, data: str | None, source: dict) -> Manifest:
+    return Manifest(
+        kind="discrete",
+        latent_shape=generator.latent_shape,
+        codebook_size=generator.codebook_size,
+        classes=generator.classes,
+        count=count,
+        shard_size=shard_size,
+        tokenizer=generator.latent_space,
+        data=data,
+        source=source,
+    )

@@ -1,0 +1,179 @@
+"""Guidance, temperature, truncation, preservation and random draws of token sampling: pure functions of logits.
+
+Every image has a random generator of its own and spends exactly one uniform number on each of its tokens. Image 4711 is
+therefore the same in whatever batch, on whatever process it is sampled (up to the rounding of the logits).
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from robustok.config import Config
+from robustok.types import UserError
+
+
+class Sampling(Config):
+    """How latents are drawn from a generator."""
+
+    guidance_scale: float = Field(
+        1.0, ge=0, description="classifier-free guidance at the last token; 1 (or 0, as released) switches it off"
+    )
+    guidance_power: float = Field(
+        1.0, ge=0, description="exponent of the power-cosine guidance schedule; 0 is constant"
+    )
+    temperature: float = Field(1.0, gt=0, description="divides the logits")
+    top_k: int = Field(0, ge=0, description="keep only the k most likely tokens; 0 keeps all")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="keep the smallest set of tokens with this probability; 1 keeps all"
+    )
+
+    @property
+    def guided(self) -> bool:
+        """Whether sampling needs a second, unconditional pass. The released code writes "none" as a scale of 0."""
+        return self.guidance_scale not in (0.0, 1.0)
+
+
+def guidance_scales(length: int, sampling: Sampling) -> Tensor:
+    """Guidance scale of each step, the power-cosine schedule of METHOD 5.7.
+
+    ``1 + (g - 1) * (1 - cos(pi * (s / L) ** power)) / 2`` rises from 1 at the first step towards g at the last:
+    early tokens stay diverse, late ones follow their class. With power 0 it is g throughout.
+
+    Returns:
+        (L,) float64; ones where guidance is off.
+    """
+    scale = sampling.guidance_scale if sampling.guided else 1.0
+    progress = (torch.arange(length, dtype=torch.float64) / length) ** sampling.guidance_power  # 0 ** 0 is 1
+    return 1 + (scale - 1) * (1 - torch.cos(math.pi * progress)) / 2
+
+
+def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
+    """Classifier-free guidance: 0 is unconditional, 1 is conditional, more exaggerates what the class changes."""
+    return unconditional + scale * (conditional - unconditional)
+
+
+def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Set the logits (..., K) of unlikely tokens to -inf: first all but the ``top_k`` best, then nucleus sampling.
+
+    Args:
+        logits: (..., K), temperature applied.
+        top_k: how many tokens stay; 0, or K and more, keeps all. Among equal logits the lower token stays.
+        top_p: of what ``top_k`` left, the smallest set of best tokens with this probability stays; 1 keeps all.
+    """
+    if not top_k and top_p >= 1:
+        return logits
+    best, tokens = logits.sort(dim=-1, descending=True, stable=True)
+    dropped = torch.zeros_like(best, dtype=torch.bool)
+    if top_k:
+        dropped[..., top_k:] = True
+    if top_p < 1:
+        probabilities = best.masked_fill(dropped, -torch.inf).softmax(-1, dtype=torch.float64)
+        dropped |= probabilities.cumsum(-1) - probabilities >= top_p  # what the better ones hold already suffices
+    return logits.masked_fill(torch.zeros_like(dropped).scatter(-1, tokens, dropped), -torch.inf)
+
+
+def sample_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw one token per row by inverting its cumulative distribution.
+
+    ``torch.multinomial`` takes one generator for the whole batch: an image would change with its neighbours. Here one
+    uniform number per image decides. The sum runs in float64: rare tokens of large codebooks keep their probability.
+
+    Args:
+        logits: (N, K); -inf excludes a token.
+        uniforms: (N,) in [0, 1).
+
+    Returns:
+        Tokens (N,) int64.
+    """
+    cumulative = logits.softmax(-1, dtype=torch.float64).cumsum(-1)  # (N, K)
+    # Scaled by the sum, which may miss 1 by rounding: the first entry above the threshold then always exists.
+    thresholds = uniforms.double()[:, None] * cumulative[:, -1:]  # (N, 1)
+    return torch.searchsorted(cumulative, thresholds, right=True)[:, 0]
+
+
+def draw_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
+    """Temperature, truncation and the draw: guided logits (N, K) and uniforms (N,) to tokens (N,) int64."""
+    return sample_tokens(truncate(logits.float() / sampling.temperature, sampling.top_k, sampling.top_p), uniforms)
+
+
+def image_rngs(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
+    """One random generator per image, a function of the run's seed and the image's index alone.
+
+    The pair is hashed, because ``seed + index`` would repeat the images of one seed, shifted, under the next.
+
+    Args:
+        seed: seed of the whole sample set.
+        indices: place of each image in the sample set.
+    """
+    rngs = []
+    for index in indices:
+        digest = hashlib.sha256(f"{int(seed)}:{int(index)}".encode()).digest()
+        rngs.append(torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1))  # 63 bits
+    return rngs
+
+
+def per_image(rng: torch.Generator | Sequence[torch.Generator], count: int) -> list[torch.Generator]:
+    """One CPU random generator per image: those given, or as many seeded in turn by a single one.
+
+    Raises:
+        UserError: the sequence has another length than the batch.
+    """
+    if isinstance(rng, torch.Generator):
+        seeds = torch.randint(2**63 - 1, (count,), generator=rng)
+        return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+    if len(rng) != count:
+        raise UserError(f"got {len(rng)} random generators for {count} images; give one per image, or a single one")
+    return list(rng)
+
+
+def image_uniforms(rngs: Sequence[torch.Generator], length: int) -> Tensor:
+    """The next ``length`` uniform numbers in [0, 1) of each image: (N, L) float32 on the CPU."""
+    if not rngs:
+        return torch.empty(0, length)
+    return torch.stack([torch.rand(length, generator=rng) for rng in rngs])
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Refuse labels that are no vector of classes 0..C-1, or C for "no class".
+
+    Raises:
+        UserError: wrong shape or dtype, or a label out of range.
+    """
+    if labels.ndim != 1 or labels.dtype != torch.int64:
+        raise UserError(f"labels have shape {tuple(labels.shape)} and dtype {labels.dtype}; expected (N,) torch.int64")
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) <= classes:
+        raise UserError(
+            f"labels range from {int(labels.min())} to {int(labels.max())}; accepted are 0 to {classes - 1}, "
+            f"and {classes} for no class"
+        )
+
+
+def check_preservation(
+    preservation: float | None, reference: Tensor | None, shape: tuple[int, int], codebook_size: int
+) -> None:
+    """Refuse a preservation sigma or reference tokens that cannot be mixed with samples of ``shape`` (N, L).
+
+    Raises:
+        UserError: sigma outside [0, 1]; sigma above 0 without a reference; a reference of another shape or dtype, or
+            with tokens outside 0..K-1.
+    """
+    if preservation is not None and not 0 <= preservation <= 1:
+        raise UserError(f"preservation is {preservation}; accepted is 0 (free sample) to 1 (the reference itself)")
+    if reference is None:
+        if preservation:
+            raise UserError(f"preservation is {preservation} but no reference is given; pass the tokens of real images")
+        return
+    if reference.shape != shape or reference.dtype != torch.int64:
+        raise UserError(
+            f"the reference has shape {tuple(reference.shape)} and dtype {reference.dtype}; "
+            f"expected {shape} torch.int64"
+        )
+    if reference.numel() and not 0 <= int(reference.min()) <= int(reference.max()) < codebook_size:
+        raise UserError(
+            f"the reference holds tokens {int(reference.min())} to {int(reference.max())}; this generator knows "
+            f"0 to {codebook_size - 1}; encode the images with the tokenizer it was trained on"
+        )

@@ -1,0 +1,104 @@
+"""What the token transformers share: attention with a static key-value cache, the MLP, modulation and initialisation.
+
+Letters beside those of ``robustok.types``: T positions of a sequence, W width of the transformer.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LAYER_NORM_EPSILON = 1e-6
+
+
+class KeyValueCache:
+    """Keys and values of one attention layer during sampling, in memory that is allocated once.
+
+    Growing by concatenation would copy the whole past at every step: quadratic traffic for nothing.
+
+    Args:
+        capacity: the most positions it will hold.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.length = 0
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the keys and values (N, heads, T, head width) of new positions; return all so far as views."""
+        if self.keys is None or self.values is None:  # the first call brings shape, dtype (autocast) and device
+            count, heads, _, head_width = keys.shape
+            self.keys = keys.new_empty(count, heads, self.capacity, head_width)
+            self.values = torch.empty_like(self.keys)
+        end = self.length + keys.shape[2]
+        self.keys[:, :, self.length : end] = keys
+        self.values[:, :, self.length : end] = values
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+class Attention(nn.Module):
+    """Causal self-attention with a layer norm on the queries and keys of each head (METHOD 5.2).
+
+    Args:
+        width: W.
+        heads: number of heads; divides ``width``.
+        dropout: probability for the attention weights and after the projection.
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.LayerNorm(width // heads, eps=LAYER_NORM_EPSILON)
+        self.k_norm = nn.LayerNorm(width // heads, eps=LAYER_NORM_EPSILON)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Attend from every position of ``x`` (N, T, W) to itself and those before it.
+
+        With a cache, ``x`` is one new position (T = 1) that attends to itself and to all the cache holds.
+        """
+        count, positions, width = x.shape
+        qkv = self.qkv(x).view(count, positions, 3, self.heads, width // self.heads)
+        queries, keys, values = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, T, head width)
+        # Autocast runs layer norms in float32; back to one dtype for the cache and for the attention kernel.
+        queries = self.q_norm(queries).to(values.dtype)
+        keys = self.k_norm(keys).to(values.dtype)
+        if cache is not None:
+            keys, values = cache.append(keys, values)
+        dropout = self.dropout if self.training else 0.0
+        # is_causal instead of a mask, so that the fused kernels apply. The one query of a cached step sees all.
+        x = F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout, is_causal=cache is None)
+        x = self.proj(x.transpose(1, 2).reshape(count, positions, width))  # (N, T, W)
+        return F.dropout(x, self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """Two linear layers with an exact GELU between them; dropout after each (METHOD 5.2)."""
+
+    def __init__(self, width: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, T, W) to (N, T, W)."""
+        x = F.dropout(F.gelu(self.fc1(x)), self.dropout, self.training)  # (N, T, hidden)
+        return F.dropout(self.fc2(x), self.dropout, self.training)  # (N, T, W)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Adaptive layer norm: what a condition does to a normalised ``x``."""
+    return x * (1 + scale) + shift
+
+
+def initialise(module: nn.Module) -> None:
+    """For ``Module.apply``: linear and embedding weights from a (truncated) normal of deviation 0.02, biases zero."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)

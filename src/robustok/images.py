@@ -1,0 +1,646 @@
+"""Data sets to images: the only place that crops, changes value ranges or rounds to uint8.
+
+From top to bottom: value ranges, crops, where images come from (``DATASETS``), ``ImageDataset``, and the order in which
+training and evaluation go through one. Training order and augmentation are functions of (seed, step) alone.
+"""
+
+import hashlib
+import json
+import os
+import re
+import warnings
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from io import BytesIO
+from operator import attrgetter, getitem
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+from pydantic import Field
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from robustok.config import Config
+from robustok.types import Batch, UserError
+
+MEMORY_LIMIT = 10**9  # bytes of decoded pixels up to which a data set is held in memory
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+SPLITS = {"train": ["train"], "test": ["val", "validation", "test"]}  # names on disk; the first one found is taken
+
+Split = Literal["train", "test"]
+
+
+# Value ranges
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """Images (N, 3, H, W) float in [-1, 1] to pixels uint8: trunc(clamp(127.5 x + 128, 0, 255)) (METHOD 1.1).
+
+    Raises:
+        UserError: the images hold NaN, which has no pixel value.
+    """
+    if images.isnan().any():
+        bad = int(images.isnan().flatten(1).any(1).sum())
+        raise UserError(
+            f"{bad} of {len(images)} images hold NaN, expected numbers in [-1, 1]; use an earlier snapshot of the model"
+        )
+    return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
+
+
+def from_pixels(pixels: Tensor) -> Tensor:
+    """Pixels uint8 of any shape to images float32 in [-1, 1]; ``to_pixels`` gives the same pixels back."""
+    return pixels.float() / 127.5 - 1
+
+
+# Crops
+
+
+def center_crop(image: Image.Image, size: int) -> np.ndarray:
+    """ADM's centre crop: scale the shorter side to ``size`` and cut the middle square (METHOD 4.5).
+
+    Args:
+        image: of any mode and any size; smaller ones are enlarged.
+        size: height and width of the result in pixels.
+
+    Returns:
+        RGB pixels (H, W, 3) uint8.
+    """
+    image = _scale(to_rgb(image), size)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return np.array(image.crop((left, top, left + size, top + size)))
+
+
+def random_crop(image: Image.Image, size: int, rng: torch.Generator) -> np.ndarray:
+    """ADM's random crop: shorter side drawn from size..ceil(size / 0.8), then a random square of it (METHOD 4.5).
+
+    Returns:
+        RGB pixels (H, W, 3) uint8.
+    """
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=rng))
+
+    image = _scale(to_rgb(image), draw(size, -(-5 * size // 4)))
+    left, top = draw(0, image.width - size), draw(0, image.height - size)
+    return np.array(image.crop((left, top, left + size, top + size)))
+
+
+def _scale(image: Image.Image, shorter: int) -> Image.Image:
+    """Halve with a box filter while that leaves enough, then bicubic: bicubic alone aliases when it shrinks a lot."""
+    while min(image.size) >= 2 * shorter:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    factor = shorter / min(image.size)
+    size = (round(image.width * factor), round(image.height * factor))
+    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any image as 8-bit RGB: turned as its EXIF says, 16-bit levels scaled, transparency laid on white.
+
+    Raises:
+        ValueError: the image holds floats, whose range is unknown.
+    """
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("float images have no known range")
+    if image.mode.startswith("I"):  # 16-bit grey; "I" is how some formats hand out the same levels
+        levels = np.asarray(image).astype(np.int64).clip(0, 65535)
+        image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+# Where images come from
+
+
+class Augmentation(Config):
+    """What training changes in an image. Passes in order use neither."""
+
+    crop: Literal["center", "random"] = Field("center", description="centre crop, or ADM's random crop")
+    flip: bool = Field(False, description="mirror images at random; leave off where sides matter, as in digits")
+
+
+class _DataConfig(Config):
+    limit: int | None = Field(None, ge=1, description="keep this many images of the split, chosen by a fixed shuffle")
+    max_broken: float = Field(0.01, ge=0, le=1, description="share of unreadable images to skip (five always are)")
+
+
+class Digits(_DataConfig):
+    """Scikit-learn's 1,797 handwritten digits, 8x8, in ten classes."""
+
+    name: Literal["digits"] = "digits"
+    holdout: float = Field(0.25, ge=0, lt=1, description="share of the digits that is the test split")
+
+
+class Cifar10(_DataConfig):
+    """CIFAR-10 in the python version that torchvision downloads: 50,000 + 10,000 images, 32x32."""
+
+    name: Literal["cifar10"] = "cifar10"
+    path: Path | None = Field(None, description="folder that holds cifar-10-batches-py; by default ~/.cache/robustok")
+    download: bool = Field(False, description="download (170 MB) into path; without a path this is done anyway")
+
+
+class Folder(_DataConfig):
+    """Image files as CLASS/FILE, or train/CLASS/FILE beside val, validation or test. Without CLASS: one class, all."""
+
+    name: Literal["folder"] = "folder"
+    path: Path = Field(description="the folder")
+    holdout: float = Field(0.1, ge=0, lt=1, description="test share of a source with one split; 0: both are all of it")
+
+
+class Parquet(_DataConfig):
+    """Parquet files as on the Hugging Face Hub: encoded images in one column, ``label`` in another.
+
+    Files with train, val, validation or test in their names are those splits. Training on many gigabytes reads a row
+    group for almost every image, which is slow: extract such images to a folder.
+    """
+
+    name: Literal["parquet"] = "parquet"
+    path: Path = Field(description="a file, a folder or a glob")
+    holdout: float = Field(0.1, ge=0, lt=1, description="test share of a source with one split; 0: both are all of it")
+
+
+Data = Annotated[Digits | Cifar10 | Folder | Parquet, Field(discriminator="name")]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images and labels before any decoding.
+
+    Attributes:
+        name: what to call it in results.
+        open: row 0..N-1 -> image. May raise anything when the image is broken. Picklable: data workers get a copy.
+        where: row -> what to call the image in messages.
+        labels: (N,) int64 in 0..len(classes)-1.
+        classes: names of the classes.
+        identity: what tells this content from another: digest of file names and sizes, or of the bytes.
+        whole: the source has one split only, from which the test images are still to be held out.
+    """
+
+    name: str
+    open: Callable[[int], Image.Image]
+    where: Callable[[int], str]
+    labels: np.ndarray
+    classes: list[str]
+    identity: str
+    whole: bool
+
+
+def _array_source(name: str, pixels: np.ndarray, labels: Sequence[int], classes: list[str], whole: bool) -> Source:
+    """Images (N, H, W) or (N, H, W, 3) uint8 in memory."""
+    where, identity = partial("{} image {}".format, name), _digest(pixels.tobytes())
+    return Source(name, partial(_open_array, pixels), where, np.array(labels), classes, identity, whole)
+
+
+def _open_array(pixels: np.ndarray, row: int) -> Image.Image:
+    return Image.fromarray(pixels[row])
+
+
+def _digits(data: Digits, split: Split) -> Source:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = (digits.images * (255 / 16)).round().astype(np.uint8)  # (1797, 8, 8), from levels 0..16
+    return _array_source("digits", pixels, digits.target, [str(i) for i in range(10)], whole=True)
+
+
+def _cifar10(data: Cifar10, split: Split) -> Source:
+    from torchvision.datasets import CIFAR10
+
+    root = (data.path or Path("~/.cache/robustok")).expanduser()
+    if root.name == CIFAR10.base_folder:
+        root = root.parent
+    try:
+        cifar = CIFAR10(root, train=split == "train", download=data.download or data.path is None)
+    except (RuntimeError, OSError) as error:  # missing, damaged, or no network
+        raise UserError(
+            f"no CIFAR-10 in {root} ({_line(error)}); put the unpacked folder {CIFAR10.base_folder} there, "
+            "or set data.path to the folder that holds it, or data.download=true where there is a network"
+        ) from None
+    return _array_source("cifar10", cifar.data, cifar.targets, cifar.classes, whole=False)
+
+
+def _folder(data: Folder, split: Split) -> Source:
+    root = data.path.expanduser()
+    if not root.is_dir():
+        raise UserError(f"no folder {root}; data.path must be a folder of images as CLASS/FILE or train/CLASS/FILE")
+    inside = set(_subfolders(root))
+    folders = {key: next((root / name for name in names if name in inside), None) for key, names in SPLITS.items()}
+    found = [folder for folder in folders.values() if folder]
+    if not folders["train"] and inside - set(SPLITS["test"]):
+        found = []  # a class that happens to be called "test"
+    whole = len(found) < 2
+    folder = (found[0] if found else root) if whole else folders[split]
+    # Both splits count classes as the training images do, so that a class without test images moves no label.
+    classes = _subfolders(found[0] if found else root)
+    if unknown := sorted(set(_subfolders(folder)) - set(classes)):
+        raise UserError(f"{folder} has classes that {found[0]} lacks: {', '.join(unknown[:5])}; give both the same")
+    files = [(file, size, label) for label, name in enumerate(classes) for file, size in _image_files(folder / name)]
+    if not files:  # no classes: one class
+        classes = ["all"]
+        files = [(file, size, 0) for file, size in _image_files(folder, deep=False)]
+    if not files:
+        others = sorted({p.suffix or p.name for p in folder.rglob("*") if p.is_file()})
+        raise UserError(
+            f"no images in {folder} or in class folders inside it (files found: {', '.join(others[:8]) or 'none'}); "
+            f"expected CLASS/FILE with one of {' '.join(sorted(SUFFIXES))}"
+        )
+    identity = _digest("\n".join(f"{os.path.relpath(file, folder)} {size}" for file, size, _ in files).encode())
+    paths, labels = [file for file, _, _ in files], np.array([label for _, _, label in files])
+    name = root.resolve().name
+    return Source(name, partial(_open_file, paths), partial(getitem, paths), labels, classes, identity, whole)
+
+
+def _open_file(paths: Sequence[str], row: int) -> Image.Image:
+    return Image.open(paths[row])
+
+
+def _subfolders(folder: Path) -> list[str]:
+    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+
+
+def _image_files(folder: Path, deep: bool = True) -> Iterator[tuple[str, int]]:
+    """Paths and sizes of image files in a fixed order; hidden files are no images."""
+    if not folder.is_dir():
+        return
+    for entry in sorted(os.scandir(folder), key=lambda e: e.name):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _image_files(Path(entry.path)) if deep else ()
+        elif Path(entry.name).suffix.lower() in SUFFIXES:  # a dangling link will be found broken when it is read
+            yield entry.path, entry.stat().st_size if entry.is_file() else 0
+
+
+def _parquet(data: Parquet, split: Split) -> Source:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = data.path.expanduser()
+    files, whole = _parquet_files(path, split)
+    groups, labels, identity = [], [], []
+    for file in files:
+        try:
+            parquet = pyarrow.parquet.ParquetFile(file)
+            schema, rows = parquet.schema_arrow, parquet.metadata.num_rows
+            column = next((name for name in ("img", "image") if name in schema.names), None)
+            found = parquet.read(columns=["label"])["label"].to_pylist() if "label" in schema.names else [0] * rows
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"cannot read {file} as parquet: {_line(error)}; replace or remove the file") from None
+        if column is None:
+            raise UserError(f"{file} has the columns {', '.join(schema.names)}; expected images in 'img' or 'image'")
+        if not all(isinstance(label, int) for label in found):
+            raise UserError(f"column 'label' of {file} does not hold integers only; expected class numbers from 0")
+        first = 0
+        for group in range(parquet.num_row_groups):
+            groups.append(_RowGroup(str(file), group, column, len(labels) + first, first))
+            first += parquet.metadata.row_group(group).num_rows
+        labels += found
+        identity.append(f"{file.name} {file.stat().st_size}")
+    # Hugging Face data sets keep the names of the classes in the schema.
+    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    numbers = [str(i) for i in range(max(labels, default=0) + 1)]
+    classes = features.get("label", {}).get("names") or (numbers if "label" in schema.names else ["all"])
+    name, identity = path.resolve().name, _digest("\n".join(identity).encode())
+    opener, where = partial(_open_row, groups), partial(_where_row, groups)
+    return Source(name, opener, where, np.array(labels, dtype=np.int64), classes, identity, whole)
+
+
+@dataclass(frozen=True)
+class _RowGroup:
+    """The unit in which parquet is read: ``start`` and ``first`` are its first row in the source and in the file."""
+
+    file: str
+    number: int
+    column: str
+    start: int
+    first: int
+
+
+def _open_row(groups: list[_RowGroup], row: int) -> Image.Image:
+    group = groups[bisect_right(groups, row, key=attrgetter("start")) - 1]
+    value = _read_group(group)[row - group.start].as_py()
+    if isinstance(value, dict) and not value.get("bytes"):  # {"bytes": None, "path": ...}
+        return Image.open(Path(group.file).parent / value["path"])
+    return Image.open(BytesIO(value["bytes"] if isinstance(value, dict) else value))
+
+
+def _where_row(groups: list[_RowGroup], row: int) -> str:
+    group = groups[bisect_right(groups, row, key=attrgetter("start")) - 1]
+    return f"{group.file} row {row - group.start + group.first}"
+
+
+@lru_cache(maxsize=32)
+def _read_group(group: _RowGroup):
+    """The encoded images of a row group, a ``pyarrow.ChunkedArray``; the last few groups stay in memory."""
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(group.file) as parquet:
+        return parquet.read_row_group(group.number, columns=[group.column]).column(group.column)
+
+
+def _parquet_files(path: Path, split: Split) -> tuple[list[Path], bool]:
+    """The split's files in order of name, and whether there is one split only."""
+    if path.is_dir():
+        base, files = path, sorted(path.rglob("*.parquet"))
+    elif any(c in path.name for c in "*?["):
+        base, files = path.parent, sorted(path.parent.glob(path.name))
+    else:
+        base, files = path.parent, [path] if path.is_file() else []
+    if not files:
+        raise UserError(f"no parquet files at {path}; data.path must be a file, a folder of *.parquet or a glob")
+
+    def named(word: str) -> list[Path]:
+        return [f for f in files if re.search(rf"(?<![a-z]){word}(?![a-z])", str(f.relative_to(base)).lower())]
+
+    found = {key: next((named(word) for word in words if named(word)), []) for key, words in SPLITS.items()}
+    if found["train"] and found["test"]:
+        return found[split], False
+    return found["train"] or found["test"] or files, True
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:12]
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# To add a data set: a configuration in ``Data``, and here a function (configuration, split) -> Source.
+DATASETS = {"digits": _digits, "cifar10": _cifar10, "folder": _folder, "parquet": _parquet}
+
+
+def open_images(
+    data: Data, image_size: int, split: Split = "train", augment: Augmentation | None = None
+) -> "ImageDataset":
+    """Open one split of a data set.
+
+    Args:
+        data: which data set, and how much of it.
+        image_size: height and width to crop to, in pixels.
+        split: "train" or "test". A source with one split is divided by a fixed shuffle.
+        augment: what training changes; None is a centre crop without flips.
+
+    Raises:
+        UserError: nothing is there, nothing can be read, or labels are out of range.
+    """
+    source = DATASETS[data.name](data, split)
+    labels, classes = source.labels, len(source.classes)
+    if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
+        raise UserError(
+            f"{source.name} has labels from {labels.min()} to {labels.max()}, expected 0 to {classes - 1}; correct them"
+        )
+    rows = np.arange(len(labels))
+    if source.whole and data.holdout > 0:
+        shuffled, tests = _shuffle(len(rows), 0, 0), max(1, round(data.holdout * len(rows)))
+        rows = np.sort(shuffled[:tests] if split == "test" else shuffled[tests:])
+    if data.limit is not None:
+        rows = np.sort(rows[_shuffle(len(rows), 1, 0)[: data.limit]])
+    if not len(rows):
+        raise UserError(
+            f"{source.name} has {len(labels)} images and none for the {split} split; add images or set data.holdout=0"
+        )
+    return ImageDataset(source, rows, data, split, image_size, augment or Augmentation())
+
+
+class ImageDataset:
+    """One split of a data set as square images. Small ones are decoded once and kept, large ones are decoded when read.
+
+    Attributes:
+        name: name of the source.
+        labels: (N,) int64.
+        classes: names of the classes.
+        fingerprint: digest of what identifies the content: files and sizes (or bytes), split, crop and size.
+        broken: place -> reason of the images that could not be read so far.
+    """
+
+    def __init__(
+        self, source: Source, rows: np.ndarray, data: Data, split: Split, image_size: int, augment: Augmentation
+    ):
+        self.name, self.classes, self.labels = source.name, source.classes, source.labels[rows]
+        self.split, self.image_size, self.augment = split, image_size, augment
+        facts = f"{source.identity} {split} {augment.crop} {image_size} {_digest(rows.astype('<i8').tobytes())}"
+        self.fingerprint = _digest(facts.encode())
+        self.broken: dict[int, str] = {}
+        # A handful is always tolerated, so that one bad file of twenty stops nobody; at least one image must be good.
+        self._allowed = min(max(5, int(data.max_broken * len(rows))), len(rows) - 1)
+        self._source, self._rows, self._memory = source, rows, None
+        if augment.crop == "center" and len(rows) * 3 * image_size**2 <= MEMORY_LIMIT:
+            memory = torch.zeros(len(rows), 3, image_size, image_size, dtype=torch.uint8)
+            for index in range(len(rows)):
+                decoded = self._decode(index, None)
+                if isinstance(decoded, str):
+                    self._note({index: decoded})
+                else:
+                    memory[index] = decoded
+            self._memory = memory
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def describe(self) -> str:
+        """Name, split, crop, count and digest, for the ``reference`` of a result."""
+        crop = f"{self.augment.crop} crop {self.image_size}"
+        return f"{self.name} {self.split}, {crop}, {len(self) - len(self.broken)} images, {self.fingerprint}"
+
+    def read(self, indices: Sequence[int] | np.ndarray | Tensor, seeds: np.ndarray | None = None) -> Batch:
+        """Images by their places.
+
+        Args:
+            indices: (N,) places in the data set.
+            seeds: (N,) int64 >= 0, one for each image's augmentation. With seeds a broken image is replaced by the
+                next good one; without them images are plain centre crops and broken ones are left out.
+
+        Raises:
+            UserError: more images are broken than ``max_broken`` allows.
+        """
+        return self._batch(self[_Draw(np.asarray(indices, dtype=np.int64), seeds)])
+
+    def __getitem__(self, draw: "_Draw") -> "_Read":
+        """What data workers call; everyone else calls ``read``."""
+        seeds = [None] * len(draw.indices) if draw.seeds is None else draw.seeds.tolist()
+        pixels, places, kept, broken = [], [], [], {}
+        for index, seed in zip(draw.indices.tolist(), seeds, strict=True):
+            decoded = self._decode(index, seed)
+            while isinstance(decoded, str):
+                broken[index] = decoded
+                if seed is None or len(broken) > self._allowed:
+                    break
+                index = (index + 1) % len(self)
+                decoded = self._decode(index, seed)
+            else:
+                pixels.append(decoded)
+                places.append(index)
+                kept.append(seed)
+        images = (
+            torch.stack(pixels) if pixels else torch.zeros(0, 3, self.image_size, self.image_size, dtype=torch.uint8)
+        )
+        if self.augment.flip and draw.seeds is not None:
+            mirrored = torch.tensor(kept) % 2 == 1
+            images[mirrored] = images[mirrored].flip(-1)
+        return _Read(images, torch.tensor(places, dtype=torch.int64), broken)
+
+    def _decode(self, index: int, seed: int | None) -> Tensor | str:
+        """Pixels (3, H, W) of one image, or why it cannot be read."""
+        if index in self.broken:
+            return self.broken[index]
+        if self._memory is not None:
+            return self._memory[index]
+        try:
+            with self._source.open(int(self._rows[index])) as image:
+                if seed is None or self.augment.crop == "center":
+                    pixels = center_crop(image, self.image_size)
+                else:
+                    pixels = random_crop(image, self.image_size, torch.Generator().manual_seed(seed))
+        except Exception as error:  # image decoders raise nearly anything on a damaged file
+            return _line(error)
+        return torch.from_numpy(pixels).permute(2, 0, 1)  # (3, H, W)
+
+    def _note(self, broken: dict[int, str]) -> None:
+        """Remember broken images, warn once for each, and stop when there are too many."""
+        for index, reason in broken.items():
+            if index not in self.broken:
+                self.broken[index] = reason
+                warnings.warn(f"skipping an image that cannot be read: {self._where(index)}: {reason}", stacklevel=3)
+        if len(self.broken) > self._allowed:
+            first = "; ".join(f"{self._where(index)}: {reason}" for index, reason in list(self.broken.items())[:3])
+            raise UserError(
+                f"{len(self.broken)} of {len(self)} images of {self.name} cannot be read and at most {self._allowed} "
+                f"are skipped ({first}); repair or remove them, or raise data.max_broken"
+            )
+
+    def _where(self, index: int) -> str:
+        return self._source.where(int(self._rows[index]))
+
+    def _batch(self, read: "_Read") -> Batch:
+        self._note(read.broken)
+        return Batch(from_pixels(read.pixels), torch.from_numpy(self.labels)[read.indices], read.indices)
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """Images to read: places (N,) int64 and seeds (N,) of their augmentation, as ``ImageDataset.read`` takes them."""
+
+    indices: np.ndarray
+    seeds: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What a data worker sends: pixels (N, 3, H, W) uint8, places (N,) int64, and broken places with the reasons."""
+
+    pixels: Tensor
+    indices: Tensor
+    broken: dict[int, str]
+
+
+# The order of training and evaluation
+
+
+def training_batches(
+    dataset: ImageDataset,
+    global_batch: int,
+    seed: int,
+    first_step: int,
+    steps: int,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """This rank's rows of the global batches of steps first_step..first_step+steps-1.
+
+    A global batch is a function of (seed, step): starting at step k gives what an uninterrupted iteration gives, and
+    the ranks' batches side by side are the batch of a single process.
+
+    Args:
+        dataset: what to learn from.
+        global_batch: images in a step over all ranks.
+        seed: of order and augmentation, >= 0.
+        first_step: where to start.
+        steps: how many batches.
+        rank: number of this process.
+        world: number of processes; must divide ``global_batch``.
+        workers: processes that decode ahead. Images held in memory need none.
+
+    Raises:
+        UserError: the data set is smaller than the batch, ``world`` does not divide it, or too many images are broken.
+    """
+    rows = rank_rows(global_batch, rank, world)
+    batch_indices(len(dataset), global_batch, seed, first_step)  # complain now rather than at the first batch
+    draws = (
+        _Draw(batch_indices(len(dataset), global_batch, seed, step)[rows], batch_seeds(global_batch, seed, step)[rows])
+        for step in range(first_step, first_step + steps)
+    )
+    return _batches(dataset, draws, workers)
+
+
+def batches_in_order(
+    dataset: ImageDataset, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
+) -> Iterator[Batch]:
+    """Go once over the images rank, rank + world, ...: centre crops, none twice, no padding, broken ones left out."""
+    mine = np.arange(rank, len(dataset), world)
+    draws = (_Draw(mine[start : start + batch_size]) for start in range(0, len(mine), batch_size))
+    return (batch for batch in _batches(dataset, draws, workers) if len(batch.indices))
+
+
+def _batches(dataset: ImageDataset, draws: Iterator[_Draw], workers: int) -> Iterator[Batch]:
+    # Without a generator of its own the loader would draw from PyTorch's global random numbers.
+    workers = 0 if dataset._memory is not None else workers
+    loader = DataLoader(
+        dataset, batch_size=None, sampler=draws, num_workers=workers, generator=torch.Generator(), collate_fn=_same
+    )
+    for read in loader:
+        yield dataset._batch(read)
+
+
+def _same(read: _Read) -> _Read:
+    return read
+
+
+def batch_indices(count: int, global_batch: int, seed: int, step: int) -> np.ndarray:
+    """Places (global_batch,) int64 of a step's images: a shuffle for each epoch, its incomplete last batch dropped.
+
+    Raises:
+        UserError: the batch is larger than the set.
+    """
+    if not 0 < global_batch <= count:
+        raise UserError(
+            f"the global batch is {global_batch} and the training set has {count} images; set a batch of 1 to {count}"
+        )
+    epoch, batch = divmod(step, count // global_batch)
+    return _shuffle(count, seed, epoch)[batch * global_batch : (batch + 1) * global_batch]
+
+
+def batch_seeds(global_batch: int, seed: int, step: int) -> np.ndarray:
+    """Seeds (global_batch,) int64 >= 0, one for whatever is random about each row of a step's global batch."""
+    return (np.random.PCG64([2, seed, step]).random_raw(global_batch) >> np.uint64(1)).astype(np.int64)
+
+
+def rank_rows(global_batch: int, rank: int, world: int) -> slice:
+    """The rows of the global batch that belong to a rank.
+
+    Raises:
+        UserError: ``world`` does not divide ``global_batch``.
+    """
+    if global_batch % world:
+        raise UserError(
+            f"a global batch of {global_batch} cannot be shared by {world} processes; set a multiple of {world}"
+        )
+    return slice(rank * global_batch // world, (rank + 1) * global_batch // world)
+
+
+@lru_cache(maxsize=8)
+def _shuffle(count: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation (count,) int64. NumPy promises that PCG64's raw stream never changes, but not ``permutation``."""
+    order = np.random.PCG64([1, seed, epoch]).random_raw(count).argsort(kind="stable")
+    order.flags.writeable = False
+    return order

@@ -1,0 +1,61 @@
+"""Kernel distance (KID): an unbiased squared MMD, the number to trust where images are few.
+
+Kernel k(x, y) = (x.y / F + 1)^3. All images at once, where the usual recipe averages 100 subsets of 1,000 and prints
+their spread, which is no standard error (METRICS 1.4).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from robustok.metrics.frechet import Estimate
+from robustok.types import UserError
+
+
+def kernel_distance(features: Tensor, reference: Tensor) -> Estimate:
+    """KID of two sets of features by the full-sample U-statistic, with a jackknife standard error.
+
+    The U-statistic leaves out k(x_i, x_i), so it is unbiased at every size and may be negative for sets of one law.
+    The error is the two-sample delete-one jackknife, exact from the row sums of the kernel matrices: with D_i the
+    statistic without image i, variance = (n-1)/n sum_i (D_i - mean)^2, summed over both sets. On average it is too
+    large rather than too small (Efron and Stein 1981).
+
+    Args:
+        features: (N, F), N >= 3.
+        reference: (M, F), M >= 3.
+
+    Raises:
+        UserError: features of different length, or fewer than three images.
+    """
+    if features.shape[1:] != reference.shape[1:] or features.ndim != 2:
+        shapes = f"{tuple(features.shape)} and {tuple(reference.shape)}"
+        raise UserError(f"got features {shapes}, expected (N, F) and (M, F); use one extractor for both sets")
+    n, m = len(features), len(reference)
+    if min(n, m) < 3:
+        raise UserError(
+            f"got features of {min(n, m)} images, need at least 3 for a kernel distance; evaluate more images"
+        )
+    x, y = features.double(), reference.double()
+    xx, yy = _row_sums(x, x) - _own(x), _row_sums(y, y) - _own(y)  # (N,), (M,)
+    xy, yx = _row_sums(x, y), _row_sums(y, x)  # (N,), (M,)
+    within_x, within_y, across = xx.sum(), yy.sum(), xy.sum()
+    value = within_x / (n * (n - 1)) + within_y / (m * (m - 1)) - 2 * across / (n * m)
+    # Without image i the sums lose its row and its column.
+    less_x = (within_x - 2 * xx) / ((n - 1) * (n - 2)) - 2 * (across - xy) / ((n - 1) * m)  # (N,)
+    less_y = (within_y - 2 * yy) / ((m - 1) * (m - 2)) - 2 * (across - yx) / (n * (m - 1))  # (M,)
+    variance = (n - 1) / n * _squares(less_x) + (m - 1) / m * _squares(less_y)
+    return Estimate(value.item(), math.sqrt(variance.item()))
+
+
+def _row_sums(x: Tensor, y: Tensor, rows: int = 1024) -> Tensor:
+    """sum_j k(x_i, y_j) for every i, a block of rows at a time: the whole matrix of 50,000 images would take 20 GB."""
+    return torch.cat([((block @ y.T) / x.shape[1] + 1).pow(3).sum(dim=1) for block in x.split(rows)])
+
+
+def _own(x: Tensor) -> Tensor:
+    return (x.square().sum(dim=1) / x.shape[1] + 1).pow(3)
+
+
+def _squares(values: Tensor) -> Tensor:
+    return (values - values.mean()).square().sum()

@@ -1,0 +1,448 @@
+"""Run folders to a :class:`Report`: what was logged, measured and pictured, read once, checked and arranged."""
+
+import json
+import math
+import os
+import re
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from robustok.types import UserError
+
+FRECHET = {"rfid": "rFID", "pfid": "pFID", "gfid": "gFID", "sfid": "sFID", "fid": "FID"}
+SETTINGS = ("sigma", "guidance_scale", "guidance_power", "temperature", "top_k", "top_p", "mode", "steps")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of metrics.jsonl.
+
+    Attributes:
+        group: folder of the file, relative to the reported one ("" if the same), without the folder of its seed.
+        value: the number; NaN where the line has none.
+        standard_error: NaN where the line has none.
+        record: the whole line as it was written.
+    """
+
+    group: str
+    metric: str
+    value: float
+    standard_error: float
+    samples: int | None
+    seed: Any
+    extractor: str
+    reference: str
+    tokenizer: str
+    decoder: str
+    rate: float
+    strength: float
+    record: dict[str, Any]
+
+    @property
+    def is_cell(self) -> bool:
+        """Whether it is one cell of a grid over rate and strength."""
+        return self.metric == "pfid" and math.isfinite(self.rate) and math.isfinite(self.strength)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder: its configuration as text, its log and its progress pictures in order of steps."""
+
+    name: str
+    group: str
+    seed: str
+    config: str
+    log: tuple[dict[str, Any], ...]
+    progress: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Pictures in rows with a title each: ``images`` (R, C, H, W, 3) uint8."""
+
+    title: str
+    row_titles: tuple[str, ...]
+    images: np.ndarray
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The same generated latents through two or three decoders.
+
+    Attributes:
+        before, after, control: pictures (N, H, W, 3) uint8; ``control`` may be None.
+        labels: N words.
+        score_before, score_after: (N,) float, lower is better; NaN where unknown.
+    """
+
+    title: str
+    score_name: str
+    before: np.ndarray
+    after: np.ndarray
+    control: np.ndarray | None
+    labels: tuple[str, ...]
+    score_before: np.ndarray
+    score_after: np.ndarray
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that the page shows. ``notes`` says what could not be read."""
+
+    title: str
+    runs: tuple[Run, ...]
+    results: tuple[Result, ...]
+    grids: tuple[Grid, ...]
+    comparisons: tuple[Comparison, ...]
+    notes: tuple[str, ...]
+
+
+def collect(folder: Path, title: str | None = None) -> Report:
+    """Read every run folder under ``folder`` (DESIGN section 6).
+
+    A folder's own metrics.jsonl stands for the whole tree beneath it, and so does its own ``pictures`` folder:
+    numbers that a stage wrote and the study repeats count once.
+
+    Raises:
+        UserError: the folder is missing or holds no run.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"found no folder {folder}; give the path of a run folder such as runs/demo")
+    notes: list[str] = []
+    runs, results, grids, comparisons = [], [], [], []
+    measured: list[Path] = []  # folders whose own metrics.jsonl speaks for those beneath
+    pictured: list[Path] = []
+    for path in _run_folders(folder):
+        name = path.relative_to(folder).as_posix().removeprefix(".")
+        runs.append(_read_run(path, name, notes))
+        if (path / "metrics.jsonl").is_file() and not _beneath(path, measured):
+            measured.append(path)
+            lines = read_lines(path / "metrics.jsonl", _inside(name, "metrics.jsonl"), notes)
+            results += [r for r in (_result(line, _group(name), name, notes) for line in lines) if r]
+        if (path / "pictures").is_dir() and not _beneath(path, pictured):
+            pictured.append(path)
+            for file in sorted((path / "pictures").glob("*.npz")):
+                picture = _read_picture(file, _inside(name, f"pictures/{file.name}"), notes)
+                (grids if isinstance(picture, Grid) else comparisons).extend([picture] if picture else [])
+    runs.sort(key=lambda run: _stage(run.group))  # stable: seeds stay in order
+    if not runs:
+        raise UserError(
+            f"found no log.jsonl or metrics.jsonl under {folder}; give a run folder, or make one: robustok demo"
+        )
+    if title is None:
+        title = folder.resolve().name
+    return Report(title, tuple(runs), _latest(results, notes), tuple(grids), tuple(comparisons), tuple(notes))
+
+
+def read_lines(path: Path, name: str, notes: list[str]) -> list[dict[str, Any]]:
+    """JSON objects of a file, one a line. A line that is none (a run may be writing it) is skipped and noted."""
+    lines, broken = [], []
+    for index, text in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            line = None
+        if isinstance(line, dict):
+            lines.append(line)
+        else:
+            broken.append(index)
+    if broken:
+        which = (
+            f"line {broken[0]} is" if len(broken) == 1 else f"{len(broken)} lines (the first is line {broken[0]}) are"
+        )
+        notes.append(f"{name}: {which} not a JSON object; skipped.")
+    return lines
+
+
+def number(value: Any) -> float:
+    """A finite float, or NaN for everything else (null, text, true, infinity)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    try:
+        value = float(value)
+    except OverflowError:  # JSON knows integers of any length
+        return math.nan
+    return value if math.isfinite(value) else math.nan
+
+
+def _run_folders(folder: Path) -> list[Path]:
+    """Folders that hold a log or metrics, parents before children; ``state`` and ``snapshot`` are not searched."""
+    found = []
+    for path, folders, files in os.walk(folder):
+        folders[:] = sorted((f for f in folders if f not in ("state", "snapshot") and f[0] != "."), key=natural)
+        if "log.jsonl" in files or "metrics.jsonl" in files:
+            found.append(Path(path))
+    return found
+
+
+def _read_run(path: Path, name: str, notes: list[str]) -> Run:
+    log = read_lines(path / "log.jsonl", _inside(name, "log.jsonl"), notes) if (path / "log.jsonl").is_file() else []
+    # A resumed run logs some steps twice; the later line is the one that its weights went through.
+    steps = {line["step"]: line for line in log if math.isfinite(number(line.get("step")))}
+    config = path / "config.yaml"
+    text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
+    seed = re.search(r"(?:^|/)seed-(\d+)(?:/|$)", name)
+    progress = sorted((path / "samples").glob("*.png"), key=lambda file: natural(file.stem))
+    ordered = tuple(steps[step] for step in sorted(steps))
+    return Run(name, _group(name), seed[1] if seed else "", text, ordered, tuple(progress))
+
+
+def _result(line: dict[str, Any], group: str, name: str, notes: list[str]) -> Result | None:
+    if not isinstance(line.get("metric"), str):
+        notes.append(f"{_inside(name, 'metrics.jsonl')}: a line without the name of its metric was skipped.")
+        return None
+    text = {key: "" if line.get(key) is None else str(line[key]) for key in ("extractor", "reference", "tokenizer")}
+    samples = number(line.get("samples"))
+    return Result(
+        group=group,
+        metric={"pfid_mean": "pfid"}.get(line["metric"], line["metric"]),
+        value=number(line.get("value")),
+        standard_error=number(line.get("standard_error")),
+        samples=int(samples) if math.isfinite(samples) else None,
+        seed=line.get("seed") if isinstance(line.get("seed"), int | str) else None,
+        decoder=str(line.get("decoder") or "original"),
+        rate=number(line.get("rate")),
+        strength=number(line.get("strength")),
+        record=line,
+        **text,
+    )
+
+
+def _latest(results: list[Result], notes: list[str]) -> tuple[Result, ...]:
+    """Keep the last of the lines that differ in nothing but their numbers: a measurement that was repeated."""
+    latest = {}
+    for result in results:
+        same = {k: v for k, v in result.record.items() if k not in ("value", "standard_error", "versions", "seconds")}
+        latest[result.group, json.dumps(same, sort_keys=True)] = result
+    if len(latest) < len(results):
+        notes.append(f"{len(results) - len(latest)} measurements were made again later; the last one of each counts.")
+    return tuple(latest.values())
+
+
+def _read_picture(path: Path, name: str, notes: list[str]) -> Grid | Comparison | None:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+        return _picture(arrays, path.stem)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+        notes.append(f"{name}: {' '.join(str(error).split()) or 'not readable'}; skipped.")
+        return None
+
+
+def _picture(arrays: dict[str, np.ndarray], stem: str) -> Grid | Comparison:
+    """Check the arrays of one file; a ValueError says what is wrong."""
+    title = str(arrays["title"]) if "title" in arrays else stem.replace("_", " ").replace("-", " ")
+    if "images" in arrays:
+        images = _pixels(arrays, "images", 5)
+        titles = arrays.get("row_titles", np.full(len(images), ""))
+        if titles.shape != (len(images),):
+            raise ValueError(f"row_titles has shape {titles.shape}, expected ({len(images)},)")
+        return Grid(title, tuple(map(str, titles)), images)
+    if not {"before", "after"} <= arrays.keys():
+        raise ValueError(f"found the arrays {sorted(arrays)}, expected images, or before and after")
+    before, after = _pixels(arrays, "before", 4), _pixels(arrays, "after", 4)
+    control = _pixels(arrays, "control", 4) if "control" in arrays else None
+    if before.shape != after.shape or (control is not None and control.shape != before.shape):
+        raise ValueError("before, after and control differ in shape")
+    count = len(before)
+    labels = arrays.get("labels", np.full(count, ""))
+    scores = [np.asarray(arrays.get(key, np.full(count, np.nan)), float) for key in ("score_before", "score_after")]
+    if any(array.shape != (count,) for array in (labels, *scores)):
+        raise ValueError(f"labels and scores must have the shape ({count},), one for each picture")
+    return Comparison(
+        title,
+        str(arrays.get("score_name", "score")),
+        before,
+        after,
+        control,
+        tuple(map(str, labels)),
+        scores[0],
+        scores[1],
+    )
+
+
+def _pixels(arrays: dict[str, np.ndarray], key: str, dims: int) -> np.ndarray:
+    array = arrays[key]
+    if array.dtype != np.uint8 or array.ndim != dims or array.shape[-1] != 3 or array.size == 0:
+        raise ValueError(
+            f"{key} is {array.dtype} of shape {array.shape}, expected uint8 ({'R, C, ' * (dims == 5)}H, W, 3)"
+        )
+    return array
+
+
+def _beneath(path: Path, folders: Sequence[Path]) -> bool:
+    return any(folder in path.parents for folder in folders)
+
+
+def _inside(name: str, file: str) -> str:
+    return f"{name}/{file}" if name else file
+
+
+def _group(name: str) -> str:
+    """A run's name without the folder of its seed, so that seeds of one experiment come together."""
+    return "/".join(part for part in name.split("/") if not re.fullmatch(r"seed-\d+", part))
+
+
+def _stage(group: str) -> tuple[str, int]:
+    """A sort key that puts the stages of one experiment in the order of the story."""
+    parent, _, stage = group.rpartition("/")
+    story = ("classifier", "tokenizer-plain", "tokenizer", "generator-plain", "generator", "pairs", "post", "control")
+    if not stage:
+        return parent, -1
+    return parent, next((index for index, word in enumerate(story) if stage.startswith(word)), len(story))
+
+
+def natural(text: str) -> list[tuple[int, str]]:
+    """A sort key that puts seed-2 before seed-10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
+
+
+# --- What the numbers say: rows and columns of the table, means over seeds, differences in units of standard errors ---
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its standard error (NaN where unknown): over seeds where there are several, else as measured."""
+
+    value: float
+    standard_error: float
+    samples: tuple[int, ...] = ()
+    seeds: int = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured: ``settings`` holds what tells rows of one tokenizer and decoder apart."""
+
+    group: str
+    tokenizer: str
+    decoder: str
+    settings: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Column:
+    """How it was measured. Digests are left out: seeds that train their own extractor share a column."""
+
+    metric: str
+    extractor: str
+    reference: str
+
+
+Seeds = dict[Any, Estimate]
+
+
+@dataclass(frozen=True)
+class Table:
+    """The results arranged.
+
+    Attributes:
+        cells: ``cells[row][column]`` maps each seed to its estimate.
+        grids: ``grids[row, column]`` maps (rate, strength) to the same, for what was measured on a grid.
+        hidden: results that share row, column and seed with a later one, which is shown instead.
+    """
+
+    rows: tuple[Row, ...]
+    columns: tuple[Column, ...]
+    cells: dict[Row, dict[Column, Seeds]]
+    grids: dict[tuple[Row, Column], dict[tuple[float, float], Seeds]]
+    hidden: int
+
+
+def headline(results: Sequence[Result]) -> Table:
+    """Arrange results by tokenizer and decoder against metric; a grid over rate and strength enters as its mean."""
+    cells: dict[Row, dict[Column, Seeds]] = {}
+    grids: dict[tuple[Row, Column], dict[tuple[float, float], Seeds]] = {}
+    hidden = 0
+    values = _values(results)
+    for result in results:
+        who = (result.group, result.tokenizer, result.decoder)
+        row = Row(*who, _settings(result, values[who]))
+        column = Column(result.metric, without_digest(result.extractor), without_digest(result.reference))
+        if result.is_cell:
+            seeds = grids.setdefault((row, column), {}).setdefault((result.rate, result.strength), {})
+        else:
+            seeds = cells.setdefault(row, {}).setdefault(column, {})
+        hidden += result.seed in seeds
+        samples = (result.samples,) if result.samples else ()
+        seeds[result.seed] = Estimate(result.value, result.standard_error, samples)
+    for (row, column), grid in grids.items():
+        for seed in {seed for seeds in grid.values() for seed in seeds}:
+            seeds = cells.setdefault(row, {}).setdefault(column, {})
+            seeds.setdefault(
+                seed, _mean([cell[seed] for cell in grid.values() if seed in cell])
+            )  # unless it was written
+    rows = sorted(cells, key=lambda r: (natural(r.group), _rank(r.tokenizer), _rank(r.decoder), r.settings))
+    columns = sorted(
+        {c for row in cells.values() for c in row}, key=lambda c: (_rank(c.metric), c.extractor, c.reference)
+    )
+    return Table(tuple(rows), tuple(columns), cells, grids, hidden)
+
+
+def over_seeds(seeds: Seeds) -> Estimate:
+    """Mean over seeds with its standard error s / sqrt(n), seeds without a number left out; one seed stays as it is."""
+    finite = [estimate for estimate in seeds.values() if math.isfinite(estimate.value)]
+    if len(finite) < 2:
+        return finite[0] if finite else Estimate(math.nan, math.nan)
+    values = np.array([estimate.value for estimate in finite])
+    error = values.std(ddof=1) / math.sqrt(len(values))
+    samples = tuple(sorted({n for estimate in finite for n in estimate.samples}))
+    return Estimate(float(values.mean()), float(error), samples, len(finite))
+
+
+def difference(before: Seeds, after: Seeds) -> Estimate:
+    """``before`` - ``after``: seed by seed, its error over seeds; for one seed both errors as if independent."""
+    shared = before.keys() & after.keys()
+    if shared:
+        return over_seeds({seed: _minus(before[seed], after[seed]) for seed in shared})
+    return _minus(over_seeds(before), over_seeds(after))
+
+
+def without_digest(name: str) -> str:
+    """A name without the digests in it: ``classifier-64-3f9a12bc`` becomes ``classifier-64``."""
+    return re.sub(r"[-@: ]*\b(?=[0-9a-f]*[0-9])(?=[0-9a-f]*[a-f]|[0-9]{8})[0-9a-f]{8,64}\b", "", name)
+
+
+def _minus(a: Estimate, b: Estimate) -> Estimate:
+    return Estimate(a.value - b.value, math.hypot(a.standard_error, b.standard_error))
+
+
+def _mean(cells: list[Estimate]) -> Estimate:
+    """The mean of one seed's grid. Its cells share images, so that no standard error follows from theirs."""
+    samples = tuple(sorted({count for cell in cells for count in cell.samples}))
+    return Estimate(sum(cell.value for cell in cells) / len(cells), math.nan, samples)
+
+
+def _values(results: Sequence[Result]) -> dict[tuple[str, str, str], dict[str, list[str]]]:
+    """The values of every setting among the results of one tokenizer and decoder."""
+    seen: dict[tuple[str, str, str], dict[str, list[str]]] = {}
+    for result in results:
+        values = seen.setdefault((result.group, result.tokenizer, result.decoder), {})
+        for key in SETTINGS:
+            value = result.record.get(key)
+            if value is not None and str(value) not in values.setdefault(key, []):
+                values[key].append(str(value))
+    return seen
+
+
+def _settings(result: Result, values: dict[str, list[str]]) -> tuple[tuple[str, str], ...]:
+    """The settings that vary; and the one sigma of a trained decoder, which its other results need not repeat."""
+    varying = [key for key in SETTINGS if len(values.get(key, ())) > 1 and result.record.get(key) is not None]
+    settings = [(key, str(result.record[key])) for key in varying]
+    if result.decoder != "original" and len(values.get("sigma", ())) == 1:
+        settings.append(("sigma", values["sigma"][0]))
+    return tuple(settings)
+
+
+def _rank(word: str) -> tuple[int, str]:
+    """Known words in the order of the story, the others after them by name."""
+    story = ("plain", "perturbed", "original", "post_trained", "control", "rfid", "pfid", "gfid")
+    return (story.index(word), "") if word in story else (len(story), word)

@@ -1,0 +1,194 @@
+"""Snapshots: what users load. A folder with config.yaml, model.safetensors and a model card; no trainer needed, no pickle.
+
+    snapshot/00010000/
+      config.yaml          kind, name, settings, step, provenance
+      model.safetensors    EMA weights
+      README.md            model card
+
+The same layout is uploaded to the Hugging Face Hub. A path may name the snapshot itself, or a run folder, whose newest one is taken.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from robustok.config import read_yaml
+from robustok.types import UserError
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A snapshot read from disk.
+
+    Attributes:
+        path: its folder.
+        header: config.yaml: ``kind``, ``config`` and provenance.
+        weights: name to tensor, on the CPU.
+    """
+
+    path: Path
+    header: dict[str, Any]
+    weights: dict[str, Tensor]
+
+
+def write_snapshot(path: Path, header: dict[str, Any], weights: Mapping[str, Tensor], extra: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Write a snapshot so that a reader sees all of it or nothing.
+
+    Args:
+        path: folder to make; replaced if it exists.
+        header: what config.yaml holds; ``kind`` and ``config`` at least.
+        weights: the model.
+        extra: further files by name, such as ``discriminator``, which post-training carries over.
+
+    Raises:
+        UserError: the disk is full or not writable.
+    """
+    with atomic_folder(path) as folder:
+        (folder / "config.yaml").write_text(yaml.safe_dump(header, sort_keys=False))
+        (folder / "README.md").write_text(model_card(header))
+        for name, tensors in {"model": weights, **extra}.items():
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / f"{name}.safetensors")
+
+
+def read_snapshot(path: str | Path, kind: str) -> Snapshot:
+    """Read a snapshot of the given kind.
+
+    Raises:
+        UserError: there is none, it is incomplete, damaged or of another kind.
+    """
+    folder = resolve(path)
+    header = read_yaml(folder / "config.yaml")
+    if header.get("kind") != kind:
+        raise UserError(f"{folder} is a snapshot of a {header.get('kind', 'model of unknown kind')}, expected a {kind}; give another path")
+    return Snapshot(folder, header, read_weights(folder / "model.safetensors"))
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        UserError: missing or damaged.
+    """
+    try:
+        return load_file(file)
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing; the snapshot is incomplete, copy the whole folder") from None
+    except Exception as error:  # safetensors raises its own, undocumented types
+        raise UserError(f"{file} cannot be read as safetensors ({error}); copy or train it again") from None
+
+
+def resolve(path: str | Path) -> Path:
+    """The snapshot folder that a path means: itself, or the best (where one was judged best), else the newest, of a run folder.
+
+    Raises:
+        UserError: nothing of the kind is there.
+    """
+    path = Path(path)
+    if (path / "model.safetensors").exists():
+        return path
+    found = sorted(p for p in path.glob("snapshot/[0-9b]*") if (p / "model.safetensors").exists())  # "best" sorts last
+    if not found:
+        raise UserError(f"{path} holds no snapshot; give a run folder with snapshot/STEP/, or such a folder itself")
+    return found[-1]
+
+
+def load_weights(module: nn.Module, snapshot: Snapshot) -> None:
+    """Load the weights strictly.
+
+    Raises:
+        UserError: names and shapes do not agree with the configuration.
+    """
+    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in snapshot.weights.items()}
+    problems = [f"missing {n}" for n in own.keys() - given.keys()] + [f"unexpected {n}" for n in given.keys() - own.keys()]
+    problems += [f"{n} is {given[n]}, expected {own[n]}" for n in own.keys() & given.keys() if own[n] != given[n]]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(f"{snapshot.path}: weights do not fit its config.yaml: {'; '.join(sorted(problems)[:3])}{more}")
+    module.load_state_dict(snapshot.weights)
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Sixteen hexadecimal digits of a SHA-256 over names, shapes and bytes, in the order of the names."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        sha.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        sha.update(tensor.flatten().view(torch.uint8).numpy())
+    return sha.hexdigest()[:16]
+
+
+class atomic_folder:  # noqa: N801  (used as a verb in a with statement)
+    """Context: fill a temporary folder that takes its final name only when everything in it is on disk.
+
+    Raises:
+        UserError: no space, or not writable; what was there before is untouched.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.temporary = path.with_name(f".{path.name}.tmp")
+
+    def __enter__(self) -> Path:
+        try:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+            self.temporary.mkdir(parents=True)
+        except OSError as error:
+            raise _disk_error(self.path, error) from None
+        return self.temporary
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        try:
+            if error is None:
+                for file in self.temporary.iterdir():
+                    with file.open("rb") as handle:
+                        os.fsync(handle.fileno())
+                replace_folder(self.temporary, self.path)
+        except OSError as problem:
+            error = problem
+        if error is not None:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+        # safetensors wraps the operating system's error in its own
+        if isinstance(error, OSError) or (error is not None and type(error).__name__ == "SafetensorError"):
+            raise _disk_error(self.path, error) from None
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Rename a folder, over an existing one if need be."""
+    if target.exists():
+        old = target.with_name(f".{target.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+        source.rename(target)
+        shutil.rmtree(old)
+    else:
+        source.rename(target)
+
+
+def _disk_error(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"cannot write {path}: {getattr(error, 'strerror', None) or error}; "
+        "free some space or choose another out=FOLDER and run the same command again (the last good state is kept)"
+    )
+
+
+def model_card(header: dict[str, Any]) -> str:
+    """A short README.md for a snapshot."""
+    config = header["config"]
+    facts = "\n".join(f"- {key}: {value}" for key, value in header.items() if key not in ("config", "kind"))
+    load = {"tokenizer": "load_tokenizer", "generator": "load_generator"}.get(header["kind"], "load")
+    return (
+        f"---\nlibrary_name: robustok\ntags: [image-{header['kind']}]\n---\n"
+        f"# {config.get('name')} {header['kind']}\n\nMade by robustok.\n\n{facts}\n\n"
+        f"```python\nimport robustok\nmodel = robustok.{load}(\"path/to/this/folder\")\n```\n\n"
+        f"```yaml\n{yaml.safe_dump(config, sort_keys=False)}```\n"
+    )

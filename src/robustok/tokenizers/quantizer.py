@@ -1,0 +1,115 @@
+"""Vector quantiser: nearest code, its two losses, usage statistics and the revival of dead codes (METHOD 1.4)."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from robustok.config import Config
+from robustok.tokenizers.perturbation import straight_through
+
+
+class QuantizerConfig(Config):
+    """A codebook. The defaults are the paper's."""
+
+    size: int = Field(4096, ge=2, description="number of codes (K)")
+    dim: int = Field(64, ge=1, description="width of a code (D)")
+    normalize: bool = Field(True, description="compare features and codes at unit length (l2-normalised quantiser)")
+    codebook_weight: float = Field(1.0, ge=0, description="weight of the loss that moves codes towards features")
+    commitment_weight: float = Field(0.25, ge=0, description="weight of the loss that moves features towards codes")
+    revive_every: int = Field(
+        0, ge=0, description="steps between revivals of codes that no feature chose since the last one; 0 is off, as in the paper"
+    )
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What the quantiser makes of a batch of features.
+
+    Attributes:
+        vectors: (N, L, D), codes with the straight-through gradient of the features.
+        tokens: (N, L) int64.
+        features: (N, L, D), the features as compared with the codebook (unit length if it is l2-normalised).
+        codebook_loss: mean over all elements of (code - sg(feature))^2, unweighted.
+        commitment_loss: mean over all elements of (sg(code) - feature)^2, unweighted.
+    """
+
+    vectors: Tensor
+    tokens: Tensor
+    features: Tensor
+    codebook_loss: Tensor
+    commitment_loss: Tensor
+
+
+class VectorQuantizer(nn.Module):
+    """Nearest-code quantiser; the search runs in float32 whatever the autocast dtype (bf16 flips about 1 % of the codes)."""
+
+    def __init__(self, config: QuantizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        weight = torch.empty(config.size, config.dim).uniform_(-1 / config.size, 1 / config.size)
+        self.embedding = nn.Embedding(config.size, config.dim, _weight=F.normalize(weight) if config.normalize else weight)
+
+    @property
+    def codebook(self) -> Tensor:
+        """(K, D) float32, rows of unit length if the quantiser is l2-normalised; carries gradients."""
+        weight = self.embedding.weight.float()
+        return F.normalize(weight, dim=-1) if self.config.normalize else weight
+
+    def normalize(self, features: Tensor) -> Tensor:
+        """Features (..., D) in the geometry of the codebook."""
+        features = features.float()
+        return F.normalize(features, dim=-1) if self.config.normalize else features
+
+    @torch.autocast("cuda", enabled=False)
+    @torch.autocast("cpu", enabled=False)
+    def forward(self, features: Tensor) -> Quantized:
+        """Quantise features (N, L, D)."""
+        features, codebook = self.normalize(features), self.codebook
+        tokens = nearest_code(features, codebook)  # (N, L)
+        vectors = codebook[tokens]  # (N, L, D)
+        return Quantized(
+            vectors=straight_through(features, vectors),
+            tokens=tokens,
+            features=features,
+            codebook_loss=(vectors - features.detach()).square().mean(),
+            commitment_loss=(vectors.detach() - features).square().mean(),
+        )
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Tokens (N, L) to code vectors (N, L, D)."""
+        return self.codebook[tokens]
+
+    @torch.no_grad()
+    def revive(self, dead: Tensor, features: Tensor, rng: torch.Generator) -> None:
+        """Move dead codes onto random features of this batch: a documented addition to the paper, off by default.
+
+        All processes must pass the same arguments.
+
+        Args:
+            dead: (K,) bool, codes that nothing chose of late.
+            features: (N, L, D) features of the current batch, in the geometry of the codebook.
+            rng: CPU random generator.
+        """
+        pool = features.flatten(0, -2)  # (N * L, D)
+        chosen = torch.randint(len(pool), (int(dead.sum()),), generator=rng).to(pool.device)
+        self.embedding.weight[dead] = pool[chosen].to(self.embedding.weight.dtype)
+
+
+@torch.no_grad()
+def nearest_code(features: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the nearest code, the first one on ties.
+
+    Args:
+        features: (..., D) float32.
+        codebook: (K, D) float32.
+
+    Returns:
+        (...) int64.
+    """
+    flat = features.reshape(-1, features.shape[-1])
+    squares = codebook.square().sum(1)  # (K,)
+    chunks = [torch.addmm(squares, chunk, codebook.T, alpha=-2).argmin(1) for chunk in flat.split(16384)]
+    return torch.cat(chunks).reshape(features.shape[:-1])

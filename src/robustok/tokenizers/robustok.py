@@ -1,0 +1,296 @@
+"""The paper's tokenizer: ViT encoder with learned latent tokens, vector quantiser, ViT decoder with mask tokens (METHOD 1).
+
+    images -> patches + latent tokens -> ViT -> latent tokens -> linear -> quantiser -> linear -> mask tokens + latents -> ViT -> pixels
+
+Any image size that the patch size divides works, with any number of latents.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import timm
+import torch
+from pydantic import Field, model_validator
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from robustok.config import Config
+from robustok.tokenizers.perturbation import PerturbationConfig, PerturbationDraw, perturb_latents
+from robustok.tokenizers.quantizer import QuantizerConfig, VectorQuantizer
+from robustok.types import TokenizerOutput, UserError
+
+
+class ViTConfig(Config):
+    """Size of a vision transformer; the defaults are ViT-B."""
+
+    width: int = Field(768, ge=1, description="width of the residual stream")
+    depth: int = Field(12, ge=1, description="number of blocks")
+    heads: int = Field(12, ge=1, description="attention heads; must divide width")
+    layer_scale: float | None = Field(None, description="initial LayerScale; DINOv2 backbones have it (1e-5), null is none")
+    init: Literal["timm", "local"] = Field(
+        "timm", description="timm: its usual start; local: small models learn from scratch in a tenth of the steps"
+    )
+    drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the last block, rising linearly from 0")
+    pretrained: str | None = Field(None, description="timm model to start from, such as vit_base_patch14_dinov2.lvd142m")
+    weights: Path | None = Field(None, description="local file with the pretrained weights; null downloads them through timm")
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> "ViTConfig":
+        if self.width % self.heads:
+            raise ValueError(f"heads {self.heads} do not divide width {self.width}; choose a divisor")
+        return self
+
+
+class RobusTokConfig(Config):
+    """The paper's tokenizer; the defaults are its ImageNet 256x256 model."""
+
+    name: Literal["robustok"] = "robustok"
+    image_size: int = Field(256, ge=1, description="height and width of the images in pixels")
+    patch_size: int = Field(16, ge=1, description="height and width of a patch in pixels; must divide image_size")
+    latents: int | None = Field(None, ge=1, description="latents per image; null is one per patch, which share its position")
+    encoder: ViTConfig = ViTConfig()
+    decoder: ViTConfig = ViTConfig()
+    quantizer: QuantizerConfig = QuantizerConfig()
+    teacher_width: int | None = Field(
+        None, ge=1, description="width of the semantic teacher's features where it is not the encoder's width; adds a projection"
+    )
+
+    @model_validator(mode="after")
+    def _patches_fit(self) -> "RobusTokConfig":
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}; choose a divisor of the image size"
+            )
+        return self
+
+    @property
+    def patches(self) -> int:
+        """Patches per image."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def length(self) -> int:
+        """L, latents per image."""
+        return self.latents or self.patches
+
+
+class RobusTok(nn.Module):
+    """Tokenizer of the paper. See :class:`robustok.types.DiscreteTokenizer` for the contract.
+
+    Args:
+        config: sizes.
+        pretrained: load the pretrained backbones that the configuration names. Off when weights follow from a snapshot.
+    """
+
+    kind = "discrete"
+
+    def __init__(self, config: RobusTokConfig, pretrained: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.image_size = config.image_size
+        self.latent_shape = (config.length, config.quantizer.dim)
+        self.encoder = Encoder(config, pretrained)
+        self.to_latent = nn.Linear(self.encoder.width, config.quantizer.dim)  # the paper's quant_conv, a 1x1 convolution
+        self.quantizer = VectorQuantizer(config.quantizer)
+        self.from_latent = nn.Linear(config.quantizer.dim, config.decoder.width)  # post_quant_conv
+        self.decoder = Decoder(config, pretrained)
+        own_width = config.teacher_width in (None, self.encoder.width)
+        self.from_teacher = None if own_width else nn.Linear(config.teacher_width, self.encoder.width)
+
+    @property
+    def codebook(self) -> Tensor:
+        """(K, D) in the geometry in which neighbours are meant."""
+        return self.quantizer.codebook
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W) in [-1, 1] to features (N, L, D) before the quantiser.
+
+        Raises:
+            UserError: images of another size.
+        """
+        if images.shape[1:] != (3, self.image_size, self.image_size):
+            size = self.image_size
+            raise UserError(f"got images of shape {tuple(images.shape)}, this tokenizer takes (N, 3, {size}, {size}); resize them")
+        return self.to_latent(self.encoder(images))  # (N, L, D)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W) in [-1, 1] to tokens (N, L) int64."""
+        return self.quantizer(self.features(images)).tokens
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Tokens (N, L) to code vectors (N, L, D)."""
+        return self.quantizer.embed(tokens)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Tokens (N, L) to images (N, 3, H, W), nominally in [-1, 1], not clamped.
+
+        Raises:
+            UserError: another number of tokens than the tokenizer makes.
+        """
+        if latents.ndim != 2 or latents.shape[1] != self.latent_shape[0]:
+            raise UserError(f"got latents of shape {tuple(latents.shape)}, this tokenizer decodes tokens (N, {self.latent_shape[0]})")
+        return self.decode_vectors(self.embed(latents))
+
+    def decode_vectors(self, vectors: Tensor) -> Tensor:
+        """Code vectors (N, L, D) to images (N, 3, H, W)."""
+        return self.decoder(self.from_latent(vectors))
+
+    def decoder_modules(self) -> Sequence[nn.Module]:
+        """What post-training may train."""
+        return [self.from_latent, self.decoder]
+
+    def forward(
+        self,
+        images: Tensor,
+        perturbation: PerturbationConfig | None = None,
+        draw: PerturbationDraw | None = None,
+        strength: int = 0,
+        teacher_features: Tensor | None = None,
+    ) -> TokenizerOutput:
+        """Training forward: reconstruct, with the drawn tokens perturbed after the quantiser's losses.
+
+        Args:
+            images: (N, 3, H, W) in [-1, 1].
+            perturbation: settings, or None for no perturbation.
+            draw: the random choices for these images.
+            strength: annealed delta.
+            teacher_features: (N, teacher width) of the frozen semantic teacher.
+        """
+        quantized = self.quantizer(self.features(images))
+        vectors = quantized.vectors  # (N, L, D)
+        if perturbation is not None and draw is not None:
+            codebook = self.codebook.detach()
+            vectors, _ = perturb_latents(quantized.features, quantized.tokens, codebook, draw, strength, perturbation)
+        seen = vectors if perturbation is not None and perturbation.semantic_on == "perturbed" else quantized.vectors
+        return TokenizerOutput(
+            reconstructions=self.decode_vectors(vectors),
+            tokens=quantized.tokens,
+            features=quantized.features,
+            codebook_loss=quantized.codebook_loss,
+            commitment_loss=quantized.commitment_loss,
+            semantic_latents=seen.mean(1),  # (N, D)
+            semantic_targets=None if teacher_features is None else self._project_teacher(teacher_features),
+        )
+
+    def _project_teacher(self, features: Tensor) -> Tensor:
+        # The paper projects the teacher with the tokenizer's own, trainable projection (METHOD 2).
+        return self.to_latent(features if self.from_teacher is None else self.from_teacher(features))  # (N, D)
+
+
+class Encoder(nn.Module):
+    """ViT over the class token, the patches and the learned latent tokens; keeps the latents (METHOD 1.3)."""
+
+    def __init__(self, config: RobusTokConfig, pretrained: bool) -> None:
+        super().__init__()
+        self.backbone = vision_transformer(config.encoder, config, pretrained)
+        self.width = self.backbone.embed_dim
+        self.latent_tokens = nn.Parameter(torch.randn(1, config.length, self.width) * 1e-6)
+        self.latent_positions = latent_positions(config, self.width)
+        self.level_embed = level_embedding(self.width)  # tells image tokens (0) from latent tokens (1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W) to (N, L, width)."""
+        vit = self.backbone
+        n = len(images)
+        patches = vit.patch_embed(images)  # (N, P, width)
+        x = torch.cat([vit.cls_token.expand(n, -1, -1), patches], 1) + vit.pos_embed  # (N, 1 + P, width)
+        # By default latent i stands at the place of patch i and shares its positional embedding.
+        positions = vit.pos_embed[:, 1:] if self.latent_positions is None else self.latent_positions
+        z = (self.latent_tokens + positions).expand(n, -1, -1)  # (N, L, width)
+        s = torch.cat([x + self.level_embed.weight[0], z + self.level_embed.weight[1]], 1)  # (N, 1 + P + L, width)
+        return vit.norm(vit.blocks(s))[:, x.shape[1] :]  # (N, L, width)
+
+
+class Decoder(nn.Module):
+    """ViT over mask tokens and latents; the mask tokens become patches (METHOD 1.5)."""
+
+    def __init__(self, config: RobusTokConfig, pretrained: bool) -> None:
+        super().__init__()
+        self.backbone = vision_transformer(config.decoder, config, pretrained)
+        del self.backbone.patch_embed  # no pixels enter the decoder; DDP refuses parameters that nothing uses
+        width = self.backbone.embed_dim
+        self.patch_size = config.patch_size
+        self.mask_token = nn.Parameter(torch.randn(1, 1, width) * 1e-6)
+        self.latent_positions = latent_positions(config, width)
+        self.level_embed = level_embedding(width)
+        self.to_pixels = nn.Linear(width, 3 * config.patch_size**2)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Latents (N, L, width) to images (N, 3, H, W)."""
+        vit = self.backbone
+        patches = vit.pos_embed.shape[1] - 1
+        x = torch.cat([vit.cls_token, self.mask_token.expand(-1, patches, -1)], 1) + vit.pos_embed  # (1, 1 + P, width)
+        # The class token stands before the latents a second time and is kept: so was the released model trained.
+        cls = (vit.cls_token + vit.pos_embed[:, :1]).expand(len(z), -1, -1)  # (N, 1, width)
+        positions = vit.pos_embed[:, 1:] if self.latent_positions is None else self.latent_positions
+        z = torch.cat([cls, z + positions], 1) + self.level_embed.weight[1]  # (N, 1 + L, width)
+        s = torch.cat([(x + self.level_embed.weight[0]).expand(len(z), -1, -1), z], 1)  # (N, 2 + P + L, width)
+        return unpatchify(self.to_pixels(vit.norm(vit.blocks(s))[:, 1 : 1 + patches]), self.patch_size)
+
+
+def vision_transformer(config: ViTConfig, tokenizer: RobusTokConfig, pretrained: bool) -> VisionTransformer:
+    """timm's vision transformer: class token, learned positions, no registers, no head.
+
+    Raises:
+        UserError: the pretrained model cannot be had, or has another width, depth or number of heads than configured.
+    """
+    size = dict(img_size=tokenizer.image_size, patch_size=tokenizer.patch_size, drop_path_rate=config.drop_path, num_classes=0)
+    if config.pretrained is None or not pretrained:
+        shape = dict(embed_dim=config.width, depth=config.depth, num_heads=config.heads)
+        vit = VisionTransformer(**size, **shape, init_values=config.layer_scale)
+        if config.init == "local":
+            _start_local(vit)
+        return vit
+    overlay = {"file": str(config.weights)} if config.weights else None
+    try:
+        vit = timm.create_model(config.pretrained, pretrained=True, pretrained_cfg_overlay=overlay, **size)
+    except Exception as error:  # timm and the hub raise many kinds, all of which the user can act on
+        raise UserError(
+            f"cannot load the pretrained backbone {config.pretrained}: {' '.join(str(error).split())[:200]}; "
+            "give a local file as weights=PATH, or pretrained=null to start from random weights"
+        ) from None
+    found = (vit.embed_dim, len(vit.blocks), vit.blocks[0].attn.num_heads)
+    if found != (config.width, config.depth, config.heads):
+        raise UserError(
+            f"{config.pretrained} has width, depth, heads {found}, "
+            f"configured are {(config.width, config.depth, config.heads)}; make them equal"
+        )
+    return vit
+
+
+def _start_local(vit: VisionTransformer) -> None:
+    """Let every token attend to its own place at first: a documented addition for small models without pretrained weights.
+
+    Keys start equal to queries, so that tokens of like position attend to each other, and positions start ten times larger than
+    timm's. A latent finds its patch, and a mask token its latent, without having to discover the way through uniform attention.
+    """
+    for module in vit.blocks.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+    for block in vit.blocks:
+        queries, keys, _ = block.attn.qkv.weight.data.chunk(3)
+        keys.copy_(queries)
+    nn.init.normal_(vit.pos_embed, std=0.2)
+
+
+def latent_positions(config: RobusTokConfig, width: int) -> nn.Parameter | None:
+    """Positions of the latents where they are not as many as the patches; None: they share the patches' positions."""
+    if config.length == config.patches:
+        return None
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(1, config.length, width), std=0.02))
+
+
+def level_embedding(width: int) -> nn.Embedding:
+    """Two learned vectors that mark the halves of the sequence."""
+    embedding = nn.Embedding(2, width)
+    nn.init.trunc_normal_(embedding.weight, std=(1 / width / 3) ** 0.5)
+    return embedding
+
+
+def unpatchify(x: Tensor, patch_size: int) -> Tensor:
+    """Patches (N, P, p * p * 3) in rows, channel last inside a patch, to images (N, 3, H, W)."""
+    n, patches, _ = x.shape
+    side = int(patches**0.5)
+    x = x.reshape(n, side, side, patch_size, patch_size, 3)  # (N, row, column, p, p, 3)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(n, 3, side * patch_size, side * patch_size)  # (N, 3, H, W)

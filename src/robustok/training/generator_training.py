@@ -1,0 +1,173 @@
+"""Training of a generator on a cache of tokens (METHOD 5.5)."""
+
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from robustok.config import plain
+from robustok.generators import GENERATORS, GeneratorConfig, Sampling
+from robustok.generators.rar import RARConfig, draw_orders, drop_labels, random_share
+from robustok.latents import LatentCache, training_latents
+from robustok.snapshots import write_snapshot
+from robustok.training.loop import (
+    Meter,
+    RunFolder,
+    Stopped,
+    TrainingConfig,
+    any_process,
+    autocast,
+    average_copy,
+    check_finite,
+    learning_rate,
+    seed_step,
+    set_learning_rate,
+    start_accelerator,
+    step_rng,
+    termination,
+    track,
+    update_average,
+)
+from robustok.types import GeneratorOutput, UserError
+
+# Weight decay leaves alone what is no weight matrix: METHOD 5.5 lists the released names.
+UNDECAYED = ("ln", "bias", "latent_tokens", "mask_token", "embedding", "norm", "gamma", "embed")
+
+
+class GeneratorTrainingRun(TrainingConfig):
+    """Everything about the training of a generator; the defaults are the paper's RAR-B."""
+
+    steps: int = Field(250_000, ge=1, description="number of training steps")
+    batch_size: int = Field(2048, ge=1, description="token sequences in the global batch, all processes together")
+    learning_rate: float = Field(4e-4, gt=0, description="peak learning rate")
+    min_learning_rate: float = Field(1e-5, ge=0, description="learning rate at the last step of the cosine")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up from 0 (the paper: 62,500)")
+    weight_decay: float = Field(0.03, ge=0, description="AdamW weight decay of the weight matrices")
+    betas: tuple[float, float] = Field((0.9, 0.96), description="AdamW betas")
+    clip_norm: float = Field(1.0, ge=0, description="clip the gradient norm to this; 0 is off")
+    ema_decay: float = Field(0.0, ge=0, lt=1, description="decay of the averaged weights; 0, as in the paper, keeps the last")
+    latents: Path = Field(description="cache of tokens, made by `robustok encode`")
+    generator: GeneratorConfig = RARConfig()
+    random_until: float = Field(0.5, ge=0, le=1, description="share of the steps in which every sequence has a random order")
+    raster_from: float = Field(0.75, ge=0, le=1, description="share of the steps after which every sequence is in raster order")
+    sampling: Sampling = Field(Sampling(), description="sampling settings stored with the generator; `generate` uses them")
+
+
+def train_generator(run: GeneratorTrainingRun) -> Path:
+    """Train a generator; resume if the run folder holds a state.
+
+    Returns:
+        The folder of the last snapshot.
+
+    Raises:
+        UserError: latents, configuration or run folder are not usable; the loss stops being finite.
+    """
+    accelerator = start_accelerator(run.batch_size)
+    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    rows = slice(rank * run.batch_size // world, (rank + 1) * run.batch_size // world)  # of the global batch
+
+    cache = LatentCache(run.latents)
+    if cache.manifest.kind != "discrete":
+        raise UserError(f"{run.latents} holds continuous latents, generator {run.generator.name} models tokens; encode with a discrete tokenizer")
+    folder = RunFolder(run, accelerator.is_main_process)
+
+    seed_step(run.seed, step=0, rank=0)  # the same initial weights in every process
+    family, length = GENERATORS[run.generator.name][0], cache.manifest.latent_shape[0]
+    bare = family(run.generator, cache.manifest.codebook_size, length, cache.manifest.classes).to(device)
+    average = average_copy(bare)
+    optimizer = torch.optim.AdamW(parameter_groups(bare, run.weight_decay), lr=run.learning_rate, betas=run.betas, fused=True)
+    generator, optimizer = accelerator.prepare(bare, optimizer)
+    meter, first = Meter(), 0
+    if (found := folder.load_state()) is not None:
+        first, state = found
+        bare.load_state_dict(state["generator"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        meter.load_state(state["meter"])
+
+    records = training_latents(cache, run.batch_size, run.seed, first, run.steps - first, rank, world)
+    with termination() as terminated:
+        for step in track(range(first, run.steps), f"train-generator {folder.path.name}", accelerator.is_main_process):
+            batch = next(records)
+            seed_step(run.seed, step, rank)
+            set_learning_rate(optimizer, learning_rate(run, step))
+            generator.train()
+
+            # Orders and dropped labels are drawn for the global batch; every process takes its rows.
+            rng = step_rng(run.seed, step, "order")
+            share = random_share(step, int(run.random_until * run.steps), int(run.raster_from * run.steps))
+            orders = draw_orders(run.batch_size, length, share, rng)[rows].to(device)  # (N, L)
+            labels = _dropped(run, batch.labels, rows, bare.null_label, rng).to(device)  # (N,)
+            with autocast(device, run.precision):
+                output = generator(batch.latents.to(device), labels, orders)
+            terms, statistics = cross_entropy(output), {"lr": learning_rate(run, step), "accuracy": accuracy(output)}
+
+            total = sum(terms.values())
+            check_finite(total, terms, step, folder.path)
+            optimizer.zero_grad(set_to_none=True)
+            accelerator.backward(total)
+            if run.clip_norm:
+                statistics["gradient_norm"] = accelerator.clip_grad_norm_(generator.parameters(), run.clip_norm)
+            optimizer.step()
+            update_average(average, bare, run.ema_decay)
+
+            done = step + 1
+            meter.add({**terms, "total": total, "random_order": share, **statistics})
+            if done % run.log_every == 0 or done == run.steps:
+                folder.log(done, meter.means(accelerator))
+            if done == run.steps or (run.snapshot_every and done % run.snapshot_every == 0):
+                if accelerator.is_main_process:
+                    _write_snapshot(folder, run, done, average, cache)
+                accelerator.wait_for_everyone()
+            stop = any_process(accelerator, bool(terminated))
+            if done % run.state_every == 0 or done == run.steps or stop:
+                state = {"generator": bare.state_dict(), "average": average.state_dict()}
+                folder.save_state(done, state | {"optimizer": optimizer.state_dict(), "meter": meter.state()})
+            if stop and done < run.steps:
+                raise Stopped(done)
+    return folder.path / "snapshot" / f"{run.steps:08d}"
+
+
+def cross_entropy(output: GeneratorOutput) -> dict[str, Tensor]:
+    """Mean cross-entropy over all predicted tokens, in nats."""
+    logits = output.prediction.float().flatten(0, 1)  # (N * L, K)
+    return {"cross_entropy": nn.functional.cross_entropy(logits, output.targets.flatten())}
+
+
+def accuracy(output: GeneratorOutput) -> Tensor:
+    """Share of tokens whose most likely prediction is right."""
+    return (output.prediction.detach().argmax(-1) == output.targets).float().mean()
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Weight matrices with decay, everything else without (METHOD 5.5)."""
+    decayed, others = [], []
+    for name, parameter in model.named_parameters():
+        plain_weight = parameter.ndim >= 2 and not any(part in name for part in UNDECAYED)
+        (decayed if plain_weight else others).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def _dropped(run: GeneratorTrainingRun, labels: Tensor, rows: slice, null_label: int, rng: torch.Generator) -> Tensor:
+    """Drop labels for guidance, with draws for the global batch."""
+    everyone = torch.zeros(run.batch_size, dtype=torch.long)
+    dropped = drop_labels(everyone, run.generator.label_dropout, 1, rng).bool()[rows]  # (N,)
+    return labels.masked_fill(dropped, null_label)
+
+
+def _write_snapshot(folder: RunFolder, run: GeneratorTrainingRun, step: int, average: nn.Module, cache: LatentCache) -> None:
+    """Averaged weights for users, with what sampling needs to know."""
+    manifest = cache.manifest
+    header = {
+        "kind": "generator",
+        "config": plain(average.config),
+        "codebook_size": manifest.codebook_size,
+        "latent_shape": list(manifest.latent_shape),
+        "classes": manifest.classes,
+        "latent_space": manifest.tokenizer,
+        "sampling": plain(run.sampling),
+        "step": step,
+        "trained_on": f"{manifest.count} sequences, data {manifest.data}",
+    }
+    write_snapshot(folder.path / "snapshot" / f"{step:08d}", header, average.state_dict(), {})

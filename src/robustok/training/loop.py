@@ -1,0 +1,340 @@
+"""What the three trainings do alike, as functions: settings, run folder, schedule, EMA, state for resume, log.
+
+Same command again = resume. Randomness is a function of (seed, step), drawn for the global batch, so that neither an interruption
+nor the number of processes changes a run: nothing random is saved because nothing random outlives a step.
+"""
+
+import copy
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from pydantic import Field, model_validator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from robustok.config import Config, differences, plain, read_yaml, save
+from robustok.images import to_pixels
+from robustok.snapshots import atomic_folder, read_weights
+from robustok.types import UserError
+
+console = Console(stderr=True)
+
+
+class TrainingConfig(Config):
+    """Settings that the three trainings share. Time is in steps."""
+
+    out: Path = Field(description="run folder; an existing one of the same configuration is resumed")
+    seed: int = Field(0, ge=0, description="seed of everything random in this run")
+    steps: int = Field(ge=1, description="number of training steps")
+    batch_size: int = Field(ge=1, description="images in the global batch, all processes together")
+    learning_rate: float = Field(gt=0, description="peak learning rate")
+    min_learning_rate: float = Field(0.0, ge=0, description="learning rate at the last step of the cosine")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up from 0")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas")
+    clip_norm: float = Field(0.0, ge=0, description="clip the gradient norm to this; 0 is off")
+    ema_decay: float = Field(0.9999, ge=0, lt=1, description="decay of the averaged weights, which snapshots hold; 0 keeps the last")
+    precision: Literal["auto", "bf16", "float32"] = Field(
+        "auto", description="autocast dtype; auto is bf16 where the hardware multiplies it fast, else float32"
+    )
+    workers: int = Field(0, ge=0, description="data loader processes for each training process; 0 reads in the process itself")
+    log_every: int = Field(50, ge=1, description="steps between lines of log.jsonl")
+    state_every: int = Field(1000, ge=1, description="steps between states for resume; the two newest are kept")
+    snapshot_every: int = Field(0, ge=0, description="steps between snapshots; 0 writes one, at the end")
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> "TrainingConfig":
+        if self.warmup_steps >= self.steps and self.warmup_steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} does not leave any of the {self.steps} steps; lower it")
+        return self
+
+
+def start_accelerator(batch_size: int = 0) -> Accelerator:
+    """The accelerator of this process: one device, or its share of `torchrun` / `accelerate launch`.
+
+    Raises:
+        UserError: the global batch does not divide among the processes.
+    """
+    accelerator = Accelerator()
+    if batch_size % accelerator.num_processes:
+        raise UserError(f"batch_size {batch_size} does not divide among {accelerator.num_processes} processes; choose a multiple")
+    return accelerator
+
+
+def autocast(device: torch.device, precision: str) -> Any:
+    """Context that multiplies in bf16 where asked for, and where ``auto`` finds hardware for it."""
+    if precision == "auto":
+        precision = "bf16" if has_fast_bf16(device) else "float32"
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether bf16 products run in hardware: recent GPUs, and CPUs with AMX or AVX512-BF16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return False
+
+
+def step_rng(seed: int, step: int, purpose: str) -> torch.Generator:
+    """CPU random generator of one purpose at one step, the same in every process."""
+    key = hashlib.sha256(f"{seed}/{step}/{purpose}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed torch's global generator, which dropout and stochastic depth draw from."""
+    torch.manual_seed(step_rng(seed, step, f"global/{rank}").initial_seed())
+
+
+def learning_rate(run: TrainingConfig, step: int, peak: float | None = None) -> float:
+    """Linear warm-up, then half a cosine from the peak to ``min_learning_rate`` at the last step. Steps count from 0."""
+    peak = run.learning_rate if peak is None else peak
+    if step < run.warmup_steps:
+        return peak * (step + 1) / (run.warmup_steps + 1)
+    low = min(run.min_learning_rate, peak)
+    progress = (step - run.warmup_steps) / max(1, run.steps - run.warmup_steps)
+    return low + (peak - low) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Set it in every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = value
+
+
+def average_copy(model: nn.Module) -> nn.Module:
+    """The model whose weights will be the exponential moving average: starts equal, eval mode, no gradients."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """average = decay * average + (1 - decay) * model for trainable parameters; everything else is copied."""
+    pairs = list(zip(average.parameters(), model.parameters(), strict=True))
+    trained = [(a, p) for a, p in pairs if p.requires_grad]
+    if trained:
+        torch._foreach_lerp_([a for a, _ in trained], [p.detach() for _, p in trained], 1 - decay)
+    for a, b in zip(average.buffers(), model.buffers(), strict=True):
+        a.copy_(b)
+
+
+def check_finite(loss: Tensor, terms: Mapping[str, Tensor], step: int, out: Path) -> None:
+    """Stop before a broken loss reaches the weights.
+
+    Raises:
+        UserError: names the step and the terms that are not finite.
+    """
+    if not torch.isfinite(loss):
+        broken = [f"{name} = {float(value)}" for name, value in terms.items() if not math.isfinite(float(value))]
+        raise UserError(
+            f"the loss is not finite at step {step} ({', '.join(broken) or float(loss)}); the last good state in {out / 'state'} "
+            "is kept: lower learning_rate, set clip_norm, or precision=float32, in a new run folder"
+        )
+
+
+class Meter:
+    """Means of scalars over the steps since the last line of the log; part of the state."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, values: Mapping[str, Tensor | float]) -> None:
+        """Add one step's values."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def means(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means over steps and processes; forgets them."""
+        names = sorted(self.sums)
+        values = torch.tensor([self.sums[n] / self.counts[n] for n in names], dtype=torch.float64)
+        if names and accelerator.num_processes > 1:
+            values = accelerator.reduce(values.to(accelerator.device, torch.float32), "mean")
+        self.sums, self.counts = {}, {}
+        return dict(zip(names, values.tolist(), strict=True))
+
+    def state(self) -> dict[str, dict[str, float]]:
+        """Everything that resume needs."""
+        return {"sums": dict(self.sums), "counts": dict(self.counts)}
+
+    def load_state(self, state: dict[str, dict[str, Any]]) -> None:
+        """Undo :meth:`state`."""
+        self.sums, self.counts = state["sums"], state["counts"]
+
+
+class RunFolder:
+    """A run folder: config.yaml, log.jsonl, state/ for resume, snapshot/ for users.
+
+    Args:
+        run: configuration; written to the folder, or compared with the one that is there.
+        main: whether this process writes.
+
+    Raises:
+        UserError: the folder holds a run of another configuration (the keys that differ are named).
+    """
+
+    def __init__(self, run: Config, main: bool = True) -> None:
+        self.path, self.main = Path(run.out), main
+        self.started = time.monotonic()
+        file = self.path / "config.yaml"
+        if file.exists():
+            found = differences(read_yaml(file) | {"out": None}, plain(run) | {"out": None})  # a folder may be moved
+            if found:
+                raise UserError(f"{self.path} holds a run of another configuration: {'; '.join(found[:5])}; choose another out=FOLDER")
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise UserError(f"{self.path} is not empty and holds no run (no config.yaml); choose another out=FOLDER")
+        elif main:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                temporary = file.with_suffix(".tmp")
+                save(run, temporary)
+                temporary.replace(file)
+            except OSError as error:
+                raise UserError(f"cannot write the run folder {self.path}: {error.strerror}; choose another out=FOLDER") from None
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one line to log.jsonl."""
+        if self.main:
+            append_line(self.path / "log.jsonl", {"step": step, **values, "seconds": round(time.monotonic() - self.started, 2)})
+
+    def save_state(self, step: int, state: dict[str, Any]) -> None:
+        """Write the state for resume, whole or not at all; the two newest are kept."""
+        if not self.main:
+            return
+        tensors: dict[str, Tensor] = {}
+        skeleton = _pack(state, "", tensors)
+        with atomic_folder(self.path / "state" / f"{step:08d}") as folder:
+            save_file(tensors, folder / "state.safetensors")
+            (folder / "state.json").write_text(json.dumps({"step": step, "state": skeleton}))
+        for old in sorted((self.path / "state").glob("[0-9]*"))[:-2]:
+            shutil.rmtree(old)
+
+    def load_state(self) -> tuple[int, dict[str, Any]] | None:
+        """The newest state that reads well, as (step, state); None at the start of a run. Later log lines are dropped."""
+        for folder in sorted((self.path / "state").glob("[0-9]*"), reverse=True):
+            try:
+                content = json.loads((folder / "state.json").read_text())
+                state = _unpack(content["state"], read_weights(folder / "state.safetensors"))
+            except (OSError, ValueError, KeyError, UserError) as error:
+                console.print(f"[yellow]skipping the state {folder}, which cannot be read: {error}[/]")
+                continue
+            self._truncate_log(content["step"])
+            return content["step"], state
+        self._truncate_log(0)
+        return None
+
+    def _truncate_log(self, step: int) -> None:
+        file = self.path / "log.jsonl"
+        if not (self.main and file.exists()):
+            return
+        kept = []
+        for line in file.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError):
+                continue  # half a line, written when the process was killed
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.replace(file)
+
+
+def append_line(file: Path, record: Mapping[str, Any]) -> None:
+    """Append one JSON object as a line."""
+    try:
+        with file.open("a") as handle:
+            handle.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror}; free some space and run the same command again") from None
+
+
+def _pack(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """Move the tensors of a tree of dicts, lists and scalars into ``tensors``; return the rest, ready for JSON."""
+    if isinstance(tree, Tensor):
+        # a clone: safetensors refuses tensors that share memory, as tied or sliced weights do
+        tensors[name] = tree.detach().cpu().contiguous().clone()
+        return {"__tensor__": name}
+    if isinstance(tree, Mapping):
+        return {"__dict__": [[key, _pack(value, f"{name}/{key}", tensors)] for key, value in tree.items()]}
+    if isinstance(tree, list | tuple):
+        return [_pack(value, f"{name}/{i}", tensors) for i, value in enumerate(tree)]
+    return tree
+
+
+def _unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(tree, list):
+        return [_unpack(value, tensors) for value in tree]
+    if isinstance(tree, dict) and "__tensor__" in tree:
+        return tensors[tree["__tensor__"]]
+    if isinstance(tree, dict) and "__dict__" in tree:
+        return {key: _unpack(value, tensors) for key, value in tree["__dict__"]}
+    return tree
+
+
+def save_picture(path: Path, images: Tensor) -> None:
+    """Write a sheet of images (rows, columns, 3, H, W) in [-1, 1] as PNG, every pixel as it is."""
+    rows, columns, _, height, width = images.shape
+    pixels = to_pixels(images.flatten(0, 1)).view(rows, columns, 3, height, width)
+    sheet = pixels.permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, 3)  # (rows * H, columns * W, 3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(sheet.cpu().numpy()).save(path)
+
+
+class Stopped(SystemExit):
+    """Raised after SIGTERM, once the state is saved: a clean exit, the same command goes on."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(0)
+        console.print(f"stopped by SIGTERM after step {step}; the state is saved, run the same command to go on")
+
+
+@contextmanager
+def termination() -> Iterator[list[bool]]:
+    """Note SIGTERM instead of dying from it: yields a list that is non-empty once the signal has come."""
+    received: list[bool] = []
+    try:
+        previous = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
+    except ValueError:  # not the main thread, as in some notebooks
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether the flag is set in any process, so that all of them stop at the same step."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum") > 0)
+
+
+def track(steps: range, description: str, show: bool = True) -> Iterator[int]:
+    """Go through the steps with a progress bar and the time left on stderr."""
+    if not show or os.environ.get("ROBUSTOK_PROGRESS") == "0":
+        yield from steps
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(f"{description:<28}", total=steps.stop, completed=steps.start)
+        for step in steps:
+            yield step
+            progress.advance(task)

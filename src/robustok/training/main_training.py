@@ -1,0 +1,225 @@
+"""Main training of a tokenizer, with latent perturbation (METHOD 3 and 4)."""
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from robustok.config import plain
+from robustok.discriminators import DiscriminatorConfig, PatchConfig
+from robustok.images import Augmentation, Data, open_images, training_batches
+from robustok.losses import AdversarialConfig, ReconstructionConfig, contrastive_loss
+from robustok.metrics.codebook import codebook_perplexity, codebook_usage
+from robustok.semantics import Teacher, TeacherConfig
+from robustok.snapshots import write_snapshot
+from robustok.tokenizers import TOKENIZERS, TokenizerConfig, encoder_digest
+from robustok.tokenizers.perturbation import PerturbationConfig, draw_perturbation
+from robustok.training.loop import (
+    Meter,
+    RunFolder,
+    Stopped,
+    TrainingConfig,
+    any_process,
+    autocast,
+    average_copy,
+    check_finite,
+    learning_rate,
+    save_picture,
+    seed_step,
+    set_learning_rate,
+    start_accelerator,
+    step_rng,
+    termination,
+    track,
+    update_average,
+)
+from robustok.training.objective import Adversary, ReconstructionTerms, last_layer
+
+
+class MainTrainingRun(TrainingConfig):
+    """Everything about the main training of a tokenizer; the defaults are the paper's ImageNet run, in steps."""
+
+    steps: int = Field(250_200, ge=1, description="number of training steps")
+    batch_size: int = Field(1024, ge=1, description="images in the global batch, all processes together")
+    learning_rate: float = Field(2.4e-4, gt=0, description="peak learning rate")
+    min_learning_rate: float = Field(5e-5, ge=0, description="learning rate at the last step of the cosine")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up from 0")
+    data: Data = Field(description="training images")
+    augmentation: Augmentation = Augmentation()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    perturbation: PerturbationConfig = PerturbationConfig()
+    reconstruction: ReconstructionConfig = ReconstructionConfig()
+    adversarial: AdversarialConfig = AdversarialConfig()
+    discriminator: DiscriminatorConfig = PatchConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    picture_every: int = Field(0, ge=0, description="steps between pictures of reconstructions in samples/; 0 is none")
+
+    @model_validator(mode="after")
+    def _perturbation_fits(self) -> "MainTrainingRun":
+        size, strength = self.tokenizer.quantizer.size, self.perturbation.strength
+        most = size - (not self.perturbation.include_self)
+        if self.perturbation.active and strength > most:
+            raise ValueError(
+                f"perturbation.strength {strength} asks for more neighbours than a codebook of {size} codes has ({most}); lower it"
+            )
+        return self
+
+
+def main_train(run: MainTrainingRun) -> Path:
+    """Train a tokenizer; resume if the run folder holds a state.
+
+    Returns:
+        The folder of the last snapshot.
+
+    Raises:
+        UserError: data, configuration or run folder are not usable; the loss stops being finite.
+    """
+    accelerator = start_accelerator(run.batch_size)
+    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    rows = slice(rank * run.batch_size // world, (rank + 1) * run.batch_size // world)  # of the global batch
+
+    data = open_images(run.data, run.tokenizer.image_size, split="train", augment=run.augmentation)
+    reconstruction_terms = ReconstructionTerms(run.reconstruction, device)
+    teacher = Teacher(run.teacher, run.tokenizer.image_size, run.tokenizer.patch_size).to(device) if run.teacher.name != "none" else None
+    folder = RunFolder(run, accelerator.is_main_process)
+
+    seed_step(run.seed, step=0, rank=0)  # the same initial weights in every process
+    bare = _build(run, teacher).to(device)
+    average = average_copy(bare)
+    optimizer = torch.optim.AdamW(
+        bare.parameters(), lr=run.learning_rate, betas=run.betas, weight_decay=run.weight_decay, fused=True
+    )
+    tokenizer, optimizer = accelerator.prepare(bare, optimizer)
+    adversary = Adversary(run, run.adversarial, run.discriminator, accelerator) if run.adversarial.weight else None
+    meter, layer, p, quantizer = Meter(), last_layer(bare), run.perturbation, run.tokenizer.quantizer
+    hits = torch.zeros(quantizer.size, dtype=torch.long, device=device)  # of every code since the last line of the log
+    recent = torch.zeros_like(hits)  # since the last revival
+
+    first = 0
+    if (found := folder.load_state()) is not None:
+        first, state = found
+        bare.load_state_dict(state["tokenizer"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        if adversary is not None:
+            adversary.load_state(state["adversary"])
+        meter.load_state(state["meter"])
+        hits.copy_(state["hits"])
+        recent.copy_(state["recent"])
+
+    batches = training_batches(
+        data, run.batch_size, run.seed, first, run.steps - first, rank, world, run.workers
+    )
+    with termination() as terminated:
+        for step in track(range(first, run.steps), f"main-train {folder.path.name}", accelerator.is_main_process):
+            images = next(batches).images.to(device)  # (N, 3, H, W)
+            seed_step(run.seed, step, rank)
+            set_learning_rate(optimizer, learning_rate(run, step))
+            tokenizer.train()
+
+            # 1. Reconstruct, with the drawn tokens perturbed.
+            rate, strength = p.at(step)
+            draw = None
+            if p.active:
+                rng = step_rng(run.seed, step, "perturb")
+                draw = draw_perturbation(
+                    run.batch_size, run.tokenizer.length, rate, p.proportion, rng, p.selection, p.image_selection
+                )
+                draw = draw.rows(rows.start, rows.stop).to(device)
+            with autocast(device, run.precision):
+                output = tokenizer(images, p, draw, strength, teacher(images) if teacher is not None else None)
+                terms = reconstruction_terms(images, output.reconstructions)
+            reconstruction_loss = sum(terms.values())
+            terms["codebook"] = quantizer.codebook_weight * output.codebook_loss
+            terms["commitment"] = quantizer.commitment_weight * output.commitment_loss
+            if teacher is not None:
+                terms["semantic"] = run.teacher.weight * contrastive_loss(output.semantic_targets, output.semantic_latents)
+            statistics: dict[str, Tensor | float] = {"lr": learning_rate(run, step)}
+            if adversary is not None and adversary.started(step):
+                terms["adversarial"], statistics["adaptive_weight"] = adversary.term(
+                    output.reconstructions, reconstruction_loss, layer, step
+                )
+
+            # 2. One step of the tokenizer: what is trained is the sum of what is logged.
+            total = sum(terms.values())
+            check_finite(total, terms, step, folder.path)
+            optimizer.zero_grad(set_to_none=True)
+            accelerator.backward(total)
+            if run.clip_norm:
+                statistics["gradient_norm"] = accelerator.clip_grad_norm_(tokenizer.parameters(), run.clip_norm)
+            optimizer.step()
+            update_average(average, bare, run.ema_decay)
+
+            # 3. One step of the discriminator, on the same reconstructions.
+            if adversary is not None and adversary.started(step):
+                statistics |= adversary.step(images, output.reconstructions, step, folder.path)
+
+            # 4. Codes in use; log, picture, snapshot, state.
+            done = step + 1
+            counts = torch.bincount(output.tokens.flatten(), minlength=quantizer.size)  # (K,)
+            hits += counts
+            recent += counts
+            if quantizer.revive_every and done % quantizer.revive_every == 0 and done < run.steps:
+                dead = accelerator.reduce(recent.float(), "sum") == 0  # (K,)
+                features = accelerator.gather(output.features.detach())  # (batch, L, D)
+                _revive(bare, average, dead, features, step_rng(run.seed, step, "revive"))
+                recent.zero_()
+            meter.add({**terms, "total": total, **statistics})
+            if done % run.log_every == 0 or done == run.steps:
+                used = accelerator.reduce(hits.float(), "sum")
+                usage = {"codebook_usage": codebook_usage(used), "codebook_perplexity": codebook_perplexity(used)}
+                folder.log(done, meter.means(accelerator) | usage)
+                hits.zero_()
+            if run.picture_every and done % run.picture_every == 0 and accelerator.is_main_process:
+                _picture(folder.path / "samples" / f"{done:08d}.png", images[:8], average)
+            if done == run.steps or (run.snapshot_every and done % run.snapshot_every == 0):
+                if accelerator.is_main_process:
+                    _write_snapshot(folder, run, done, average, adversary, data.describe())
+                accelerator.wait_for_everyone()
+            stop = any_process(accelerator, bool(terminated))
+            if done % run.state_every == 0 or done == run.steps or stop:
+                state = {"tokenizer": bare.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
+                state |= {"adversary": adversary.state() if adversary is not None else None, "meter": meter.state()}
+                folder.save_state(done, state | {"hits": hits, "recent": recent})
+            if stop and done < run.steps:
+                raise Stopped(done)
+    return folder.path / "snapshot" / f"{run.steps:08d}"
+
+
+def _build(run: MainTrainingRun, teacher: Teacher | None) -> nn.Module:
+    """The tokenizer, with a projection of the teacher where its width is another."""
+    config = run.tokenizer
+    if teacher is not None and teacher.width != config.encoder.width:
+        config = config.model_copy(update={"teacher_width": teacher.width})
+    return TOKENIZERS[config.name][0](config, pretrained=True)
+
+
+def _revive(bare: nn.Module, average: nn.Module, dead: Tensor, features: Tensor, rng: torch.Generator) -> None:
+    """Move unused codes onto features, in the average too: it would otherwise drift there for long."""
+    bare.quantizer.revive(dead, features, rng)
+    average.quantizer.embedding.weight[dead] = bare.quantizer.embedding.weight[dead].detach()
+
+
+@torch.no_grad()
+def _picture(path: Path, images: Tensor, average: nn.Module) -> None:
+    """Images above their reconstructions."""
+    save_picture(path, torch.stack([images, average.decode(average.encode(images))]))  # (2, n, 3, H, W)
+
+
+def _write_snapshot(
+    folder: RunFolder, run: MainTrainingRun, step: int, average: nn.Module, adversary: Adversary | None, data: str
+) -> None:
+    """EMA weights for users; the discriminator goes along for post-training."""
+    header = {
+        "kind": "tokenizer",
+        "config": plain(average.config),
+        "step": step,
+        "trained_on": data,
+        "latent_space": encoder_digest(average),
+    }
+    extra = {} if adversary is None else {"discriminator": adversary.network.state_dict()}
+    if adversary is not None:
+        header["discriminator"] = plain(run.discriminator)
+    write_snapshot(folder.path / "snapshot" / f"{step:08d}", header, average.state_dict(), extra)

@@ -1,0 +1,156 @@
+"""The objective that main training and post-training share: reconstruction terms, and the adversary with its own step.
+
+The paper trains both with the same losses (METHOD 4 and 6.3); what differs is which latents are decoded and what may learn.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from robustok.classifier import load_classifier
+from robustok.discriminators import DISCRIMINATORS, DiscriminatorConfig, augment, augmentation_draw
+from robustok.losses import (
+    AdversarialConfig,
+    LeCam,
+    LPIPSLoss,
+    ReconstructionConfig,
+    adaptive_weight,
+    generator_loss,
+    hinge_loss,
+    lecam_loss,
+    perceptual_loss,
+    pixel_loss,
+)
+from robustok.training.loop import TrainingConfig, autocast, check_finite, learning_rate, set_learning_rate, step_rng
+from robustok.types import UserError
+
+
+class ReconstructionTerms:
+    """Pixel and perceptual terms between images and reconstructions, weighted.
+
+    Raises:
+        UserError: the perceptual network's weights are missing.
+    """
+
+    def __init__(self, config: ReconstructionConfig, device: torch.device) -> None:
+        self.config = config
+        self.perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
+        if config.perceptual == "lpips" and config.perceptual_weight:
+            self.perceptual = LPIPSLoss(config.perceptual_weights).to(device)
+        elif config.perceptual == "classifier" and config.perceptual_weight:
+            if config.perceptual_weights is None:
+                raise UserError("reconstruction.perceptual=classifier needs reconstruction.perceptual_weights, a saved classifier's folder")
+            classifier = load_classifier(Path(config.perceptual_weights)).to(device).eval().requires_grad_(False)
+            self.perceptual = lambda a, b: perceptual_loss(classifier.feature_maps, a, b)
+
+    def __call__(self, images: Tensor, reconstructions: Tensor) -> dict[str, Tensor]:
+        """Terms for images and reconstructions (N, 3, H, W)."""
+        terms = {"pixel": self.config.pixel_weight * pixel_loss(self.config.pixel, images, reconstructions)}
+        if self.perceptual is not None:
+            terms["perceptual"] = self.config.perceptual_weight * self.perceptual(images, reconstructions)
+        return terms
+
+
+class Adversary:
+    """A discriminator, its optimiser and its LeCam averages: one term for the decoder, then one step of its own.
+
+    Args:
+        run: seed, batch size, schedule and precision.
+        config: weights and learning rate.
+        discriminator: which network.
+        accelerator: devices and processes.
+        weights: file to carry a trained discriminator over from; None starts afresh.
+    """
+
+    def __init__(
+        self,
+        run: TrainingConfig,
+        config: AdversarialConfig,
+        discriminator: DiscriminatorConfig,
+        accelerator: Accelerator,
+        weights: Path | None = None,
+    ) -> None:
+        self.run, self.config, self.settings, self.accelerator = run, config, discriminator, accelerator
+        network = DISCRIMINATORS[discriminator.name][0](discriminator)
+        if weights is not None:
+            try:
+                network.load_state_dict(load_file(weights))
+            except Exception as error:  # safetensors' own errors, or torch's long list of keys
+                reason = str(error).splitlines()[0]
+                raise UserError(f"{weights} does not fit the configured discriminator ({reason}); set discriminator.*, or start afresh") from None
+        optimizer = torch.optim.AdamW(
+            network.parameters(), lr=config.learning_rate, betas=run.betas, weight_decay=config.weight_decay, fused=True
+        )
+        self.prepared, self.optimizer = accelerator.prepare(network, optimizer)
+        self.network = accelerator.unwrap_model(self.prepared)
+        self.lecam = LeCam()
+        world, rank = accelerator.num_processes, accelerator.process_index
+        self.rows = slice(rank * run.batch_size // world, (rank + 1) * run.batch_size // world)
+
+    def started(self, step: int) -> bool:
+        """Nothing of the adversary runs before its start step."""
+        return step >= self.config.start
+
+    def term(self, reconstructions: Tensor, reconstruction_loss: Tensor, layer: nn.Parameter, step: int) -> tuple[Tensor, Tensor]:
+        """The decoder's adversarial term, weighted, and its adaptive weight.
+
+        Args:
+            reconstructions: (N, 3, H, W) with gradients.
+            reconstruction_loss: pixel plus perceptual terms, for the adaptive weight.
+            layer: weight of the decoder's last layer.
+            step: training step, decides the augmentation.
+        """
+        # The bare network: its weights take no gradient here, so there is nothing for DDP to average.
+        self.network.requires_grad_(False)
+        with autocast(reconstructions.device, self.run.precision):
+            loss = generator_loss(self.network(self._augmented(reconstructions, step, "fake")))
+        self.network.requires_grad_(True)
+        weight = torch.ones((), device=loss.device)
+        if self.config.adaptive:
+            gradients = [torch.autograd.grad(part, layer, retain_graph=True)[0] for part in (reconstruction_loss, loss)]
+            averaged = self.accelerator.reduce(torch.stack([g.float() for g in gradients]), "mean")
+            weight = adaptive_weight(*averaged, self.config.max_adaptive)
+        return self.config.weight * weight * loss, weight
+
+    def step(self, images: Tensor, reconstructions: Tensor, step: int, out: Path) -> dict[str, Tensor]:
+        """One step of the discriminator on images and the same reconstructions; returns what to log."""
+        set_learning_rate(self.optimizer, learning_rate(self.run, step, self.config.learning_rate))
+        with autocast(images.device, self.run.precision):
+            both = [self._augmented(images, step, "real"), self._augmented(reconstructions.detach(), step, "fake")]
+            real, fake = self.prepared(torch.cat(both)).float().chunk(2)  # (N, places) each
+        means = self.accelerator.reduce(torch.stack([real.detach().mean(), fake.detach().mean()]), "mean")
+        self.lecam.update(*means.tolist(), self.config.lecam_decay)
+        terms = {"d_hinge": hinge_loss(real, fake), "d_lecam": self.config.lecam_weight * lecam_loss(real, fake, self.lecam)}
+        total = sum(terms.values())
+        check_finite(total, terms, step, out)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.accelerator.backward(total)
+        self.optimizer.step()
+        return {**terms, "d_real": means[0], "d_fake": means[1]}
+
+    def _augmented(self, images: Tensor, step: int, side: str) -> Tensor:
+        if not self.settings.augment:
+            return images.float()
+        draw = augmentation_draw(self.run.batch_size, step_rng(self.run.seed, step, f"augment/{side}"))  # (7, batch, 1, 1)
+        return augment(images, draw[:, self.rows])
+
+    def state(self) -> dict[str, Any]:
+        """Everything that resume needs."""
+        lecam = {"real": self.lecam.real, "fake": self.lecam.fake}
+        return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "lecam": lecam}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Undo :meth:`state`."""
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lecam = LeCam(**state["lecam"])
+
+
+def last_layer(tokenizer: nn.Module) -> nn.Parameter:
+    """Weight of the decoder's last layer, where the adaptive weight compares gradients."""
+    return [p for p in tokenizer.decoder_modules()[-1].parameters() if p.ndim >= 2][-1]

@@ -1,0 +1,191 @@
+"""The nouns every room of the house shares: two protocols, a few result records and the one user error.
+
+Letters used in all docstrings: N images, C H W image, L latents per image, D latent width, K codebook size, F features.
+
+Images inside the library are float32 in [-1, 1]; at the borders (disk, metrics) they are uint8 ``pixels``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from robustok.generators.sampling import Sampling
+
+
+class UserError(Exception):
+    """Something the user can fix. The command line prints it as one line and exits with code 2.
+
+    The message says what was found, what is accepted and what to do.
+    """
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Images to latents and back.
+
+    Attributes:
+        image_size: height and width of the square images it takes and makes, in pixels.
+        latent_shape: (L, D), latents per image and their width.
+        kind: "discrete" (latents are tokens (N, L) int64) or "continuous" (latents are (N, L, D) float32).
+    """
+
+    image_size: int
+    latent_shape: tuple[int, int]
+    kind: Literal["discrete", "continuous"]
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W) float32 in [-1, 1] to latents: tokens (N, L) int64, or (N, L, D) float32."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents to images (N, 3, H, W) float32, nominally in [-1, 1] and not clamped."""
+        ...
+
+    def decoder_modules(self) -> Sequence[nn.Module]:
+        """The modules that turn latents into images: what post-training may train."""
+        ...
+
+
+@runtime_checkable
+class DiscreteTokenizer(Tokenizer, Protocol):
+    """A tokenizer with a codebook.
+
+    Attributes:
+        codebook: (K, D), in the geometry in which neighbours are meant (unit rows for an l2-normalised quantiser).
+    """
+
+    codebook: Tensor
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Tokens (N, L) int64 to code vectors (N, L, D) float32, as the decoder receives them."""
+        ...
+
+
+@dataclass(frozen=True)
+class TokenizerOutput:
+    """What a discrete tokenizer's training forward returns.
+
+    Attributes:
+        reconstructions: (N, 3, H, W), not clamped.
+        tokens: (N, L) int64, before perturbation.
+        features: (N, L, D), the encoder's features in the geometry of the codebook.
+        codebook_loss: scalar, unweighted.
+        commitment_loss: scalar, unweighted.
+        semantic_latents: (N, D), mean over the latents that the semantic loss sees.
+        semantic_targets: (N, D), the teacher's features projected to latent width; None without a teacher.
+    """
+
+    reconstructions: Tensor
+    tokens: Tensor
+    features: Tensor
+    codebook_loss: Tensor
+    commitment_loss: Tensor
+    semantic_latents: Tensor
+    semantic_targets: Tensor | None
+
+
+@dataclass(frozen=True)
+class GeneratorOutput:
+    """What a generator's training forward returns.
+
+    Attributes:
+        prediction: logits (N, L, K) for token generators; a field of the latents' shape for diffusion.
+        targets: tokens (N, L) int64 in the order in which they were predicted; or the diffusion target.
+    """
+
+    prediction: Tensor
+    targets: Tensor
+
+
+@runtime_checkable
+class Generator(Protocol):
+    """A class-conditional model of latents."""
+
+    def generate(
+        self,
+        labels: Tensor,
+        sampling: "Sampling",
+        rng: torch.Generator | Sequence[torch.Generator],
+        reference: Tensor | None = None,
+        preservation: float | None = None,
+    ) -> Tensor:
+        """Sample latents, or the mixture of samples and real latents that post-training learns from (METHOD 6.1).
+
+        Args:
+            labels: classes (N,) int64.
+            sampling: guidance, temperature, top_k, top_p.
+            rng: one random generator for each image (a sequence of N), or a single one that seeds each image in turn.
+            reference: latents (N, L) of real images, needed with ``preservation``.
+            preservation: sigma in [0, 1], the share of the reference that is kept. 1 returns the reference,
+                0 (or None) is a free sample.
+
+        Returns:
+            Latents: tokens (N, L) int64 for token generators.
+        """
+        ...
+
+
+@runtime_checkable
+class FeatureExtractor(Protocol):
+    """Pixels to the feature space in which a distance is measured.
+
+    Attributes:
+        name: names the space in every result, for example ``classifier-64-3f9a12bc`` (with a digest of the weights).
+        dim: F.
+    """
+
+    name: str
+    dim: int
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Pixels (N, 3, H, W) uint8 to features (N, F) float32."""
+        ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images with their labels and their place in the data set.
+
+    Attributes:
+        images: (N, 3, H, W) float32 in [-1, 1].
+        labels: (N,) int64.
+        indices: (N,) int64, position in the data set (stable across runs).
+    """
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One number with its protocol: one line of metrics.jsonl.
+
+    Attributes:
+        metric: name of the metric, for example ``gfid``.
+        value: the number.
+        standard_error: standard error of ``value`` over independent sets or seeds; None where there was one only.
+        samples: number of samples behind the value.
+        seed: seed of the run that made it.
+        extractor: name of the feature space with a digest of its weights; None for pixel metrics.
+        reference: what it was compared with: name, split, crop, count and digest in one string.
+        details: further facts, written beside the others: tokenizer, decoder, rate, strength, sigma, versions.
+    """
+
+    metric: str
+    value: float
+    standard_error: float | None
+    samples: int
+    seed: int
+    extractor: str | None
+    reference: str | None
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def line(self) -> dict[str, Any]:
+        """A flat dictionary for one JSON line."""
+        record = asdict(self)
+        return record | record.pop("details")

@@ -1,0 +1,57 @@
+import numpy as np
+import pytest
+import torch
+
+from robustok.metrics import kernel_distance
+from robustok.metrics.kernel import _row_sums
+from robustok.types import UserError
+
+
+def normal(n, f, seed):
+    return torch.randn(n, f, generator=torch.Generator().manual_seed(seed))
+
+
+def brute_force(x, y):
+    def kernel(a, b):
+        return (float(a.double() @ b.double()) / len(a) + 1) ** 3
+
+    within_x = np.mean([kernel(a, b) for i, a in enumerate(x) for j, b in enumerate(x) if i != j])
+    within_y = np.mean([kernel(a, b) for i, a in enumerate(y) for j, b in enumerate(y) if i != j])
+    return within_x + within_y - 2 * np.mean([kernel(a, b) for a in x for b in y])
+
+
+def test_value_and_error_against_brute_force():
+    x, y = normal(7, 4, 0) + 0.5, normal(9, 4, 1)
+    estimate = kernel_distance(x, y)
+    assert estimate.value == pytest.approx(brute_force(x, y), rel=1e-9)
+    variance = 0.0
+    for n, without in (
+        (7, [brute_force(torch.cat([x[:i], x[i + 1 :]]), y) for i in range(7)]),
+        (9, [brute_force(x, torch.cat([y[:i], y[i + 1 :]])) for i in range(9)]),
+    ):
+        variance += (n - 1) * np.var(without)
+    assert estimate.standard_error == pytest.approx(variance**0.5, rel=1e-9)
+
+
+def test_unbiased_at_every_size_and_its_error_is_the_spread():
+    """Mean over fresh sets of one law is zero; between two laws it is the same for small sets and large ones."""
+    same = [kernel_distance(normal(10, 3, 2 * s), normal(12, 3, 2 * s + 1)).value for s in range(400)]
+    assert abs(np.mean(same)) < 3 * np.std(same) / 20
+    small = [kernel_distance(normal(20, 3, 2 * s) + 1, normal(20, 3, 2 * s + 1)) for s in range(400)]
+    values = [estimate.value for estimate in small]
+    large = kernel_distance(normal(4000, 3, 10_000) + 1, normal(4000, 3, 10_001))
+    assert abs(np.mean(values) - large.value) < 3 * np.hypot(np.std(values) / 20, large.standard_error)
+    spread = np.sqrt(np.mean([estimate.standard_error**2 for estimate in small]))
+    assert 0.85 * np.std(values) < spread < 1.5 * np.std(values)
+
+
+def test_blocks_of_rows_do_not_matter():
+    x, y = normal(23, 5, 0), normal(11, 5, 1)
+    assert torch.allclose(_row_sums(x, y, rows=4), _row_sums(x, y))
+
+
+def test_sets_that_cannot_be_compared():
+    with pytest.raises(UserError, match="at least 3"):
+        kernel_distance(normal(2, 4, 0), normal(9, 4, 1))
+    with pytest.raises(UserError, match="expected"):
+        kernel_distance(normal(9, 3, 0), normal(9, 4, 1))
