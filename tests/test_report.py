@@ -8,12 +8,12 @@ import pytest
 from PIL import Image
 
 from robustok.report import ReportRun, collect, render, report, write_report
-from robustok.report.collect import Estimate, difference, headline, over_seeds, without_digest
-from robustok.report.plot import amplified_difference, sprite, tile
+from robustok.report.plot import amplified_difference, curve_keys, sprite, tile
+from robustok.report.table import Estimate, difference, headline, over_seeds, partners, without_digest
 from robustok.types import UserError
 
 EVIL = "<script>alert(1)</script>"
-DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
+DASH, MINUS, SIGMA = "\N{EN DASH}", "\N{MINUS SIGN}", "\N{GREEK SMALL LETTER SIGMA}"
 VOID = {"meta", "img", "br", "input", "link", "hr"}
 
 
@@ -40,6 +40,7 @@ class Page(HTMLParser):
         assert self.stack.pop() == tag
 
     def handle_data(self, data):
+        data = data.replace("\xa0", " ")
         if not {"script", "style"} & set(self.stack):
             self.text += data
             if {"td", "th"} & set(self.stack):
@@ -86,7 +87,7 @@ def story(seed=0, after=6.0, control=7.0, error=0.2):
 def summary(folder, lines):
     write_lines(folder / "metrics.jsonl", lines)
     text = render(collect(folder))
-    return Page(text[text.index("<header>") : text.index("</header>") + len("</header>")]).text.replace("\xa0", " ")
+    return Page(text[text.index("<header>") : text.index("</header>") + len("</header>")]).text
 
 
 def pictures(folder, size=16, count=12, **more):
@@ -111,7 +112,9 @@ def pictures(folder, size=16, count=12, **more):
 @pytest.fixture
 def demo(tmp_path):
     folder = tmp_path / EVIL.replace("/", "|")  # a folder's name reaches the page too
-    write_lines(folder / "metrics.jsonl", [*story(), line("psnr", math.nan, tokenizer=EVIL, versions={EVIL: "1"})])
+    write_lines(
+        folder / "metrics.jsonl", [*story(), line("psnr", math.nan, tokenizer="VQ" + EVIL, versions={EVIL: "1"})]
+    )
     stage = folder / "seed-0" / "tokenizer-plain"
     write_lines(stage / "log.jsonl", [{"step": i, "pixel": 1 / (i + 1), EVIL: 2.0, "note": EVIL} for i in range(30)])
     with (stage / "log.jsonl").open("a") as file:
@@ -158,11 +161,18 @@ def test_table_shows_the_measured_numbers(demo):
     page = Page(text)
     shown = {float(attributes["value"]) for tag, attributes in page.tags if tag == "data"}
     assert {2.7, 9.5, 2.5, 7.5, 6.0, 7.0, 20.0, 40.0, 10.0} <= shown
-    head = page.row("Tokenizer and decoder")
-    assert [name.split()[0] for name in head[1:4]] == ["rFD", "pFD", "gFD"]  # classifier features: never called FID
-    assert page.row("Plain tokenizer")[1:4] == ["2.700 ± 0.200n = 100", "30.00n = 100", "9.500 ± 0.200n = 100"]
-    assert page.row("Perturbed tokenizerpost-trained")[1:4] == [DASH, DASH, "6.000 ± 0.200n = 100"]
-    assert page.row(EVIL.capitalize())[1:] == [DASH] * 4  # NaN and missing values alike
+    head = page.row("Tokenizer")
+    assert [name.split()[0] for name in head[1:5]] == ["Decoder", "rFD", "pFD", "gFD"]  # on a classifier: never FID
+    original = ["2.700 ± 0.200n = 100", "30.00n = 100", "9.500 ± 0.200n = 100"]
+    assert page.row("Plain")[1:5] == ["original", *original]
+    # The three decoders of the perturbed tokenizer stand together, beside its name.
+    first = page.rows.index(page.row("Perturbed"))
+    assert [len(row) for row in page.rows[first : first + 3]] == [6, 5, 5]
+    assert page.rows[first][1] == "original"
+    assert page.rows[first + 1][:4] == [f"post-trained{SIGMA} = 0.9", DASH, DASH, "6.000 ± 0.200n = 100"]
+    assert page.rows[first + 2][0].startswith("control")
+    assert ("th", {"scope": "rowgroup", "rowspan": "3"}) in page.tags
+    assert page.row("VQ" + EVIL)[2:] == [DASH] * 4  # NaN and missing values alike
     assert page.row("0.9")[1:] == ["20.00", "40.00"]
 
 
@@ -232,7 +242,7 @@ def test_seeds_are_averaged_and_compared_in_pairs(tmp_path):
     assert f"(11.00 to 9.800, {MINUS}11 %, {1.2 / spread:.1f} standard errors over 3 seeds)" in text
     page = Page(render(collect(tmp_path)))
     error = np.std(list(base.values()), ddof=1) / math.sqrt(3)
-    assert page.row("Perturbed tokenizer")[1] == f"11.00 ± {error:.2f}3 seeds, n = 100"
+    assert page.row("Perturbed")[2] == f"11.00 ± {error:.2f}3 seeds, n = 100"
     assert [row[1] for row in page.rows if row[0].startswith("seed ")][:3] == ["5.000", "8.000", "20.00"]
 
 
@@ -243,6 +253,134 @@ def test_estimates():
     assert math.isnan(over_seeds({}).value)
     one = difference({0: Estimate(5.0, 0.3)}, {0: Estimate(4.0, 0.4)})
     assert (one.value, one.standard_error) == pytest.approx((1.0, 0.5))
+
+
+def paired_lines(effect=-0.3, error=0.05, **more):
+    """Decoders whose own errors hide what the same four sets of latents show, as ``evaluate`` writes them."""
+    facts = {"tokenizer": "perturbed", "sets": 4}
+    return [
+        line("gfid", 7.5, decoder="original", standard_error=0.4, **facts),
+        line("gfid", 7.5 + effect, decoder="post_trained", sigma=0.9, standard_error=0.4, **facts),
+        line("gfid", 7.4, decoder="control", sigma=1.0, standard_error=0.4, **facts),
+        *(
+            line("gfid_difference", value, decoder=one, versus=other, **facts | {"standard_error": error} | more)
+            for one, other, value in (
+                ("post_trained", "original", effect),
+                ("control", "original", -0.1),
+                ("control", "post_trained", -0.1 - effect),
+            )
+        ),
+    ]
+
+
+def test_summary_takes_differences_on_the_same_latents(tmp_path):
+    text = summary(tmp_path, paired_lines()).replace(MINUS, "-")
+    assert "lowered gFD (7.500 to 7.200, -4.0 %, 6.0 standard errors, paired over 4 sets of latents)" in text
+    # The line says control - post-trained; the sentence is about post-trained - control.
+    assert "lower than that of the control" in text
+    assert "(7.400 to 7.200, -2.7 %, 4.0 standard errors, paired over 4 sets of latents)" in text
+    text = summary(tmp_path, paired_lines(effect=0.3)).replace(MINUS, "-")
+    assert "raised gFD (7.500 to 7.800, +4.0 %, 6.0 standard errors, paired" in text
+    assert "higher than that of the control" in text
+    assert "did not change gFD (7.500 to 7.200, -4.0 %, 1.5 standard errors" in summary(
+        tmp_path, paired_lines(error=0.2)
+    ).replace(MINUS, "-")
+
+
+@pytest.mark.parametrize("change", [{"standard_error": None}, {"reference": "other"}, {"sigma": 0.5}])
+def test_a_difference_that_is_not_that_of_the_two_rows_is_not_taken(tmp_path, change):
+    text = summary(tmp_path, paired_lines(**change))
+    assert "0.5 standard errors)" in text
+    assert "paired over" not in text
+
+
+def test_a_sweep_finds_its_own_differences(tmp_path):
+    facts = {"tokenizer": "plain", "standard_error": 0.4, "sets": 4}
+    lines = [line("gfid", 9.0, decoder="original", **facts), line("gfid", 8.5, decoder="control", sigma=1.0, **facts)]
+    for sigma, value in ((0.5, 8.8), (0.9, 8.2)):
+        lines.append(line("gfid", value, decoder="post_trained", sigma=sigma, **facts))
+        facts_of_pair = {
+            "decoder": "post_trained",
+            "versus": "original",
+            "sigma": sigma,
+            **facts,
+            "standard_error": 0.1,
+        }
+        lines.append(line("gfid_difference", value - 9.0, **facts_of_pair))
+    # To which of the two decoders this was compared is not said: better not to use it than to guess.
+    lines.append(line("gfid_difference", 0.3, decoder="control", versus="post_trained", sigma=1.0, **facts))
+    text = summary(tmp_path, lines).replace(MINUS, "-")
+    assert "(9.000 to 8.800, -2.2 %, 2.0 standard errors, paired over 4 sets of latents)" in text
+    assert "(9.000 to 8.200, -8.9 %, 8.0 standard errors, paired over 4 sets of latents)" in text
+    assert "(8.500 to 8.200, -3.5 %, 0.5 standard errors)" in text
+
+
+def test_a_partner_has_the_same_guidance_rather_than_the_same_sigma(tmp_path):
+    settings = [("post_trained", 1, 0.9), ("post_trained", 2, 0.9), ("control", 1, 0.9), ("control", 2, 1.0)]
+    lines = [line("gfid", 5.0, decoder=name, guidance_scale=scale, sigma=sigma) for name, scale, sigma in settings]
+    write_lines(tmp_path / "metrics.jsonl", lines)
+    table = headline(collect(tmp_path).results)
+    row = next(row for row in table.rows if row.decoder == "post_trained" and ("guidance_scale", "2") in row.settings)
+    found = partners(table, row, "control", table.columns[0])
+    assert [other.settings for other in found] == [(("sigma", "1.0"), ("guidance_scale", "2"))]
+
+
+def test_differences_have_a_table_of_their_own(tmp_path):
+    write_lines(tmp_path / "metrics.jsonl", paired_lines())
+    page = Page(render(collect(tmp_path)))
+    first = page.rows.index(next(row for row in page.rows if row[:2] == ["Tokenizer", "Decoders"]))
+    minus = f"{MINUS} original{SIGMA} = "
+    assert page.rows[first + 1][1:] == [
+        f"post-trained {minus}0.9",
+        f"{MINUS}0.3000 ± 0.05006.0 standard errors, n = 100 in 4 sets",
+    ]
+    assert page.rows[first + 2][0] == f"control {minus}1.0"
+    assert "difference" not in "".join(page.row("Tokenizer"))  # no column of the distances themselves
+
+
+def test_seeds_with_differences_are_averaged(tmp_path):
+    lines = [item | {"seed": seed} for seed in range(3) for item in paired_lines(effect=-0.3 - 0.1 * seed)]
+    text = summary(tmp_path, lines).replace(MINUS, "-")
+    error = 0.1 / math.sqrt(3)
+    assert f"(7.500 to 7.100, -5.3 %, {0.4 / error:.1f} standard errors over 3 seeds)" in text
+
+
+def test_latents_have_their_table_and_paragraph(tmp_path):
+    lines = [
+        *paired_lines(),
+        line("codebook_usage", 0.9, tokenizer="perturbed", samples=449, extractor=None),
+        line("codebook_perplexity", 66.0, tokenizer="perturbed", samples=449, extractor=None),
+        line("generated_usage", 0.6, tokenizer="perturbed", samples=2000),
+        line("token_divergence", 0.02, tokenizer="perturbed", samples=2000),
+        line("latent_distance", 3.5, tokenizer="perturbed", samples=2000),
+        line("psnr", 20.0, tokenizer="perturbed", extractor=None),
+        line("kid", 0.004, tokenizer="perturbed"),
+        line("pfid_mean", 12.0, tokenizer="perturbed", grid="relative"),
+        line("pfid_geometric_mean", 11.0, tokenizer="perturbed", grid="relative"),
+    ]
+    text = summary(tmp_path, lines)
+    assert (
+        "generated images use 60.0 % of the codes (2,000 images), real ones 90.0 % (449 images); token frequencies "
+        "are 0.0200 bits apart; mean latents are a Fréchet distance of 3.500 apart." in text
+    )
+    page = Page(render(collect(tmp_path)))
+    heads = [[name.strip(" ↓↑") for name in row[2:]] for row in page.rows if row[:1] == ["Tokenizer"]]
+    assert heads[0] == ["pFD", "pFD (geometric mean)", "gFD", "KD", "PSNR (dB)"]
+    codes, perplexity = ["Codes used by real images", "Codes used by generated images"], "Codebook perplexity"
+    assert heads[-1] == [codes[0], perplexity, codes[1], "Token divergence (bits)", "Latent distance"]
+    assert "Generated latents" not in summary(tmp_path, paired_lines())
+
+
+def test_held_out_values_are_a_curve_of_their_own(tmp_path):
+    log = [{"step": step, "total": 1.0, "seconds": 1.0} for step in range(1, 9)]
+    log += [{"step": step, "held_out": 9.0 - step, "seconds": 2.0} for step in (0, 4, 8)]
+    write_lines(tmp_path / "log.jsonl", log)
+    found = collect(tmp_path).runs[0].log
+    assert [item["step"] for item in found if "held_out" in item] == [0, 4, 8]
+    assert [item["step"] for item in found if "total" in item] == list(range(1, 9))  # steps 4 and 8 have both
+    assert curve_keys([found]) == ["held_out", "total"]
+    text = render(collect(tmp_path))
+    assert 'alt="held-out Fréchet distance against training step, ending at 1.000"' in text
 
 
 def test_top_level_metrics_win_and_repeated_lines_count_once(tmp_path):

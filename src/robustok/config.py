@@ -1,13 +1,15 @@
 """Configuration: defaults in pydantic models, then a YAML file, then words such as ``tokenizer.width=192``.
 
-Every model lives beside the code it configures and inherits from :class:`Config`, which forbids unknown keys. A variant is a
-union discriminated by its ``name``. The merged result, written by :func:`save`, is all that is needed to repeat a run.
+Every model lives beside the code it configures and inherits from :class:`Config`, which forbids unknown keys. A
+variant is a union discriminated by its ``name``. The merged result, written by :func:`save`, repeats a run.
 """
 
 import difflib
+import json
 import types
 import typing
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,12 +33,12 @@ def load(model: type[C], file: str | Path | None = None, words: Sequence[str] = 
 
     Args:
         model: the configuration class.
-        file: YAML file with what differs from the defaults; a recipe's name such as ``digits/tokenizer.yaml`` works too.
+        file: YAML file with what differs from the defaults, or the name of a recipe such as ``digits/tokenizer.yaml``.
         words: ``dotted.key=value`` strings; values are read as YAML (``seeds=[0,1]``, ``steps=200``).
 
     Raises:
-        UserError: the file is missing or no mapping; a word has no ``=``; a key is unknown (the nearest known one is named);
-            a value has the wrong type or range.
+        UserError: the file is missing or no mapping; a word has no ``=``; a key is unknown (the nearest known one is
+            named); a value has the wrong type or range.
     """
     settings = read_yaml(recipe(file)) if file is not None else {}
     for word in words:
@@ -58,7 +60,7 @@ def validate(model: type[C], settings: dict[str, Any], source: str = "the settin
         UserError: names the key, what was found and what is accepted.
     """
     try:
-        return model.model_validate(settings)
+        return model.model_validate(_tagged(model, settings))
     except ValidationError as error:
         raise UserError(_explain(model, error, source)) from None
 
@@ -85,6 +87,58 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     return found
 
 
+@dataclass(frozen=True)
+class Setting:
+    """One key that a user can set, for help texts.
+
+    Attributes:
+        key: dotted key.
+        default: default value as one would write it; None where there is none and the key has to be given.
+        description: what it means, with its unit.
+        variants: names of the variants that have this key with this default; empty where all have it.
+    """
+
+    key: str
+    default: str | None
+    description: str
+    variants: tuple[str, ...] = ()
+
+
+def list_settings(model: type[Config], defaults: Config | None = None, prefix: str = "") -> list[Setting]:
+    """All dotted keys of a configuration class in order, the variants of a union side by side.
+
+    Args:
+        model: the configuration class.
+        defaults: an instance whose values are the defaults; None takes those of the class.
+        prefix: of all keys, with its dot.
+    """
+    found = []
+    for name, info in model.model_fields.items():
+        required = defaults is None and info.is_required()
+        default = None if required else info.get_default() if defaults is None else getattr(defaults, name)
+        variants, key = _models(info.annotation), prefix + name
+        if not variants or (default is None and not required):  # an optional group is off until one of its keys is set
+            found.append(Setting(key, None if required else _text(default), info.description or ""))
+        if len(variants) > 1:
+            names = sorted(_tags(info.annotation))
+            about = ": ".join(filter(None, (info.description, f"one of {', '.join(names)}")))
+            found.append(Setting(f"{key}.name", getattr(default, "name", None), about))
+        merged: dict[tuple[str, str | None, str], list[str]] = {}
+        for variant in variants:
+            own = default if isinstance(default, variant) else None
+            for s in list_settings(variant, own, f"{key}."):
+                if len(variants) == 1 or s.key != f"{key}.name":
+                    merged.setdefault((s.key, s.default, s.description), []).append(_tag(variant))
+        for (inner, text, about), tags in merged.items():
+            found.append(Setting(inner, text, about, () if len(tags) == len(variants) else tuple(tags)))
+    return found
+
+
+def _text(value: Any) -> str:
+    """A value as one would write it after ``key=``."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping.
 
@@ -106,7 +160,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def recipe(name: str | Path) -> Path:
-    """The path itself where it exists, else the recipe of that name shipped with robustok (``digits/tokenizer.yaml``)."""
+    """The path itself where it exists, else the recipe of that name that comes with robustok."""
     path = Path(name)
     if path.exists():
         return path
@@ -129,6 +183,20 @@ def _set(settings: dict[str, Any], keys: list[str], value: Any) -> None:
     settings[last] = value
 
 
+def _tagged(model: type[Config], settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings in which a union whose variant is not named has the default one, if there is a default."""
+    filled = dict(settings)
+    for key, info in model.model_fields.items():
+        variants = _models(info.annotation)
+        if not variants or not isinstance(filled.get(key), dict):
+            continue
+        default = getattr(info.default, "name", None) if len(variants) > 1 else None
+        inner = ({"name": default} if default else {}) | filled[key]
+        chosen = next((v for v in variants if len(variants) == 1 or _tag(v) == inner.get("name")), None)
+        filled[key] = _tagged(chosen, inner) if chosen else inner
+    return filled
+
+
 def _explain(model: type[Config], error: ValidationError, source: str) -> str:
     """One line for the first error, with the nearest known key where the key is unknown."""
     errors = error.errors()
@@ -137,12 +205,19 @@ def _explain(model: type[Config], error: ValidationError, source: str) -> str:
     # A discriminated union puts the variant's name into the location; it is not a key that the user wrote.
     location = [str(part) for part in first["loc"]]
     key = ".".join(part for i, part in enumerate(location) if i == 0 or not _is_variant(model, location[:i], part))
+    owners = sorted({variant for s in list_settings(model) if s.key == key for variant in s.variants})
+    if first["type"] == "extra_forbidden" and owners:
+        group = key.rpartition(".")[0]
+        return f"{source}: {key!r} belongs to another variant; set {group}.name={' or '.join(owners)}, or drop it"
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
         near = near or [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]][:1]
         near = near or difflib.get_close_matches(key.rpartition(".")[2], [k.rpartition(".")[2] for k in known], n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(k for k in known if '.' not in k)}"
         return f"{source}: unknown key {key!r}; {hint}"
+    if first["type"] == "union_tag_not_found":
+        names = sorted({tag for annotation in _annotations(model, location) for tag in _tags(annotation[1])})
+        return f"{source}: '{key}.name' is missing; one of {', '.join(names)}"
     if first["type"] == "missing":
         return f"{source}: {key!r} is missing; {known.get(key) or 'it has no default'}"
     message = first["msg"].removeprefix("Value error, ")
@@ -175,7 +250,12 @@ def _models(annotation: Any) -> list[type[Config]]:
 
 
 def _tags(annotation: Any) -> set[str]:
-    return {m.model_fields["name"].default for m in _models(annotation) if "name" in m.model_fields}
+    return {_tag(m) for m in _models(annotation) if "name" in m.model_fields}
+
+
+def _tag(model: type[Config]) -> str:
+    """The ``name`` that chooses this variant of a union; empty for a class that is no variant."""
+    return model.model_fields["name"].default if "name" in model.model_fields else ""
 
 
 def _keys(model: type[Config], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -58,8 +58,8 @@ def augment(images: Tensor, draw: Tensor) -> Tensor:
         (N, 3, H, W).
     """
     images = images.float()
-    down, right, brightness, saturation, contrast, top, left = draw.to(images.device)  # each (N, 1, 1)
-    images = _translate(images, down, right)
+    vertical, horizontal, brightness, saturation, contrast, top, left = draw.to(images.device)  # each (N, 1, 1)
+    images = _translate(images, vertical, horizontal)
     images = images + (brightness - 0.5)[..., None]
     mean = images.mean(1, keepdim=True)  # (N, 1, H, W)
     images = (images - mean) * (2 * saturation)[..., None] + mean
@@ -68,14 +68,14 @@ def augment(images: Tensor, draw: Tensor) -> Tensor:
     return _cut_out(images, top, left)
 
 
-def _translate(images: Tensor, down: Tensor, right: Tensor) -> Tensor:
-    """Shift by whole pixels, up to an eighth of the image each way, zeros moving in."""
+def _translate(images: Tensor, vertical: Tensor, horizontal: Tensor) -> Tensor:
+    """Shift by whole pixels, up to an eighth of the image each way, zeros moving in; large draws move up and to the left."""
     n, _, h, w = images.shape
     reach_h, reach_w = round(h / 8), round(w / 8)
-    shift_h = (down * (2 * reach_h + 1)).long() - reach_h  # (N, 1, 1)
-    shift_w = (right * (2 * reach_w + 1)).long() - reach_w
-    rows = torch.arange(h, device=images.device)[None, :, None] - shift_h  # (N, H, 1)
-    columns = torch.arange(w, device=images.device)[None, None, :] - shift_w  # (N, 1, W)
+    shift_h = (vertical * (2 * reach_h + 1)).long() - reach_h  # (N, 1, 1)
+    shift_w = (horizontal * (2 * reach_w + 1)).long() - reach_w
+    rows = torch.arange(h, device=images.device)[None, :, None] + shift_h  # (N, H, 1)
+    columns = torch.arange(w, device=images.device)[None, None, :] + shift_w  # (N, 1, W)
     rows = rows.clamp(-1, h) + 1  # a border of zeros one pixel wide catches what lies outside
     columns = columns.clamp(-1, w) + 1
     padded = F.pad(images, (1, 1, 1, 1))  # (N, 3, H + 2, W + 2)

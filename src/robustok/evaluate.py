@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from robustok.config import Config
+from robustok.config import Config, read_yaml
 from robustok.images import Data, ImageDataset, batches_in_order, open_images, to_pixels
 from robustok.latents import LatentCache, check_cache
 from robustok.metrics.codebook import codebook_perplexity, codebook_usage, count_tokens
@@ -32,6 +32,7 @@ from robustok.metrics.gap import latent_gap
 from robustok.metrics.kernel import kernel_distance
 from robustok.metrics.perturbed import PerturbedGrid, RelativeGrid, perturbed_cells, summarise
 from robustok.metrics.pixels import psnr, ssim
+from robustok.snapshots import resolve
 from robustok.tokenizers import encoder_digest, load_tokenizer
 from robustok.tokenizers.perturbation import nearest_codes
 from robustok.training.loop import append_line, start_accelerator
@@ -174,7 +175,7 @@ class Judge:
                 check_cache(cache, encoder_digest(tokenizer))
             images, reference, factor = self._reference(tokenizer.image_size, "train")
             count = sum(len(cache) for cache in sets)
-            facts = {"decoder": name, "sets": len(sets)} | _sampling_facts(sets)
+            facts = {"decoder": name, "sets": len(sets)} | _post_training_facts(run.decoders[name]) | _sampling_facts(sets)
             note = lambda metric, estimate, facts=facts, images=images, count=count, **more: self._measurement(  # noqa: E731
                 run, metric, estimate, count, images.describe(), **facts, **more
             )
@@ -194,6 +195,7 @@ class Judge:
                 # The same latents decoded twice: the difference has far less noise than either value.
                 change = mean_and_standard_error([a - b for a, b in zip(values[name], values[other], strict=True)])
                 facts = {"decoder": name, "versus": other, "sets": len(sets)} | _sampling_facts(sets)
+                facts |= _post_training_facts(run.decoders[name])
                 found.append(self._measurement(run, "gfid_difference", change, count, images.describe(), **facts))
         return found
 
@@ -264,6 +266,12 @@ class Judge:
 
 def _all(cache: LatentCache) -> Tensor:
     return cache.read(slice(None)).latents
+
+
+def _post_training_facts(path: Path) -> dict[str, Any]:
+    """sigma and steps of a post-trained decoder; nothing for one that only main training made."""
+    found = read_yaml(resolve(path) / "config.yaml").get("post_trained") or {}
+    return {key: found[key] for key in ("sigma", "mode", "steps") if key in found}
 
 
 def _sampling_facts(sets: list[LatentCache]) -> dict[str, Any]:

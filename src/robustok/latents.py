@@ -9,6 +9,7 @@ import errno
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -341,8 +342,10 @@ def _write(file: Path, content: bytes) -> None:
             os.fsync(stream.fileno())
         os.replace(temporary, file)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        remedy = "free some space and run the same command again" if error.errno == errno.ENOSPC else "check the folder"
+        with suppress(OSError):
+            temporary.unlink()
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "free some space and run the same command again" if full else "check the folder"
         raise UserError(
             f"cannot write {file}: {error.strerror}; {remedy}; the shards written so far are valid"
         ) from None

@@ -83,9 +83,10 @@ class LPIPSLoss(nn.Module):
         except ImportError:
             raise UserError("perceptual: lpips needs the lpips package; pip install 'robustok[lpips]', or choose classifier or none") from None
         try:
+            state = None if weights is None else torch.load(weights, map_location="cpu", weights_only=True)
             self.network = lpips.LPIPS(net="vgg", pnet_rand=weights is not None, verbose=False)
-            if weights is not None:
-                self._load(torch.load(weights, map_location="cpu", weights_only=True))
+            if state is not None:
+                self._load(state)
         except Exception as error:  # download errors are of many kinds
             raise UserError(
                 f"LPIPS needs VGG-16 weights: {' '.join(str(error).split())[:160]}; give torchvision's vgg16-397923af.pth "
@@ -95,7 +96,7 @@ class LPIPSLoss(nn.Module):
 
     def _load(self, state: dict[str, Tensor]) -> None:
         """Put torchvision's ``features.N.*`` into the slices that the lpips package cuts them into."""
-        slices = {name.split(".", 2)[2]: name for name in self.network.net.state_dict()}  # slice1.0.weight -> 0.weight
+        slices = {name.split(".", 1)[1]: name for name in self.network.net.state_dict()}  # slice1.0.weight -> 0.weight
         self.network.net.load_state_dict({full: state[f"features.{short}"] for short, full in slices.items()})
 
     def forward(self, images: Tensor, reconstructions: Tensor) -> Tensor:

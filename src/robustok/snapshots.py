@@ -69,6 +69,8 @@ def read_snapshot(path: str | Path, kind: str) -> Snapshot:
     header = read_yaml(folder / "config.yaml")
     if header.get("kind") != kind:
         raise UserError(f"{folder} is a snapshot of a {header.get('kind', 'model of unknown kind')}, expected a {kind}; give another path")
+    if not isinstance(header.get("config"), dict):
+        raise UserError(f"{folder}/config.yaml lacks the settings of the {kind} under 'config'; copy or train it again")
     return Snapshot(folder, header, read_weights(folder / "model.safetensors"))
 
 

@@ -14,7 +14,6 @@ import numpy as np
 
 from robustok.types import UserError
 
-FRECHET = {"rfid": "rFID", "pfid": "pFID", "gfid": "gFID", "sfid": "sFID", "fid": "FID"}
 SETTINGS = ("sigma", "guidance_scale", "guidance_power", "temperature", "top_k", "top_p", "mode", "steps")
 
 
@@ -185,8 +184,12 @@ def _run_folders(folder: Path) -> list[Path]:
 
 def _read_run(path: Path, name: str, notes: list[str]) -> Run:
     log = read_lines(path / "log.jsonl", _inside(name, "log.jsonl"), notes) if (path / "log.jsonl").is_file() else []
-    # A resumed run logs some steps twice; the later line is the one that its weights went through.
-    steps = {line["step"]: line for line in log if math.isfinite(number(line.get("step")))}
+    # A step may have several lines, such as losses and a held-out value. A resumed run logs some steps twice: then the
+    # later line counts, which is the one that its weights went through.
+    steps: dict[float, dict[str, Any]] = {}
+    for line in log:
+        if math.isfinite(number(line.get("step"))):
+            steps.setdefault(line["step"], {}).update(line)
     config = path / "config.yaml"
     text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
     seed = re.search(r"(?:^|/)seed-(\d+)(?:/|$)", name)
@@ -303,146 +306,3 @@ def _stage(group: str) -> tuple[str, int]:
 def natural(text: str) -> list[tuple[int, str]]:
     """A sort key that puts seed-2 before seed-10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
-
-
-# --- What the numbers say: rows and columns of the table, means over seeds, differences in units of standard errors ---
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its standard error (NaN where unknown): over seeds where there are several, else as measured."""
-
-    value: float
-    standard_error: float
-    samples: tuple[int, ...] = ()
-    seeds: int = 1
-
-
-@dataclass(frozen=True)
-class Row:
-    """What was measured: ``settings`` holds what tells rows of one tokenizer and decoder apart."""
-
-    group: str
-    tokenizer: str
-    decoder: str
-    settings: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass(frozen=True)
-class Column:
-    """How it was measured. Digests are left out: seeds that train their own extractor share a column."""
-
-    metric: str
-    extractor: str
-    reference: str
-
-
-Seeds = dict[Any, Estimate]
-
-
-@dataclass(frozen=True)
-class Table:
-    """The results arranged.
-
-    Attributes:
-        cells: ``cells[row][column]`` maps each seed to its estimate.
-        grids: ``grids[row, column]`` maps (rate, strength) to the same, for what was measured on a grid.
-        hidden: results that share row, column and seed with a later one, which is shown instead.
-    """
-
-    rows: tuple[Row, ...]
-    columns: tuple[Column, ...]
-    cells: dict[Row, dict[Column, Seeds]]
-    grids: dict[tuple[Row, Column], dict[tuple[float, float], Seeds]]
-    hidden: int
-
-
-def headline(results: Sequence[Result]) -> Table:
-    """Arrange results by tokenizer and decoder against metric; a grid over rate and strength enters as its mean."""
-    cells: dict[Row, dict[Column, Seeds]] = {}
-    grids: dict[tuple[Row, Column], dict[tuple[float, float], Seeds]] = {}
-    hidden = 0
-    values = _values(results)
-    for result in results:
-        who = (result.group, result.tokenizer, result.decoder)
-        row = Row(*who, _settings(result, values[who]))
-        column = Column(result.metric, without_digest(result.extractor), without_digest(result.reference))
-        if result.is_cell:
-            seeds = grids.setdefault((row, column), {}).setdefault((result.rate, result.strength), {})
-        else:
-            seeds = cells.setdefault(row, {}).setdefault(column, {})
-        hidden += result.seed in seeds
-        samples = (result.samples,) if result.samples else ()
-        seeds[result.seed] = Estimate(result.value, result.standard_error, samples)
-    for (row, column), grid in grids.items():
-        for seed in {seed for seeds in grid.values() for seed in seeds}:
-            seeds = cells.setdefault(row, {}).setdefault(column, {})
-            seeds.setdefault(
-                seed, _mean([cell[seed] for cell in grid.values() if seed in cell])
-            )  # unless it was written
-    rows = sorted(cells, key=lambda r: (natural(r.group), _rank(r.tokenizer), _rank(r.decoder), r.settings))
-    columns = sorted(
-        {c for row in cells.values() for c in row}, key=lambda c: (_rank(c.metric), c.extractor, c.reference)
-    )
-    return Table(tuple(rows), tuple(columns), cells, grids, hidden)
-
-
-def over_seeds(seeds: Seeds) -> Estimate:
-    """Mean over seeds with its standard error s / sqrt(n), seeds without a number left out; one seed stays as it is."""
-    finite = [estimate for estimate in seeds.values() if math.isfinite(estimate.value)]
-    if len(finite) < 2:
-        return finite[0] if finite else Estimate(math.nan, math.nan)
-    values = np.array([estimate.value for estimate in finite])
-    error = values.std(ddof=1) / math.sqrt(len(values))
-    samples = tuple(sorted({n for estimate in finite for n in estimate.samples}))
-    return Estimate(float(values.mean()), float(error), samples, len(finite))
-
-
-def difference(before: Seeds, after: Seeds) -> Estimate:
-    """``before`` - ``after``: seed by seed, its error over seeds; for one seed both errors as if independent."""
-    shared = before.keys() & after.keys()
-    if shared:
-        return over_seeds({seed: _minus(before[seed], after[seed]) for seed in shared})
-    return _minus(over_seeds(before), over_seeds(after))
-
-
-def without_digest(name: str) -> str:
-    """A name without the digests in it: ``classifier-64-3f9a12bc`` becomes ``classifier-64``."""
-    return re.sub(r"[-@: ]*\b(?=[0-9a-f]*[0-9])(?=[0-9a-f]*[a-f]|[0-9]{8})[0-9a-f]{8,64}\b", "", name)
-
-
-def _minus(a: Estimate, b: Estimate) -> Estimate:
-    return Estimate(a.value - b.value, math.hypot(a.standard_error, b.standard_error))
-
-
-def _mean(cells: list[Estimate]) -> Estimate:
-    """The mean of one seed's grid. Its cells share images, so that no standard error follows from theirs."""
-    samples = tuple(sorted({count for cell in cells for count in cell.samples}))
-    return Estimate(sum(cell.value for cell in cells) / len(cells), math.nan, samples)
-
-
-def _values(results: Sequence[Result]) -> dict[tuple[str, str, str], dict[str, list[str]]]:
-    """The values of every setting among the results of one tokenizer and decoder."""
-    seen: dict[tuple[str, str, str], dict[str, list[str]]] = {}
-    for result in results:
-        values = seen.setdefault((result.group, result.tokenizer, result.decoder), {})
-        for key in SETTINGS:
-            value = result.record.get(key)
-            if value is not None and str(value) not in values.setdefault(key, []):
-                values[key].append(str(value))
-    return seen
-
-
-def _settings(result: Result, values: dict[str, list[str]]) -> tuple[tuple[str, str], ...]:
-    """The settings that vary; and the one sigma of a trained decoder, which its other results need not repeat."""
-    varying = [key for key in SETTINGS if len(values.get(key, ())) > 1 and result.record.get(key) is not None]
-    settings = [(key, str(result.record[key])) for key in varying]
-    if result.decoder != "original" and len(values.get("sigma", ())) == 1:
-        settings.append(("sigma", values["sigma"][0]))
-    return tuple(settings)
-
-
-def _rank(word: str) -> tuple[int, str]:
-    """Known words in the order of the story, the others after them by name."""
-    story = ("plain", "perturbed", "original", "post_trained", "control", "rfid", "pfid", "gfid")
-    return (story.index(word), "") if word in story else (len(story), word)

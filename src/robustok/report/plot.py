@@ -18,9 +18,22 @@ from PIL import Image
 from robustok.report.collect import Comparison, Grid, Run, number
 
 COLOURS = ("#2f6690", "#c8553d", "#5a8a54", "#8a5a83", "#b08900", "#4d4d4d")
-ORDER = ("total", "pixel", "perceptual", "adversarial", "codebook", "commitment", "semantic", "codebook_usage", "lr")
+ORDER = (
+    "held_out",
+    "total",
+    "pixel",
+    "perceptual",
+    "adversarial",
+    "codebook",
+    "commitment",
+    "semantic",
+    "codebook_usage",
+    "lr",
+)
+TITLES = {"held_out": "held-out Fréchet distance"}
 NO_CURVE = {"step", "seconds", "time", "seed"}
 POINTS = 250  # of a curve
+MARKED = 25  # points up to which each is marked: what is measured now and then, such as a held-out distance
 RANKED = 8  # pictures shown as most improved, and as most worsened
 
 e = html.escape
@@ -65,7 +78,7 @@ def curve_section(runs: Sequence[Run]) -> str:
         figures = ""
         for key in curve_keys(logs):
             last = ", ".join(decimal(_last(log, key)) for log in logs)
-            name = e(key.replace("_", " "))
+            name = e(TITLES.get(key, key.replace("_", " ")))
             figures += (
                 f'<figure><figcaption>{name}</figcaption><img src="{curve(logs, key)}" '
                 f'alt="{name} against training step, ending at {last}"></figure>'
@@ -229,7 +242,8 @@ def curve(logs: Sequence[Sequence[dict[str, Any]]], key: str) -> str:
             points = np.array([(line["step"], number(line.get(key))) for line in log], float).reshape(-1, 2)
             points = _thin(points[np.isfinite(points).all(1)].clip(-1e30, 1e30))  # an axis beyond that overflows
             if len(points):
-                axes.plot(*points.T, color=COLOURS[index % len(COLOURS)], linewidth=1.1)
+                marker, colour = "o" if len(points) <= MARKED else None, COLOURS[index % len(COLOURS)]
+                axes.plot(*points.T, color=colour, linewidth=1.1, marker=marker, markersize=2.2)
                 lowest, highest = min(lowest, points[:, 1].min()), max(highest, points[:, 1].max())
         if 0 < lowest < highest / 30 and key != "lr":
             axes.set_yscale("log")

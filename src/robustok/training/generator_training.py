@@ -87,6 +87,7 @@ def train_generator(run: GeneratorTrainingRun) -> Path:
         meter.load_state(state["meter"])
 
     records = training_latents(cache, run.batch_size, run.seed, first, run.steps - first, rank, world)
+    folder.start()
     with termination() as terminated:
         for step in track(range(first, run.steps), f"train-generator {folder.path.name}", accelerator.is_main_process):
             batch = next(records)

@@ -31,7 +31,7 @@ from robustok.images import to_pixels
 from robustok.snapshots import atomic_folder, read_weights
 from robustok.types import UserError
 
-console = Console(stderr=True)
+console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")  # of several processes the first one speaks
 
 
 class TrainingConfig(Config):
@@ -141,10 +141,12 @@ def check_finite(loss: Tensor, terms: Mapping[str, Tensor], step: int, out: Path
         UserError: names the step and the terms that are not finite.
     """
     if not torch.isfinite(loss):
-        broken = [f"{name} = {float(value)}" for name, value in terms.items() if not math.isfinite(float(value))]
+        broken = [f"{name} = {value.item()}" for name, value in terms.items() if not math.isfinite(value.item())]
+        states = sorted((out / "state").glob("[0-9]*"))
         raise UserError(
-            f"the loss is not finite at step {step} ({', '.join(broken) or float(loss)}); the last good state in {out / 'state'} "
-            "is kept: lower learning_rate, set clip_norm, or precision=float32, in a new run folder"
+            f"the loss is not finite at step {step} ({', '.join(broken) or loss.item()}); "
+            f"{f'the last good state, {states[-1]}, is kept' if states else 'no state was saved before'}; "
+            "lower learning_rate, set clip_norm, or precision=float32, in a new run folder"
         )
 
 
@@ -158,7 +160,8 @@ class Meter:
     def add(self, values: Mapping[str, Tensor | float]) -> None:
         """Add one step's values."""
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+            value = value.detach() if isinstance(value, Tensor) else value
+            self.sums[name] = self.sums.get(name, 0.0) + (value.item() if isinstance(value, Tensor) else value)
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:
@@ -182,8 +185,10 @@ class Meter:
 class RunFolder:
     """A run folder: config.yaml, log.jsonl, state/ for resume, snapshot/ for users.
 
+    Nothing is written before :meth:`start`, so that a run that cannot begin leaves no folder behind.
+
     Args:
-        run: configuration; written to the folder, or compared with the one that is there.
+        run: configuration, compared with the one that is there.
         main: whether this process writes.
 
     Raises:
@@ -191,23 +196,34 @@ class RunFolder:
     """
 
     def __init__(self, run: Config, main: bool = True) -> None:
-        self.path, self.main = Path(run.out), main
+        self.run, self.path, self.main = run, Path(run.out), main
         self.started = time.monotonic()
         file = self.path / "config.yaml"
         if file.exists():
             found = differences(read_yaml(file) | {"out": None}, plain(run) | {"out": None})  # a folder may be moved
             if found:
                 raise UserError(f"{self.path} holds a run of another configuration: {'; '.join(found[:5])}; choose another out=FOLDER")
+        elif self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is a file, a run needs a folder; choose another out=FOLDER")
         elif self.path.exists() and any(self.path.iterdir()):
             raise UserError(f"{self.path} is not empty and holds no run (no config.yaml); choose another out=FOLDER")
-        elif main:
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                temporary = file.with_suffix(".tmp")
-                save(run, temporary)
-                temporary.replace(file)
-            except OSError as error:
-                raise UserError(f"cannot write the run folder {self.path}: {error.strerror}; choose another out=FOLDER") from None
+
+    def start(self) -> None:
+        """Make the folder and write config.yaml, once everything that the run needs is at hand.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        file = self.path / "config.yaml"
+        if not self.main or file.exists():
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_suffix(".tmp")
+            save(self.run, temporary)
+            temporary.replace(file)
+        except OSError as error:
+            raise UserError(f"cannot write the run folder {self.path}: {error.strerror}; free some space or choose another out=FOLDER") from None
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line to log.jsonl."""
@@ -215,11 +231,21 @@ class RunFolder:
             append_line(self.path / "log.jsonl", {"step": step, **values, "seconds": round(time.monotonic() - self.started, 2)})
 
     def save_state(self, step: int, state: dict[str, Any]) -> None:
-        """Write the state for resume, whole or not at all; the two newest are kept."""
+        """Write the state for resume, whole or not at all; the two newest are kept.
+
+        Raises:
+            UserError: no space, or weights that are not finite, with which nothing could be resumed.
+        """
         if not self.main:
             return
         tensors: dict[str, Tensor] = {}
         skeleton = _pack(state, "", tensors)
+        broken = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
+        if broken:
+            raise UserError(
+                f"{broken[0].strip('/')} is not finite after step {step}; the state before is kept: lower learning_rate, "
+                "set clip_norm, or precision=float32, in a new run folder"
+            )
         with atomic_folder(self.path / "state" / f"{step:08d}") as folder:
             save_file(tensors, folder / "state.safetensors")
             (folder / "state.json").write_text(json.dumps({"step": step, "state": skeleton}))
@@ -237,7 +263,7 @@ class RunFolder:
                 continue
             self._truncate_log(content["step"])
             return content["step"], state
-        self._truncate_log(0)
+        self._truncate_log(-1)
         return None
 
     def _truncate_log(self, step: int) -> None:
@@ -293,8 +319,11 @@ def save_picture(path: Path, images: Tensor) -> None:
     rows, columns, _, height, width = images.shape
     pixels = to_pixels(images.flatten(0, 1)).view(rows, columns, 3, height, width)
     sheet = pixels.permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, 3)  # (rows * H, columns * W, 3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet.cpu().numpy()).save(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(sheet.cpu().numpy()).save(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; free some space and run the same command again") from None
 
 
 class Stopped(SystemExit):
@@ -329,7 +358,7 @@ def any_process(accelerator: Accelerator, flag: bool) -> bool:
 
 def track(steps: range, description: str, show: bool = True) -> Iterator[int]:
     """Go through the steps with a progress bar and the time left on stderr."""
-    if not show or os.environ.get("ROBUSTOK_PROGRESS") == "0":
+    if not show or not (console.is_terminal or console.is_jupyter) or os.environ.get("ROBUSTOK_PROGRESS") == "0":
         yield from steps
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())

@@ -112,6 +112,7 @@ def main_train(run: MainTrainingRun) -> Path:
     batches = training_batches(
         data, run.batch_size, run.seed, first, run.steps - first, rank, world, run.workers
     )
+    folder.start()
     with termination() as terminated:
         for step in track(range(first, run.steps), f"main-train {folder.path.name}", accelerator.is_main_process):
             images = next(batches).images.to(device)  # (N, 3, H, W)

@@ -120,6 +120,7 @@ def post_train(run: PostTrainingRun) -> Path:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=run.learning_rate, betas=run.betas, weight_decay=run.weight_decay, fused=True)
     decoder, optimizer = accelerator.prepare(model, optimizer)
+    seed_step(run.seed, step=0, rank=0)  # decides the first weights of a fresh discriminator, alike in every process
     adversary = _adversary(run, accelerator) if run.adversarial.weight else None
     meter, layer, best = Meter(), last_layer(bare), {"step": 0, "value": float("inf")}
 
@@ -148,9 +149,10 @@ def post_train(run: PostTrainingRun) -> Path:
                     write("best")
         accelerator.wait_for_everyone()
 
+    records = training_latents(pairs, run.batch_size, run.seed, first, run.steps - first, rank, world)
+    folder.start()
     if first == 0:
         keep(0)
-    records = training_latents(pairs, run.batch_size, run.seed, first, run.steps - first, rank, world)
     with termination() as terminated:
         for step in track(range(first, run.steps), f"post-train {folder.path.name}", accelerator.is_main_process):
             batch = next(records)

@@ -1,0 +1,74 @@
+"""Image tokenizers whose decoders expect what generators make: latent perturbation, pFID and post-training.
+
+The public names are imported when they are first used, so that ``import robustok`` costs nothing.
+"""
+
+import importlib
+import sys
+from types import ModuleType
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Public name: the module that defines it, and its name there where that is another.
+_SOURCES = {
+    "UserError": "robustok.types",
+    "load_config": "robustok.config:load",
+    "load_tokenizer": "robustok.tokenizers",
+    "load_generator": "robustok.generators",
+    "open_images": "robustok.images",
+    "to_pixels": "robustok.images",
+    "from_pixels": "robustok.images",
+    "nearest_codes": "robustok.tokenizers.perturbation",
+    "perturb": "robustok.tokenizers.perturbation",
+    "Sampling": "robustok.generators.sampling",
+    "image_rngs": "robustok.generators.sampling",
+    "frechet_distance": "robustok.metrics.frechet",
+    # One function and its configuration for every verb of the command line.
+    "main_train": "robustok.training.main_training",
+    "MainTrainingRun": "robustok.training.main_training",
+    "encode": "robustok.encode",
+    "EncodeRun": "robustok.encode",
+    "train_generator": "robustok.training.generator_training",
+    "GeneratorTrainingRun": "robustok.training.generator_training",
+    "generate": "robustok.generate",
+    "GenerateRun": "robustok.generate",
+    "make_pairs": "robustok.generate",
+    "MakePairsRun": "robustok.generate",
+    "post_train": "robustok.training.post_training",
+    "PostTrainingRun": "robustok.training.post_training",
+    "evaluate": "robustok.evaluate",
+    "EvaluateRun": "robustok.evaluate",
+    "report": "robustok.report",
+    "ReportRun": "robustok.report",
+}
+
+__all__ = ["__version__", *_SOURCES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _SOURCES:
+        raise AttributeError(f"module 'robustok' has no attribute {name!r}")
+    module, _, inner = _SOURCES[name].partition(":")
+    value = getattr(importlib.import_module(module), inner or name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+class _Package(ModuleType):
+    """``robustok.encode`` is the function, always.
+
+    Importing the submodule ``robustok.encode`` makes Python set the attribute of that name to the module, whenever that
+    happens. Here the function keeps its name; ``from robustok.encode import EncodeRun`` works as ever.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _SOURCES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,140 @@
+"""Tiny trained worlds on the digits, made once per session and only when a test asks for them.
+
+``story`` is the whole story through the command line, a few steps each. The other fixtures are trained for a moment longer
+through the Python API: enough for losses to fall and for tokens, samples and decoders to differ.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["ROBUSTOK_PROGRESS"] = "0"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small are slower with more
+
+import tiny
+from robustok.classifier import ClassifierConfig, save_classifier, train_classifier
+from robustok.encode import encode
+from robustok.generate import generate, make_pairs
+from robustok.images import Digits, open_images, to_pixels
+from robustok.training.generator_training import train_generator
+from robustok.training.main_training import main_train
+
+DATA = ["data.name=digits", "data.limit=48"]
+VIT = [f"tokenizer.{side}.{size}" for side in ("encoder", "decoder") for size in ("width=16", "depth=1", "heads=2")]
+TOKENIZER = [
+    "tokenizer.image_size=16",
+    "tokenizer.patch_size=8",
+    "tokenizer.quantizer.size=16",
+    "tokenizer.quantizer.dim=4",
+]
+TRAINING = ["steps=3", "batch_size=8", "state_every=1", "log_every=1", "precision=float32", "learning_rate=0.001"]
+LOSSES = ["reconstruction.perceptual=none", "discriminator.width=8", "discriminator.depth=1"]
+MAIN_TRAIN = [*DATA, *VIT, *TOKENIZER, *TRAINING, *LOSSES, "perturbation.strength=4", "perturbation.proportion=0.5"]
+GENERATOR = ["generator.width=16", "generator.depth=1", "generator.heads=2"]
+
+
+def words(verb: str, home: Path, out: str) -> list[str]:
+    """A command of the miniature whose inputs lie in ``home``; later words win."""
+    at = {
+        name: f"{home / name}"
+        for name in ("classifier", "tokenizer", "latents", "generator", "samples", "pairs", "post")
+    }
+    settings = {
+        "train-classifier": [
+            *DATA,
+            "image_size=16",
+            "classifier.steps=4",
+            "classifier.width=8",
+            "classifier.features=8",
+        ],
+        "main-train": MAIN_TRAIN,
+        "encode": [*DATA, f"tokenizer={at['tokenizer']}", "shard_size=20"],
+        "train-generator": [*TRAINING, *GENERATOR, f"latents={at['latents']}"],
+        "generate": [f"generator={at['generator']}", "count=40"],
+        "make-pairs": [f"generator={at['generator']}", f"latents={at['latents']}", "preservation=0.8", "shard_size=20"],
+        "post-train": [*DATA, *TRAINING, *LOSSES, f"tokenizer={at['tokenizer']}", f"pairs={at['pairs']}"],
+        "evaluate": [
+            *DATA,
+            f"tokenizer={at['tokenizer']}",
+            f"latents=[{at['samples']}]",
+            f"decoders={{original: {at['tokenizer']}, post_trained: {at['post']}}}",
+            f"extractor.path={at['classifier']}",
+        ],
+    }
+    return [verb, *settings[verb], f"out={out}"]
+
+
+STORY = {
+    "classifier": "train-classifier",
+    "tokenizer": "main-train",
+    "latents": "encode",
+    "generator": "train-generator",
+    "samples": "generate",
+    "pairs": "make-pairs",
+    "post": "post-train",
+}
+
+
+@pytest.fixture(scope="session")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a tiny classifier, tokenizer, cache of latents, generator, samples, pairs and post-trained tokenizer.
+
+    Tests read it and leave it as it is.
+    """
+    from robustok.cli import main
+
+    home = tmp_path_factory.mktemp("story")
+    for name, verb in STORY.items():
+        assert main(words(verb, home, str(home / name))) == 0, verb
+    return home
+
+
+@pytest.fixture(scope="session")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small classifier of the digits: feature space, perceptual network and teacher."""
+    data = open_images(Digits(limit=512), 16)
+    batch = data.read(range(len(data)))
+    path = tmp_path_factory.mktemp("classifier") / "saved"
+    config = ClassifierConfig(width=8, features=16, steps=30, batch_size=64)
+    save_classifier(train_classifier(to_pixels(batch.images), batch.labels, config, seed=0), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run folder of main training, with a discriminator in its snapshot."""
+    out = tmp_path_factory.mktemp("tokenizer") / "run"
+    # Without revival so short a training would leave one code in use, and every test of tokens would hold of itself.
+    words = ("steps=60", "batch_size=32", "log_every=10", "state_every=60", "tokenizer.quantizer.revive_every=5")
+    main_train(tiny.main_run(out, *words, *tiny.ADVERSARY))
+    return out
+
+
+@pytest.fixture(scope="session")
+def latents(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Path:
+    """Tokens of the training images, in two shards."""
+    return encode(tiny.tokens_run(tmp_path_factory.mktemp("latents") / "cache", tokenizer, "shard_size=64"))
+
+
+@pytest.fixture(scope="session")
+def generator(tmp_path_factory: pytest.TempPathFactory, latents: Path) -> Path:
+    """Run folder of a generator of these tokens."""
+    out = tmp_path_factory.mktemp("generator") / "run"
+    train_generator(tiny.generator_run(out, latents, "steps=60", "batch_size=32", "log_every=10", "state_every=60"))
+    return out
+
+
+@pytest.fixture(scope="session")
+def samples(tmp_path_factory: pytest.TempPathFactory, generator: Path) -> list[Path]:
+    """Two independent sets of free samples."""
+    folder = tmp_path_factory.mktemp("samples")
+    return [generate(tiny.samples_run(folder / str(seed), generator, f"seed={seed}")) for seed in (1, 2)]
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory, generator: Path, latents: Path) -> Path:
+    """Pairs with half of the real tokens."""
+    return make_pairs(
+        tiny.pairs_run(tmp_path_factory.mktemp("pairs") / "cache", generator, latents, "preservation=0.5")
+    )

@@ -1,0 +1,332 @@
+import json
+import os
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+import yaml
+
+import robustok
+from conftest import MAIN_TRAIN, STORY, words
+from robustok import cli
+from robustok.cli import VERBS, main
+from robustok.types import UserError
+
+
+def run(capsys, *arguments):
+    """Exit code, stdout and stderr of the command line, called in this process."""
+    capsys.readouterr()
+    code = main(list(arguments))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def one_line(err):
+    assert err.startswith("robustok: ")
+    assert err.count("\n") == 1, err
+    return err
+
+
+def python(*arguments, **environment):
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=120)
+
+
+# Help
+
+
+def test_help_names_every_verb_at_once_and_without_torch():
+    code = "import sys; from robustok.cli import main; main(['--help']); print('torch' in sys.modules, file=sys.stderr)"
+    python("-c", code)  # compiles what is not compiled yet
+    start = time.perf_counter()
+    answer = python("-c", code)
+    assert time.perf_counter() - start < 1
+    assert answer.stderr.strip() == "False"
+    for verb in VERBS:
+        assert f"  {verb} " in answer.stdout
+
+
+def test_no_words_are_a_question_for_help(capsys):
+    assert run(capsys) == run(capsys, "--help")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb_lists_every_setting_with_default_and_description(capsys, verb):
+    code, out, err = run(capsys, verb, "--help")
+    assert (code, err) == (0, "")
+    _, config = VERBS[verb].load()
+    for name, field in config.model_fields.items():
+        assert f"\n  {name}" in out
+        if field.description:
+            assert field.description.split()[0] in out
+        if field.is_required() and name != "data":
+            assert f"\n  {name} (required)" in out
+
+
+def test_help_shows_the_keys_of_groups_and_variants(capsys):
+    _, out, _ = run(capsys, "main-train", "--help")
+    for line in ("perturbation.strength = 100", "tokenizer.quantizer.size = 4096", "data.name (required)", "[folder]"):
+        assert line in out
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_description_is_there(verb):
+    from robustok.config import list_settings
+
+    nameless = [s.key for s in list_settings(VERBS[verb].load()[1]) if not s.description and not s.key.endswith("name")]
+    assert nameless == []
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["mian-train", "out=x"], ["'mian-train'", "'main-train'"]),
+        (["frobnicate"], ["'frobnicate'", "main-train", "evaluate"]),
+        (["encode", "--foo"], ["--foo", "KEY=VALUE", "robustok encode --help"]),
+        (["encode", "--dry-run=3"], ["--dry-run"]),
+        (["--foo"], ["--foo"]),
+        (["encode"], ["'out' is missing"]),
+        (["encode", "none.yaml"], ["none.yaml", "No such file"]),
+        (["encode", "out=x", "later.yaml"], ["'later.yaml'", "KEY=VALUE"]),
+    ],
+)
+def test_usage_errors_are_one_line_and_code_2(capsys, tmp_path, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    for part in said:
+        assert part in one_line(err)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def verb_that(monkeypatch):
+    """Let every verb call the given function with the configuration of ``report``."""
+    from robustok.report import ReportRun
+
+    return lambda function: monkeypatch.setattr(cli.Verb, "load", lambda self: (function, ReportRun))
+
+
+def test_an_error_of_ours_shows_its_trace_and_is_code_1(capsys, verb_that):
+    verb_that(lambda run: 1 / 0)
+    code, out, err = run(capsys, "report")
+    assert (code, out) == (1, "")
+    assert "Traceback" in err
+    assert "ZeroDivisionError" in err
+
+
+def test_a_user_error_of_many_lines_is_one_line(capsys, verb_that):
+    def fail(_):
+        raise UserError("the first\n  and the second")
+
+    verb_that(fail)
+    assert run(capsys, "report") == (2, "", "robustok: the first and the second\n")
+
+
+def test_an_interruption_is_one_line(capsys, verb_that):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    verb_that(interrupt)
+    code, out, err = run(capsys, "report")
+    assert (code, out) == (130, "")
+    assert "interrupted" in one_line(err)
+
+
+def test_a_warning_of_ours_is_one_line_on_stderr(capsys, verb_that):
+    import warnings
+
+    def warn(_):
+        warnings.warn_explicit("something\nodd", UserWarning, cli.__file__, 1)
+        warnings.warn_explicit("something old", UserWarning, yaml.__file__, 1)
+        return Path("done")
+
+    verb_that(warn)
+    assert run(capsys, "report") == (0, "done\n", "robustok: note: something odd\n")
+
+
+def test_only_the_first_process_speaks(capsys, verb_that, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    verb_that(lambda run: Path("done"))
+    assert run(capsys, "report") == (0, "", "")
+
+
+def test_another_process_speaks_only_if_nobody_ends_it(capsys, verb_that, monkeypatch):
+    waited = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+
+    def fail(_):
+        raise UserError("no")
+
+    verb_that(fail)
+    assert run(capsys, "report") == (2, "", "robustok: no\n")
+    assert waited == [2]
+
+
+# The verbs
+
+
+def test_results_go_to_stdout_and_nothing_else_does(capsys, story, tmp_path):
+    out = tmp_path / "tokenizer"
+    code, printed, err = run(capsys, *words("main-train", story, str(out)))
+    assert (code, printed, err) == (0, f"{out / 'snapshot' / '00000003'}\n", "")
+    assert (out / "snapshot" / "00000003" / "model.safetensors").exists()
+
+
+def test_the_same_command_again_is_done_at_once(capsys, story):
+    for name, verb in STORY.items():
+        before = {file: file.stat().st_mtime_ns for file in (story / name).rglob("*.safetensors")}
+        code, _, err = run(capsys, *words(verb, story, str(story / name)))
+        assert (code, err) == (0, "")
+        assert {file: file.stat().st_mtime_ns for file in (story / name).rglob("*.safetensors")} == before, verb
+
+
+def test_evaluate_prints_a_table_or_json(capsys, story, tmp_path):
+    arguments = words("evaluate", story, str(tmp_path / "e"))
+    code, table, err = run(capsys, *arguments)
+    assert (code, err) == (0, "")
+    assert table.splitlines()[0].split()[:2] == ["metric", "value"]
+    for metric in ("rfid", "pfid_mean", "gfid", "gfid_difference"):
+        assert f"\n{metric} " in table
+    code, text, err = run(capsys, *arguments, "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(text)["measurements"]
+    lines = [json.loads(line) for line in (tmp_path / "e" / "metrics.jsonl").read_text().splitlines()]
+    assert found == lines[len(found) :]
+    assert {"metric", "value", "standard_error", "samples", "seed", "extractor", "reference"} <= found[0].keys()
+    assert next(m for m in found if m["metric"] == "rfid")["extractor"].startswith("classifier-")
+
+
+def test_train_classifier_tells_its_accuracy(capsys, story, tmp_path):
+    arguments = [
+        w for w in words("train-classifier", story, str(tmp_path / "c")) if "limit" not in w and "steps" not in w
+    ]
+    code, text, err = run(capsys, *arguments, "classifier.steps=60", "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(text)
+    assert found["samples"] == 449
+    assert found["accuracy"] > 0.5
+    assert found["path"] == str(tmp_path / "c" / "snapshot" / "00000060")
+
+
+def test_report_makes_a_page(capsys, story, tmp_path):
+    page = tmp_path / "page.html"
+    code, printed, err = run(capsys, "report", f"path={story}", f"out={page}")
+    assert (code, printed, err) == (0, f"{page}\n", "")
+    assert "<html" in page.read_text()
+
+
+def test_settings_from_a_file_and_from_words_are_the_same(capsys, tmp_path):
+    _, text, _ = run(capsys, "main-train", *MAIN_TRAIN, f"out={tmp_path / 'x'}", "--dry-run")
+    (tmp_path / "run.yaml").write_text(text)  # facts are comments, so the output is a configuration
+    code, again, _ = run(capsys, "main-train", str(tmp_path / "run.yaml"), "--dry-run")
+    assert (code, again) == (0, text)
+    assert yaml.safe_load(text)["tokenizer"]["encoder"]["width"] == 16
+
+
+# Estimates
+
+
+@pytest.mark.parametrize("verb", [*STORY.values(), "evaluate"])
+def test_a_dry_run_writes_nothing(capsys, story, tmp_path, verb):
+    code, text, err = run(capsys, *words(verb, story, str(tmp_path / "out")), "--dry-run", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(text)["config"]["out"] == str(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "verb"), [(n, v) for n, v in STORY.items() if v in ("main-train", "train-generator", "post-train")]
+)
+def test_parameters_and_disk_are_estimated_well(capsys, story, name, verb):
+    from safetensors.torch import load_file
+
+    _, text, _ = run(capsys, *words(verb, story, "x"), "--dry-run", "--json")
+    facts = json.loads(text)["facts"]
+    snapshot = story / name / "snapshot" / "00000003"
+    stored = load_file(snapshot / "model.safetensors")
+    kind = "generator" if verb == "train-generator" else "tokenizer"
+    assert facts[f"{kind}_parameters"] == sum(tensor.numel() for tensor in stored.values())
+    assert facts["steps"] == 3
+    assert facts["samples_seen"] == 24
+    for fact, folder in (("snapshot_bytes", snapshot), ("state_bytes", story / name / "state" / "00000003")):
+        tensors = [t for file in folder.glob("*.safetensors") for t in load_file(file).values()]
+        assert facts[fact] == pytest.approx(sum(t.numel() * t.element_size() for t in tensors), rel=0.05), fact
+
+
+@pytest.mark.parametrize(
+    ("name", "verb"), [(n, v) for n, v in STORY.items() if v in ("encode", "generate", "make-pairs")]
+)
+def test_the_size_of_a_cache_is_estimated_well(capsys, story, name, verb):
+    from safetensors.numpy import load_file
+
+    _, text, _ = run(capsys, *words(verb, story, "x"), "--dry-run", "--json")
+    facts = json.loads(text)["facts"]
+    shards = [load_file(file) for file in (story / name).glob("*.safetensors")]
+    assert facts["shards"] == len(shards)
+    assert facts["records"] == sum(len(shard["labels"]) for shard in shards)
+    size = sum(array.nbytes for shard in shards for array in shard.values())
+    assert size <= facts["cache_bytes"] <= size + facts["records"]  # a cache without mirrored images stores no flips
+
+
+def test_the_papers_tokenizer_is_counted_without_building_it(capsys):
+    start = time.perf_counter()
+    _, text, _ = run(capsys, "main-train", "data.name=digits", "out=x", "--dry-run", "--json")
+    facts = json.loads(text)["facts"]
+    # 172,288,064 with the LayerScale of DINOv2 (METHOD), which the default, without pretrained weights, does not have.
+    assert facts["tokenizer_parameters"] == 172_288_064 - 2 * 12 * 2 * 768
+    assert time.perf_counter() - start < 5
+
+
+# The package
+
+
+def test_the_module_is_the_command():
+    answer = python("-m", "robustok", "encode", "bogus=1", "out=x")
+    assert answer.returncode == 2
+    assert answer.stdout == ""
+    assert "'bogus'" in one_line(answer.stderr)
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = "import sys, robustok; print([m for m in ('torch', 'numpy', 'pydantic', 'typer') if m in sys.modules])"
+    assert python("-c", code).stdout.strip() == "[]"
+
+
+def test_every_public_name_is_there():
+    assert len(robustok.__all__) == len(set(robustok.__all__))
+    for name in robustok.__all__:
+        value = getattr(robustok, name)
+        assert not isinstance(value, types.ModuleType), name
+        assert name in dir(robustok)
+    with pytest.raises(AttributeError, match="nothing"):
+        robustok.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["encode", "generate", "evaluate", "report"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "import robustok.{n}; f = robustok.{n}",
+        "import robustok.{n} as f",
+        "from robustok import {n} as f",
+        "from robustok.{n} import {n} as f",
+        "import robustok; robustok.{n}; import robustok.{n}; f = robustok.{n}",
+        "from robustok.cli import VERBS; VERBS['{n}'].load(); import robustok; f = robustok.{n}",
+    ],
+)
+def test_a_verb_is_a_function_however_it_is_imported(name, how, monkeypatch):
+    for module in [m for m in sys.modules if m == "robustok" or m.startswith(f"robustok.{name}")]:
+        monkeypatch.delitem(sys.modules, module)  # as in a fresh process
+    place = {}
+    exec(how.format(n=name), place)
+    assert isinstance(place["f"], types.FunctionType)
+    assert place["f"].__name__ == name
+    assert isinstance(sys.modules[f"robustok.{name}"], types.ModuleType)

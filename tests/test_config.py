@@ -1,0 +1,181 @@
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+import yaml
+from pydantic import Field, model_validator
+
+from robustok.config import Config, differences, list_settings, load, plain, recipe, save, validate
+from robustok.types import UserError
+
+
+class Circle(Config):
+    name: Literal["circle"] = "circle"
+    radius: float = Field(1.0, gt=0, description="in metres")
+    colour: str = Field("red", description="of the line")
+
+
+class Box(Config):
+    name: Literal["box"] = "box"
+    path: Path = Field(description="where it stands")
+    colour: str = Field("red", description="of the line")
+
+
+class Inner(Config):
+    width: int = Field(8, ge=1, description="in pixels")
+    depth: int = Field(2, description="number of blocks")
+
+
+class Run(Config):
+    out: Path = Field(description="the folder")
+    steps: int = Field(100, ge=1, description="number of steps")
+    seeds: list[int] = Field([0], description="seeds")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="two numbers")
+    model: Inner = Inner(depth=5)
+    extra: Inner | None = Field(None, description="off by default")
+    shape: Annotated[Circle | Box, Field(discriminator="name")] = Circle()
+
+    @model_validator(mode="after")
+    def _even(self):
+        if self.steps % 2:
+            raise ValueError(f"steps {self.steps} are odd; choose an even number")
+        return self
+
+
+def write(path, content):
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return path
+
+
+def test_words_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
+    file = write(tmp_path / "a.yaml", {"out": "x", "steps": 20, "model": {"width": 16}})
+    run = load(Run, file, ["steps=40", "seeds=[3,4]", "shape.radius=2.5", "betas=[0, 0.5]"])
+    assert (run.out, run.steps, run.seeds, run.betas) == (Path("x"), 40, [3, 4], (0.0, 0.5))
+    assert (run.model.width, run.shape.radius, run.extra) == (16, 2.5, None)
+
+
+def test_choosing_another_variant_drops_the_settings_of_the_one_before(tmp_path):
+    file = write(tmp_path / "a.yaml", {"out": "x", "shape": {"name": "circle", "radius": 3}})
+    run = load(Run, file, ["shape.name=box", "shape.path=here"])
+    assert run.shape == Box(path=Path("here"))
+
+
+def test_what_is_saved_repeats_the_run(tmp_path):
+    run = load(Run, None, ["out=x", "shape.name=box", "shape.path=p", "extra.width=3", "betas=[0.1,0.2]"])
+    save(run, tmp_path / "b.yaml")
+    assert load(Run, tmp_path / "b.yaml") == run
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["stesp=3"], ["'stesp'", "'steps'"]),
+        (["model.widht=3"], ["'model.widht'", "'model.width'"]),
+        (["modle.width=3"], ["'modle'", "'model'"]),
+        (["width=3"], ["'width'", "'model.width'"]),
+        (["shape.name=circle", "shape.radios=3"], ["'shape.radios'", "'shape.radius'"]),
+        (["zzz=3"], ["'zzz'", "known: out, steps"]),
+        (["steps=many"], ["steps = 'many'", "integer"]),
+        (["steps=0"], ["steps = 0", "greater than or equal to 1"]),
+        (["steps=3"], ["steps 3 are odd; choose an even number"]),
+        (["shape.name=star"], ["shape", "'star'", "'circle'", "'box'"]),
+        (["shape.name=box"], ["'shape.path' is missing", "where it stands"]),
+        (["shape.path=x"], ["'shape.path' belongs to another variant", "shape.name=box"]),
+        (["shape.radius=-1"], ["shape.radius = -1", "greater than 0"]),
+        (["betas=[1]"], ["betas"]),
+        (["steps"], ["'steps'", "KEY=VALUE"]),
+        (["=3"], ["'=3'", "KEY=VALUE"]),
+    ],
+)
+def test_an_error_is_one_line_that_names_key_and_remedy(words, said):
+    with pytest.raises(UserError) as error:
+        load(Run, None, ["out=x", *words])
+    line = str(error.value)
+    assert "\n" not in line
+    for part in said:
+        assert part in line
+
+
+def test_a_missing_key_is_named():
+    with pytest.raises(UserError, match="'out' is missing; the folder"):
+        load(Run)
+
+
+def test_a_variant_without_default_has_to_be_named():
+    class Needs(Config):
+        place: Annotated[Circle | Box, Field(discriminator="name")] = Field(description="which one")
+
+    with pytest.raises(UserError, match=r"'place.name' is missing; one of box, circle$"):
+        load(Needs, None, ["place.colour=blue"])
+    with pytest.raises(UserError, match="'place' is missing; which one"):
+        load(Needs)
+    assert load(Needs, None, ["place.name=box", "place.path=p"]).place == Box(path="p")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [("a: [", "not valid YAML"), ("- 1", "expected a mapping"), (b"\xff\xfe", "text")]
+)
+def test_files_that_hold_no_settings(tmp_path, content, said):
+    file = tmp_path / "a.yaml"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=said):
+        load(Run, file)
+    with pytest.raises(UserError, match="No such file"):
+        load(Run, tmp_path / "none.yaml")
+
+
+def test_an_empty_file_is_all_defaults(tmp_path):
+    assert load(Run, write(tmp_path / "a.yaml", ""), ["out=x"]) == Run(out="x")
+
+
+def test_validation_names_its_source():
+    with pytest.raises(UserError, match=r"^there: steps = 'a'"):
+        validate(Run, {"out": "x", "steps": "a"}, source="there")
+
+
+def test_values_do_not_change_after_validation():
+    with pytest.raises(ValueError, match="frozen"):
+        Run(out="x").steps = 4
+
+
+def test_differences_are_dotted_and_complete():
+    a = plain(Run(out="x"))
+    b = plain(Run(out="x", steps=4, model={"width": 9, "depth": 5}, shape=Box(path="p")))
+    assert differences(a, a) == []
+    assert differences(a, b) == [
+        "model.width: 8 -> 9",
+        "shape.name: circle -> box",
+        "shape.path: None -> p",
+        "shape.radius: 1.0 -> None",
+        "steps: 100 -> 4",
+    ]
+
+
+def test_a_path_that_exists_wins_over_a_recipe_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert recipe("nothing.yaml") == Path("nothing.yaml")
+    shipped = recipe("digits/tokenizer.yaml")
+    assert shipped.is_absolute()
+    assert shipped.parts[-3:] == ("configs", "digits", "tokenizer.yaml")
+    (tmp_path / "digits").mkdir()
+    own = write(tmp_path / "digits" / "tokenizer.yaml", "")
+    assert recipe("digits/tokenizer.yaml").resolve() == own
+
+
+def test_settings_list_every_key_with_its_default_and_description():
+    found = [(s.key, s.default, s.description, s.variants) for s in list_settings(Run)]
+    assert found == [
+        ("out", None, "the folder", ()),
+        ("steps", "100", "number of steps", ()),
+        ("seeds", "[0]", "seeds", ()),
+        ("betas", "[0.9, 0.95]", "two numbers", ()),
+        ("model.width", "8", "in pixels", ()),
+        ("model.depth", "5", "number of blocks", ()),  # of the default instance, not of the class
+        ("extra", "null", "off by default", ()),
+        ("extra.width", "8", "in pixels", ()),
+        ("extra.depth", "2", "number of blocks", ()),
+        ("shape.name", "circle", "one of box, circle", ()),
+        ("shape.radius", "1.0", "in metres", ("circle",)),
+        ("shape.colour", "red", "of the line", ()),
+        ("shape.path", None, "where it stands", ("box",)),
+    ]

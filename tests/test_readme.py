@@ -1,0 +1,76 @@
+"""What the README shows is what runs."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import words
+
+from robustok.cli import VERBS
+from robustok.config import load
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+
+
+def test_the_python_example_runs(story, tmp_path, monkeypatch):
+    def settings(verb: str, *without: str) -> dict:
+        given = [w for w in words(verb, story, "out")[1:] if not w.startswith(without)]
+        merged = load(VERBS[verb].load()[1], None, given if verb == "post-train" else [*given, "decoders.a=b"])
+        return merged.model_dump(mode="json") | {"out": str(tmp_path / f"runs/{verb}")}
+
+    (tmp_path / "runs").mkdir()
+    for name in ("tokenizer", "generator"):
+        (tmp_path / "runs" / name).symlink_to(story / name)
+    (tmp_path / "post.yaml").write_text(yaml.safe_dump(settings("post-train")))
+    (tmp_path / "evaluate.yaml").write_text(yaml.safe_dump(settings("evaluate", "decoders") | {"decoders": {}}))
+    monkeypatch.chdir(tmp_path)
+    (example,) = blocks("python")
+    place = {}
+    exec(compile(example, "README.md", "exec"), place)
+
+    assert place["tokens"].shape == place["samples"].shape == (8, 4)
+    assert place["pixels"].shape == (8, 3, 16, 16)
+    assert (place["wrong"] != place["tokens"]).sum(1).tolist() == [2] * 8  # half of four tokens
+    assert place["better"] == tmp_path / "runs/post-train/snapshot/00000003"
+    decoders = [m.details["decoder"] for m in place["found"] if m.metric == "gfid"]
+    assert decoders == ["original", "post_trained"]
+
+
+def commands() -> list[list[str]]:
+    """The words after ``robustok`` of every command that the README shows."""
+    text = "\n".join(blocks("sh")).replace("\\\n", " ")
+    lines = [line.partition("#")[0] for line in text.splitlines()]
+    found = [re.split(r"\brobustok\s", line, maxsplit=1)[1] for line in lines if re.search(r"\brobustok\s", line)]
+    return [shlex.split(line.replace("$D", "data.name=cifar10")) for line in found]
+
+
+def test_every_verb_is_shown():
+    assert {command[0] for command in commands()} == VERBS.keys() - {"demo"}
+
+
+@pytest.mark.parametrize("command", commands(), ids=lambda command: command[0])
+def test_every_command_has_valid_settings(command):
+    verb, *rest = command
+    file = rest[0] if rest[0].endswith(".yaml") else None
+    load(VERBS[verb].load()[1], file, rest[1:] if file else rest)
+
+
+def test_every_switch_of_the_tables_exists():
+    from robustok.config import list_settings
+
+    known = {s.key for verb in VERBS for s in list_settings(VERBS[verb].load()[1])}
+    shown = re.findall(r"`(?:make-pairs )?([a-z_.]+)=[a-z_]+`", README.partition("## Where the paper")[2])
+    assert len(shown) == 7
+    assert set(shown) <= known
+
+
+def test_the_readme_begins_with_the_two_commands():
+    assert blocks("sh")[0].split()[:2] == ["make", "demo"]
+    assert "\nmake test" in blocks("sh")[0]
+    assert README.index("```sh") < 30

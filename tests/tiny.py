@@ -1,0 +1,98 @@
+"""Tiny real runs on the digits: seconds to train, every part of the method switched on where a test asks for it.
+
+``python tests/tiny.py VERB CONFIG.yaml [VERB CONFIG.yaml ...]`` runs verbs in a process of its own, or in several under
+``python -m torch.distributed.run``, for tests of interruption and of several processes.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from robustok.config import Config, load, save
+from robustok.encode import EncodeRun, encode
+from robustok.evaluate import EvaluateRun, evaluate
+from robustok.generate import GenerateRun, MakePairsRun, generate, make_pairs
+from robustok.training.generator_training import GeneratorTrainingRun, train_generator
+from robustok.training.main_training import MainTrainingRun, main_train
+from robustok.training.post_training import PostTrainingRun, post_train
+
+VERBS = {
+    "main-train": (main_train, MainTrainingRun),
+    "encode": (encode, EncodeRun),
+    "train-generator": (train_generator, GeneratorTrainingRun),
+    "generate": (generate, GenerateRun),
+    "make-pairs": (make_pairs, MakePairsRun),
+    "post-train": (post_train, PostTrainingRun),
+    "evaluate": (evaluate, EvaluateRun),
+}
+DATA = ("data.name=digits", "data.limit=128")
+TRAINING = ("batch_size=16", "steps=6", "precision=float32", "ema_decay=0.9", "log_every=1", "state_every=2")
+VIT = tuple(f"tokenizer.{side}.{word}" for side in ("encoder", "decoder") for word in ("width=16", "depth=1", "heads=2", "init=local"))
+TOKENIZER = (*VIT, "tokenizer.image_size=16", "tokenizer.patch_size=4", "tokenizer.quantizer.size=32", "tokenizer.quantizer.dim=8")
+ADVERSARY = ("adversarial.weight=0.1", "adversarial.learning_rate=1e-3", "discriminator.width=8", "discriminator.depth=1")
+
+
+def main_run(out: Path, *words: str) -> MainTrainingRun:
+    """Main training of a tokenizer with 16 tokens from 32 codes; perturbed, without adversary."""
+    perturbation = ("perturbation.proportion=0.5", "perturbation.strength=4")
+    terms = ("reconstruction.perceptual=none", "adversarial.weight=0", "learning_rate=3e-3", "min_learning_rate=1e-4")
+    return load(MainTrainingRun, None, (f"out={out}", *DATA, *TRAINING, *TOKENIZER, *perturbation, *terms, *words))
+
+
+def generator_run(out: Path, latents: Path, *words: str) -> GeneratorTrainingRun:
+    """Training of a one-block RAR."""
+    size = ("generator.width=16", "generator.depth=1", "generator.heads=2", "learning_rate=1e-2")
+    return load(GeneratorTrainingRun, None, (f"out={out}", f"latents={latents}", *TRAINING, *size, *words))
+
+
+def post_run(out: Path, tokenizer: Path, pairs: Path, *words: str) -> PostTrainingRun:
+    """Post-training without adversary."""
+    terms = ("reconstruction.perceptual=none", "adversarial.weight=0", "learning_rate=1e-3")
+    return load(PostTrainingRun, None, (f"out={out}", f"tokenizer={tokenizer}", f"pairs={pairs}", *DATA, *TRAINING, *terms, *words))
+
+
+def tokens_run(out: Path, tokenizer: Path, *words: str) -> EncodeRun:
+    """Encode the training images."""
+    return load(EncodeRun, None, (f"out={out}", f"tokenizer={tokenizer}", *DATA, *words))
+
+
+def samples_run(out: Path, generator: Path, *words: str) -> GenerateRun:
+    """Sample 40 images."""
+    return load(GenerateRun, None, (f"out={out}", f"generator={generator}", "count=40", *words))
+
+
+def pairs_run(out: Path, generator: Path, latents: Path, *words: str) -> MakePairsRun:
+    """Mix all latents with samples."""
+    return load(MakePairsRun, None, (f"out={out}", f"generator={generator}", f"latents={latents}", "count=null", *words))
+
+
+def command(verb: str, run: Config, file: Path) -> list[str]:
+    """Words for this script: the configuration is written to ``file``."""
+    save(run, file)
+    return [verb, str(file)]
+
+
+def log(folder: Path) -> list[dict[str, Any]]:
+    """Lines of a run's log without the clock."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def saved(folder: Path) -> Iterator[tuple[str, Any]]:
+    """Everything of a run that must not depend on interruptions: weights, newest state, log."""
+    for file in sorted(folder.glob("snapshot/*/*.safetensors")):
+        yield from ((f"{file.parent.name}/{file.stem}/{name}", value) for name, value in load_file(file).items())
+    newest = max((folder / "state").iterdir())
+    yield from ((f"state/{name}", value) for name, value in load_file(newest / "state.safetensors").items())
+    yield "state.json", (newest / "state.json").read_text()
+    yield "log", log(folder)
+
+
+if __name__ == "__main__":
+    for verb, file in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        function, model = VERBS[verb]
+        function(load(model, file))
