@@ -225,7 +225,7 @@ def _usage(message: str, words: list[str]) -> str:
 def _complain(message: str, code: int = 2) -> int:
     """Print one line and return the exit code."""
     if not _first_process():
-        time.sleep(2)  # most likely the first process says the same, and the launcher ends this one meanwhile
+        time.sleep(10)  # most likely the first process says the same, and the launcher ends this one meanwhile
     print(f"robustok: {' '.join(message.split())}", file=sys.stderr)
     return code
 

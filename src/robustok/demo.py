@@ -1,10 +1,11 @@
-"""The `demo` verb: the paper's story from real images to a report, by default on scikit-learn's handwritten digits and a CPU.
+"""The `demo` verb: the paper's story from real images to a report, by default on handwritten digits and a CPU.
 
-    plain and perturbed tokenizer -> tokens -> generator -> pairs -> post-trained decoder and its control -> numbers -> report
+    plain and perturbed tokenizer -> tokens -> generator -> pairs -> post-trained decoder and its control -> numbers
+    -> report
 
-Every stage is the function that a verb calls, with a recipe of configs/, in a run folder of its own: the same command again goes on
-where it was stopped. Two stages at a time run side by side, each in a process with half of the cores: models this small do not gain
-from more threads.
+Every stage is the function that a verb calls, with a recipe of configs/, in a run folder of its own: the same command
+again goes on where it was stopped. Two stages at a time run side by side, each in a process with half of the cores:
+models this small do not gain from more threads.
 """
 
 import json
@@ -24,8 +25,10 @@ from robustok.side_by_side import side_by_side
 from robustok.sources import Digits
 from robustok.train_classifier import TrainClassifierRun, train
 from robustok.training.generator_training import GeneratorTrainingRun, train_generator
+from robustok.training.loop import console
 from robustok.training.main_training import MainTrainingRun, main_train
 from robustok.training.post_training import PostTrainingRun, post_train
+from robustok.types import Measurement
 
 TOKENIZERS = {"plain": ["perturbation.proportion=0"], "perturbed": []}  # they differ in this and in nothing else
 
@@ -35,20 +38,24 @@ class DemoRun(Config):
 
     out: Path = Field(Path("runs/demo"), description="run folder")
     seeds: list[int] = Field([0], min_length=1, description="seeds; the whole story is told once for each")
-    recipes: Path = Field(Path("digits"), description="folder with classifier.yaml, tokenizer.yaml, generator.yaml and post.yaml")
+    recipes: Path = Field(
+        Path("digits"), description="folder with classifier.yaml, tokenizer.yaml, generator.yaml and post.yaml"
+    )
     data: Data = Field(Digits(), description="labelled images")
     preservation: float = Field(0.9, ge=0, le=1, description="sigma of the pairs")
     sets: int = Field(6, ge=2, description="independent sets of samples behind each gFID, for its standard error")
     samples: int = Field(1348, ge=20, description="samples in a set; the default is the number of training digits")
     perturbation_seeds: int = Field(2, ge=1, description="repetitions of pFID, for its standard error")
-    scale: float = Field(1.0, gt=0, description="multiplies the numbers of training steps; small values try out the machinery")
+    scale: float = Field(
+        1.0, gt=0, description="multiplies the numbers of training steps; small values try out the machinery"
+    )
 
 
-def demo(run: DemoRun) -> list[dict[str, Any]]:
+def demo(run: DemoRun) -> list[Measurement]:
     """Tell the story for every seed; write metrics.jsonl, pictures and report.html.
 
     Returns:
-        The lines of metrics.jsonl.
+        All measurements, as in metrics.jsonl.
 
     Raises:
         UserError: as the verbs raise it.
@@ -58,8 +65,9 @@ def demo(run: DemoRun) -> list[dict[str, Any]]:
     files = [run.out / f"seed-{seed}" / "metrics.jsonl" for seed in run.seeds]
     lines = [line for file in files for line in file.read_text().splitlines()]
     (run.out / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
-    report(ReportRun(path=run.out, title=f"robustok on {run.data.name}"))
-    return [json.loads(line) for line in lines]
+    page = report(ReportRun(path=run.out, title=f"robustok on {run.data.name}"))
+    console.print(f"report: {page}")
+    return [Measurement.from_line(json.loads(line)) for line in lines]
 
 
 def tell(run: DemoRun, seed: int) -> None:
@@ -90,12 +98,22 @@ def tell(run: DemoRun, seed: int) -> None:
         }
     )
     for name in TOKENIZERS:
-        encode(job(EncodeRun, None, f"latents-{name}", f"tokenizer={here / f'tokenizer-{name}'}", "batch_size=256", *images))
+        encode(
+            job(
+                EncodeRun, None, f"latents-{name}", f"tokenizer={here / f'tokenizer-{name}'}", "batch_size=256", *images
+            )
+        )
     side_by_side(
         {
             f"generator-{name}": (
                 train_generator,
-                job(GeneratorTrainingRun, "generator.yaml", f"generator-{name}", f"seed={seed}", f"latents={here / f'latents-{name}'}"),
+                job(
+                    GeneratorTrainingRun,
+                    "generator.yaml",
+                    f"generator-{name}",
+                    f"seed={seed}",
+                    f"latents={here / f'latents-{name}'}",
+                ),
             )
             for name in TOKENIZERS
         }
@@ -104,8 +122,12 @@ def tell(run: DemoRun, seed: int) -> None:
     # Free samples: independent sets for the report, one more that chooses among snapshots and is never reported.
     for name in TOKENIZERS:
         for i in range(run.sets):
-            generate(job(GenerateRun, None, f"samples/{name}-{i}", *_sampling(here, name, run.samples, 1000 * seed + i)))
-    generate(job(GenerateRun, None, "samples/held-out", *_sampling(here, "perturbed", 2 * run.samples, 1000 * seed + 999)))
+            generate(
+                job(GenerateRun, None, f"samples/{name}-{i}", *_sampling(here, name, run.samples, 1000 * seed + i))
+            )
+    generate(
+        job(GenerateRun, None, "samples/held-out", *_sampling(here, "perturbed", 2 * run.samples, 1000 * seed + 999))
+    )
 
     # Post-training of the perturbed tokenizer's decoder, and its control: as many steps on clean latents.
     sigmas = {"post": run.preservation, "control": 1.0}
@@ -139,10 +161,19 @@ def _measure(run: DemoRun, seed: int, here: Path, images: list[str], extractor: 
     jobs = {}
     for name, paths in decoders.items():
         (here / f"measure-{name}" / "metrics.jsonl").unlink(missing_ok=True)
-        words = [f"out={here / f'measure-{name}'}", f"tokenizer={here / f'tokenizer-{name}'}", f"tags.tokenizer={name}", extractor]
+        words = [
+            f"out={here / f'measure-{name}'}",
+            f"tokenizer={here / f'tokenizer-{name}'}",
+            f"tags.tokenizer={name}",
+            extractor,
+        ]
         words += [f"decoders.{decoder}={here / path}" for decoder, path in paths.items()]
         words += [f"latents={[str(here / 'samples' / f'{name}-{i}') for i in range(run.sets)]}", f"seed={seed}"]
-        words += [f"perturbation_seeds={run.perturbation_seeds}", "metrics=[rfid,psnr,codebook,pfid,gfid,kid,gap]", "batch_size=256"]
+        words += [
+            f"perturbation_seeds={run.perturbation_seeds}",
+            "metrics=[rfid,psnr,codebook,pfid,gfid,kid,gap]",
+            "batch_size=256",
+        ]
         jobs[f"evaluate {name}"] = (evaluate, load(EvaluateRun, None, [*words, *images]))
     side_by_side(jobs)
     lines = [(here / f"measure-{name}" / "metrics.jsonl").read_text() for name in decoders]
@@ -150,7 +181,8 @@ def _measure(run: DemoRun, seed: int, here: Path, images: list[str], extractor: 
     draw_pictures(
         load(
             PicturesRun, None,
-            [f"out={run.out / 'pictures'}", f"prefix=seed-{seed}-", f"samples={here / 'samples' / 'perturbed-0'}", extractor, *images]
+            [f"out={run.out / 'pictures'}", f"prefix=seed-{seed}-", extractor, *images]
+            + [f"samples={here / 'samples' / 'perturbed-0'}"]
             + [f"tokenizers.{name}={here / f'tokenizer-{name}'}" for name in TOKENIZERS]
             + [f"decoders.{decoder}={here / path}" for decoder, path in decoders["perturbed"].items()],
         )

@@ -1,5 +1,6 @@
 """Discriminators of images, and the differentiable augmentation both sides pass through before they are judged."""
 
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -17,17 +18,19 @@ class PatchConfig(Config):
     name: Literal["patch"] = "patch"
     width: int = Field(64, ge=1, description="channels of the first layer; doubles at each halving of the resolution")
     depth: int = Field(2, ge=0, description="number of halvings")
-    augment: bool = Field(True, description="differentiable augmentation; without it a small data set is learnt by heart")
+    augment: bool = Field(
+        True, description="differentiable augmentation; without it a small data set is learnt by heart"
+    )
 
 
 class PatchDiscriminator(nn.Module):
-    """Images to a map of logits. Spectral norm and no batch statistics: an image's logits do not depend on its neighbours."""
+    """Images to a map of logits. Without batch statistics: an image's logits do not depend on its neighbours."""
 
     def __init__(self, config: PatchConfig) -> None:
         super().__init__()
         widths = [config.width * min(2**i, 8) for i in range(config.depth + 1)]
         layers: list[nn.Module] = [spectral_norm(nn.Conv2d(3, widths[0], 3, padding=1)), nn.LeakyReLU(0.2)]
-        for a, b in zip(widths, widths[1:], strict=False):
+        for a, b in pairwise(widths):
             layers += [spectral_norm(nn.Conv2d(a, b, 4, stride=2, padding=1)), nn.LeakyReLU(0.2)]
         layers += [spectral_norm(nn.Conv2d(widths[-1], widths[-1], 3, padding=1)), nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 1))
@@ -47,7 +50,7 @@ def augmentation_draw(count: int, rng: torch.Generator) -> Tensor:
 
 
 def augment(images: Tensor, draw: Tensor) -> Tensor:
-    """Differentiable augmentation: translation, colour and cutout (DiffAug; METHOD 4.3, its pixels taken as shares of 256).
+    """Differentiable augmentation: translation, colour and cutout (DiffAug), sized as shares of the image.
 
     Args:
         images: (N, 3, H, W) in [-1, 1].
@@ -69,7 +72,7 @@ def augment(images: Tensor, draw: Tensor) -> Tensor:
 
 
 def _translate(images: Tensor, vertical: Tensor, horizontal: Tensor) -> Tensor:
-    """Shift by whole pixels, up to an eighth of the image each way, zeros moving in; large draws move up and to the left."""
+    """Shift by whole pixels, up to an eighth of the image each way; zeros move in, large draws go up and left."""
     n, _, h, w = images.shape
     reach_h, reach_w = round(h / 8), round(w / 8)
     shift_h = (vertical * (2 * reach_h + 1)).long() - reach_h  # (N, 1, 1)

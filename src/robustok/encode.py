@@ -61,7 +61,13 @@ def encode(run: EncodeRun) -> Path:
         images = torch.where(flips.bool()[:, None, None, None], batch.images.flip(-1), batch.images)  # (n, 3, H, W)
         with autocast(accelerator.device, run.precision):
             latents = tokenizer.encode(images.to(accelerator.device))
-        return {"latents": latents, "labels": batch.labels, "indices": batch.indices, "seeds": batch.indices * 0, "flips": flips}
+        return {
+            "latents": latents,
+            "labels": batch.labels,
+            "indices": batch.indices,
+            "seeds": batch.indices * 0,
+            "flips": flips,
+        }
 
     fill_cache(run.out, manifest, make, run.batch_size, accelerator, "encode")
     return run.out
@@ -93,6 +99,8 @@ def fill_cache(
         rows = np.asarray(shard_rows(manifest, k))
         starts = range(0, -(-len(rows) // batch_size))
         show = f"{description} {out.name} {k + 1}/{manifest.shards}"
-        parts = [make(rows[i * batch_size : (i + 1) * batch_size]) for i in track(starts, show, accelerator.is_main_process)]
+        parts = [
+            make(rows[i * batch_size : (i + 1) * batch_size]) for i in track(starts, show, accelerator.is_main_process)
+        ]
         write_shard(out, k, {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]})
     accelerator.wait_for_everyone()

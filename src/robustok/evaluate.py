@@ -1,7 +1,8 @@
 """The `evaluate` verb: tokenizers, and generated latents with one or more decoders, to numbers with their protocol.
 
-rFID and pFID judge reconstructions of held-out images, gFID free samples against training images. Several decoders are judged on
-the *same* latents, and their difference is reported with its own standard error, over independent sets of latents.
+rFID and pFID judge reconstructions of held-out images, gFID free samples against training images. Several decoders
+are judged on the *same* latents, and their difference is reported with its own standard error, over independent sets
+of latents.
 """
 
 import importlib.metadata
@@ -48,17 +49,24 @@ class EvaluateRun(Config):
     out: Path = Field(description="folder whose metrics.jsonl the results are appended to")
     data: Data = Field(description="real images: the test split for reconstructions, the train split for samples")
     tokenizer: Path | None = Field(None, description="tokenizer whose reconstructions are judged")
-    latents: list[Path] = Field([], description="caches of free samples; several independent ones give a standard error")
-    decoders: dict[str, Path] = Field({}, description="names and tokenizers that decode the same latents; the first is the baseline")
+    latents: list[Path] = Field(
+        [], description="caches of free samples; several independent ones give a standard error"
+    )
+    decoders: dict[str, Path] = Field(
+        {}, description="names and tokenizers that decode the same latents; the first is the baseline"
+    )
     metrics: list[Reconstruction | Generation] = Field(
-        ["rfid", "psnr", "codebook", "pfid", "gfid", "kid"], description="those that apply to what is given are measured"
+        ["rfid", "psnr", "codebook", "pfid", "gfid", "kid"],
+        description="those that apply to what is given are measured",
     )
     extractor: ExtractorConfig | None = Field(None, description="feature space of the distances")
     grid: PerturbedGrid = Field(RelativeGrid(), description="cells of pFID")
     perturbation_seeds: int = Field(1, ge=1, description="repetitions of pFID, for its standard error")
     seed: int = Field(0, ge=0, description="seed of the perturbations")
     batch_size: int = Field(64, ge=1, description="images at a time")
-    tags: dict[str, str | float | int] = Field({}, description="further facts to write into every line, such as tokenizer=plain")
+    tags: dict[str, str | float | int] = Field(
+        {}, description="further facts to write into every line, such as tokenizer=plain"
+    )
 
     @model_validator(mode="after")
     def _something_to_do(self) -> "EvaluateRun":
@@ -94,7 +102,7 @@ def evaluate(run: EvaluateRun) -> list[Measurement]:
 
 
 class Judge:
-    """Real images in the feature space of one extractor, and what is compared with them. Shares the work among processes.
+    """Real images in one feature space, and what is compared with them. Shares the work among processes.
 
     Args:
         accelerator: devices and processes.
@@ -103,7 +111,9 @@ class Judge:
         batch_size: images at a time.
     """
 
-    def __init__(self, accelerator: Accelerator, data: Data, extractor: ExtractorConfig | None, batch_size: int) -> None:
+    def __init__(
+        self, accelerator: Accelerator, data: Data, extractor: ExtractorConfig | None, batch_size: int
+    ) -> None:
         self.accelerator, self.data, self.batch_size = accelerator, data, batch_size
         self.device, self.rank, self.world = accelerator.device, accelerator.process_index, accelerator.num_processes
         self.extractor: FeatureExtractor | None = load_extractor(extractor, self.device) if extractor else None
@@ -120,7 +130,9 @@ class Judge:
                 pixels, real = self._decode(tokenizer)(tokens), to_pixels(batch.images).to(self.device)
             encoded.append((batch.indices, tokens.cpu()))
             if "psnr" in run.metrics:
-                sums[0] += psnr(pixels, real).clamp(max=100).sum().cpu()  # identical images would make the mean infinite
+                sums[0] += (
+                    psnr(pixels, real).clamp(max=100).sum().cpu()
+                )  # identical images would make the mean infinite
             if "ssim" in run.metrics:
                 sums[1] += ssim(pixels, real).sum().cpu()
             sums[2] += len(tokens)
@@ -143,7 +155,9 @@ class Judge:
             found += self._perturbed(tokenizer, tokens, run, note)
         return found
 
-    def _perturbed(self, tokenizer: Tokenizer, tokens: Tensor, run: EvaluateRun, note: Callable[..., Measurement]) -> list[Measurement]:
+    def _perturbed(
+        self, tokenizer: Tokenizer, tokens: Tensor, run: EvaluateRun, note: Callable[..., Measurement]
+    ) -> list[Measurement]:
         """Every cell of pFID and their mean, over the perturbation seeds."""
         _, reference, _ = self._reference(tokenizer.image_size, "test")
         strengths = run.grid.strengths(len(tokenizer.codebook))
@@ -165,7 +179,7 @@ class Judge:
         return found
 
     def samples(self, run: EvaluateRun) -> list[Measurement]:
-        """gFID and KID of each decoder on the same latents, their differences, and the gap of the latents themselves."""
+        """Each decoder's gFID and KID on the same latents, their differences, and the gap of the latents themselves."""
         sets = [LatentCache(path) for path in run.latents]
         names = list(run.decoders)
         found, values = [], {}
@@ -175,18 +189,26 @@ class Judge:
                 check_cache(cache, encoder_digest(tokenizer))
             images, reference, factor = self._reference(tokenizer.image_size, "train")
             count = sum(len(cache) for cache in sets)
-            facts = {"decoder": name, "sets": len(sets)} | _post_training_facts(run.decoders[name]) | _sampling_facts(sets)
+            facts = (
+                {"decoder": name, "sets": len(sets)} | _post_training_facts(run.decoders[name]) | _sampling_facts(sets)
+            )
             note = lambda metric, estimate, facts=facts, images=images, count=count, **more: self._measurement(  # noqa: E731
                 run, metric, estimate, count, images.describe(), **facts, **more
             )
             if "gfid" in run.metrics:
-                values[name] = [frechet_distance(self._decoded(tokenizer, _all(cache)), reference, factor) for cache in sets]
+                values[name] = [
+                    frechet_distance(self._decoded(tokenizer, _all(cache)), reference, factor) for cache in sets
+                ]
                 found.append(note("gfid", mean_and_standard_error(values[name]), samples_per_set=len(sets[0])))
             if "kid" in run.metrics:
-                real = self._features(to_pixels(b.images) for b in batches_in_order(images, self.batch_size, self.rank, self.world))
+                real = self._features(
+                    to_pixels(b.images) for b in batches_in_order(images, self.batch_size, self.rank, self.world)
+                )
                 fake = [self._features(self._decoded_pixels(tokenizer, _all(cache))) for cache in sets]
                 one = kernel_distance(fake[0], real)
-                estimate = mean_and_standard_error([kernel_distance(f, real).value for f in fake]) if len(sets) > 1 else one
+                estimate = (
+                    mean_and_standard_error([kernel_distance(f, real).value for f in fake]) if len(sets) > 1 else one
+                )
                 found.append(note("kid", estimate))
             if "gap" in run.metrics and name == names[0]:
                 found += self._gap(tokenizer, sets, images, note)
@@ -199,14 +221,20 @@ class Judge:
                 found.append(self._measurement(run, "gfid_difference", change, count, images.describe(), **facts))
         return found
 
-    def _gap(self, tokenizer: Tokenizer, sets: list[LatentCache], images: ImageDataset, note: Callable) -> list[Measurement]:
+    def _gap(
+        self, tokenizer: Tokenizer, sets: list[LatentCache], images: ImageDataset, note: Callable
+    ) -> list[Measurement]:
         """How far the generated latents are from those of real images."""
         encoded = [
             (batch.indices, tokenizer.encode(batch.images.to(self.device)).cpu())
             for batch in batches_in_order(images, self.batch_size, self.rank, self.world)
         ]
         gap = latent_gap(torch.cat([_all(cache) for cache in sets]), self._in_order(encoded), tokenizer.codebook.cpu())
-        facts = {"latent_distance": gap.distance, "token_divergence": gap.divergence, "generated_usage": gap.generated_usage}
+        facts = {
+            "latent_distance": gap.distance,
+            "token_divergence": gap.divergence,
+            "generated_usage": gap.generated_usage,
+        }
         return [note(name, Estimate(value, None)) for name, value in facts.items()]
 
     def _reference(self, size: int, split: str) -> tuple[ImageDataset, GaussianStatistics, Tensor]:
@@ -256,12 +284,21 @@ class Judge:
         return torch.cat([t for _, t in parts])[indices.argsort()]
 
     def _measurement(
-        self, run: EvaluateRun, metric: str, estimate: Estimate, samples: int, reference: str, features: bool = True, **details: Any
+        self,
+        run: EvaluateRun,
+        metric: str,
+        estimate: Estimate,
+        samples: int,
+        reference: str,
+        features: bool = True,
+        **details: Any,
     ) -> Measurement:
         versions = {name: importlib.metadata.version(name) for name in ("robustok", "torch")}
         extractor = self.extractor.name if features and self.extractor is not None else None
         facts = dict(run.tags) | details | {"uint8": "trunc(127.5 x + 128)", "versions": versions}
-        return Measurement(metric, estimate.value, estimate.standard_error, samples, run.seed, extractor, reference, facts)
+        return Measurement(
+            metric, estimate.value, estimate.standard_error, samples, run.seed, extractor, reference, facts
+        )
 
 
 def _all(cache: LatentCache) -> Tensor:
@@ -269,7 +306,7 @@ def _all(cache: LatentCache) -> Tensor:
 
 
 def _post_training_facts(path: Path) -> dict[str, Any]:
-    """sigma and steps of a post-trained decoder; nothing for one that only main training made."""
+    """The sigma and steps of a post-trained decoder; nothing for one that only main training made."""
     found = read_yaml(resolve(path) / "config.yaml").get("post_trained") or {}
     return {key: found[key] for key in ("sigma", "mode", "steps") if key in found}
 

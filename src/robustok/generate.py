@@ -1,6 +1,7 @@
 """The verbs `generate` (free samples) and `make-pairs` (samples mixed with real latents, for post-training).
 
-Both write caches of latents. Record i has its own random numbers, so it is the same whatever the batch size or the processes.
+Both write caches of latents. Record i has its own random numbers, so it is the same whatever the batch size or the
+processes.
 """
 
 from pathlib import Path
@@ -34,7 +35,9 @@ class GenerateRun(Config):
     sampling: Sampling | None = Field(None, description="null takes the settings stored with the generator")
     seed: int = Field(0, ge=0, description="seed; sample i depends on it and on i alone")
     tokenizer: Path | None = Field(None, description="decode with this tokenizer and write images too")
-    images: Literal["none", "npz", "png"] = Field("none", description="npz: one ADM-style samples.npz (arr_0); png: a folder of files")
+    images: Literal["none", "npz", "png"] = Field(
+        "none", description="npz: one ADM-style samples.npz (arr_0); png: a folder of files"
+    )
     batch_size: int = Field(64, ge=1, description="samples at a time")
     shard_size: int = Field(10_000, ge=1, description="records in a shard")
     precision: Literal["auto", "bf16", "float32"] = Field("float32", description="autocast dtype")
@@ -47,15 +50,22 @@ class GenerateRun(Config):
 
 
 class MakePairsRun(Config):
-    """Mix real latents with samples of the generator (METHOD 6.1, 6.2)."""
+    """Mix real latents with samples of the generator."""
 
     out: Path = Field(description="folder of the cache of pairs; an unfinished one is completed")
     generator: Path = Field(description="generator snapshot, or run folder")
     latents: Path = Field(description="cache of the real images' latents, made by `robustok encode`")
-    preservation: float = Field(0.9, ge=0, le=1, description="share of real tokens that is kept (sigma); 1 is the control")
-    count: int | None = Field(200_000, ge=1, description="number of pairs, a random subset of the latents; null, or more than there are, is all")
+    preservation: float = Field(
+        0.9, ge=0, le=1, description="share of real tokens that is kept (sigma); 1 is the control"
+    )
+    count: int | None = Field(
+        200_000,
+        ge=1,
+        description="number of pairs, a random subset of the latents; null, or more than there are, is all",
+    )
     mode: Literal["generated", "reencoded"] = Field(
-        "generated", description="generated: the mixture itself; reencoded: decoded to uint8 and encoded again (release)"
+        "generated",
+        description="generated: the mixture itself; reencoded: decoded to uint8 and encoded again (release)",
     )
     tokenizer: Path | None = Field(None, description="needed for mode=reencoded")
     sampling: Sampling | None = Field(None, description="null takes the settings stored with the generator")
@@ -85,10 +95,16 @@ def generate(run: GenerateRun) -> Path:
     sampling = run.sampling or generator.sampling
     wrong = [c for c in run.classes or [] if not 0 <= c < generator.classes]
     if wrong:
-        raise UserError(f"class {wrong[0]} is not among the generator's classes 0 to {generator.classes - 1}; set classes=[...] or null")
+        raise UserError(
+            f"class {wrong[0]} is not among the generator's classes 0 to {generator.classes - 1}; "
+            "set classes=[...] or null"
+        )
     tokenizer = load_tokenizer(run.tokenizer).to(accelerator.device) if run.tokenizer else None
     if tokenizer is not None and encoder_digest(tokenizer) != generator.latent_space:
-        raise UserError(f"{run.tokenizer} is not the tokenizer whose tokens {run.generator} models; give that one, or its post-trained self")
+        raise UserError(
+            f"{run.tokenizer} is not the tokenizer whose tokens {run.generator} models; "
+            "give that one, or its post-trained self"
+        )
     wanted = torch.tensor(run.classes or list(range(generator.classes)))
 
     def make(records: np.ndarray) -> dict[str, Tensor]:
@@ -97,9 +113,22 @@ def generate(run: GenerateRun) -> Path:
             latents = generator.generate(labels, sampling, image_rngs(run.seed, records.tolist()))
         return _fields(latents, labels, indices=torch.full((len(records),), -1), records=records)
 
-    source = {"made_by": "generate", "sigma": 0.0, "seed": run.seed, "sampling": plain(sampling), "precision": run.precision}
+    source = {
+        "made_by": "generate",
+        "sigma": 0.0,
+        "seed": run.seed,
+        "sampling": plain(sampling),
+        "precision": run.precision,
+    }
     source |= {"generator": digest(generator.state_dict()), "classes": run.classes}
-    fill_cache(run.out, _manifest(generator, run.count, run.shard_size, None, source), make, run.batch_size, accelerator, "generate")
+    fill_cache(
+        run.out,
+        _manifest(generator, run.count, run.shard_size, None, source),
+        make,
+        run.batch_size,
+        accelerator,
+        "generate",
+    )
     if tokenizer is not None and accelerator.is_main_process:
         write_images(run.out, tokenizer, run.images, run.batch_size)
     return run.out
@@ -134,8 +163,18 @@ def make_pairs(run: MakePairsRun) -> Path:
                 latents = reencode(tokenizer, latents)
         return _fields(latents, real.labels, real.indices, records) | {"flips": real.flips}
 
-    source = {"made_by": "make-pairs", "sigma": run.preservation, "mode": run.mode, "seed": run.seed, "sampling": plain(sampling)}
-    source |= {"generator": digest(generator.state_dict()), "precision": run.precision, "split": cache.manifest.source.get("data")}
+    source = {
+        "made_by": "make-pairs",
+        "sigma": run.preservation,
+        "mode": run.mode,
+        "seed": run.seed,
+        "sampling": plain(sampling),
+    }
+    source |= {
+        "generator": digest(generator.state_dict()),
+        "precision": run.precision,
+        "split": cache.manifest.source.get("data"),
+    }
     manifest = _manifest(generator, len(rows), run.shard_size, cache.manifest.data, source)
     fill_cache(run.out, manifest, make, run.batch_size, accelerator, "make-pairs")
     return run.out
@@ -164,11 +203,18 @@ def write_images(out: Path, tokenizer: Tokenizer, kind: Literal["npz", "png"], b
             for i, image in enumerate(np.concatenate(pixels)):
                 Image.fromarray(image).save(out / "png" / f"{i:06d}.png")
     except OSError as error:
-        raise UserError(f"cannot write images to {out}: {error.strerror}; free some space and run the same command again") from None
+        raise UserError(
+            f"cannot write images to {out}: {error.strerror}; free some space and run the same command again"
+        ) from None
 
 
 def _fields(latents: Tensor, labels: Tensor, indices: Tensor, records: np.ndarray) -> dict[str, Tensor]:
-    return {"latents": latents, "labels": labels, "indices": indices, "seeds": torch.from_numpy(records.astype(np.int64))}
+    return {
+        "latents": latents,
+        "labels": labels,
+        "indices": indices,
+        "seeds": torch.from_numpy(records.astype(np.int64)),
+    }
 
 
 def _manifest(generator: Generator, count: int, shard_size: int, data: str | None, source: dict) -> Manifest:

@@ -29,7 +29,7 @@ MEMORY_LIMIT = 10**9  # bytes of decoded pixels up to which a data set is held i
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """Images (N, 3, H, W) float in [-1, 1] to pixels uint8: trunc(clamp(127.5 x + 128, 0, 255)) (METHOD 1.1).
+    """Images (N, 3, H, W) float in [-1, 1] to pixels uint8: trunc(clamp(127.5 x + 128, 0, 255)).
 
     Raises:
         UserError: the images hold NaN, which has no pixel value.
@@ -51,7 +51,7 @@ def from_pixels(pixels: Tensor) -> Tensor:
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """ADM's centre crop: scale the shorter side to ``size`` and cut the middle square (METHOD 4.5).
+    """ADM's centre crop: scale the shorter side to ``size`` and cut the middle square.
 
     Args:
         image: of any mode and any size; smaller ones are enlarged.
@@ -66,7 +66,7 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
 
 
 def random_crop(image: Image.Image, size: int, rng: torch.Generator) -> np.ndarray:
-    """ADM's random crop: shorter side drawn from size..ceil(size / 0.8), then a random square of it (METHOD 4.5).
+    """ADM's random crop: shorter side drawn from size..ceil(size / 0.8), then a random square of it.
 
     Returns:
         RGB pixels (H, W, 3) uint8.

@@ -1,6 +1,7 @@
-"""Terms of the training objectives: functions that take tensors and return scalars (METHOD 2 and 4).
+"""Terms of the training objectives: functions that take tensors and return scalars.
 
-A training loop puts its terms into a dictionary, trains their sum and logs the same dictionary: no term is trained unseen.
+A training loop puts its terms into a dictionary, trains their sum and logs the same dictionary: no term is trained
+unseen.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,17 +26,21 @@ class ReconstructionConfig(Config):
     pixel_weight: float = Field(1.0, ge=0, description="weight of the pixel loss")
     perceptual: Literal["none", "lpips", "classifier"] = Field(
         "lpips",
-        description="lpips: VGG features, needs the extra robustok[lpips]; classifier: a small classifier trained on the data itself",
+        description="lpips: VGG features, needs the extra robustok[lpips]; classifier: a small one trained on the data",
     )
     perceptual_weight: float = Field(1.0, ge=0, description="weight of the perceptual loss")
-    perceptual_weights: str | None = Field(None, description="local file of VGG weights for lpips, or folder of a saved classifier")
+    perceptual_weights: str | None = Field(
+        None, description="local file of VGG weights for lpips, or folder of a saved classifier"
+    )
 
 
 class AdversarialConfig(Config):
-    """The adversarial term (METHOD 4.1, 4.2)."""
+    """The adversarial term."""
 
     weight: float = Field(0.5, ge=0, description="weight of the adversarial term; 0 trains without a discriminator")
-    start: int = Field(0, ge=0, description="step from which the discriminator learns and its term counts; before, nothing of it runs")
+    start: int = Field(
+        0, ge=0, description="step from which the discriminator learns and its term counts; before, nothing of it runs"
+    )
     adaptive: bool = Field(True, description="scale by the ratio of gradient norms at the decoder's last layer")
     max_adaptive: float = Field(1e4, gt=0, description="upper clamp of the adaptive weight")
     lecam_weight: float = Field(0.001, ge=0, description="weight of the LeCam regularisation of the discriminator")
@@ -67,7 +72,7 @@ def perceptual_loss(maps: Callable[[Tensor], Sequence[Tensor]], images: Tensor, 
 
 
 class LPIPSLoss(nn.Module):
-    """LPIPS with VGG-16 from the lpips package, in eval mode: the released code trains with its dropout on (METHOD T14).
+    """LPIPS with VGG-16 from the lpips package, in eval mode: the released code leaves its dropout on.
 
     Args:
         weights: local file with torchvision's vgg16 state dict; None uses torchvision's cache or download.
@@ -81,7 +86,9 @@ class LPIPSLoss(nn.Module):
         try:
             import lpips
         except ImportError:
-            raise UserError("perceptual: lpips needs the lpips package; pip install 'robustok[lpips]', or choose classifier or none") from None
+            raise UserError(
+                "perceptual: lpips needs the lpips package; pip install 'robustok[lpips]', or choose classifier or none"
+            ) from None
         try:
             state = None if weights is None else torch.load(weights, map_location="cpu", weights_only=True)
             self.network = lpips.LPIPS(net="vgg", pnet_rand=weights is not None, verbose=False)
@@ -89,7 +96,8 @@ class LPIPSLoss(nn.Module):
                 self._load(state)
         except Exception as error:  # download errors are of many kinds
             raise UserError(
-                f"LPIPS needs VGG-16 weights: {' '.join(str(error).split())[:160]}; give torchvision's vgg16-397923af.pth "
+                f"LPIPS needs VGG-16 weights: {' '.join(str(error).split())[:160]}; "
+                "give torchvision's vgg16-397923af.pth "
                 "as perceptual_weights=FILE, or put it into torch's hub cache"
             ) from None
         self.eval().requires_grad_(False)
@@ -105,7 +113,7 @@ class LPIPSLoss(nn.Module):
 
 
 def contrastive_loss(a: Tensor, b: Tensor, logit_scale: float = 1.0) -> Tensor:
-    """Symmetric InfoNCE between paired vectors, over the global batch (METHOD 2).
+    """Symmetric InfoNCE between paired vectors, over the global batch.
 
     Args:
         a: (N, D) teacher side.
@@ -131,7 +139,7 @@ def generator_loss(fake: Tensor) -> Tensor:
 
 
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """What the discriminator minimises (METHOD 4.2), before LeCam."""
+    """What the discriminator minimises, before LeCam."""
     return (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean()) / 2
 
 
@@ -154,12 +162,12 @@ class LeCam:
 
 
 def lecam_loss(real: Tensor, fake: Tensor, averages: LeCam) -> Tensor:
-    """Keep logits near the moving averages of the other side (LeCam, METHOD 4.2)."""
+    """Keep logits near the moving averages of the other side (LeCam)."""
     return F.relu(real.float() - averages.fake).square().mean() + F.relu(averages.real - fake.float()).square().mean()
 
 
 def adaptive_weight(reconstruction_gradient: Tensor, adversarial_gradient: Tensor, maximum: float = 1e4) -> Tensor:
-    """Ratio of the gradient norms at the decoder's last layer (METHOD 4.1), in float32, detached.
+    """Ratio of the gradient norms at the decoder's last layer, in float32, detached.
 
     Args:
         reconstruction_gradient: gradient of pixel plus perceptual loss with respect to the last layer's weight.

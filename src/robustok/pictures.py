@@ -25,10 +25,14 @@ class PicturesRun(Config):
     rate: float = Field(0.5, ge=0, le=1, description="rate of the perturbed reconstructions")
     share: float = Field(0.1, gt=0, le=1, description="their strength, as a share of the codebook")
     images: int = Field(16, ge=1, description="images per row")
-    decoders: dict[str, Path] = Field({}, description="original, post_trained and, if there is one, control: decoders of the samples")
+    decoders: dict[str, Path] = Field(
+        {}, description="original, post_trained and, if there is one, control: decoders of the samples"
+    )
     samples: Path | None = Field(None, description="cache of free samples")
     count: int = Field(96, ge=2, description="samples shown")
-    extractor: ExtractorConfig | None = Field(None, description="feature space in which a sample's nearest real image is found")
+    extractor: ExtractorConfig | None = Field(
+        None, description="feature space in which a sample's nearest real image is found"
+    )
 
 
 @torch.no_grad()
@@ -63,7 +67,12 @@ def _reconstructions(run: PicturesRun) -> Path:
         rows += [tokenizer.decode(tokens), tokenizer.decode(perturbed)]
         titles += [f"{name}, clean tokens", f"{name}, {run.rate:.0%} of the tokens perturbed"]
     path = run.out / f"{run.prefix}reconstructions.npz"
-    np.savez_compressed(path, images=np.stack([_nhwc(row) for row in rows]), row_titles=np.array(titles), title=np.array("Reconstructions"))
+    np.savez_compressed(
+        path,
+        images=np.stack([_nhwc(row) for row in rows]),
+        row_titles=np.array(titles),
+        title=np.array("Reconstructions"),
+    )
     return path
 
 
@@ -82,12 +91,19 @@ def _samples(run: PicturesRun) -> Path:
     fields = {name: part.permute(0, 2, 3, 1).numpy() for name, part in arrays.items()}  # (n, H, W, 3)
     if run.extractor is not None:
         extractor = load_extractor(run.extractor)
-        real = torch.cat([extractor(to_pixels(b.images)) for b in batches_in_order(open_images(run.data, tokenizer.image_size, "train"), 256)])
+        real = torch.cat(
+            [
+                extractor(to_pixels(b.images))
+                for b in batches_in_order(open_images(run.data, tokenizer.image_size, "train"), 256)
+            ]
+        )
         for name in ("before", "after"):
             fields[f"score_{name}"] = torch.cdist(extractor(arrays[name]), real).min(1).values.numpy()  # (n,)
         fields["score_name"] = np.array("distance to the nearest real image in feature space")
     path = run.out / f"{run.prefix}samples.npz"
-    np.savez_compressed(path, **fields, labels=records.labels.numpy(), title=np.array("Samples, before and after post-training"))
+    np.savez_compressed(
+        path, **fields, labels=records.labels.numpy(), title=np.array("Samples, before and after post-training")
+    )
     return path
 
 

@@ -1,4 +1,4 @@
-"""The frozen teacher of the semantic regularisation (METHOD 2): a timm model, or a small classifier trained on the data.
+"""The frozen teacher of the semantic regularisation: a timm model, or a small classifier trained on the data.
 
 The teacher lives outside the tokenizer and never enters its snapshots.
 """
@@ -21,7 +21,9 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class TeacherConfig(Config):
     """The semantic teacher."""
 
-    name: Literal["none", "timm", "classifier"] = Field("none", description="kind of teacher; none switches the term off")
+    name: Literal["none", "timm", "classifier"] = Field(
+        "none", description="kind of teacher; none switches the term off"
+    )
     model: str = Field("vit_base_patch14_dinov2.lvd142m", description="timm model name")
     path: Path | None = Field(None, description="timm: local weights file; classifier: folder of a saved classifier")
     weight: float = Field(0.1, ge=0, description="weight of the contrastive term")
@@ -64,5 +66,6 @@ def _timm_model(config: TeacherConfig, image_size: int, patch_size: int) -> nn.M
         return timm.create_model(config.model, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, **size)
     except Exception as error:  # timm and the hub raise many kinds, all of which the user can act on
         raise UserError(
-            f"cannot load the teacher {config.model}: {' '.join(str(error).split())[:200]}; give a local file as teacher.path"
+            f"cannot load the teacher {config.model}: {' '.join(str(error).split())[:200]}; "
+            "give a local file as teacher.path"
         ) from None

@@ -1,4 +1,4 @@
-"""Run several verbs at the same time, each in a process of its own with its share of the cores, and show how far they are."""
+"""Run several verbs at the same time, each in a process with its share of the cores, and show how far they are."""
 
 import json
 import multiprocessing
@@ -22,7 +22,8 @@ def side_by_side(jobs: Mapping[str, tuple[Callable[[Config], Any], Config]]) -> 
     """Run each function on its configuration, all at the same time; wait for all.
 
     Args:
-        jobs: name to (verb, configuration). Where a configuration has ``steps``, its progress is read from its log.jsonl.
+        jobs: name to (verb, configuration). Where a configuration has ``steps``, its progress is read from its
+            log.jsonl.
 
     Raises:
         UserError: a job raised it.
@@ -65,10 +66,17 @@ def _run(function: Callable[[Config], Any], config: Config, threads: int, sender
 
 def _watch(jobs: Mapping[str, tuple[Callable[[Config], Any], Config]], running: Mapping[str, Any]) -> None:
     """Show progress until all have ended; raise what the first failure raised."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, disable=os.environ.get("ROBUSTOK_PROGRESS") == "0") as progress:
         bars: dict[str, TaskID] = {
-            name: progress.add_task(f"{name:<24}", total=getattr(config, "steps", None)) for name, (_, config) in jobs.items()
+            name: progress.add_task(f"{name:<24}", total=getattr(config, "steps", None))
+            for name, (_, config) in jobs.items()
         }
         alive = dict(running)
         while alive:
@@ -96,6 +104,9 @@ def _steps_done(config: Config) -> int:
     try:
         with (Path(config.out) / "log.jsonl").open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-            return max((json.loads(line).get("step", 0) for line in file.read().splitlines()[1:] if line.endswith(b"}")), default=0)
+            return max(
+                (json.loads(line).get("step", 0) for line in file.read().splitlines()[1:] if line.endswith(b"}")),
+                default=0,
+            )
     except (OSError, ValueError):
         return 0

@@ -1,11 +1,12 @@
-"""Snapshots: what users load. A folder with config.yaml, model.safetensors and a model card; no trainer needed, no pickle.
+"""Snapshots: what users load. A folder with configuration, weights and a model card; no trainer needed, no pickle.
 
     snapshot/00010000/
       config.yaml          kind, name, settings, step, provenance
       model.safetensors    EMA weights
       README.md            model card
 
-The same layout is uploaded to the Hugging Face Hub. A path may name the snapshot itself, or a run folder, whose newest one is taken.
+The same layout is uploaded to the Hugging Face Hub. A path may name the snapshot itself, or a run folder, whose
+newest one is taken.
 """
 
 import hashlib
@@ -40,7 +41,9 @@ class Snapshot:
     weights: dict[str, Tensor]
 
 
-def write_snapshot(path: Path, header: dict[str, Any], weights: Mapping[str, Tensor], extra: Mapping[str, Mapping[str, Tensor]]) -> None:
+def write_snapshot(
+    path: Path, header: dict[str, Any], weights: Mapping[str, Tensor], extra: Mapping[str, Mapping[str, Tensor]]
+) -> None:
     """Write a snapshot so that a reader sees all of it or nothing.
 
     Args:
@@ -68,7 +71,10 @@ def read_snapshot(path: str | Path, kind: str) -> Snapshot:
     folder = resolve(path)
     header = read_yaml(folder / "config.yaml")
     if header.get("kind") != kind:
-        raise UserError(f"{folder} is a snapshot of a {header.get('kind', 'model of unknown kind')}, expected a {kind}; give another path")
+        raise UserError(
+            f"{folder} is a snapshot of a {header.get('kind', 'model of unknown kind')}, expected a {kind}; "
+            "give another path"
+        )
     if not isinstance(header.get("config"), dict):
         raise UserError(f"{folder}/config.yaml lacks the settings of the {kind} under 'config'; copy or train it again")
     return Snapshot(folder, header, read_weights(folder / "model.safetensors"))
@@ -89,7 +95,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
 
 def resolve(path: str | Path) -> Path:
-    """The snapshot folder that a path means: itself, or the best (where one was judged best), else the newest, of a run folder.
+    """The snapshot folder that a path means: itself, or the best of a run folder (the newest, where none was judged).
 
     Raises:
         UserError: nothing of the kind is there.
@@ -111,7 +117,9 @@ def load_weights(module: nn.Module, snapshot: Snapshot) -> None:
     """
     own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in snapshot.weights.items()}
-    problems = [f"missing {n}" for n in own.keys() - given.keys()] + [f"unexpected {n}" for n in given.keys() - own.keys()]
+    problems = [f"missing {n}" for n in own.keys() - given.keys()] + [
+        f"unexpected {n}" for n in given.keys() - own.keys()
+    ]
     problems += [f"{n} is {given[n]}, expected {own[n]}" for n in own.keys() & given.keys() if own[n] != given[n]]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
@@ -191,6 +199,6 @@ def model_card(header: dict[str, Any]) -> str:
     return (
         f"---\nlibrary_name: robustok\ntags: [image-{header['kind']}]\n---\n"
         f"# {config.get('name')} {header['kind']}\n\nMade by robustok.\n\n{facts}\n\n"
-        f"```python\nimport robustok\nmodel = robustok.{load}(\"path/to/this/folder\")\n```\n\n"
+        f'```python\nimport robustok\nmodel = robustok.{load}("path/to/this/folder")\n```\n\n'
         f"```yaml\n{yaml.safe_dump(config, sort_keys=False)}```\n"
     )

@@ -6,7 +6,7 @@ Images inside the library are float32 in [-1, 1]; at the borders (disk, metrics)
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -113,7 +113,7 @@ class Generator(Protocol):
         reference: Tensor | None = None,
         preservation: float | None = None,
     ) -> Tensor:
-        """Sample latents, or the mixture of samples and real latents that post-training learns from (METHOD 6.1).
+        """Sample latents, or the mixture of samples and real latents that post-training learns from.
 
         Args:
             labels: classes (N,) int64.
@@ -189,3 +189,10 @@ class Measurement:
         """A flat dictionary for one JSON line."""
         record = asdict(self)
         return record | record.pop("details")
+
+    @classmethod
+    def from_line(cls, record: dict[str, Any]) -> "Measurement":
+        """Undo :meth:`line`."""
+        names = [f.name for f in fields(cls) if f.name != "details"]
+        details = {key: value for key, value in record.items() if key not in names}
+        return cls(**{name: record[name] for name in names}, details=details)

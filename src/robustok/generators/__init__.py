@@ -23,13 +23,17 @@ def load_generator(path: str | Path) -> Generator:
     snapshot = read_snapshot(path, kind="generator")
     header = snapshot.header
     if header["config"].get("name") not in GENERATORS:
-        raise UserError(f"{path}: unknown generator family {header['config'].get('name')!r}; known: {', '.join(GENERATORS)}")
+        raise UserError(
+            f"{path}: unknown generator family {header['config'].get('name')!r}; known: {', '.join(GENERATORS)}"
+        )
     lacking = [key for key in ("codebook_size", "latent_shape", "classes", "latent_space") if key not in header]
     if lacking:
         raise UserError(f"{snapshot.path}/config.yaml lacks {', '.join(lacking)}; copy or train the generator again")
     family, config = GENERATORS[header["config"]["name"]]
     shape = tuple(header["latent_shape"])
-    generator = family(validate(config, header["config"], source=str(path)), header["codebook_size"], shape[0], header["classes"])
+    generator = family(
+        validate(config, header["config"], source=str(path)), header["codebook_size"], shape[0], header["classes"]
+    )
     load_weights(generator, snapshot)
     generator.latent_shape = shape
     generator.latent_space = header["latent_space"]

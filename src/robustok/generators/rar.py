@@ -1,4 +1,4 @@
-"""RAR, the random-order autoregressive generator of tokens (METHOD 5).
+"""RAR, the random-order autoregressive generator of tokens (arXiv 2411.00776).
 
 Source: Yu et al., "Randomized Autoregressive Visual Generation". A causal transformer visits the tokens of an image in
 any order during training and in raster order when it samples. Training starts with random orders, so that every token
@@ -10,7 +10,7 @@ The sequence is ``[start, condition, token, token, ...]``. Three learned tables 
 * ``target_aware_pos_embed``: where the token lies that is to be predicted next;
 * ``timesteps_embeddings``: how far the sequence has come. With the class embedding it modulates every block (adaLN).
 
-Parameters carry the released names (METHOD 5.4), so that a released checkpoint loads as it is.
+Parameters carry the released names, so that a released checkpoint loads as it is.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -74,11 +74,11 @@ RAR_SIZES = {
     "xl": RARConfig(width=1280, depth=32),
     "xxl": RARConfig(width=1408, depth=40, mlp_ratio=6144 / 1408),
 }
-"""The paper's sizes (METHOD 5.3), all with 16 heads."""
+"""The paper's sizes, all with 16 heads."""
 
 
 class Block(nn.Module):
-    """A transformer block whose branches are shifted, scaled and gated by the condition (adaLN-zero, METHOD 5.2)."""
+    """A transformer block whose branches are shifted, scaled and gated by the condition (adaLN-zero)."""
 
     def __init__(self, config: RARConfig) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class RAR(nn.Module):
                 f"give at least {length + 2} or leave them out"
             )
         width = config.width
-        # One table for all: tokens, a mask token that RAR never uses, the classes, "no class" (METHOD 5.1).
+        # One table for all: tokens, a mask token that RAR never uses, the classes, "no class".
         self.embeddings = nn.Embedding(codebook_size + 1 + classes + 1, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.empty(1, positions, width))
@@ -237,7 +237,7 @@ class RAR(nn.Module):
         reference: Tensor | None = None,
         preservation: float | None = None,
     ) -> Tensor:
-        """Sample tokens in raster order (METHOD 5.7), or mix them with the tokens of real images (METHOD 6.1).
+        """Sample tokens in raster order, or mix them with the tokens of real images.
 
         For a mixture, each position keeps its real token with probability ``preservation``, drawn once per image before
         everything else. The mixture is what the model sees as context, so sampled tokens fit the kept ones.
@@ -319,7 +319,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def random_share(step: int, start: int, end: int) -> float:
-    """Share of images trained in random order: 1 before ``start``, linear to 0 at ``end`` (METHOD 5.5), in steps."""
+    """Share of images trained in random order: 1 before ``start``, linear to 0 at ``end``, in steps."""
     if step < start:
         return 1.0
     return 0.0 if step >= end else 1 - (step - start) / (end - start)

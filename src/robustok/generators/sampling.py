@@ -38,7 +38,7 @@ class Sampling(Config):
 
 
 def guidance_scales(length: int, sampling: Sampling) -> Tensor:
-    """Guidance scale of each step, the power-cosine schedule of METHOD 5.7.
+    """Guidance scale of each step, the power-cosine schedule.
 
     ``1 + (g - 1) * (1 - cos(pi * (s / L) ** power)) / 2`` rises from 1 at the first step towards g at the last:
     early tokens stay diverse, late ones follow their class. With power 0 it is g throughout.

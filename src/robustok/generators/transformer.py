@@ -39,7 +39,7 @@ class KeyValueCache:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with a layer norm on the queries and keys of each head (METHOD 5.2).
+    """Causal self-attention with a layer norm on the queries and keys of each head.
 
     Args:
         width: W.
@@ -77,7 +77,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with an exact GELU between them; dropout after each (METHOD 5.2)."""
+    """Two linear layers with an exact GELU between them; dropout after each."""
 
     def __init__(self, width: int, hidden: int, dropout: float) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """Frechet distance between Gaussians fitted to two sets of features, from additive statistics in float64.
 
-d(a, b) = |mu_a - mu_b|^2 + tr S_a + tr S_b - 2 tr (S_a S_b)^(1/2), covariances S divided by N - 1 (METRICS 1.1).
+d(a, b) = |mu_a - mu_b|^2 + tr S_a + tr S_b - 2 tr (S_a S_b)^(1/2), covariances S divided by N - 1.
 With Inception features it is FID; with others it carries their name.
 """
 
@@ -116,7 +116,7 @@ def frechet_distance(a: GaussianStatistics, b: GaussianStatistics, factor: Tenso
     """Squared Frechet (2-Wasserstein) distance between the Gaussians of two sets; what the field calls FID.
 
     tr (S_a S_b)^(1/2) is the sum of the square roots of the eigenvalues of A^T S_a A with S_b = A A^T: symmetric, so
-    never complex, and exact enough for fewer images than features, where ``scipy.linalg.sqrtm`` is not (METRICS 3.1).
+    never complex, and exact enough for fewer images than features, where ``scipy.linalg.sqrtm`` is not.
 
     Args:
         a: the set to judge.
@@ -141,7 +141,7 @@ def frechet_distance(a: GaussianStatistics, b: GaussianStatistics, factor: Tenso
 def frechet_bias(statistics: GaussianStatistics) -> float:
     """How far N images of the *same* law lie from it on average, to first order in 1/N: the floor c/N under a distance.
 
-    c = 5/4 tr S + 1/2 sum_ij l_i l_j / (l_i + l_j) with the eigenvalues l of S (METRICS 4.1). Good for N well above F.
+    c = 5/4 tr S + 1/2 sum_ij l_i l_j / (l_i + l_j) with the eigenvalues l of S. Good for N well above F.
     A reference of M images adds c/M of its own.
     """
     values = torch.linalg.eigvalsh(statistics.covariance).clamp(min=0)
@@ -220,7 +220,7 @@ def delete_half_error(
     """A metric on one set of features and its standard error from random halves drawn *without* replacement.
 
     The delete-d jackknife with d = N/2: the spread of the metric over halves estimates its spread over whole sets.
-    Drawing with replacement would double images and shift a Frechet distance by as much as its own size (METRICS 4.1).
+    Drawing with replacement would double images and shift a Frechet distance by as much as its own size.
 
     Args:
         features: (N, F).

@@ -1,7 +1,7 @@
 """Kernel distance (KID): an unbiased squared MMD, the number to trust where images are few.
 
 Kernel k(x, y) = (x.y / F + 1)^3. All images at once, where the usual recipe averages 100 subsets of 1,000 and prints
-their spread, which is no standard error (METRICS 1.4).
+their spread, which is no standard error.
 """
 
 import math

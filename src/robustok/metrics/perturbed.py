@@ -23,7 +23,7 @@ from robustok.types import FeatureExtractor, UserError
 
 Rate = Annotated[float, Field(ge=0, le=1)]
 
-# The paper's strengths by codebook size (METHOD 0.1), and the shares of K that stand in for sizes it does not name.
+# The paper's strengths by codebook size, and the shares of K that stand in for sizes it does not name.
 PUBLISHED_RATES = (0.9, 0.8, 0.7, 0.6, 0.5)
 PUBLISHED_STRENGTHS = {16384: (200, 280, 360), 8192: (100, 140, 180), 4096: (50, 70, 90), 1024: (10, 15, 20)}
 PUBLISHED_SHARES = (0.0122, 0.0171, 0.0220)

@@ -11,7 +11,7 @@ from robustok.types import UserError
 def psnr(pixels: Tensor, reference: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of each image in dB, data range 255; infinite for equal images.
 
-    The field reports the mean over images of this, not the PSNR of the pooled error, which is lower (METRICS 1.4).
+    The field reports the mean over images of this, not the PSNR of the pooled error, which is lower.
 
     Args:
         pixels: (N, 3, H, W) uint8.

@@ -102,7 +102,7 @@ class Report:
 
 
 def collect(folder: Path, title: str | None = None) -> Report:
-    """Read every run folder under ``folder`` (DESIGN section 6).
+    """Read every run folder under ``folder``.
 
     A folder's own metrics.jsonl stands for the whole tree beneath it, and so does its own ``pictures`` folder:
     numbers that a stage wrote and the study repeats count once.

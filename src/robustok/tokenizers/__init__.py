@@ -1,4 +1,4 @@
-"""Tokenizers: images to latents and back. One family a file; to add one, write the file and add a line to ``TOKENIZERS``."""
+"""Tokenizers: images to latents and back. One family a file; a new one adds a line to ``TOKENIZERS``."""
 
 from pathlib import Path
 

@@ -1,9 +1,10 @@
 """Latent perturbation: replace a share of an image's tokens by near neighbours in the codebook.
 
-Pure functions of tokens and a codebook, so they serve every discrete tokenizer, in training and in pFID. The paper's letters:
-``rate`` is alpha (share of an image's tokens), ``proportion`` is beta (share of the batch's images), ``strength`` is delta
-(how many nearest codes a replacement is drawn from). Source: arXiv 2509.12474, section on latent perturbation; METHOD 3 lists
-where the released code differs, and each difference is a switch of :class:`PerturbationConfig`.
+Pure functions of tokens and a codebook, so they serve every discrete tokenizer, in training and in pFID. The paper's
+letters: ``rate`` is alpha (share of an image's tokens), ``proportion`` is beta (share of the batch's images),
+``strength`` is delta (how many nearest codes a replacement is drawn from). Source: arXiv 2509.12474, section on
+latent perturbation; where the released code differs, the difference is a switch of
+:class:`PerturbationConfig`.
 """
 
 import math
@@ -22,26 +23,39 @@ ImageSelection = Literal["stochastic", "floor"]
 
 
 class PerturbationConfig(Config):
-    """Latent perturbation during main training. Defaults follow the paper; METHOD 3 gives the released values."""
+    """Latent perturbation during main training. Defaults follow the paper."""
 
     rate: float = Field(1.0, ge=0, le=1, description="share of a chosen image's tokens that is replaced (alpha)")
-    proportion: float = Field(0.1, ge=0, le=1, description="share of the images of a batch that is perturbed (beta); 0 is off")
-    strength: int = Field(100, ge=0, description="replacements are drawn from this many nearest codes (delta); 0 is off")
+    proportion: float = Field(
+        0.1, ge=0, le=1, description="share of the images of a batch that is perturbed (beta); 0 is off"
+    )
+    strength: int = Field(
+        100, ge=0, description="replacements are drawn from this many nearest codes (delta); 0 is off"
+    )
     anneal_start: int = Field(0, ge=0, description="step at which rate and strength start to fall")
     anneal_end: int = Field(0, ge=0, description="step at which they reach end_ratio; 0 means no annealing")
     end_ratio: float = Field(0.5, ge=0, le=1, description="rate and strength at the end, as a share of the start")
-    selection: Selection = Field("exact", description="exact: round(rate x L) tokens an image; bernoulli: a coin a token (release)")
-    image_selection: ImageSelection = Field(
-        "stochastic", description="stochastic: random images, fractions rounded at random; floor: the first int(beta x N) (release)"
+    selection: Selection = Field(
+        "exact", description="exact: round(rate x L) tokens an image; bernoulli: a coin a token (release)"
     )
-    neighbour_of: Literal["code", "feature"] = Field("code", description="neighbours of the token's code, or of the feature (release)")
+    image_selection: ImageSelection = Field(
+        "stochastic",
+        description="stochastic: random images, fractions rounded at random; floor: the first int(beta x N) (release)",
+    )
+    neighbour_of: Literal["code", "feature"] = Field(
+        "code", description="neighbours of the token's code, or of the feature (release)"
+    )
     include_self: bool = Field(False, description="whether a token may be replaced by itself (release: true)")
-    semantic_on: Literal["clean", "perturbed"] = Field("clean", description="latents that the semantic loss sees (release: perturbed)")
+    semantic_on: Literal["clean", "perturbed"] = Field(
+        "clean", description="latents that the semantic loss sees (release: perturbed)"
+    )
 
     @model_validator(mode="after")
     def _annealing_has_a_length(self) -> "PerturbationConfig":
         if self.anneal_end and self.anneal_end < self.anneal_start:
-            raise ValueError(f"anneal_end {self.anneal_end} lies before anneal_start {self.anneal_start}; raise it or set 0")
+            raise ValueError(
+                f"anneal_end {self.anneal_end} lies before anneal_start {self.anneal_start}; raise it or set 0"
+            )
         return self
 
     def at(self, step: int) -> tuple[float, int]:
@@ -58,7 +72,7 @@ class PerturbationConfig(Config):
 def annealing_ratio(step: int, start: int, end: int, end_ratio: float) -> float:
     """1 up to ``start``, linear to ``end_ratio`` at ``end``, constant afterwards; ``end`` 0 means always 1.
 
-    The released ramp, ``1 - fraction * end_ratio``, jumps unless end_ratio is 0.5 (METHOD 3); this one does not.
+    The released ramp, ``1 - fraction * end_ratio``, jumps unless end_ratio is 0.5; this one does not.
     """
     if not end or step <= start:
         return 1.0
@@ -111,9 +125,12 @@ def draw_perturbation(
         length: L, tokens an image.
         rate: share of an image's tokens, in [0, 1]. ``exact`` replaces round(rate x L) tokens of each chosen image,
             ``bernoulli`` each token with probability ``rate``.
-        proportion: share of images, in [0, 1]. ``stochastic`` takes floor(proportion x N) random images and one more with the
-            probability of the fraction left, so that a small batch is still perturbed; ``floor`` takes the first ones.
+        proportion: share of images, in [0, 1]. ``stochastic`` takes floor(proportion x N) random images and one more
+            with the probability of the fraction left, so that a small batch is still perturbed; ``floor`` takes the
+            first ones.
         rng: source of all draws, a CPU generator.
+        selection: how tokens are chosen.
+        image_selection: how images are chosen.
 
     Raises:
         UserError: rate or proportion outside [0, 1].
@@ -247,14 +264,20 @@ def perturb(
 
 
 def perturb_latents(
-    features: Tensor, tokens: Tensor, codebook: Tensor, draw: PerturbationDraw, strength: int, config: PerturbationConfig
+    features: Tensor,
+    tokens: Tensor,
+    codebook: Tensor,
+    draw: PerturbationDraw,
+    strength: int,
+    config: PerturbationConfig,
 ) -> tuple[Tensor, Tensor]:
     """Perturbation inside a training forward, for any tokenizer with a codebook: one line after its quantiser.
 
     Neighbours are looked up for the drawn tokens alone: ranking all tokens of the batch costs many times more.
 
     Args:
-        features: (N, L, D) continuous features, in the geometry of the codebook; gradients pass straight through to them.
+        features: (N, L, D) continuous features, in the geometry of the codebook; gradients pass straight through to
+            them.
         tokens: (N, L) int64, their codes.
         codebook: (K, D).
         draw: what to replace.

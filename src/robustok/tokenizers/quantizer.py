@@ -1,4 +1,4 @@
-"""Vector quantiser: nearest code, its two losses, usage statistics and the revival of dead codes (METHOD 1.4)."""
+"""Vector quantiser: nearest code, its two losses, usage statistics and the revival of dead codes."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,9 @@ class QuantizerConfig(Config):
     codebook_weight: float = Field(1.0, ge=0, description="weight of the loss that moves codes towards features")
     commitment_weight: float = Field(0.25, ge=0, description="weight of the loss that moves features towards codes")
     revive_every: int = Field(
-        0, ge=0, description="steps between revivals of codes that no feature chose since the last one; 0 is off, as in the paper"
+        0,
+        ge=0,
+        description="steps between revivals of codes that nothing chose since the last one; 0 is off, as in the paper",
     )
 
 
@@ -44,13 +46,15 @@ class Quantized:
 
 
 class VectorQuantizer(nn.Module):
-    """Nearest-code quantiser; the search runs in float32 whatever the autocast dtype (bf16 flips about 1 % of the codes)."""
+    """Nearest-code quantiser; the search is in float32 whatever the autocast dtype (bf16 flips 1 % of the codes)."""
 
     def __init__(self, config: QuantizerConfig) -> None:
         super().__init__()
         self.config = config
         weight = torch.empty(config.size, config.dim).uniform_(-1 / config.size, 1 / config.size)
-        self.embedding = nn.Embedding(config.size, config.dim, _weight=F.normalize(weight) if config.normalize else weight)
+        self.embedding = nn.Embedding(
+            config.size, config.dim, _weight=F.normalize(weight) if config.normalize else weight
+        )
 
     @property
     def codebook(self) -> Tensor:

@@ -1,6 +1,7 @@
-"""The paper's tokenizer: ViT encoder with learned latent tokens, vector quantiser, ViT decoder with mask tokens (METHOD 1).
+"""The paper's tokenizer: ViT encoder with learned latent tokens, vector quantiser, ViT decoder with mask tokens.
 
-    images -> patches + latent tokens -> ViT -> latent tokens -> linear -> quantiser -> linear -> mask tokens + latents -> ViT -> pixels
+    images -> patches + latent tokens -> ViT -> latent tokens -> linear -> quantiser -> linear -> mask tokens +
+    latents -> ViT -> pixels
 
 Any image size that the patch size divides works, with any number of latents.
 """
@@ -27,13 +28,19 @@ class ViTConfig(Config):
     width: int = Field(768, ge=1, description="width of the residual stream")
     depth: int = Field(12, ge=1, description="number of blocks")
     heads: int = Field(12, ge=1, description="attention heads; must divide width")
-    layer_scale: float | None = Field(None, description="initial LayerScale; DINOv2 backbones have it (1e-5), null is none")
+    layer_scale: float | None = Field(
+        None, description="initial LayerScale; DINOv2 backbones have it (1e-5), null is none"
+    )
     init: Literal["timm", "local"] = Field(
         "timm", description="timm: its usual start; local: small models learn from scratch in a tenth of the steps"
     )
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the last block, rising linearly from 0")
-    pretrained: str | None = Field(None, description="timm model to start from, such as vit_base_patch14_dinov2.lvd142m")
-    weights: Path | None = Field(None, description="local file with the pretrained weights; null downloads them through timm")
+    pretrained: str | None = Field(
+        None, description="timm model to start from, such as vit_base_patch14_dinov2.lvd142m"
+    )
+    weights: Path | None = Field(
+        None, description="local file with the pretrained weights; null downloads them through timm"
+    )
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "ViTConfig":
@@ -48,19 +55,24 @@ class RobusTokConfig(Config):
     name: Literal["robustok"] = "robustok"
     image_size: int = Field(256, ge=1, description="height and width of the images in pixels")
     patch_size: int = Field(16, ge=1, description="height and width of a patch in pixels; must divide image_size")
-    latents: int | None = Field(None, ge=1, description="latents per image; null is one per patch, which share its position")
+    latents: int | None = Field(
+        None, ge=1, description="latents per image; null is one per patch, which share its position"
+    )
     encoder: ViTConfig = ViTConfig()
     decoder: ViTConfig = ViTConfig()
     quantizer: QuantizerConfig = QuantizerConfig()
     teacher_width: int | None = Field(
-        None, ge=1, description="width of the semantic teacher's features where it is not the encoder's width; adds a projection"
+        None,
+        ge=1,
+        description="width of the semantic teacher's features where it is not the encoder's width; adds a projection",
     )
 
     @model_validator(mode="after")
     def _patches_fit(self) -> "RobusTokConfig":
         if self.image_size % self.patch_size:
             raise ValueError(
-                f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}; choose a divisor of the image size"
+                f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}; "
+                "choose a divisor of the image size"
             )
         return self
 
@@ -91,7 +103,9 @@ class RobusTok(nn.Module):
         self.image_size = config.image_size
         self.latent_shape = (config.length, config.quantizer.dim)
         self.encoder = Encoder(config, pretrained)
-        self.to_latent = nn.Linear(self.encoder.width, config.quantizer.dim)  # the paper's quant_conv, a 1x1 convolution
+        self.to_latent = nn.Linear(
+            self.encoder.width, config.quantizer.dim
+        )  # the paper's quant_conv, a 1x1 convolution
         self.quantizer = VectorQuantizer(config.quantizer)
         self.from_latent = nn.Linear(config.quantizer.dim, config.decoder.width)  # post_quant_conv
         self.decoder = Decoder(config, pretrained)
@@ -111,7 +125,9 @@ class RobusTok(nn.Module):
         """
         if images.shape[1:] != (3, self.image_size, self.image_size):
             size = self.image_size
-            raise UserError(f"got images of shape {tuple(images.shape)}, this tokenizer takes (N, 3, {size}, {size}); resize them")
+            raise UserError(
+                f"got images of shape {tuple(images.shape)}, this tokenizer takes (N, 3, {size}, {size}); resize them"
+            )
         return self.to_latent(self.encoder(images))  # (N, L, D)
 
     def encode(self, images: Tensor) -> Tensor:
@@ -129,7 +145,10 @@ class RobusTok(nn.Module):
             UserError: another number of tokens than the tokenizer makes.
         """
         if latents.ndim != 2 or latents.shape[1] != self.latent_shape[0]:
-            raise UserError(f"got latents of shape {tuple(latents.shape)}, this tokenizer decodes tokens (N, {self.latent_shape[0]})")
+            raise UserError(
+                f"got latents of shape {tuple(latents.shape)}, "
+                f"this tokenizer decodes tokens (N, {self.latent_shape[0]})"
+            )
         return self.decode_vectors(self.embed(latents))
 
     def decode_vectors(self, vectors: Tensor) -> Tensor:
@@ -174,12 +193,12 @@ class RobusTok(nn.Module):
         )
 
     def _project_teacher(self, features: Tensor) -> Tensor:
-        # The paper projects the teacher with the tokenizer's own, trainable projection (METHOD 2).
+        # The paper projects the teacher with the tokenizer's own, trainable projection.
         return self.to_latent(features if self.from_teacher is None else self.from_teacher(features))  # (N, D)
 
 
 class Encoder(nn.Module):
-    """ViT over the class token, the patches and the learned latent tokens; keeps the latents (METHOD 1.3)."""
+    """ViT over the class token, the patches and the learned latent tokens; keeps the latents."""
 
     def __init__(self, config: RobusTokConfig, pretrained: bool) -> None:
         super().__init__()
@@ -203,7 +222,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """ViT over mask tokens and latents; the mask tokens become patches (METHOD 1.5)."""
+    """ViT over mask tokens and latents; the mask tokens become patches."""
 
     def __init__(self, config: RobusTokConfig, pretrained: bool) -> None:
         super().__init__()
@@ -230,12 +249,14 @@ class Decoder(nn.Module):
 
 
 def vision_transformer(config: ViTConfig, tokenizer: RobusTokConfig, pretrained: bool) -> VisionTransformer:
-    """timm's vision transformer: class token, learned positions, no registers, no head.
+    """A vision transformer of timm: class token, learned positions, no registers, no head.
 
     Raises:
         UserError: the pretrained model cannot be had, or has another width, depth or number of heads than configured.
     """
-    size = dict(img_size=tokenizer.image_size, patch_size=tokenizer.patch_size, drop_path_rate=config.drop_path, num_classes=0)
+    size = dict(
+        img_size=tokenizer.image_size, patch_size=tokenizer.patch_size, drop_path_rate=config.drop_path, num_classes=0
+    )
     if config.pretrained is None or not pretrained:
         shape = dict(embed_dim=config.width, depth=config.depth, num_heads=config.heads)
         vit = VisionTransformer(**size, **shape, init_values=config.layer_scale)
@@ -260,10 +281,11 @@ def vision_transformer(config: ViTConfig, tokenizer: RobusTokConfig, pretrained:
 
 
 def _start_local(vit: VisionTransformer) -> None:
-    """Let every token attend to its own place at first: a documented addition for small models without pretrained weights.
+    """Let every token attend to its own place at first: an addition for small models without pretrained weights.
 
-    Keys start equal to queries, so that tokens of like position attend to each other, and positions start ten times larger than
-    timm's. A latent finds its patch, and a mask token its latent, without having to discover the way through uniform attention.
+    Keys start equal to queries, so that tokens of like position attend to each other, and positions start ten times
+    larger than timm's. A latent finds its patch, and a mask token its latent, without having to discover the way
+    through uniform attention.
     """
     for module in vit.blocks.modules():
         if isinstance(module, nn.Linear):

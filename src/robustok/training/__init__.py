@@ -1,0 +1,1 @@
+"""The three trainings: tokenizer, generator, and the decoder against the generator."""

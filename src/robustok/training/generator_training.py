@@ -1,4 +1,4 @@
-"""Training of a generator on a cache of tokens (METHOD 5.5)."""
+"""Training of a generator on a cache of tokens."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from robustok.training.loop import (
 )
 from robustok.types import GeneratorOutput, UserError
 
-# Weight decay leaves alone what is no weight matrix: METHOD 5.5 lists the released names.
+# Weight decay leaves alone what is no weight matrix: parts of the names that the released training excludes.
 UNDECAYED = ("ln", "bias", "latent_tokens", "mask_token", "embedding", "norm", "gamma", "embed")
 
 
@@ -46,12 +46,20 @@ class GeneratorTrainingRun(TrainingConfig):
     weight_decay: float = Field(0.03, ge=0, description="AdamW weight decay of the weight matrices")
     betas: tuple[float, float] = Field((0.9, 0.96), description="AdamW betas")
     clip_norm: float = Field(1.0, ge=0, description="clip the gradient norm to this; 0 is off")
-    ema_decay: float = Field(0.0, ge=0, lt=1, description="decay of the averaged weights; 0, as in the paper, keeps the last")
+    ema_decay: float = Field(
+        0.0, ge=0, lt=1, description="decay of the averaged weights; 0, as in the paper, keeps the last"
+    )
     latents: Path = Field(description="cache of tokens, made by `robustok encode`")
     generator: GeneratorConfig = RARConfig()
-    random_until: float = Field(0.5, ge=0, le=1, description="share of the steps in which every sequence has a random order")
-    raster_from: float = Field(0.75, ge=0, le=1, description="share of the steps after which every sequence is in raster order")
-    sampling: Sampling = Field(Sampling(), description="sampling settings stored with the generator; `generate` uses them")
+    random_until: float = Field(
+        0.5, ge=0, le=1, description="share of the steps in which every sequence has a random order"
+    )
+    raster_from: float = Field(
+        0.75, ge=0, le=1, description="share of the steps after which every sequence is in raster order"
+    )
+    sampling: Sampling = Field(
+        Sampling(), description="sampling settings stored with the generator; `generate` uses them"
+    )
 
 
 def train_generator(run: GeneratorTrainingRun) -> Path:
@@ -69,14 +77,19 @@ def train_generator(run: GeneratorTrainingRun) -> Path:
 
     cache = LatentCache(run.latents)
     if cache.manifest.kind != "discrete":
-        raise UserError(f"{run.latents} holds continuous latents, generator {run.generator.name} models tokens; encode with a discrete tokenizer")
+        raise UserError(
+            f"{run.latents} holds continuous latents, generator {run.generator.name} models tokens; "
+            "encode with a discrete tokenizer"
+        )
     folder = RunFolder(run, accelerator.is_main_process)
 
     seed_step(run.seed, step=0, rank=0)  # the same initial weights in every process
     family, length = GENERATORS[run.generator.name][0], cache.manifest.latent_shape[0]
     bare = family(run.generator, cache.manifest.codebook_size, length, cache.manifest.classes).to(device)
     average = average_copy(bare)
-    optimizer = torch.optim.AdamW(parameter_groups(bare, run.weight_decay), lr=run.learning_rate, betas=run.betas, fused=True)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(bare, run.weight_decay), lr=run.learning_rate, betas=run.betas, fused=True
+    )
     generator, optimizer = accelerator.prepare(bare, optimizer)
     meter, first = Meter(), 0
     if (found := folder.load_state()) is not None:
@@ -142,7 +155,7 @@ def accuracy(output: GeneratorOutput) -> Tensor:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Weight matrices with decay, everything else without (METHOD 5.5)."""
+    """Weight matrices with decay, everything else without."""
     decayed, others = [], []
     for name, parameter in model.named_parameters():
         plain_weight = parameter.ndim >= 2 and not any(part in name for part in UNDECAYED)
@@ -157,7 +170,9 @@ def _dropped(run: GeneratorTrainingRun, labels: Tensor, rows: slice, null_label:
     return labels.masked_fill(dropped, null_label)
 
 
-def _write_snapshot(folder: RunFolder, run: GeneratorTrainingRun, step: int, average: nn.Module, cache: LatentCache) -> None:
+def _write_snapshot(
+    folder: RunFolder, run: GeneratorTrainingRun, step: int, average: nn.Module, cache: LatentCache
+) -> None:
     """Averaged weights for users, with what sampling needs to know."""
     manifest = cache.manifest
     header = {

@@ -1,7 +1,8 @@
 """What the three trainings do alike, as functions: settings, run folder, schedule, EMA, state for resume, log.
 
-Same command again = resume. Randomness is a function of (seed, step), drawn for the global batch, so that neither an interruption
-nor the number of processes changes a run: nothing random is saved because nothing random outlives a step.
+Same command again = resume. Randomness is a function of (seed, step), drawn for the global batch, so that neither an
+interruption nor the number of processes changes a run: nothing random is saved because nothing random outlives a
+step.
 """
 
 import copy
@@ -47,11 +48,15 @@ class TrainingConfig(Config):
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas")
     clip_norm: float = Field(0.0, ge=0, description="clip the gradient norm to this; 0 is off")
-    ema_decay: float = Field(0.9999, ge=0, lt=1, description="decay of the averaged weights, which snapshots hold; 0 keeps the last")
+    ema_decay: float = Field(
+        0.9999, ge=0, lt=1, description="decay of the averaged weights, which snapshots hold; 0 keeps the last"
+    )
     precision: Literal["auto", "bf16", "float32"] = Field(
         "auto", description="autocast dtype; auto is bf16 where the hardware multiplies it fast, else float32"
     )
-    workers: int = Field(0, ge=0, description="data loader processes for each training process; 0 reads in the process itself")
+    workers: int = Field(
+        0, ge=0, description="data loader processes for each training process; 0 reads in the process itself"
+    )
     log_every: int = Field(50, ge=1, description="steps between lines of log.jsonl")
     state_every: int = Field(1000, ge=1, description="steps between states for resume; the two newest are kept")
     snapshot_every: int = Field(0, ge=0, description="steps between snapshots; 0 writes one, at the end")
@@ -69,9 +74,12 @@ def start_accelerator(batch_size: int = 0) -> Accelerator:
     Raises:
         UserError: the global batch does not divide among the processes.
     """
-    accelerator = Accelerator()
+    # Without a GPU accelerate has to be told so, or every process of a `torchrun` takes itself for the only one.
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     if batch_size % accelerator.num_processes:
-        raise UserError(f"batch_size {batch_size} does not divide among {accelerator.num_processes} processes; choose a multiple")
+        raise UserError(
+            f"batch_size {batch_size} does not divide among {accelerator.num_processes} processes; choose a multiple"
+        )
     return accelerator
 
 
@@ -103,7 +111,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def learning_rate(run: TrainingConfig, step: int, peak: float | None = None) -> float:
-    """Linear warm-up, then half a cosine from the peak to ``min_learning_rate`` at the last step. Steps count from 0."""
+    """Linear warm-up, then half a cosine from the peak to ``min_learning_rate`` at the end. Steps count from 0."""
     peak = run.learning_rate if peak is None else peak
     if step < run.warmup_steps:
         return peak * (step + 1) / (run.warmup_steps + 1)
@@ -125,7 +133,7 @@ def average_copy(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """average = decay * average + (1 - decay) * model for trainable parameters; everything else is copied."""
+    """Set average = decay * average + (1 - decay) * model for trainable parameters; everything else is copied."""
     pairs = list(zip(average.parameters(), model.parameters(), strict=True))
     trained = [(a, p) for a, p in pairs if p.requires_grad]
     if trained:
@@ -202,7 +210,10 @@ class RunFolder:
         if file.exists():
             found = differences(read_yaml(file) | {"out": None}, plain(run) | {"out": None})  # a folder may be moved
             if found:
-                raise UserError(f"{self.path} holds a run of another configuration: {'; '.join(found[:5])}; choose another out=FOLDER")
+                raise UserError(
+                    f"{self.path} holds a run of another configuration: {'; '.join(found[:5])}; "
+                    "choose another out=FOLDER"
+                )
         elif self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file, a run needs a folder; choose another out=FOLDER")
         elif self.path.exists() and any(self.path.iterdir()):
@@ -223,12 +234,17 @@ class RunFolder:
             save(self.run, temporary)
             temporary.replace(file)
         except OSError as error:
-            raise UserError(f"cannot write the run folder {self.path}: {error.strerror}; free some space or choose another out=FOLDER") from None
+            raise UserError(
+                f"cannot write the run folder {self.path}: {error.strerror}; "
+                "free some space or choose another out=FOLDER"
+            ) from None
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line to log.jsonl."""
         if self.main:
-            append_line(self.path / "log.jsonl", {"step": step, **values, "seconds": round(time.monotonic() - self.started, 2)})
+            append_line(
+                self.path / "log.jsonl", {"step": step, **values, "seconds": round(time.monotonic() - self.started, 2)}
+            )
 
     def save_state(self, step: int, state: dict[str, Any]) -> None:
         """Write the state for resume, whole or not at all; the two newest are kept.
@@ -243,7 +259,8 @@ class RunFolder:
         broken = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
         if broken:
             raise UserError(
-                f"{broken[0].strip('/')} is not finite after step {step}; the state before is kept: lower learning_rate, "
+                f"{broken[0].strip('/')} is not finite after step {step}; the state before is kept: "
+                f"lower learning_rate, "
                 "set clip_norm, or precision=float32, in a new run folder"
             )
         with atomic_folder(self.path / "state" / f"{step:08d}") as folder:
@@ -253,13 +270,13 @@ class RunFolder:
             shutil.rmtree(old)
 
     def load_state(self) -> tuple[int, dict[str, Any]] | None:
-        """The newest state that reads well, as (step, state); None at the start of a run. Later log lines are dropped."""
+        """The newest state that reads well, as (step, state); None at the start. Later log lines are dropped."""
         for folder in sorted((self.path / "state").glob("[0-9]*"), reverse=True):
             try:
                 content = json.loads((folder / "state.json").read_text())
                 state = _unpack(content["state"], read_weights(folder / "state.safetensors"))
             except (OSError, ValueError, KeyError, UserError) as error:
-                console.print(f"[yellow]skipping the state {folder}, which cannot be read: {error}[/]")
+                console.print(f"[yellow]skipping the state {folder}, which cannot be read: {error}[/]", soft_wrap=True)
                 continue
             self._truncate_log(content["step"])
             return content["step"], state
@@ -288,7 +305,9 @@ def append_line(file: Path, record: Mapping[str, Any]) -> None:
         with file.open("a") as handle:
             handle.write(json.dumps(record) + "\n")
     except OSError as error:
-        raise UserError(f"cannot write {file}: {error.strerror}; free some space and run the same command again") from None
+        raise UserError(
+            f"cannot write {file}: {error.strerror}; free some space and run the same command again"
+        ) from None
 
 
 def _pack(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
@@ -323,7 +342,9 @@ def save_picture(path: Path, images: Tensor) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(sheet.cpu().numpy()).save(path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; free some space and run the same command again") from None
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; free some space and run the same command again"
+        ) from None
 
 
 class Stopped(SystemExit):
@@ -331,7 +352,9 @@ class Stopped(SystemExit):
 
     def __init__(self, step: int) -> None:
         super().__init__(0)
-        console.print(f"stopped by SIGTERM after step {step}; the state is saved, run the same command to go on")
+        console.print(
+            f"stopped by SIGTERM after step {step}; the state is saved, run the same command to go on", soft_wrap=True
+        )
 
 
 @contextmanager
@@ -361,7 +384,13 @@ def track(steps: range, description: str, show: bool = True) -> Iterator[int]:
     if not show or not (console.is_terminal or console.is_jupyter) or os.environ.get("ROBUSTOK_PROGRESS") == "0":
         yield from steps
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(f"{description:<28}", total=steps.stop, completed=steps.start)
         for step in steps:

@@ -1,9 +1,8 @@
-"""Main training of a tokenizer, with latent perturbation (METHOD 3 and 4)."""
+"""Main training of a tokenizer, with latent perturbation."""
 
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -62,7 +61,8 @@ class MainTrainingRun(TrainingConfig):
         most = size - (not self.perturbation.include_self)
         if self.perturbation.active and strength > most:
             raise ValueError(
-                f"perturbation.strength {strength} asks for more neighbours than a codebook of {size} codes has ({most}); lower it"
+                f"perturbation.strength {strength} asks for more neighbours than a codebook of {size} codes has "
+                f"({most}); lower it"
             )
         return self
 
@@ -82,7 +82,11 @@ def main_train(run: MainTrainingRun) -> Path:
 
     data = open_images(run.data, run.tokenizer.image_size, split="train", augment=run.augmentation)
     reconstruction_terms = ReconstructionTerms(run.reconstruction, device)
-    teacher = Teacher(run.teacher, run.tokenizer.image_size, run.tokenizer.patch_size).to(device) if run.teacher.name != "none" else None
+    teacher = (
+        Teacher(run.teacher, run.tokenizer.image_size, run.tokenizer.patch_size).to(device)
+        if run.teacher.name != "none"
+        else None
+    )
     folder = RunFolder(run, accelerator.is_main_process)
 
     seed_step(run.seed, step=0, rank=0)  # the same initial weights in every process
@@ -106,12 +110,11 @@ def main_train(run: MainTrainingRun) -> Path:
         if adversary is not None:
             adversary.load_state(state["adversary"])
         meter.load_state(state["meter"])
-        hits.copy_(state["hits"])
-        recent.copy_(state["recent"])
+        if rank == 0:  # the sums of all processes
+            hits.copy_(state["hits"])
+            recent.copy_(state["recent"])
 
-    batches = training_batches(
-        data, run.batch_size, run.seed, first, run.steps - first, rank, world, run.workers
-    )
+    batches = training_batches(data, run.batch_size, run.seed, first, run.steps - first, rank, world, run.workers)
     folder.start()
     with termination() as terminated:
         for step in track(range(first, run.steps), f"main-train {folder.path.name}", accelerator.is_main_process):
@@ -136,7 +139,9 @@ def main_train(run: MainTrainingRun) -> Path:
             terms["codebook"] = quantizer.codebook_weight * output.codebook_loss
             terms["commitment"] = quantizer.commitment_weight * output.commitment_loss
             if teacher is not None:
-                terms["semantic"] = run.teacher.weight * contrastive_loss(output.semantic_targets, output.semantic_latents)
+                terms["semantic"] = run.teacher.weight * contrastive_loss(
+                    output.semantic_targets, output.semantic_latents
+                )
             statistics: dict[str, Tensor | float] = {"lr": learning_rate(run, step)}
             if adversary is not None and adversary.started(step):
                 terms["adversarial"], statistics["adaptive_weight"] = adversary.term(
@@ -181,9 +186,14 @@ def main_train(run: MainTrainingRun) -> Path:
                 accelerator.wait_for_everyone()
             stop = any_process(accelerator, bool(terminated))
             if done % run.state_every == 0 or done == run.steps or stop:
-                state = {"tokenizer": bare.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
+                state = {
+                    "tokenizer": bare.state_dict(),
+                    "average": average.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                }
                 state |= {"adversary": adversary.state() if adversary is not None else None, "meter": meter.state()}
-                folder.save_state(done, state | {"hits": hits, "recent": recent})
+                state |= {"hits": accelerator.reduce(hits, "sum"), "recent": accelerator.reduce(recent, "sum")}
+                folder.save_state(done, state)
             if stop and done < run.steps:
                 raise Stopped(done)
     return folder.path / "snapshot" / f"{run.steps:08d}"

@@ -1,6 +1,7 @@
 """The objective that main training and post-training share: reconstruction terms, and the adversary with its own step.
 
-The paper trains both with the same losses (METHOD 4 and 6.3); what differs is which latents are decoded and what may learn.
+The paper trains both with the same losses; what differs is which latents are decoded and what may
+learn.
 """
 
 from collections.abc import Callable
@@ -44,7 +45,10 @@ class ReconstructionTerms:
             self.perceptual = LPIPSLoss(config.perceptual_weights).to(device)
         elif config.perceptual == "classifier" and config.perceptual_weight:
             if config.perceptual_weights is None:
-                raise UserError("reconstruction.perceptual=classifier needs reconstruction.perceptual_weights, a saved classifier's folder")
+                raise UserError(
+                    "reconstruction.perceptual=classifier needs reconstruction.perceptual_weights, "
+                    "the folder of a saved classifier"
+                )
             classifier = load_classifier(Path(config.perceptual_weights)).to(device).eval().requires_grad_(False)
             self.perceptual = lambda a, b: perceptual_loss(classifier.feature_maps, a, b)
 
@@ -82,7 +86,10 @@ class Adversary:
                 network.load_state_dict(load_file(weights))
             except Exception as error:  # safetensors' own errors, or torch's long list of keys
                 reason = str(error).splitlines()[0]
-                raise UserError(f"{weights} does not fit the configured discriminator ({reason}); set discriminator.*, or start afresh") from None
+                raise UserError(
+                    f"{weights} does not fit the configured discriminator ({reason}); "
+                    "set discriminator.*, or start afresh"
+                ) from None
         optimizer = torch.optim.AdamW(
             network.parameters(), lr=config.learning_rate, betas=run.betas, weight_decay=config.weight_decay, fused=True
         )
@@ -96,7 +103,9 @@ class Adversary:
         """Nothing of the adversary runs before its start step."""
         return step >= self.config.start
 
-    def term(self, reconstructions: Tensor, reconstruction_loss: Tensor, layer: nn.Parameter, step: int) -> tuple[Tensor, Tensor]:
+    def term(
+        self, reconstructions: Tensor, reconstruction_loss: Tensor, layer: nn.Parameter, step: int
+    ) -> tuple[Tensor, Tensor]:
         """The decoder's adversarial term, weighted, and its adaptive weight.
 
         Args:
@@ -125,7 +134,10 @@ class Adversary:
             real, fake = self.prepared(torch.cat(both)).float().chunk(2)  # (N, places) each
         means = self.accelerator.reduce(torch.stack([real.detach().mean(), fake.detach().mean()]), "mean")
         self.lecam.update(*means.tolist(), self.config.lecam_decay)
-        terms = {"d_hinge": hinge_loss(real, fake), "d_lecam": self.config.lecam_weight * lecam_loss(real, fake, self.lecam)}
+        terms = {
+            "d_hinge": hinge_loss(real, fake),
+            "d_lecam": self.config.lecam_weight * lecam_loss(real, fake, self.lecam),
+        }
         total = sum(terms.values())
         check_finite(total, terms, step, out)
         self.optimizer.zero_grad(set_to_none=True)
@@ -136,7 +148,9 @@ class Adversary:
     def _augmented(self, images: Tensor, step: int, side: str) -> Tensor:
         if not self.settings.augment:
             return images.float()
-        draw = augmentation_draw(self.run.batch_size, step_rng(self.run.seed, step, f"augment/{side}"))  # (7, batch, 1, 1)
+        draw = augmentation_draw(
+            self.run.batch_size, step_rng(self.run.seed, step, f"augment/{side}")
+        )  # (7, batch, 1, 1)
         return augment(images, draw[:, self.rows])
 
     def state(self) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Post-training: the decoder alone learns to decode what the generator makes (METHOD 6).
+"""Post-training: the decoder alone learns to decode what the generator makes.
 
-Latents come from a cache of pairs: real latents mixed with the generator's samples. Each is decoded and compared with the real
-image it stems from, by the losses of main training, with the discriminator of main training. Encoder and quantiser are frozen, in
-eval mode, and a digest before and after proves it.
+Latents come from a cache of pairs: real latents mixed with the generator's samples. Each is decoded and compared with
+the real image it stems from, by the losses of main training, with the discriminator of main training. Encoder and
+quantiser are frozen, in eval mode, and a digest before and after proves it.
 """
 
 from collections.abc import Callable
@@ -68,8 +68,12 @@ class PostTrainingRun(TrainingConfig):
     adversary: Literal["carried", "fresh"] = Field(
         "carried", description="carried: the discriminator of main training goes on; fresh: a new one (release)"
     )
-    discriminator: DiscriminatorConfig = Field(PatchConfig(), description="the fresh discriminator; a carried one brings its own settings")
-    held_out: HeldOut | None = Field(None, description="keep the best snapshot, the untouched decoder included; null keeps the last")
+    discriminator: DiscriminatorConfig = Field(
+        PatchConfig(), description="the fresh discriminator; a carried one brings its own settings"
+    )
+    held_out: HeldOut | None = Field(
+        None, description="keep the best snapshot, the untouched decoder included; null keeps the last"
+    )
 
 
 class LatentDecoder(nn.Module):
@@ -110,7 +114,9 @@ def post_train(run: PostTrainingRun) -> Path:
     check_cache(pairs, before)
     data = open_images(run.data, bare.image_size, split="train")
     if pairs.manifest.data != data.fingerprint:
-        raise UserError(f"{run.pairs} pairs latents with other images than {data.describe()}; give the data they were encoded from")
+        raise UserError(
+            f"{run.pairs} pairs latents with other images than {data.describe()}; give the data they were encoded from"
+        )
     reconstruction_terms = ReconstructionTerms(run.reconstruction, device)
     judge = _judge(run, bare, data, device) if run.held_out is not None and accelerator.is_main_process else None
     folder = RunFolder(run, accelerator.is_main_process)
@@ -118,7 +124,9 @@ def post_train(run: PostTrainingRun) -> Path:
     model = LatentDecoder(bare)
     average = average_copy(bare)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=run.learning_rate, betas=run.betas, weight_decay=run.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        trained, lr=run.learning_rate, betas=run.betas, weight_decay=run.weight_decay, fused=True
+    )
     decoder, optimizer = accelerator.prepare(model, optimizer)
     seed_step(run.seed, step=0, rank=0)  # decides the first weights of a fresh discriminator, alike in every process
     adversary = _adversary(run, accelerator) if run.adversarial.weight else None
@@ -167,7 +175,9 @@ def post_train(run: PostTrainingRun) -> Path:
                 terms = reconstruction_terms(images, decoded)
             reconstruction_loss, statistics = sum(terms.values()), {"lr": learning_rate(run, step)}
             if adversary is not None and adversary.started(step):
-                terms["adversarial"], statistics["adaptive_weight"] = adversary.term(decoded, reconstruction_loss, layer, step)
+                terms["adversarial"], statistics["adaptive_weight"] = adversary.term(
+                    decoded, reconstruction_loss, layer, step
+                )
 
             # 2. One step of the decoder, one of the discriminator.
             total = sum(terms.values())
@@ -190,7 +200,11 @@ def post_train(run: PostTrainingRun) -> Path:
                 keep(done)
             stop = any_process(accelerator, bool(terminated))
             if done % run.state_every == 0 or done == run.steps or stop:
-                state = {"tokenizer": bare.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
+                state = {
+                    "tokenizer": bare.state_dict(),
+                    "average": average.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                }
                 state |= {"adversary": adversary.state() if adversary is not None else None, "meter": meter.state()}
                 folder.save_state(done, state | {"best": best})
             if stop and done < run.steps:
@@ -201,7 +215,10 @@ def post_train(run: PostTrainingRun) -> Path:
     if run.held_out is None:
         return folder.path / "snapshot" / f"{run.steps:08d}"
     if best["step"] == 0 and accelerator.is_main_process:
-        console.print(f"[yellow]no snapshot was better than the untouched decoder on the held-out samples: {folder.path} keeps that one[/]")
+        console.print(
+            f"[yellow]no snapshot was better than the untouched decoder on the held-out samples: "
+            f"{folder.path} keeps that one[/]"
+        )
     return folder.path / "snapshot" / "best"
 
 
@@ -214,7 +231,9 @@ def _targets(data: ImageDataset, records: LatentRecords) -> Tensor:
     return torch.where(records.flips.bool()[:, None, None, None], images.flip(-1), images)
 
 
-def _judge(run: PostTrainingRun, tokenizer: nn.Module, data: ImageDataset, device: torch.device) -> Callable[[Callable], float]:
+def _judge(
+    run: PostTrainingRun, tokenizer: nn.Module, data: ImageDataset, device: torch.device
+) -> Callable[[Callable], float]:
     """Function of a decoder: Frechet distance of its images of the held-out samples to the real images."""
     extractor, samples = load_extractor(run.held_out.extractor, device), LatentCache(run.held_out.latents)
     check_cache(samples, encoder_digest(tokenizer))
@@ -238,7 +257,9 @@ def _adversary(run: PostTrainingRun, accelerator: Any) -> Adversary:
         return Adversary(run, run.adversarial, run.discriminator, accelerator)
     snapshot = read_snapshot(run.tokenizer, kind="tokenizer")
     if "discriminator" not in snapshot.header:
-        raise UserError(f"{snapshot.path} holds no discriminator to carry over; set adversary=fresh, or adversarial.weight=0")
+        raise UserError(
+            f"{snapshot.path} holds no discriminator to carry over; set adversary=fresh, or adversarial.weight=0"
+        )
     config = validate(type(run.discriminator), snapshot.header["discriminator"], source=str(snapshot.path))
     return Adversary(run, run.adversarial, config, accelerator, weights=snapshot.path / "discriminator.safetensors")
 
@@ -251,7 +272,12 @@ def _write_snapshot(
     source = pairs.manifest.source
     header = original.header | {
         "latent_space": encoder_digest(average),
-        "post_trained": {"steps": step, "pairs": pairs.manifest.count, "sigma": source.get("sigma"), "mode": source.get("mode")},
+        "post_trained": {
+            "steps": step,
+            "pairs": pairs.manifest.count,
+            "sigma": source.get("sigma"),
+            "mode": source.get("mode"),
+        },
     }
     extra = {}
     if adversary is not None:
