@@ -167,7 +167,7 @@ def test_another_process_speaks_only_if_nobody_ends_it(capsys, verb_that, monkey
 
     verb_that(fail)
     assert run(capsys, "report") == (2, "", "robustok: no\n")
-    assert waited == [2]
+    assert waited == [10]
 
 
 # The verbs
@@ -280,7 +280,7 @@ def test_the_papers_tokenizer_is_counted_without_building_it(capsys):
     start = time.perf_counter()
     _, text, _ = run(capsys, "main-train", "data.name=digits", "out=x", "--dry-run", "--json")
     facts = json.loads(text)["facts"]
-    # 172,288,064 with the LayerScale of DINOv2 (METHOD), which the default, without pretrained weights, does not have.
+    # 172,288,064 with the LayerScale of DINOv2, which the default, without pretrained weights, does not have.
     assert facts["tokenizer_parameters"] == 172_288_064 - 2 * 12 * 2 * 768
     assert time.perf_counter() - start < 5
 

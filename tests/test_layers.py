@@ -15,7 +15,7 @@ FLOORS = (
     {"images", "sources", "latents", "snapshots", "classifier", "discriminators", "losses", "semantics"}
     | {"tokenizers", "generators", "metrics"},  # the nouns
     {"training"},
-    {"encode", "generate", "evaluate", "report", "train_classifier"},  # the verbs
+    {"encode", "generate", "evaluate", "report", "train_classifier", "pictures", "side_by_side"},  # the verbs
     {"demo", "estimate"},  # what uses all verbs
     {"cli", "__init__"},
     {"__main__"},

@@ -5,9 +5,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from conftest import words
 
+from conftest import words
 from robustok.cli import VERBS
 from robustok.config import load
 
@@ -30,7 +31,7 @@ def test_the_python_example_runs(story, tmp_path, monkeypatch):
     (tmp_path / "post.yaml").write_text(yaml.safe_dump(settings("post-train")))
     (tmp_path / "evaluate.yaml").write_text(yaml.safe_dump(settings("evaluate", "decoders") | {"decoders": {}}))
     monkeypatch.chdir(tmp_path)
-    (example,) = blocks("python")
+    example, _ = blocks("python")
     place = {}
     exec(compile(example, "README.md", "exec"), place)
 
@@ -42,12 +43,30 @@ def test_the_python_example_runs(story, tmp_path, monkeypatch):
     assert decoders == ["original", "post_trained"]
 
 
+def test_the_perturbation_example_runs():
+    torch.manual_seed(0)
+    codebook = torch.nn.functional.normalize(torch.randn(256, 8), dim=1)
+    features = torch.nn.functional.normalize(torch.randn(40, 16, 8), dim=2).requires_grad_()
+    place = {"torch": torch, "features": features, "codebook": codebook}
+    place["tokens"] = tokens = (features @ codebook.T).argmax(-1)
+    exec(compile(blocks("python")[1], "README.md", "exec"), place)
+
+    changed = (place["perturbed"] != tokens).sum(1)
+    assert sorted(changed.tolist()) == [0] * 36 + [16] * 4  # a tenth of the images, every token of them
+    torch.testing.assert_close(place["vectors"], codebook[place["perturbed"]])
+    place["vectors"].sum().backward()
+    assert (features.grad == 1).all()  # straight through
+
+
 def commands() -> list[list[str]]:
     """The words after ``robustok`` of every command that the README shows."""
     text = "\n".join(blocks("sh")).replace("\\\n", " ")
     lines = [line.partition("#")[0] for line in text.splitlines()]
     found = [re.split(r"\brobustok\s", line, maxsplit=1)[1] for line in lines if re.search(r"\brobustok\s", line)]
-    return [shlex.split(line.replace("$D", "data.name=cifar10")) for line in found]
+    variables = {"$D": "data.name=cifar10", "$GUIDE": re.search(r'GUIDE="(.*)"', text)[1]}
+    for name, value in variables.items():
+        found = [line.replace(name, value) for line in found]
+    return [shlex.split(line) for line in found]
 
 
 def test_every_verb_is_shown():

@@ -42,7 +42,7 @@ class DemoRun(Config):
         Path("digits"), description="folder with classifier.yaml, tokenizer.yaml, generator.yaml and post.yaml"
     )
     data: Data = Field(Digits(), description="labelled images")
-    preservation: float = Field(0.9, ge=0, le=1, description="sigma of the pairs")
+    preservation: float = Field(0.7, ge=0, le=1, description="sigma of the pairs")
     sets: int = Field(6, ge=2, description="independent sets of samples behind each gFID, for its standard error")
     samples: int = Field(1348, ge=20, description="samples in a set; the default is the number of training digits")
     perturbation_seeds: int = Field(2, ge=1, description="repetitions of pFID, for its standard error")
