@@ -1,7 +1,7 @@
 """Tiny trained worlds on the digits, made once per session and only when a test asks for them.
 
-``story`` is the whole story through the command line, a few steps each. The other fixtures are trained for a moment longer
-through the Python API: enough for losses to fall and for tokens, samples and decoders to differ.
+``story`` is the whole story through the command line, a few steps each. The other fixtures are trained for a moment
+longer through the Python API: enough for losses to fall and for tokens, samples and decoders to differ.
 """
 
 import os

@@ -43,7 +43,7 @@ def test_spectral_norm_bounds_every_layer():
 
 
 def plain_reading(image, numbers):
-    """METHOD 4.3 pixel by pixel, its pixels of 256 taken as shares."""
+    """Pixel by pixel: translation, brightness, saturation, contrast, cutout."""
     vertical, horizontal, brightness, saturation, contrast, top, left = numbers.tolist()
     _, height, width = image.shape
     shifted = torch.zeros_like(image)

@@ -83,7 +83,7 @@ def test_nan_has_no_pixel_value():
 
 
 def plain_center_crop(image, size):
-    """METHOD 4.5 read literally."""
+    """The crop read literally."""
     width, height = image.size
     while min(width, height) >= 2 * size:
         width, height = width // 2, height // 2

@@ -36,7 +36,7 @@ def test_contrastive_loss_against_a_plain_reading(scale):
     found = contrastive_loss(a, b, scale)
     found.backward()
     total = 0.0
-    for i in range(6):  # METHOD 2: each vector must find its partner among all, from either side
+    for i in range(6):  # each vector must find its partner among all, from either side
         forward = [scale * (a[i] @ b[j]) for j in range(6)]
         backward = [scale * (a[j] @ b[i]) for j in range(6)]
         for logits in (forward, backward):
@@ -63,7 +63,7 @@ def test_lecam_against_a_plain_reading():
     averages, real_average, fake_average = LeCam(), 0.0, 0.0
     for step in range(4):
         real, fake = noise(3, 5, seed=step) + 2, noise(3, 5, seed=10 + step) - 1
-        averages.update(real.mean().item(), fake.mean().item(), decay=0.9)  # first the averages, then the loss (METHOD 4.2)
+        averages.update(real.mean().item(), fake.mean().item(), decay=0.9)  # first the averages, then the loss
         real_average = 0.9 * real_average + 0.1 * real.mean().item()
         fake_average = 0.9 * fake_average + 0.1 * fake.mean().item()
         plain = [max(0.0, x - fake_average) ** 2 for x in real.flatten().tolist()]
@@ -91,7 +91,8 @@ def test_perceptual_loss_of_a_classifier(classifier):
     loss.backward()
     assert other.grad.abs().sum() > 0
     plain = sum(
-        (F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1).mean() for a, b in zip(maps(images), maps(other), strict=True)
+        (F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1).mean()
+        for a, b in zip(maps(images), maps(other), strict=True)
     )
     torch.testing.assert_close(loss, plain)
 
@@ -117,7 +118,10 @@ def test_lpips_from_a_local_file(tmp_path):
     assert other.grad.abs().sum() > 0
 
     # The package's own linear heads on torchvision's network, written out: every layer has the file's weights.
-    shift, scale = torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1), torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1)
+    shift, scale = (
+        torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1),
+        torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1),
+    )
     a, b, plain = (images - shift) / scale, (other.detach() - shift) / scale, 0.0
     heads = iter(loss.network.lins)
     for i, layer in enumerate(network):
@@ -133,5 +137,5 @@ def test_lpips_with_unusable_weights(tmp_path):
     pytest.importorskip("lpips", reason="the extra robustok[lpips] is not installed")
     torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "other.pth")
     for file in (tmp_path / "other.pth", tmp_path / "missing.pth"):
-        with pytest.raises(UserError, match="LPIPS needs VGG-16 weights: .* as perceptual_weights=FILE"):
+        with pytest.raises(UserError, match=r"LPIPS needs VGG-16 weights: .* as perceptual_weights=FILE"):
             LPIPSLoss(str(file))

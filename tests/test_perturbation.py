@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -121,9 +122,14 @@ def test_neighbours_and_positions_are_uniform(codebook):
 @pytest.mark.parametrize(("count", "proportion"), [(4, 0.1), (2, 0.1), (3, 0.5), (7, 0.33), (1, 0.02)])
 def test_stochastic_rounding_has_the_right_mean(count, proportion):
     draws, source, wanted = 3000, rng(), count * proportion
-    chosen = torch.tensor([int(draw_perturbation(count, 4, 1.0, proportion, source).images.sum()) for _ in range(draws)])
+    chosen = torch.tensor(
+        [int(draw_perturbation(count, 4, 1.0, proportion, source).images.sum()) for _ in range(draws)]
+    )
     fraction = wanted - math.floor(wanted)
-    assert set(chosen.tolist()) == {math.floor(wanted), math.floor(wanted) + 1}  # a small batch is perturbed now and then
+    assert set(chosen.tolist()) == {
+        math.floor(wanted),
+        math.floor(wanted) + 1,
+    }  # a small batch is perturbed now and then
     assert abs(chosen.double().mean().item() - wanted) < 5 * math.sqrt(fraction * (1 - fraction) / draws)
 
 
@@ -162,7 +168,9 @@ def test_rows_of_a_draw_equal_the_single_process(codebook):
     assert not torch.equal(whole, tokens)
 
 
-@pytest.mark.parametrize(("name", "rate", "proportion"), [("rate", 1.1, 0.5), ("proportion", 0.5, -0.1), ("rate", math.nan, 0.5)])
+@pytest.mark.parametrize(
+    ("name", "rate", "proportion"), [("rate", 1.1, 0.5), ("proportion", 0.5, -0.1), ("rate", math.nan, 0.5)]
+)
 def test_shares_outside_their_range(name, rate, proportion):
     with pytest.raises(UserError, match=f"perturbation {name} is .*expected a share"):
         draw_perturbation(4, 4, rate, proportion, rng())
@@ -198,11 +206,13 @@ def test_gradients_pass_straight_through(codebook):
     features = torch.randn(4, 8, WIDTH, generator=rng(6), requires_grad=True)
     book = codebook.clone().requires_grad_()
     tokens = torch.cdist(features, codebook).argmin(-1)
-    draw = PerturbationDraw(torch.tensor([True, False, True, False]), torch.ones(4, 8, dtype=torch.bool), torch.rand(4, 8, generator=rng()))
+    draw = PerturbationDraw(
+        torch.tensor([True, False, True, False]), torch.ones(4, 8, dtype=torch.bool), torch.rand(4, 8, generator=rng())
+    )
     weight = torch.randn(4, 8, WIDTH, generator=rng(7))
     vectors, replaced = perturb_latents(features, tokens, book, draw, 5, PerturbationConfig())
     (vectors * weight).sum().backward()
-    assert torch.equal(features.grad, weight)  # of perturbed and clean tokens alike (METHOD 3, step 7)
+    assert torch.equal(features.grad, weight)  # of perturbed and clean tokens alike
     assert book.grad is None
     assert (replaced != tokens).any(1).tolist() == [True, False, True, False]
 
@@ -210,7 +220,10 @@ def test_gradients_pass_straight_through(codebook):
 def test_nothing_drawn_changes_nothing(codebook):
     features, tokens = torch.randn(2, 4, WIDTH, generator=rng()), some_tokens(2, 4)
     clean = straight_through(features, codebook[tokens])
-    for draw, strength in ((draw_perturbation(2, 4, 1.0, 1.0, rng()), 0), (draw_perturbation(2, 4, 0.0, 1.0, rng()), 5)):
+    for draw, strength in (
+        (draw_perturbation(2, 4, 1.0, 1.0, rng()), 0),
+        (draw_perturbation(2, 4, 0.0, 1.0, rng()), 5),
+    ):
         vectors, same = perturb_latents(features, tokens, codebook, draw, strength, PerturbationConfig())
         assert torch.equal(same, tokens)
         assert torch.equal(vectors, clean)
@@ -220,9 +233,17 @@ def test_nothing_drawn_changes_nothing(codebook):
 
 
 def test_the_paper_s_schedule():
-    """METHOD 3, its epochs taken as steps."""
+    """Rate 1.0 to 0.5 and strength 100 to 50 over epochs 40 to 120, here steps."""
     config = PerturbationConfig(rate=1.0, strength=100, anneal_start=40, anneal_end=120, end_ratio=0.5)
-    expected = {0: (1.0, 100), 40: (1.0, 100), 60: (0.875, 87), 80: (0.75, 75), 100: (0.625, 62), 120: (0.5, 50), 199: (0.5, 50)}
+    expected = {
+        0: (1.0, 100),
+        40: (1.0, 100),
+        60: (0.875, 87),
+        80: (0.75, 75),
+        100: (0.625, 62),
+        120: (0.5, 50),
+        199: (0.5, 50),
+    }
     assert {step: config.at(step) for step in expected} == expected
 
 
@@ -231,8 +252,10 @@ def test_annealing_is_continuous(end_ratio):
     ratios = [annealing_ratio(step, 10, 37, end_ratio) for step in range(60)]
     assert ratios[10] == 1
     assert ratios[37] == end_ratio
-    falls = [a - b for a, b in zip(ratios, ratios[1:], strict=False)]
-    assert falls[10:37] == pytest.approx([(1 - end_ratio) / 27] * 27)  # the release jumps at its end unless end_ratio is 0.5
+    falls = [a - b for a, b in pairwise(ratios)]
+    assert falls[10:37] == pytest.approx(
+        [(1 - end_ratio) / 27] * 27
+    )  # the release jumps at its end unless end_ratio is 0.5
     assert falls[:10] + falls[37:] == [0] * 32
 
 

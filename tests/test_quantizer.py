@@ -17,7 +17,7 @@ def some_features(count=3, length=10, dim=6, seed=1):
 
 
 def plain_reading(h, embedding, normalize):
-    """METHOD 1.4, position by position; returns straight-through vectors, tokens and the two losses."""
+    """The l2-normalised quantiser position by position; returns straight-through vectors, tokens and the two losses."""
     norm = (lambda v: v / v.norm().clamp(min=1e-12)) if normalize else (lambda v: v)
     vectors, tokens, codebook_terms, commitment_terms = [], [], [], []
     for row in h.flatten(0, 1):
@@ -56,7 +56,10 @@ def test_each_loss_moves_one_side_only():
     quantizer, h = build(), some_features().requires_grad_()
     found = quantizer(h)
     assert torch.autograd.grad(found.codebook_loss, h, retain_graph=True, allow_unused=True)[0] is None
-    assert torch.autograd.grad(found.commitment_loss, quantizer.embedding.weight, retain_graph=True, allow_unused=True)[0] is None
+    assert (
+        torch.autograd.grad(found.commitment_loss, quantizer.embedding.weight, retain_graph=True, allow_unused=True)[0]
+        is None
+    )
     assert torch.autograd.grad(found.vectors.sum(), quantizer.embedding.weight, allow_unused=True)[0] is None
 
 

@@ -20,7 +20,13 @@ def build(image_size=16, patch_size=4, latents=None, depth=1, seed=0, **settings
     vit = ViTConfig(width=16, depth=depth, heads=2, layer_scale=1e-5)
     quantizer = QuantizerConfig(size=32, dim=8)
     config = RobusTokConfig(
-        image_size=image_size, patch_size=patch_size, latents=latents, encoder=vit, decoder=vit, quantizer=quantizer, **settings
+        image_size=image_size,
+        patch_size=patch_size,
+        latents=latents,
+        encoder=vit,
+        decoder=vit,
+        quantizer=quantizer,
+        **settings,
     )
     tokenizer = RobusTok(config).eval()
     for parameter in tokenizer.parameters():  # layer scale and latent tokens start near zero: mistakes would not show
@@ -68,7 +74,7 @@ def test_unpatchify_puts_every_pixel_in_its_place():
 
 
 def test_parameter_count_of_the_paper():
-    """METHOD 1.6; nothing is allocated."""
+    """ViT-B encoder and decoder with LayerScale; nothing is allocated."""
     vit = ViTConfig(layer_scale=1e-5)
     with torch.device("meta"):
         tokenizer = RobusTok(RobusTokConfig(encoder=vit, decoder=vit))
@@ -84,7 +90,7 @@ def test_parameter_count_of_the_paper():
 
 
 def plain_transformer(state, prefix, tokens, depth, heads):
-    """A pre-norm vision transformer of one sequence (T, width), written out with the released names (METHOD 1.2)."""
+    """A pre-norm vision transformer of one sequence (T, width), written out with the released names."""
 
     def norm(x, name):
         mean, variance = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)
@@ -108,7 +114,7 @@ def plain_transformer(state, prefix, tokens, depth, heads):
 
 
 def plain_encoder(state, image, patch_size):
-    """METHOD 1.3 for one image: class token, patches in rows, latents; a latent shares the position of its patch."""
+    """One image: class token, patches in rows, latents; a latent shares the position of its patch."""
     kernel, bias = state["encoder.backbone.patch_embed.proj.weight"], state["encoder.backbone.patch_embed.proj.bias"]
     positions, level = state["encoder.backbone.pos_embed"][0], state["encoder.level_embed.weight"]
     side = image.shape[-1] // patch_size
@@ -124,7 +130,7 @@ def plain_encoder(state, image, patch_size):
 
 
 def plain_decoder(state, vectors, patch_size):
-    """METHOD 1.5 for one image: class token, mask tokens, class token again, latents; the mask tokens become patches."""
+    """One image: class token, mask tokens, class token again, latents; the mask tokens become patches."""
     positions, level = state["decoder.backbone.pos_embed"][0], state["decoder.level_embed.weight"]
     cls, mask = state["decoder.backbone.cls_token"][0, 0], state["decoder.mask_token"][0, 0]
     z = vectors @ state["from_latent.weight"].T + state["from_latent.bias"]
@@ -136,7 +142,9 @@ def plain_decoder(state, vectors, patch_size):
     patches = plain_transformer(state, "decoder.backbone", torch.stack(sequence), depth=2, heads=2)[1 : 1 + count]
     patches = patches @ state["decoder.to_pixels.weight"].T + state["decoder.to_pixels.bias"]
     side = math.isqrt(count)
-    rows = [torch.cat([patches[r * side + c].view(patch_size, patch_size, 3) for c in range(side)], 1) for r in range(side)]
+    rows = [
+        torch.cat([patches[r * side + c].view(patch_size, patch_size, 3) for c in range(side)], 1) for r in range(side)
+    ]
     return torch.cat(rows, 0).permute(2, 0, 1)
 
 
@@ -239,5 +247,8 @@ def test_a_pretrained_backbone_from_a_local_file(tmp_path):
     assert not torch.equal(RobusTok(config).encoder.backbone.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
     with pytest.raises(UserError, match=r"width, depth, heads \(192, 12, 3\), configured are \(192, 6, 3\)"):
         RobusTok(config.model_copy(update={"encoder": vit.model_copy(update={"depth": 6})}), pretrained=True)
-    with pytest.raises(UserError, match="cannot load the pretrained backbone .* give a local file"):
-        RobusTok(config.model_copy(update={"encoder": vit.model_copy(update={"weights": tmp_path / "none.pth"})}), pretrained=True)
+    with pytest.raises(UserError, match=r"cannot load the pretrained backbone .* give a local file"):
+        RobusTok(
+            config.model_copy(update={"encoder": vit.model_copy(update={"weights": tmp_path / "none.pth"})}),
+            pretrained=True,
+        )

@@ -31,15 +31,28 @@ VERBS = {
 }
 DATA = ("data.name=digits", "data.limit=128")
 TRAINING = ("batch_size=16", "steps=6", "precision=float32", "ema_decay=0.9", "log_every=1", "state_every=2")
-VIT = tuple(f"tokenizer.{side}.{word}" for side in ("encoder", "decoder") for word in ("width=16", "depth=1", "heads=2", "init=local"))
-TOKENIZER = (*VIT, "tokenizer.image_size=16", "tokenizer.patch_size=4", "tokenizer.quantizer.size=32", "tokenizer.quantizer.dim=8")
-ADVERSARY = ("adversarial.weight=0.1", "adversarial.learning_rate=1e-3", "discriminator.width=8", "discriminator.depth=1")
+VIT = tuple(
+    f"tokenizer.{side}.{word}" for side in ("encoder", "decoder") for word in ("width=16", "depth=1", "heads=2")
+)
+TOKENIZER = (
+    *VIT,
+    "tokenizer.image_size=16",
+    "tokenizer.patch_size=4",
+    "tokenizer.quantizer.size=32",
+    "tokenizer.quantizer.dim=8",
+)
+ADVERSARY = (
+    "adversarial.weight=0.1",
+    "adversarial.learning_rate=1e-3",
+    "discriminator.width=8",
+    "discriminator.depth=1",
+)
 
 
 def main_run(out: Path, *words: str) -> MainTrainingRun:
     """Main training of a tokenizer with 16 tokens from 32 codes; perturbed, without adversary."""
     perturbation = ("perturbation.proportion=0.5", "perturbation.strength=4")
-    terms = ("reconstruction.perceptual=none", "adversarial.weight=0", "learning_rate=3e-3", "min_learning_rate=1e-4")
+    terms = ("reconstruction.perceptual=none", "adversarial.weight=0", "learning_rate=1e-2", "min_learning_rate=1e-4")
     return load(MainTrainingRun, None, (f"out={out}", *DATA, *TRAINING, *TOKENIZER, *perturbation, *terms, *words))
 
 
@@ -52,7 +65,11 @@ def generator_run(out: Path, latents: Path, *words: str) -> GeneratorTrainingRun
 def post_run(out: Path, tokenizer: Path, pairs: Path, *words: str) -> PostTrainingRun:
     """Post-training without adversary."""
     terms = ("reconstruction.perceptual=none", "adversarial.weight=0", "learning_rate=1e-3")
-    return load(PostTrainingRun, None, (f"out={out}", f"tokenizer={tokenizer}", f"pairs={pairs}", *DATA, *TRAINING, *terms, *words))
+    return load(
+        PostTrainingRun,
+        None,
+        (f"out={out}", f"tokenizer={tokenizer}", f"pairs={pairs}", *DATA, *TRAINING, *terms, *words),
+    )
 
 
 def tokens_run(out: Path, tokenizer: Path, *words: str) -> EncodeRun:
@@ -67,7 +84,9 @@ def samples_run(out: Path, generator: Path, *words: str) -> GenerateRun:
 
 def pairs_run(out: Path, generator: Path, latents: Path, *words: str) -> MakePairsRun:
     """Mix all latents with samples."""
-    return load(MakePairsRun, None, (f"out={out}", f"generator={generator}", f"latents={latents}", "count=null", *words))
+    return load(
+        MakePairsRun, None, (f"out={out}", f"generator={generator}", f"latents={latents}", "count=null", *words)
+    )
 
 
 def command(verb: str, run: Config, file: Path) -> list[str]:

@@ -48,13 +48,15 @@ def test_without_averaging_the_snapshot_holds_the_last_weights(tmp_path, latents
 
 
 def test_weight_decay_spares_what_the_release_spares():
-    """METHOD 5.5."""
+    """Weight matrices alone, and of the others those that the released names miss."""
     model = RAR(RARConfig(width=16, depth=1, heads=2), codebook_size=8, length=4, classes=3)
     decayed, others = parameter_groups(model, 0.03)
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.03, 0.0)
     names = {id(p): name for name, p in model.named_parameters()}
     found = {names[id(p)] for p in decayed["params"]}
-    block = {f"blocks.0.{part}.weight" for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")}
+    block = {
+        f"blocks.0.{part}.weight" for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
+    }
     assert found == block | {"lm_head.weight", "cls_token"}
     assert len(decayed["params"]) + len(others["params"]) == len(names)
 
@@ -93,7 +95,9 @@ def test_continuous_latents_are_refused(tmp_path):
     manifest = Manifest("continuous", (4, 2), None, classes=3, count=5, shard_size=5, tokenizer="t")
     create_cache(cache, manifest)
     zeros = np.zeros(5, dtype=np.int64)
-    write_shard(cache, 0, {"latents": np.zeros((5, 4, 2), np.float32), "labels": zeros, "indices": zeros, "seeds": zeros})
+    write_shard(
+        cache, 0, {"latents": np.zeros((5, 4, 2), np.float32), "labels": zeros, "indices": zeros, "seeds": zeros}
+    )
     with pytest.raises(UserError, match="holds continuous latents, generator rar models tokens"):
         train_generator(tiny.generator_run(tmp_path / "run", cache))
     assert not (tmp_path / "run").exists()

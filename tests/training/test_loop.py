@@ -96,8 +96,8 @@ def test_meter_means_over_steps_and_resumes():
 def test_a_loss_that_is_not_finite(tmp_path):
     check_finite(torch.tensor(1.0), {"pixel": torch.tensor(1.0)}, 7, tmp_path)
     for value in (torch.nan, torch.inf):
+        terms = {"pixel": torch.tensor(1.0), "semantic": torch.tensor(value)}
         with pytest.raises(UserError, match=rf"not finite at step 7 \(semantic = {value}\)"):
-            terms = {"pixel": torch.tensor(1.0), "semantic": torch.tensor(value)}
             check_finite(sum(terms.values()), terms, 7, tmp_path)
 
 
@@ -106,7 +106,9 @@ def test_a_loss_that_is_not_finite(tmp_path):
 
 def test_another_configuration_is_refused(run, folder):
     RunFolder(run)
-    with pytest.raises(UserError, match=r"another configuration: learning_rate: 0\.003 -> 0\.1; seed: 0 -> 3; choose another out="):
+    with pytest.raises(
+        UserError, match=r"another configuration: learning_rate: 0\.01 -> 0\.1; seed: 0 -> 3; choose another out="
+    ):
         RunFolder(tiny.main_run(folder.path, "seed=3", "learning_rate=0.1"))
     moved = folder.path.rename(folder.path.with_name("moved"))
     RunFolder(tiny.main_run(moved))
@@ -117,14 +119,21 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     with pytest.raises(UserError, match="is not empty and holds no run"):
         RunFolder(tiny.main_run(tmp_path))
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write the run folder|is not"):
+    with pytest.raises(UserError, match="cannot write the run folder"):
         RunFolder(tiny.main_run(tmp_path / "file" / "run")).start()
 
 
 def state(value):
-    nested = {"optimizer": {"state": {0: {"step": torch.tensor(2.0)}, 10: {}}, "groups": [{"betas": (0.9, 0.95), "lr": 0.1}]}}
+    nested = {
+        "optimizer": {"state": {0: {"step": torch.tensor(2.0)}, 10: {}}, "groups": [{"betas": (0.9, 0.95), "lr": 0.1}]}
+    }
     shared = torch.arange(6.0)
-    return nested | {"weights": {"a/b.c": shared[:3], "tied": shared[:3]}, "best": {"value": float("inf")}, "none": None, "v": value}
+    return nested | {
+        "weights": {"a/b.c": shared[:3], "tied": shared[:3]},
+        "best": {"value": float("inf")},
+        "none": None,
+        "v": value,
+    }
 
 
 def test_a_state_reads_back_as_it_was(folder):
@@ -159,7 +168,7 @@ def test_a_full_disk_keeps_the_last_good_state(folder, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(snapshots, "replace_folder", full)
-        with pytest.raises(UserError, match="No space left on device; free some space .*the last good state is kept"):
+        with pytest.raises(UserError, match=r"No space left on device; free some space .*the last good state is kept"):
             folder.save_state(2, state(2))
     assert folder.load_state()[0] == 1
     folder.save_state(2, state(2))

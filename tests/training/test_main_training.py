@@ -17,10 +17,17 @@ TERMS = ("pixel", "perceptual", "codebook", "commitment", "semantic", "adversari
 def everything(classifier):
     """Every term of the objective, annealed perturbation, revival, stochastic depth and clipping."""
     return (
-        *tiny.ADVERSARY, "reconstruction.perceptual=classifier", f"reconstruction.perceptual_weights={classifier}",
-        "teacher.name=classifier", f"teacher.path={classifier}", "tokenizer.quantizer.revive_every=2", "clip_norm=1.0",
-        "tokenizer.encoder.depth=2", "tokenizer.encoder.drop_path=0.2", "perturbation.anneal_end=6",
-    )  # fmt: skip
+        *tiny.ADVERSARY,
+        "reconstruction.perceptual=classifier",
+        f"reconstruction.perceptual_weights={classifier}",
+        "teacher.name=classifier",
+        f"teacher.path={classifier}",
+        "tokenizer.quantizer.revive_every=2",
+        "clip_norm=1.0",
+        "tokenizer.encoder.depth=2",
+        "tokenizer.encoder.drop_path=0.2",
+        "perturbation.anneal_end=6",
+    )
 
 
 def state(out):
@@ -63,7 +70,11 @@ def test_snapshots_hold_the_averaged_weights(tokenizer):
 
 
 def test_the_logged_total_is_the_sum_of_the_logged_terms(tmp_path, classifier):
-    main_train(tiny.main_run(tmp_path / "run", *everything(classifier), "adversarial.start=2", "snapshot_every=3", "picture_every=3"))
+    main_train(
+        tiny.main_run(
+            tmp_path / "run", *everything(classifier), "adversarial.start=2", "snapshot_every=3", "picture_every=3"
+        )
+    )
     lines = tiny.log(tmp_path / "run")
     for line in lines:
         terms = [line[name] for name in TERMS if name in line]
@@ -76,12 +87,18 @@ def test_the_logged_total_is_the_sum_of_the_logged_terms(tmp_path, classifier):
 
 
 def test_nothing_of_the_adversary_runs_before_its_start(tmp_path):
-    for name, words in {"one": ("steps=1",), "three": ("steps=3",), "started": ("steps=3", "adversarial.start=2")}.items():
+    for name, words in {
+        "one": ("steps=1",),
+        "three": ("steps=3",),
+        "started": ("steps=3", "adversarial.start=2"),
+    }.items():
         main_train(tiny.main_run(tmp_path / name, *tiny.ADVERSARY, "adversarial.start=3", *words))
     first, third, started = (discriminator(tmp_path / name) for name in ("one", "three", "started"))
     assert len(first) > 4
     assert all(torch.equal(first[name], value) for name, value in third.items())
-    assert not any(torch.equal(first[name], value) for name, value in started.items() if name.endswith(("original0", "bias")))
+    assert not any(
+        torch.equal(first[name], value) for name, value in started.items() if name.endswith(("original0", "bias"))
+    )
     assert not any("adversary/optimizer" in name for name in state(tmp_path / "three"))
     skeleton = json.loads(next((tmp_path / "three" / "state").glob("*3/state.json")).read_text())
     assert '["lecam", {"__dict__": [["real", 0.0], ["fake", 0.0]]}]' in json.dumps(skeleton)
@@ -119,7 +136,9 @@ def test_a_broken_loss_keeps_the_last_good_state(tmp_path):
     run = tiny.main_run(tmp_path / "run", "learning_rate=1e20", "min_learning_rate=1e20", "state_every=1")
     with pytest.raises(UserError, match=r"the loss is not finite at step \d \(pixel = "):
         main_train(run)
-    assert all(value.isfinite().all() for name, value in state(tmp_path / "run").items() if name.startswith("/tokenizer/"))
+    assert all(
+        value.isfinite().all() for name, value in state(tmp_path / "run").items() if name.startswith("/tokenizer/")
+    )
     assert not (tmp_path / "run" / "snapshot").exists()
 
 
@@ -128,6 +147,6 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path):
         tiny.main_run(tmp_path / "run", "perturbation.strength=32")
     with pytest.raises(UserError, match="global batch is 500 and the training set has 128 images"):
         main_train(tiny.main_run(tmp_path / "run", "batch_size=500"))
-    with pytest.raises(UserError, match="needs reconstruction.perceptual_weights"):
+    with pytest.raises(UserError, match=r"needs reconstruction\.perceptual_weights"):
         main_train(tiny.main_run(tmp_path / "run", "reconstruction.perceptual=classifier"))
     assert not (tmp_path / "run").exists()

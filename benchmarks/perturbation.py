@@ -1,0 +1,98 @@
+"""What latent perturbation costs: as a share of a main-training step, and against ranking codes for every token.
+
+256 tokens x 32 images, 4,096 codes of width 64, strength 100, proportion 0.1. The baseline ranks all codes by distance
+for every token of the batch, although a tenth of the images is perturbed. The released code does with the nearest 100,
+sorted; that is timed too. Run it with ``python benchmarks/perturbation.py``. Goals: under 1 % of a step, 50 times
+faster than ranking.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from robustok.tokenizers.perturbation import PerturbationConfig, draw_perturbation, perturb_latents, straight_through
+from robustok.tokenizers.quantizer import QuantizerConfig
+from robustok.tokenizers.robustok import RobusTok, RobusTokConfig, ViTConfig
+from robustok.training.loop import average_copy, update_average
+
+IMAGES, TOKENS, CODES, WIDTH = 32, 256, 4096, 64
+CONFIG = PerturbationConfig(rate=1.0, proportion=0.1, strength=100)
+
+
+def seconds(function: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """Medians of process CPU time and wall time, after one call that warms up."""
+    function()
+    cpu, wall = [], []
+    for _ in range(repeats):
+        start = time.process_time(), time.perf_counter()
+        function()
+        cpu.append(time.process_time() - start[0])
+        wall.append(time.perf_counter() - start[1])
+    return torch.tensor(cpu).median().item(), torch.tensor(wall).median().item()
+
+
+def training_step() -> Callable[[], object]:
+    """Main training without adversary and teacher, at its cheapest: a tokenizer of width 384 and depth 6."""
+    vit = ViTConfig(width=384, depth=6, heads=6)
+    model = RobusTok(RobusTokConfig(encoder=vit, decoder=vit, quantizer=QuantizerConfig(size=CODES, dim=WIDTH))).train()
+    average, optimizer = average_copy(model), torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    images, rng = torch.rand(IMAGES, 3, 256, 256) * 2 - 1, torch.Generator().manual_seed(0)
+
+    def step() -> None:
+        draw = draw_perturbation(IMAGES, TOKENS, CONFIG.rate, CONFIG.proportion, rng)
+        output = model(images, CONFIG, draw, CONFIG.strength)
+        loss = F.mse_loss(output.reconstructions, images) + output.codebook_loss + 0.25 * output.commitment_loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        update_average(average, model, 0.999)
+
+    return step
+
+
+def ranking(
+    features: torch.Tensor, tokens: torch.Tensor, codebook: torch.Tensor, rng: torch.Generator, whole: bool
+) -> torch.Tensor:
+    """Rank for the whole batch, then choose; ``whole`` sorts all codes, else the nearest ``strength`` only."""
+    z = features.flatten(0, 1)  # (N * L, D)
+    distances = z.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * z @ codebook.T  # (N * L, K)
+    delta = CONFIG.strength
+    near = distances.argsort(1)[:, :delta] if whole else distances.topk(delta, largest=False, sorted=True).indices
+    ranks = torch.randint(delta, (len(z), 1), generator=rng)
+    ranks[torch.rand(len(z), 1, generator=rng) > CONFIG.rate] = 0
+    perturbed = straight_through(features, codebook[near.gather(1, ranks)[:, 0]].view_as(features))
+    chosen = int(CONFIG.proportion * len(features))
+    return torch.cat([perturbed[:chosen], straight_through(features, codebook[tokens])[chosen:]])
+
+
+@torch.no_grad()
+def main() -> None:
+    torch.manual_seed(0)
+    features = F.normalize(torch.randn(IMAGES, TOKENS, WIDTH), dim=-1)
+    codebook, rng = F.normalize(torch.randn(CODES, WIDTH), dim=-1), torch.Generator().manual_seed(0)
+    tokens = (features @ codebook.T).argmax(-1)
+
+    def ours() -> None:
+        draw = draw_perturbation(IMAGES, TOKENS, CONFIG.rate, CONFIG.proportion, rng)
+        perturb_latents(features, tokens, codebook, draw, CONFIG.strength, CONFIG)
+
+    threads = torch.get_num_threads()
+    print(
+        f"{IMAGES} images x {TOKENS} tokens, {CODES} codes x {WIDTH}, strength 100, proportion 0.1, {threads} threads"
+    )
+    cpu, wall = seconds(ours, 20)
+    row = "{:<35} {:9.1f} ms CPU {:9.1f} ms wall".format
+    print(row("perturbation", 1e3 * cpu, 1e3 * wall))
+    for name, goal in (("ranking all codes", " (goal >= 50)"), ("nearest 100, sorted, as released", "")):
+        other = seconds(lambda goal=goal: ranking(features, tokens, codebook, rng, whole=bool(goal)), 3)
+        print(row(name, 1e3 * other[0], 1e3 * other[1]) + f", ratio {other[0] / cpu:.1f}{goal}")
+    with torch.enable_grad():
+        step = seconds(training_step(), 1)
+    share = f", share {cpu / step[0]:.3%} (goal < 1 %)"
+    print(row("training step, width 384, depth 6", 1e3 * step[0], 1e3 * step[1]) + share)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Two processes do what one does: the same global batches, the same numbers up to rounding, every image once."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tiny
+from robustok.latents import LatentCache
+
+
+def settings(tokenizer, latents, generator, samples, pairs, classifier):
+    """Verb to its configuration in a folder; every verb starts from the same inputs, made by one process."""
+    everything = (
+        *tiny.ADVERSARY,
+        "adversarial.start=2",
+        "reconstruction.perceptual=classifier",
+        f"reconstruction.perceptual_weights={classifier}",
+        "teacher.name=classifier",
+        f"teacher.path={classifier}",
+        "tokenizer.quantizer.revive_every=2",
+        "clip_norm=1.0",
+        "log_every=2",
+        "learning_rate=1e-3",
+        "perturbation.anneal_end=6",
+    )
+    held_out = (f"held_out.latents={samples[0]}", f"held_out.extractor.path={classifier}", "snapshot_every=3")
+    judged = (
+        *tiny.DATA,
+        "data.limit=101",
+        f"tokenizer={tokenizer}",
+        f"latents=[{samples[0]},{samples[1]}]",
+        f"extractor.path={classifier}",
+        f"decoders={{original: {tokenizer}}}",
+        "metrics=[rfid,psnr,ssim,codebook,pfid,gfid,kid,gap]",
+        "grid.rates=[0.5]",
+        "grid.shares=[0.1]",
+    )
+    return {
+        "main-train": lambda out: tiny.main_run(out, *everything),
+        "encode": lambda out: tiny.tokens_run(out, tokenizer, "shard_size=30", "flip=true"),
+        "train-generator": lambda out: tiny.generator_run(out, latents, "generator.dropout=0", "learning_rate=1e-3"),
+        "generate": lambda out: tiny.samples_run(
+            out, generator, "shard_size=11", f"tokenizer={tokenizer}", "images=npz"
+        ),
+        "make-pairs": lambda out: tiny.pairs_run(out, generator, latents, "shard_size=50", "preservation=0.5"),
+        "post-train": lambda out: tiny.post_run(
+            out, tokenizer, pairs, *tiny.ADVERSARY[:2], "adversarial.start=2", *held_out
+        ),
+        "evaluate": lambda out: tiny.load(tiny.EvaluateRun, None, (f"out={out}", *judged)),
+    }
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory, tokenizer, latents, generator, samples, pairs, classifier):
+    """Folder of results of one process, and of two."""
+    runs = settings(tokenizer, latents, generator, samples, pairs, classifier)
+    one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
+    for verb, run in runs.items():
+        tiny.VERBS[verb][0](run(one / verb))
+    words = [word for verb, run in runs.items() for word in tiny.command(verb, run(two / verb), two / f"{verb}.yaml")]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        tiny.__file__,
+        *words,
+    ]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return one, two
+
+
+@pytest.mark.parametrize("verb", ["main-train", "train-generator", "post-train"])
+def test_trainings(worlds, verb):
+    one, two = (world / verb for world in worlds)
+    lines, others = tiny.log(one), tiny.log(two)
+    assert [line.keys() for line in lines] == [line.keys() for line in others]
+    for line, other in zip(lines, others, strict=True):
+        assert other == pytest.approx(line, rel=1e-4, abs=1e-6)
+    files = sorted(p.relative_to(one) for p in one.glob("snapshot/*/*.safetensors"))
+    assert files == sorted(p.relative_to(two) for p in two.glob("snapshot/*/*.safetensors"))
+    for file in files:
+        weights, other = load_file(one / file), load_file(two / file)
+        for name, value in weights.items():
+            # A bias of all keys cancels in the softmax: its gradient is rounding, of which Adam makes steps.
+            if name.endswith("k_norm.bias"):
+                continue
+            if name.endswith("attn.qkv.bias"):
+                value, other[name] = value.unflatten(0, (3, -1))[[0, 2]], other[name].unflatten(0, (3, -1))[[0, 2]]
+            # Adam takes steps of like size however small a gradient is, and the discriminator's are small at first.
+            tolerance = (1e-3 if file.stem == "discriminator" else 1e-4) * value.abs().max().item()
+            torch.testing.assert_close(other[name], value, rtol=0, atol=tolerance, msg=f"{file} {name}")
+
+
+@pytest.mark.parametrize("verb", ["encode", "generate", "make-pairs"])
+def test_caches_are_the_same_files(worlds, verb):
+    one, two = (world / verb for world in worlds)
+    names = sorted(p.name for p in one.iterdir())
+    assert names == sorted(p.name for p in two.iterdir())
+    assert len(LatentCache(two)._shards) > 2
+    for name in names:
+        if name != "samples.npz":  # a zip holds the time
+            assert (two / name).read_bytes() == (one / name).read_bytes(), name
+
+
+def test_measurements(worlds):
+    one, two = (
+        [json.loads(line) for line in (w / "evaluate" / "metrics.jsonl").read_text().splitlines()] for w in worlds
+    )
+    assert len(one) == len(two)
+    assert {"rfid", "psnr", "ssim", "codebook_usage", "pfid", "pfid_mean", "gfid", "kid", "latent_distance"} <= {
+        line["metric"] for line in one
+    }
+    for line, other in zip(one, two, strict=True):
+        for key in ("value", "standard_error", "bias"):
+            value = line.pop(key, None) or 0.0
+            assert (other.pop(key, None) or 0.0) == pytest.approx(value, rel=1e-6, abs=1e-9), line["metric"]
+        assert other == line
+    counts = {line["metric"]: line["samples"] for line in two}
+    assert (
+        counts["rfid"] == counts["psnr"] == counts["pfid"] == 101
+    )  # an odd number: nothing is padded or counted twice
+    assert counts["gfid"] == counts["kid"] == 80
