@@ -14,11 +14,12 @@ from typing import Any
 
 from pydantic import Field
 
-from robustok.config import Config, load, read_yaml, recipe
+from robustok.config import C, Config, load, read_yaml, recipe
 from robustok.encode import EncodeRun, encode
-from robustok.evaluate import EvaluateRun, evaluate
+from robustok.evaluate import EvaluateRun, Generation, Reconstruction, evaluate
 from robustok.generate import GenerateRun, MakePairsRun, generate, make_pairs
 from robustok.images import Data
+from robustok.metrics.perturbed import PerturbedGrid, RelativeGrid
 from robustok.pictures import PicturesRun, draw_pictures
 from robustok.report import ReportRun, report
 from robustok.side_by_side import side_by_side
@@ -31,6 +32,12 @@ from robustok.training.post_training import PostTrainingRun, post_train
 from robustok.types import Measurement
 
 TOKENIZERS = {"plain": ["perturbation.proportion=0"], "perturbed": []}  # they differ in this and in nothing else
+RECIPES: dict[type[Config], str] = {
+    TrainClassifierRun: "classifier.yaml",
+    MainTrainingRun: "tokenizer.yaml",
+    GeneratorTrainingRun: "generator.yaml",
+    PostTrainingRun: "post.yaml",
+}
 
 
 class DemoRun(Config):
@@ -45,7 +52,11 @@ class DemoRun(Config):
     preservation: float = Field(0.7, ge=0, le=1, description="sigma of the pairs")
     sets: int = Field(6, ge=2, description="independent sets of samples behind each gFID, for its standard error")
     samples: int = Field(1348, ge=20, description="samples in a set; the default is the number of training digits")
+    grid: PerturbedGrid = Field(RelativeGrid(), description="cells of pFID")
     perturbation_seeds: int = Field(2, ge=1, description="repetitions of pFID, for its standard error")
+    metrics: list[Reconstruction | Generation] = Field(
+        ["rfid", "psnr", "codebook", "pfid", "gfid", "kid", "gap"], description="what is measured"
+    )
     scale: float = Field(
         1.0, gt=0, description="multiplies the numbers of training steps; small values try out the machinery"
     )
@@ -72,125 +83,118 @@ def demo(run: DemoRun) -> list[Measurement]:
 
 def tell(run: DemoRun, seed: int) -> None:
     """The story for one seed, in run.out/seed-N."""
-    here, images = run.out / f"seed-{seed}", _words("data", run.data.model_dump(mode="json", exclude_none=True))
-
-    def job(model: type[Config], file: str | None, out: str, *words: str) -> Config:
-        name = recipe(run.recipes / file) if file else None
-        config = load(model, name, [*_scaled(name, run.scale), f"out={here / out}", *words])
-        return config
-
+    story = Story(run, seed)
     # Two classifiers that know nothing of each other: what guides the training must not be what judges it.
     side_by_side(
         {
-            name: (train, job(TrainClassifierRun, "classifier.yaml", name, f"seed={2 * seed + i}", *images))
+            name: (train, story.job(TrainClassifierRun, name, *story.images, f"seed={2 * seed + i}"))
             for i, name in enumerate(("classifier-metric", "classifier-guide"))
         }
     )
-    guide = f"reconstruction.perceptual_weights={here / 'classifier-guide'}"
-    extractor = f"extractor.path={here / 'classifier-metric'}"
     side_by_side(
         {
             f"tokenizer-{name}": (
                 main_train,
-                job(MainTrainingRun, "tokenizer.yaml", f"tokenizer-{name}", f"seed={seed}", guide, *images, *change),
+                story.job(MainTrainingRun, f"tokenizer-{name}", *story.images, story.guide, f"seed={seed}", *change),
             )
             for name, change in TOKENIZERS.items()
         }
     )
     for name in TOKENIZERS:
-        encode(
-            job(
-                EncodeRun, None, f"latents-{name}", f"tokenizer={here / f'tokenizer-{name}'}", "batch_size=256", *images
-            )
-        )
+        tokenizer = f"tokenizer={story.here / f'tokenizer-{name}'}"
+        encode(story.job(EncodeRun, f"latents-{name}", *story.images, tokenizer, "batch_size=256"))
     side_by_side(
         {
             f"generator-{name}": (
                 train_generator,
-                job(
-                    GeneratorTrainingRun,
-                    "generator.yaml",
-                    f"generator-{name}",
-                    f"seed={seed}",
-                    f"latents={here / f'latents-{name}'}",
-                ),
+                story.job(GeneratorTrainingRun, f"generator-{name}", story.latents(name), f"seed={seed}"),
             )
             for name in TOKENIZERS
         }
     )
-
-    # Free samples: independent sets for the report, one more that chooses among snapshots and is never reported.
-    for name in TOKENIZERS:
-        for i in range(run.sets):
-            generate(
-                job(GenerateRun, None, f"samples/{name}-{i}", *_sampling(here, name, run.samples, 1000 * seed + i))
-            )
-    generate(
-        job(GenerateRun, None, "samples/held-out", *_sampling(here, "perturbed", 2 * run.samples, 1000 * seed + 999))
-    )
-
-    # Post-training of the perturbed tokenizer's decoder, and its control: as many steps on clean latents.
-    sigmas = {"post": run.preservation, "control": 1.0}
-    for name, sigma in sigmas.items():
-        make_pairs(
-            job(
-                MakePairsRun, None, f"pairs-{name}", f"generator={here / 'generator-perturbed'}",
-                f"latents={here / 'latents-perturbed'}", f"preservation={sigma}", f"seed={seed}", "batch_size=256",
-            )
-        )  # fmt: skip
-    held_out = [f"held_out.latents={here / 'samples' / 'held-out'}", f"held_out.{extractor}"]
-    side_by_side(
-        {
-            name: (
-                post_train,
-                job(
-                    PostTrainingRun, "post.yaml", name, f"seed={seed}", f"tokenizer={here / 'tokenizer-perturbed'}",
-                    f"pairs={here / f'pairs-{name}'}", guide, *held_out, *images,
-                ),
-            )
-            for name in sigmas
-        }
-    )  # fmt: skip
-    _measure(run, seed, here, images, extractor)
+    _post_train(story)
+    _measure(story)
 
 
-def _measure(run: DemoRun, seed: int, here: Path, images: list[str], extractor: str) -> None:
+class Story:
+    """Paths and settings that the stages of one seed share.
+
+    Args:
+        run: the demo.
+        seed: which seed.
+    """
+
+    def __init__(self, run: DemoRun, seed: int) -> None:
+        self.run, self.seed, self.here = run, seed, run.out / f"seed-{seed}"
+        self.images = _words("data", run.data.model_dump(mode="json", exclude_none=True))
+        self.guide = f"reconstruction.perceptual_weights={self.here / 'classifier-guide'}"
+        self.extractor = f"extractor.path={self.here / 'classifier-metric'}"
+
+    def job(self, model: type[C], out: str, *words: str) -> C:
+        """The configuration of a stage: its recipe, where there is one, scaled, and words."""
+        file = recipe(self.run.recipes / RECIPES[model]) if model in RECIPES else None
+        return load(model, file, [*_scaled(file, self.run.scale), f"out={self.here / out}", *words])
+
+    def latents(self, name: str) -> str:
+        """The word that names the latents of the real images."""
+        return f"latents={self.here / f'latents-{name}'}"
+
+    def sample(self, name: str, out: str, count: int, seed: int) -> Path:
+        """Free samples of a generator."""
+        generator = f"generator={self.here / f'generator-{name}'}"
+        return generate(
+            self.job(GenerateRun, f"samples/{out}", generator, f"count={count}", f"seed={seed}", "batch_size=256")
+        )
+
+
+def _post_train(story: Story) -> None:
+    """Post-train the perturbed tokenizer's decoder, and its control: as many steps on clean latents."""
+    tokenizer, generator = story.here / "tokenizer-perturbed", story.here / "generator-perturbed"
+    # These samples choose among the snapshots and are never reported.
+    held_out = story.sample("perturbed", "held-out", 2 * story.run.samples, 1000 * story.seed + 999)
+    words = [
+        f"seed={story.seed}",
+        f"tokenizer={tokenizer}",
+        f"held_out.latents={held_out}",
+        f"held_out.{story.extractor}",
+    ]
+    jobs = {}
+    for name, sigma in {"post": story.run.preservation, "control": 1.0}.items():
+        pairs = f"pairs={story.here / f'pairs-{name}'}"
+        post = story.job(PostTrainingRun, name, *story.images, story.guide, *words, pairs)
+        mixing = [f"generator={generator}", f"preservation={sigma}", f"count={post.steps * post.batch_size}"]
+        make_pairs(story.job(MakePairsRun, f"pairs-{name}", story.latents("perturbed"), *mixing, "batch_size=256"))
+        jobs[name] = post_train, post
+    side_by_side(jobs)
+
+
+def _measure(story: Story) -> None:
     """All numbers and pictures of one seed, anew each time: they follow from what is in the run folder."""
+    run, here = story.run, story.here
     decoders = {"plain": {"original": "tokenizer-plain"}}
     decoders["perturbed"] = {"original": "tokenizer-perturbed", "control": "control", "post_trained": "post"}
     jobs = {}
     for name, paths in decoders.items():
         (here / f"measure-{name}" / "metrics.jsonl").unlink(missing_ok=True)
-        words = [
-            f"out={here / f'measure-{name}'}",
-            f"tokenizer={here / f'tokenizer-{name}'}",
-            f"tags.tokenizer={name}",
-            extractor,
-        ]
+        sets = [story.sample(name, f"{name}-{i}", run.samples, 1000 * story.seed + i) for i in range(run.sets)]
+        words = [f"tokenizer={here / f'tokenizer-{name}'}", f"tags.tokenizer={name}", story.extractor, *story.images]
         words += [f"decoders.{decoder}={here / path}" for decoder, path in paths.items()]
-        words += [f"latents={[str(here / 'samples' / f'{name}-{i}') for i in range(run.sets)]}", f"seed={seed}"]
-        words += [
-            f"perturbation_seeds={run.perturbation_seeds}",
-            "metrics=[rfid,psnr,codebook,pfid,gfid,kid,gap]",
-            "batch_size=256",
-        ]
-        jobs[f"evaluate {name}"] = (evaluate, load(EvaluateRun, None, [*words, *images]))
+        words += [f"latents={json.dumps([str(path) for path in sets])}", f"metrics={json.dumps(run.metrics)}"]
+        words += _words("grid", run.grid.model_dump(mode="json"))
+        words += [f"seed={story.seed}", f"perturbation_seeds={run.perturbation_seeds}", "batch_size=256"]
+        jobs[f"evaluate {name}"] = evaluate, story.job(EvaluateRun, f"measure-{name}", *words)
     side_by_side(jobs)
     lines = [(here / f"measure-{name}" / "metrics.jsonl").read_text() for name in decoders]
     (here / "metrics.jsonl").write_text("".join(lines))
-    draw_pictures(
-        load(
-            PicturesRun, None,
-            [f"out={run.out / 'pictures'}", f"prefix=seed-{seed}-", extractor, *images]
-            + [f"samples={here / 'samples' / 'perturbed-0'}"]
-            + [f"tokenizers.{name}={here / f'tokenizer-{name}'}" for name in TOKENIZERS]
-            + [f"decoders.{decoder}={here / path}" for decoder, path in decoders["perturbed"].items()],
-        )
-    )  # fmt: skip
-
-
-def _sampling(here: Path, name: str, count: int, seed: int) -> list[str]:
-    return [f"generator={here / f'generator-{name}'}", f"count={count}", f"seed={seed}", "batch_size=256"]
+    words = [f"tokenizers.{name}={here / f'tokenizer-{name}'}" for name in TOKENIZERS]
+    words += [f"decoders.{decoder}={here / path}" for decoder, path in decoders["perturbed"].items()]
+    words += [
+        f"prefix=seed-{story.seed}-",
+        f"samples={here / 'samples' / 'perturbed-0'}",
+        story.extractor,
+        *story.images,
+    ]
+    draw_pictures(load(PicturesRun, None, [f"out={run.out / 'pictures'}", *words]))
 
 
 def _words(prefix: str, settings: dict[str, Any]) -> list[str]:
