@@ -9,8 +9,10 @@ from robustok.config import load
 from robustok.evaluate import EvaluateRun, evaluate
 from robustok.images import Digits, open_images, to_pixels
 from robustok.latents import LatentCache
-from robustok.metrics.features import ExtractorConfig, load_extractor
+from robustok.metrics.features import ClassifierExtractor, ExtractorConfig, load_extractor
 from robustok.metrics.frechet import GaussianStatistics, frechet_distance
+from robustok.metrics.kernel import kernel_distance
+from robustok.metrics.manifold import precision_recall
 from robustok.metrics.pixels import psnr
 from robustok.tokenizers import load_tokenizer
 from robustok.training.main_training import main_train
@@ -141,6 +143,39 @@ def test_the_gap_of_latents(tmp_path, tokenizer, samples, classifier):
     assert found["generated_usage"].value == len(LatentCache(samples[0]).read(slice(None)).latents.unique()) / 32
 
 
+def test_the_gap_needs_no_feature_space(tmp_path, tokenizer, samples):
+    words = (f"latents=[{samples[0]}]", f"decoders={{d: {tokenizer}}}", "metrics=[gap]")
+    found = evaluate(load(EvaluateRun, None, (f"out={tmp_path}", *tiny.DATA, *words)))
+    assert {m.metric for m in found} == {"latent_distance", "token_divergence", "generated_usage"}
+
+
+@torch.no_grad()
+def test_precision_recall_and_kid_by_hand(tmp_path, tokenizer, samples, classifier):
+    words = (f"latents=[{samples[0]},{samples[1]}]", f"decoders={{d: {tokenizer}}}", "metrics=[precision,recall,kid]")
+    found = by_name(evaluate(run(tmp_path, classifier, *words)))
+    extractor, decode = load_extractor(ExtractorConfig(path=classifier)), load_tokenizer(tokenizer).decode
+    real = extractor(to_pixels(open_images(Digits(limit=101), 16, "train").read(range(101)).images))
+    fakes = [extractor(to_pixels(decode(LatentCache(path).read(slice(None)).latents))) for path in samples]
+    both = [precision_recall(real=real, fake=fake) for fake in fakes]
+    assert found["precision"].value == pytest.approx(sum(b.precision for b in both) / 2)
+    assert found["recall"].value == pytest.approx(sum(b.recall for b in both) / 2)
+    assert found["kid"].value == pytest.approx(sum(kernel_distance(f, real).value for f in fakes) / 2, rel=1e-5)
+    assert found["recall"].standard_error == pytest.approx(abs(both[0].recall - both[1].recall) / 2)
+    facts = found["precision"].details
+    assert (facts["k"], facts["reference_samples"], facts["samples_per_set"]) == (3, 101, 40)
+
+
+def test_every_image_is_decoded_and_described_once(tmp_path, tokenizer, samples, classifier, monkeypatch):
+    seen, call = [], ClassifierExtractor.__call__
+    monkeypatch.setattr(ClassifierExtractor, "__call__", lambda self, p: seen.append(len(p)) or call(self, p))
+    words = (f"latents=[{samples[0]},{samples[1]}]", f"decoders={{a: {tokenizer}, b: {tokenizer}}}")
+    evaluate(run(tmp_path, classifier, *words, "metrics=[gfid,kid,precision,recall]"))
+    assert sum(seen) == 101 + 2 * 2 * 40
+    seen.clear()
+    evaluate(run(tmp_path, classifier, f"tokenizer={tokenizer}", "metrics=[rfid,psnr,ssim]"))
+    assert sum(seen) == 2 * 101
+
+
 # Lines and errors
 
 
@@ -165,6 +200,12 @@ def test_what_cannot_be_evaluated(tmp_path, tokenizer, samples, classifier):
         run(tmp_path, classifier, f"latents=[{samples[0]}]")
     with pytest.raises(UserError, match=r"rfid needs extractor\.path"):
         load(EvaluateRun, None, (f"out={tmp_path}", *tiny.DATA, f"tokenizer={tokenizer}", "metrics=[rfid]"))
+    decoders = (f"latents=[{samples[0]}]", f"decoders={{d: {tokenizer}}}")
+    for metric in ("sfid", "inception_score"):
+        with pytest.raises(UserError, match=rf"{metric} needs extractor\.name=inception"):
+            run(tmp_path, classifier, *decoders, f"metrics=[{metric}]")
+    with pytest.raises(UserError, match=r"recall needs extractor\.path"):
+        load(EvaluateRun, None, (f"out={tmp_path}", *tiny.DATA, *decoders, "metrics=[recall]"))
     other = main_train(tiny.main_run(tmp_path / "other", "steps=1", "seed=5"))
     with pytest.raises(UserError, match="was made by another tokenizer"):
         evaluate(run(tmp_path / "out", classifier, f"latents=[{samples[0]}]", f"decoders={{d: {other}}}"))

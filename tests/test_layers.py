@@ -12,10 +12,10 @@ SOURCE = Path(__file__).parents[1] / "src"
 FLOORS = (
     {"types"},
     {"config"},
-    {"images", "sources", "latents", "snapshots", "classifier", "discriminators", "losses", "semantics"}
+    {"images", "sources", "latents", "snapshots", "checkpoints", "classifier", "discriminators", "losses", "semantics"}
     | {"tokenizers", "generators", "metrics"},  # the nouns
     {"training"},
-    {"encode", "generate", "evaluate", "report", "train_classifier", "pictures", "side_by_side"},  # the verbs
+    {"encode", "generate", "evaluate", "report", "train_classifier", "convert", "pictures", "side_by_side"},  # verbs
     {"demo", "estimate"},  # what uses all verbs
     {"cli", "__init__"},
     {"__main__"},

@@ -16,6 +16,7 @@ _SOURCES = {
     "load_config": "robustok.config:load",
     "load_tokenizer": "robustok.tokenizers",
     "load_generator": "robustok.generators",
+    "load_released": "robustok.convert",
     "open_images": "robustok.images",
     "to_pixels": "robustok.images",
     "from_pixels": "robustok.images",
@@ -41,6 +42,8 @@ _SOURCES = {
     "EvaluateRun": "robustok.evaluate",
     "report": "robustok.report",
     "ReportRun": "robustok.report",
+    "convert": "robustok.convert",
+    "ConvertRun": "robustok.convert",
 }
 
 __all__ = ["__version__", *_SOURCES]

@@ -72,6 +72,7 @@ VERBS = {
     ),
     "evaluate": Verb("measure rFID, pFID, gFID and others", "robustok.evaluate", "evaluate", "EvaluateRun"),
     "report": Verb("make one HTML page of run folders", "robustok.report", "report", "ReportRun"),
+    "convert": Verb("turn released checkpoints into ours, and back", "robustok.convert", "convert", "ConvertRun"),
 }
 
 app = typer.Typer(

@@ -13,6 +13,7 @@ from robustok.metrics import (
     load_statistics,
     mean_and_standard_error,
     save_statistics,
+    small_sample_note,
 )
 from robustok.types import UserError
 
@@ -160,3 +161,11 @@ def test_delete_half_finds_the_error_of_a_mean():
     estimate = delete_half_error(x, lambda half: half.mean().item(), rng(), repeats=300)
     assert estimate.value == pytest.approx(x.mean().item())
     assert estimate.standard_error == pytest.approx(x.std().item() / 20, rel=0.15)
+
+
+def test_the_note_of_small_samples():
+    assert small_sample_note(50_000, 0.6, 2048) is None
+    assert "FID of 5000 samples: biased upward by about c/N = 6.59" in small_sample_note(5000, 6.588, 2048)
+    assert "rough" not in small_sample_note(5000, 6.588, 2048)
+    assert "fewer samples than the 2048 features" in small_sample_note(2000, 18.4, 2048)
+    assert "reconstructions" in small_sample_note(5000, 6.588, 2048, paired=True)

@@ -10,7 +10,7 @@ from robustok.metrics.codebook import (
     token_agreement,
     token_divergence,
 )
-from robustok.metrics.features import ClassifierExtractor, compute_features
+from robustok.metrics.features import ClassifierExtractor, InceptionExtractor, InceptionFeatures, compute_features
 from robustok.metrics.frechet import (
     Estimate,
     GaussianStatistics,
@@ -21,9 +21,12 @@ from robustok.metrics.frechet import (
     load_statistics,
     mean_and_standard_error,
     save_statistics,
+    small_sample_note,
 )
 from robustok.metrics.gap import LatentGap, latent_gap
+from robustok.metrics.inception_score import InceptionScore, inception_score
 from robustok.metrics.kernel import kernel_distance
+from robustok.metrics.manifold import PrecisionRecall, precision_recall
 from robustok.metrics.perturbed import (
     ExplicitGrid,
     PerturbedCell,
@@ -43,6 +46,10 @@ METRICS = {
     "pfid": "Frechet distance of reconstructions from perturbed tokens to the original images, mean over a grid",
     "gfid": "Frechet distance of generated images to real ones",
     "kid": "unbiased squared MMD with the kernel (x.y / F + 1)^3, all images at once",
+    "sfid": "Frechet distance of generated images to real ones on 7 x 17 x 17 spatial features of Inception",
+    "inception_score": "exp of the mean KL divergence of p(class | image) from p(class), 10 splits of shuffled images",
+    "precision": "share of generated images within the real manifold, balls up to the 3rd neighbour",
+    "recall": "share of real images within the generated manifold, balls up to the 3rd neighbour",
     "psnr": "peak signal-to-noise ratio in dB, mean over images, data range 255",
     "ssim": "structural similarity, Gaussian window 11 of sigma 1.5, mean over channels and images",
     "codebook_usage": "share of the codes that occur in the tokens of the evaluation set",
@@ -58,10 +65,14 @@ __all__ = [
     "Estimate",
     "ExplicitGrid",
     "GaussianStatistics",
+    "InceptionExtractor",
+    "InceptionFeatures",
+    "InceptionScore",
     "LatentGap",
     "PerturbedCell",
     "PerturbedGrid",
     "PerturbedSummary",
+    "PrecisionRecall",
     "PublishedGrid",
     "RelativeGrid",
     "codebook_perplexity",
@@ -73,13 +84,16 @@ __all__ = [
     "delete_half_error",
     "frechet_bias",
     "frechet_distance",
+    "inception_score",
     "kernel_distance",
     "latent_gap",
     "load_statistics",
     "mean_and_standard_error",
     "perturbed_cells",
+    "precision_recall",
     "psnr",
     "save_statistics",
+    "small_sample_note",
     "ssim",
     "summarise",
     "token_agreement",

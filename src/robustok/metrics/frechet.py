@@ -150,6 +150,25 @@ def frechet_bias(statistics: GaussianStatistics) -> float:
     return ((1.25 * values.sum() + 0.5 * pairs) / statistics.count).item()
 
 
+def small_sample_note(samples: int, bias: float, dim: int, paired: bool = False) -> str | None:
+    """What to keep in mind about an FID of few samples; None from 50,000 on, the number of published values.
+
+    Args:
+        samples: N.
+        bias: :func:`frechet_bias` of the set.
+        dim: F, below which the bias is poorly known itself.
+        paired: whether the set was made from the images of its reference.
+    """
+    if samples >= 50_000:
+        return None
+    note = f"FID of {samples} samples: biased upward by about c/N = {bias:.3g}"
+    if paired:
+        note += " if the reference were other images; less, because these are reconstructions of it"
+    if samples < dim:
+        note += f"; fewer samples than the {dim} features, so that c/N itself is rough"
+    return note + "; compare only with values of as many samples"
+
+
 def save_statistics(statistics: GaussianStatistics, path: str | Path, name: str) -> None:
     """Write ``mu`` and ``sigma`` (ADM's keys), ``count`` and the extractor's ``name`` as one .npz file."""
     arrays = {"mu": statistics.mean.cpu().numpy(), "sigma": statistics.covariance.cpu().numpy()}
