@@ -80,7 +80,7 @@ def hub(tmp_path, monkeypatch):
 
 def test_it_names_itself_by_the_file(extractor, digest):
     assert isinstance(extractor, FeatureExtractor)
-    assert (extractor.name, extractor.dim) == (f"inception-2048-{digest}", 2048)
+    assert (extractor.name, extractor.dim) == (f"custom-inception-2048-{digest}", 2048)
 
 
 @torch.no_grad()

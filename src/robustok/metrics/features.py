@@ -94,7 +94,8 @@ class InceptionExtractor:
         device: where it runs.
 
     Attributes:
-        name: ``inception-2048-DIGEST``, the first 8 digits of the file's SHA-256: 6726825d for the official weights.
+        name: ``inception-2048-6726825d`` for the official weights, ``custom-inception-2048-DIGEST`` (of the file's
+            SHA-256) for others, whose distances nobody should call FID.
         dim: 2048.
 
     Raises:
@@ -114,7 +115,8 @@ class InceptionExtractor:
         if path is None and digest != INCEPTION_DIGEST:
             found = f"{_cached_weights()} has the SHA-256 {digest}..., expected {INCEPTION_DIGEST}..."
             raise UserError(f"{found}; delete it to download it again, or give extractor.path=FILE")
-        self.name, self.device = f"inception-{self.dim}-{digest}", torch.device(device)
+        origin = "" if digest == INCEPTION_DIGEST else "custom-"
+        self.name, self.device = f"{origin}inception-{self.dim}-{digest}", torch.device(device)
         try:
             # The network unpickles whatever it is given: it gets a copy of what could be read without running code.
             safe = io.BytesIO()
