@@ -68,6 +68,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 @pytest.mark.parametrize(
     ("word", "said"),
     [
+        ("tokenizer.widht=32", ("did you mean 'tokenizer.encoder.width'",)),
         ("stepps=4", ("'stepps'", "did you mean 'steps'")),
         ("tokenizer.quantizer.sise=32", ("'tokenizer.quantizer.sise'", "did you mean 'tokenizer.quantizer.size'")),
         ("perturbation.rat=1", ("did you mean 'perturbation.rate'",)),

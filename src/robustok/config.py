@@ -210,10 +210,8 @@ def _explain(model: type[Config], error: ValidationError, source: str) -> str:
         group = key.rpartition(".")[0]
         return f"{source}: {key!r} belongs to another variant; set {group}.name={' or '.join(owners)}, or drop it"
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-        near = near or [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]][:1]
-        near = near or difflib.get_close_matches(key.rpartition(".")[2], [k.rpartition(".")[2] for k in known], n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(k for k in known if '.' not in k)}"
+        near = _nearest(key, list(known))
+        hint = f"did you mean {near!r}?" if near else f"known: {', '.join(k for k in known if '.' not in k)}"
         return f"{source}: unknown key {key!r}; {hint}"
     if first["type"] == "union_tag_not_found":
         names = sorted({tag for annotation in _annotations(model, location) for tag in _tags(annotation[1])})
@@ -222,6 +220,18 @@ def _explain(model: type[Config], error: ValidationError, source: str) -> str:
         return f"{source}: {key!r} is missing; {known.get(key) or 'it has no default'}"
     message = first["msg"].removeprefix("Value error, ")
     return f"{source}: {key or 'settings'} = {first['input']!r}: {message}"
+
+
+def _nearest(key: str, known: Sequence[str]) -> str | None:
+    """The known key most like a misspelt one: its last part must be alike, then the whole decides."""
+
+    def likeness(other: str) -> tuple[float, float]:
+        pairs = ((key.rpartition(".")[2], other.rpartition(".")[2]), (key, other))
+        last, whole = (difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+        return last, whole
+
+    best = max(known, key=likeness, default=None)
+    return best if best is not None and likeness(best)[0] >= 0.6 else None
 
 
 def _is_variant(model: type[Config], path: list[str], part: str) -> bool:
