@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from robustok.config import plain
 from robustok.generators import GENERATORS, GeneratorConfig, Sampling
 from robustok.generators.rar import RARConfig, draw_orders, drop_labels, random_share
+from robustok.images import rank_rows
 from robustok.latents import LatentCache, training_latents
 from robustok.snapshots import write_snapshot
 from robustok.training.loop import (
@@ -73,7 +74,7 @@ def train_generator(run: GeneratorTrainingRun) -> Path:
     """
     accelerator = start_accelerator(run.batch_size)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
-    rows = slice(rank * run.batch_size // world, (rank + 1) * run.batch_size // world)  # of the global batch
+    rows = rank_rows(run.batch_size, rank, world)  # of the global batch
 
     cache = LatentCache(run.latents)
     if cache.manifest.kind != "discrete":

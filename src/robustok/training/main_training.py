@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from robustok.config import plain
 from robustok.discriminators import DiscriminatorConfig, PatchConfig
-from robustok.images import Augmentation, Data, open_images, training_batches
+from robustok.images import Augmentation, Data, open_images, rank_rows, training_batches
 from robustok.losses import AdversarialConfig, ReconstructionConfig, contrastive_loss
 from robustok.metrics.codebook import codebook_perplexity, codebook_usage
 from robustok.semantics import Teacher, TeacherConfig
@@ -78,7 +78,7 @@ def main_train(run: MainTrainingRun) -> Path:
     """
     accelerator = start_accelerator(run.batch_size)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
-    rows = slice(rank * run.batch_size // world, (rank + 1) * run.batch_size // world)  # of the global batch
+    rows = rank_rows(run.batch_size, rank, world)  # of the global batch
 
     data = open_images(run.data, run.tokenizer.image_size, split="train", augment=run.augmentation)
     reconstruction_terms = ReconstructionTerms(run.reconstruction, device)

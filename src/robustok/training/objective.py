@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from robustok.classifier import load_classifier
 from robustok.discriminators import DISCRIMINATORS, DiscriminatorConfig, augment, augmentation_draw
+from robustok.images import rank_rows
 from robustok.losses import (
     AdversarialConfig,
     LeCam,
@@ -96,8 +97,7 @@ class Adversary:
         self.prepared, self.optimizer = accelerator.prepare(network, optimizer)
         self.network = accelerator.unwrap_model(self.prepared)
         self.lecam = LeCam()
-        world, rank = accelerator.num_processes, accelerator.process_index
-        self.rows = slice(rank * run.batch_size // world, (rank + 1) * run.batch_size // world)
+        self.rows = rank_rows(run.batch_size, accelerator.process_index, accelerator.num_processes)
 
     def started(self, step: int) -> bool:
         """Nothing of the adversary runs before its start step."""
