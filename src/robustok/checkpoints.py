@@ -4,12 +4,13 @@ A pickle may hold tensors and plain containers; whatever else it names becomes a
 optimiser states beside the weights of a release need none of its packages, and a payload is never called.
 """
 
+import difflib
 import os
 import pickle
 import types
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], str]:
     """Read a checkpoint without executing anything in it.
 
     Returns:
-        The tensors by name; and which part of the file they are: "ema", "model" or "flat state dict".
+        The tensors by name; and which part of the file they are, such as "ema", "model" or "flat state dict".
 
     Raises:
         UserError: missing, damaged, or of another format; holds no tensors by name.
@@ -62,7 +63,9 @@ def choose_weights(content: Any, source: str) -> tuple[dict[str, Tensor], str]:
     """
     part = "flat state dict"
     if isinstance(content, Mapping):
-        part = next((key for key in ("ema", "model") if isinstance(content.get(key), Mapping)), part)
+        part = next(
+            (key for key in ("ema", "model", "module", "state_dict") if isinstance(content.get(key), Mapping)), part
+        )
         content = content.get(part, content)
     if not isinstance(content, Mapping) or not content:
         raise UserError(
@@ -93,6 +96,57 @@ def write_checkpoint(path: Path, weights: dict[str, Tensor]) -> Path:
             f"cannot write {path}: {' '.join(str(error).split())}; free some space or choose another"
         ) from None
     return path
+
+
+# What weights and a released configuration tell of a model
+
+
+def flatten_config(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The innermost keys of a released configuration with their values; None says nothing."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from flatten_config(value)
+        elif value is not None:
+            yield key, value
+
+
+def settle(facts: dict[str, Any], config: dict[str, Any], names: dict[str, str], **defaults: Any) -> dict[str, Any]:
+    """Facts of the weights, completed from the flat configuration, completed from defaults; all under our names.
+
+    Raises:
+        UserError: a configured value contradicts a fact, or a key looks like a misspelling.
+    """
+    known = {**names, **{own: own for own in names.values()}}
+    settled = dict(defaults)
+    for key, value in config.items():
+        if key in known:
+            own = known[key]
+            if own in facts and facts[own] != value:
+                raise UserError(f"config gives {key} = {value!r}, the weights have {facts[own]!r}; correct one of them")
+            settled[own] = value
+        elif near := difflib.get_close_matches(key, known, n=1, cutoff=0.85):
+            raise UserError(f"config: unknown key {key!r}; did you mean {near[0]!r}?")
+    return settled | facts
+
+
+def shape_of(weights: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
+    """Shape of a tensor from which sizes are read."""
+    found = tuple(weights[name].shape) if name in weights else None
+    if found is None or len(found) != dimensions or 0 in found:
+        what = "is missing" if found is None else f"is {found}, expected {dimensions} dimensions"
+        raise UserError(f"{name} {what}; is this a checkpoint of another family?")
+    return found
+
+
+def depth_of(weights: Mapping[str, Tensor], prefix: str) -> int:
+    """Number of blocks."""
+    blocks = {name.removeprefix(prefix).partition(".")[0] for name in weights if name.startswith(prefix)}
+    if not blocks:
+        raise UserError(f"{prefix}0.* is missing; is this a checkpoint of another family?")
+    return len(blocks)
+
+
+# The restricted unpickler
 
 
 class _Stub:

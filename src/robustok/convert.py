@@ -8,8 +8,7 @@ Reading is strict: every tensor of the file has its place in the model, every we
 To add a family: write a function that builds the model from the released tensors, and add a line to ``FAMILIES``.
 """
 
-import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +17,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from robustok.checkpoints import choose_weights, read_checkpoint, write_checkpoint
+from robustok.checkpoints import (
+    choose_weights,
+    depth_of,
+    flatten_config,
+    read_checkpoint,
+    settle,
+    shape_of,
+    write_checkpoint,
+)
 from robustok.config import Config, plain, validate
 from robustok.generators import load_generator
 from robustok.generators.rar import RAR, RARConfig
@@ -123,7 +130,7 @@ def load_released(
     tensors = (choose_weights(weights, "weights") if isinstance(weights, Mapping) else read_checkpoint(weights))[0]
     room = FAMILIES[family]
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(room.dropped)}
-    model = room.build(tensors, dict(_flatten(config or {})))
+    model = room.build(tensors, dict(flatten_config(config or {})))
     _check_all(tensors, to_released(model), family)
     state = model.state_dict()
     model.load_state_dict({name: tensors[room.released_name(name)].reshape(t.shape) for name, t in state.items()})
@@ -172,51 +179,6 @@ def _check_all(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], fami
         )
 
 
-def _flatten(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The innermost keys of a released configuration with their values; None says nothing."""
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value)
-        elif value is not None:
-            yield key, value
-
-
-def _settle(facts: dict[str, Any], config: dict[str, Any], names: dict[str, str], **defaults: Any) -> dict[str, Any]:
-    """Facts of the weights, completed from the flat configuration, completed from defaults; all under our names.
-
-    Raises:
-        UserError: a configured value contradicts a fact, or a key looks like a misspelling.
-    """
-    known = {**names, **{own: own for own in names.values()}}
-    settled = dict(defaults)
-    for key, value in config.items():
-        if key in known:
-            own = known[key]
-            if own in facts and facts[own] != value:
-                raise UserError(f"config gives {key} = {value!r}, the weights have {facts[own]!r}; correct one of them")
-            settled[own] = value
-        elif near := difflib.get_close_matches(key, known, n=1, cutoff=0.85):
-            raise UserError(f"config: unknown key {key!r}; did you mean {near[0]!r}?")
-    return settled | facts
-
-
-def _shape(weights: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
-    """Shape of a tensor from which sizes are read."""
-    found = tuple(weights[name].shape) if name in weights else None
-    if found is None or len(found) != dimensions or 0 in found:
-        what = "is missing" if found is None else f"is {found}, expected {dimensions} dimensions"
-        raise UserError(f"{name} {what}; is this a checkpoint of another family?")
-    return found
-
-
-def _depth(weights: Mapping[str, Tensor], prefix: str) -> int:
-    """Number of blocks."""
-    blocks = {name.removeprefix(prefix).partition(".")[0] for name in weights if name.startswith(prefix)}
-    if not blocks:
-        raise UserError(f"{prefix}0.* is missing; is this a checkpoint of another family?")
-    return len(blocks)
-
-
 # The tokenizer
 
 TOKENIZER_NAMES = {
@@ -249,30 +211,30 @@ PREFIXES = {  # ours: the release's
 
 def _build_tokenizer(weights: Mapping[str, Tensor], config: dict[str, Any]) -> RobusTok:
     """A tokenizer of the sizes that the shapes and the configuration tell."""
-    positions = _shape(weights, "encoder.model.pos_embed", 3)[1]
-    patch = _shape(weights, "encoder.model.patch_embed.proj.weight", 4)[-1]
+    positions = shape_of(weights, "encoder.model.pos_embed", 3)[1]
+    patch = shape_of(weights, "encoder.model.patch_embed.proj.weight", 4)[-1]
     facts = {
         "image_size": round((positions - 1) ** 0.5) * patch,
         "patch_size": patch,
-        "latents": _shape(weights, "encoder.latent_tokens", 3)[1],
-        "codebook_size": _shape(weights, "quantize.embedding.weight", 2)[0],
-        "codebook_dim": _shape(weights, "quant_conv.weight", 4)[0],
-        "width": _shape(weights, "encoder.model.cls_token", 3)[-1],
-        "depth": _depth(weights, "encoder.model.blocks."),
+        "latents": shape_of(weights, "encoder.latent_tokens", 3)[1],
+        "codebook_size": shape_of(weights, "quantize.embedding.weight", 2)[0],
+        "codebook_dim": shape_of(weights, "quant_conv.weight", 4)[0],
+        "width": shape_of(weights, "encoder.model.cls_token", 3)[-1],
+        "depth": depth_of(weights, "encoder.model.blocks."),
         # Variants of the released code that this family does not have.
         "product_quant": 1,
         "lfq": False,
         "abs_pos_embed": True,
     }
     paper = {"heads": 12} if facts["width"] == 768 else {}
-    settings = _settle(facts, config, TOKENIZER_NAMES, **paper, normalize=True, commitment_weight=0.25, drop_path=0.1)
+    settings = settle(facts, config, TOKENIZER_NAMES, **paper, normalize=True, commitment_weight=0.25, drop_path=0.1)
     if "heads" not in settings:
         raise UserError(f"config lacks num_heads, which the shapes of a width of {facts['width']} do not tell; give it")
 
     def vit(side: str) -> dict[str, Any]:
         return {
-            "width": _shape(weights, f"{side}.model.cls_token", 3)[-1],
-            "depth": _depth(weights, f"{side}.model.blocks."),
+            "width": shape_of(weights, f"{side}.model.cls_token", 3)[-1],
+            "depth": depth_of(weights, f"{side}.model.blocks."),
             "heads": settings["heads"],
             "layer_scale": 1e-5 if f"{side}.model.blocks.0.ls1.gamma" in weights else None,
             "drop_path": settings["drop_path"],
@@ -332,23 +294,23 @@ SPARE_POSITIONS, SPARE_TIMESTEPS = 1024, 100  # rows of the released tables beyo
 
 def _build_rar(weights: Mapping[str, Tensor], config: dict[str, Any]) -> RAR:
     """A generator of the sizes that the shapes tell, down to the number of heads."""
-    width = _shape(weights, "cls_token", 3)[-1]
-    codes = _shape(weights, "lm_head.weight", 2)[0]
-    positions, timesteps = (_shape(weights, name, 3)[1] for name in ("pos_embed", "timesteps_embeddings"))
+    width = shape_of(weights, "cls_token", 3)[-1]
+    codes = shape_of(weights, "lm_head.weight", 2)[0]
+    positions, timesteps = (shape_of(weights, name, 3)[1] for name in ("pos_embed", "timesteps_embeddings"))
     facts = {
         "width": width,
-        "depth": _depth(weights, "blocks."),
-        "heads": width // _shape(weights, "blocks.0.attn.q_norm.weight", 1)[0],
-        "mlp_width": _shape(weights, "blocks.0.mlp.fc1.weight", 2)[0],
+        "depth": depth_of(weights, "blocks."),
+        "heads": width // shape_of(weights, "blocks.0.attn.q_norm.weight", 1)[0],
+        "mlp_width": shape_of(weights, "blocks.0.mlp.fc1.weight", 2)[0],
         "codebook_size": codes,
-        "classes": _shape(weights, "embeddings.weight", 2)[0] - codes - 2,  # one mask token, one "no class"
+        "classes": shape_of(weights, "embeddings.weight", 2)[0] - codes - 2,  # one mask token, one "no class"
     }
     tables = {}
     if positions == timesteps:  # ours
         tables["length"] = positions - 2
     elif positions - SPARE_POSITIONS == timesteps - SPARE_TIMESTEPS:
         tables["length"] = positions - SPARE_POSITIONS
-    settings = _settle(facts, config, RAR_NAMES, **tables, dropout=0.1, label_dropout=0.1, codebook_dim=64)
+    settings = settle(facts, config, RAR_NAMES, **tables, dropout=0.1, label_dropout=0.1, codebook_dim=64)
     if "length" not in settings or settings["length"] < 1 or facts["classes"] < 1:
         raise UserError(
             f"tables of {positions} and {timesteps} rows and {facts['classes']} classes do not tell "
