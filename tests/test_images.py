@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from robustok.crops import center_crop, random_crop, to_rgb
 from robustok.images import (
     Augmentation,
     Digits,
@@ -14,12 +15,9 @@ from robustok.images import (
     batch_indices,
     batch_seeds,
     batches_in_order,
-    center_crop,
     from_pixels,
     open_images,
-    random_crop,
     to_pixels,
-    to_rgb,
     training_batches,
 )
 from robustok.types import UserError

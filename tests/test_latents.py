@@ -1,5 +1,7 @@
 import errno
 import os
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from robustok.latents import (
     LatentCache,
     Manifest,
     check_cache,
+    check_center_crops,
     create_cache,
     missing_shards,
     shard_rows,
@@ -37,6 +40,7 @@ def records(m, seed=0):
         "indices": rng.permutation(m.count),
         "seeds": rng.integers(0, 2**62, m.count),
         "flips": rng.integers(0, 2, m.count),
+        "crops": rng.integers(0, 6, m.count),
     }
 
 
@@ -86,7 +90,7 @@ def test_tokens_take_two_bytes(tmp_path):
     m = manifest(latent_shape=(256, 3), codebook_size=65536, count=100, shard_size=100)
     fill(tmp_path, m)
     size = (tmp_path / "shard-00000.safetensors").stat().st_size
-    assert 100 * 256 * 2 < size < 100 * 256 * 2 + 100 * 21 + 1000
+    assert 100 * 256 * 2 < size < 100 * 256 * 2 + 100 * 22 + 1000
 
 
 def test_half_precision_stays_half(tmp_path):
@@ -98,14 +102,15 @@ def test_half_precision_stays_half(tmp_path):
     assert torch.equal(found, whole["latents"].float())
 
 
-def test_flips_are_zero_where_none_were_written(tmp_path):
+def test_flips_and_crops_are_zero_where_none_were_written(tmp_path):
     m = manifest()
     whole = records(m)
-    del whole["flips"]
+    del whole["flips"], whole["crops"]
     fill(tmp_path, m, whole)
-    flips = LatentCache(tmp_path).read([0, 22]).flips
-    assert flips.tolist() == [0, 0]
-    assert flips.dtype == torch.uint8
+    found = LatentCache(tmp_path).read([0, 22])
+    for field in (found.flips, found.crops):
+        assert field.tolist() == [0, 0]
+        assert field.dtype == torch.uint8
 
 
 def test_ranks_share_the_shards_and_a_killed_run_goes_on(tmp_path):
@@ -250,6 +255,15 @@ def test_a_cache_of_another_tokenizer_is_refused(tmp_path):
             check_cache(cache, **changes)
 
 
+def test_ten_crops_are_refused_where_centre_crops_are_needed(tmp_path):
+    for name, source in (("center", {"crops": "center-flip"}), ("other", {}), ("ten", {"crops": "ten"})):
+        fill(tmp_path / name, manifest(source=source))
+    check_center_crops(LatentCache(tmp_path / "center"))
+    check_center_crops(LatentCache(tmp_path / "other"))  # pairs and samples
+    with pytest.raises(UserError, match=r"ten crops.*crops=center"):
+        check_center_crops(LatentCache(tmp_path / "ten"))
+
+
 def test_full_disk_keeps_the_shards_before(tmp_path, monkeypatch):
     m = manifest()
     whole = records(m)
@@ -282,3 +296,33 @@ def test_training_order_is_a_function_of_seed_and_step(tmp_path):
     )
     with pytest.raises(UserError, match="global batch is 24"):
         training_latents(cache, 24, 0, 0, 1)
+
+
+def private_memory():
+    """Bytes that only this process holds: what is mapped from files is not among them."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the size of the process from /proc")
+def test_training_streams_a_cache_larger_than_its_memory(tmp_path):
+    budget = 16 * 2**20
+    m = manifest(latent_shape=(256, 3), codebook_size=65536, count=160_000, shard_size=8_000)  # 82 MB of tokens
+    create_cache(tmp_path, m)
+    tokens = np.random.default_rng(0).integers(0, 65536, (m.shard_size, 256), dtype=np.uint16)
+    zeros = np.zeros(m.shard_size, dtype=np.int64)
+    for k in range(m.shards):
+        numbers = np.arange(m.shard_size) + k * m.shard_size
+        write_shard(tmp_path, k, {"latents": tokens ^ k, "labels": zeros, "indices": numbers, "seeds": zeros})
+    assert sum(file.stat().st_size for file in tmp_path.glob("shard*")) > 5 * budget
+    fill(tmp_path / "small", manifest())
+    next(training_latents(LatentCache(tmp_path / "small"), 8, 0, 0, 1))  # what libraries allocate once
+    before, peak, total = private_memory(), 0, 0
+    for step, batch in enumerate(training_latents(LatentCache(tmp_path), 256, 0, 0, m.count // 256)):
+        total += batch.indices.sum().item()
+        if step % 25 == 0:
+            peak = max(peak, private_memory() - before)
+            row = batch.indices[7].item()
+            assert np.array_equal(batch.latents[7], tokens[row % m.shard_size] ^ (row // m.shard_size))
+    assert total == m.count * (m.count - 1) // 2  # an epoch: every record once
+    assert peak < budget

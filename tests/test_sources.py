@@ -10,7 +10,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from robustok.config import Config, validate
-from robustok.images import Cifar10, Data, Digits, Folder, Parquet, batches_in_order, open_images, to_pixels
+from robustok.images import (
+    Cifar10,
+    Data,
+    Digits,
+    Folder,
+    Npz,
+    Parquet,
+    batches_in_order,
+    data_at,
+    open_images,
+    to_pixels,
+)
 from robustok.types import UserError
 from test_images import encoded, picture, save_tree, truncate
 
@@ -218,3 +229,47 @@ def test_data_is_chosen_by_name(tmp_path):
     assert isinstance(validate(Run, {"data": {"name": "folder", "path": str(tmp_path)}}).data, Folder)
     with pytest.raises(UserError, match=r"'data\.holdout'"):
         validate(Run, {"data": {"name": "cifar10", "holdout": 0.5}})
+
+
+# A path instead of a configuration
+
+
+def test_a_path_is_the_data_set_that_lies_there(tmp_path):
+    save_tree(tmp_path / "tree")
+    save_parquet(tmp_path / "hub" / "data" / "train.parquet", 4)
+    (tmp_path / "flat").mkdir()
+    picture().save(tmp_path / "flat" / "0.png")
+    np.savez(tmp_path / "a.npz", np.zeros((3, 8, 8, 3), np.uint8))
+    np.save(tmp_path / "a.npy", np.zeros((3, 8, 8, 3), np.uint8))
+    expected = {
+        "tree": (Folder, 20),
+        "flat": (Folder, 1),
+        "hub": (Parquet, 4),
+        "hub/data/train.parquet": (Parquet, 4),
+        "hub/data/*.parquet": (Parquet, 4),
+        "a.npz": (Npz, 3),
+        "a.npy": (Npz, 3),
+    }
+    for path, (kind, count) in expected.items():
+        data = data_at(str(tmp_path / path))
+        assert type(data) is kind, path
+        for split in ("train", "test"):
+            assert len(open_images(data, None, split)) == count  # all of them: nothing is held out
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("nowhere", None, "does not exist"),
+        ("notes.txt", "text", "is a file of another kind"),
+        ("cache/manifest.json", "{}", "holds latents, which a tokenizer has to decode"),
+        ("run/config.yaml", "{}", "holds a model or a run"),
+    ],
+)
+def test_a_path_to_something_else_is_refused_with_what_is_accepted(tmp_path, name, content, message):
+    path = tmp_path / name
+    if content is not None:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+    with pytest.raises(UserError, match=rf"{message}.*expected a folder of images, an \.npz .* parquet"):
+        data_at(path.parent if "/" in name else path)

@@ -1,8 +1,9 @@
 """The `encode` verb: images to a cache of latents, once, so that generators train on integers instead of images."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import tee
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -11,23 +12,37 @@ from pydantic import Field
 from torch import Tensor
 
 from robustok.config import Config
-from robustok.images import Data, open_images
+from robustok.crops import enlarged, five_crops
+from robustok.images import Data, batches_of, open_images
 from robustok.latents import Manifest, create_cache, missing_shards, shard_rows, write_shard
 from robustok.tokenizers import encoder_digest, load_tokenizer
 from robustok.training.loop import autocast, start_accelerator, track
+from robustok.types import Batch
+
+VARIANTS = {"center": 1, "center-flip": 2, "ten": 10}  # records of an image
 
 
 class EncodeRun(Config):
-    """Encode a data set. Centre crops, in float32 by default: bf16 changes about one token in a hundred."""
+    """Encode a data set, in float32 by default: bf16 changes about one token in a hundred."""
 
     out: Path = Field(description="folder of the cache; an unfinished one is completed")
     tokenizer: Path = Field(description="tokenizer snapshot, or run folder")
     data: Data = Field(description="images to encode")
     split: Literal["train", "test"] = Field("train", description="split of the data")
-    flip: bool = Field(False, description="encode each image a second time, mirrored")
+    crops: Literal["center", "center-flip", "ten"] = Field(
+        "center",
+        description="records of each image: its centre crop; that and its mirror image; or ten-crop, for generators "
+        "alone: corners and middle of a centre crop a tenth larger, each also mirrored",
+    )
     batch_size: int = Field(64, ge=1, description="images at a time")
     shard_size: int = Field(10_000, ge=1, description="records in a shard")
     precision: Literal["auto", "bf16", "float32"] = Field("float32", description="autocast dtype")
+    workers: int = Field(0, ge=0, description="processes that decode images ahead; 0 decodes in the process itself")
+
+    @property
+    def variants(self) -> int:
+        """Records of an image, which lie beside each other in the cache."""
+        return VARIANTS[self.crops]
 
 
 def encode(run: EncodeRun) -> Path:
@@ -41,66 +56,85 @@ def encode(run: EncodeRun) -> Path:
     """
     accelerator = start_accelerator()
     tokenizer = load_tokenizer(run.tokenizer).to(accelerator.device)
-    data = open_images(run.data, tokenizer.image_size, run.split)
+    size, variants = tokenizer.image_size, run.variants
+    # The fingerprint of the data tells crop sizes apart, so ten-crop cannot pass for the centre crops of post-training.
+    data = open_images(run.data, enlarged(size) if run.crops == "ten" else size, run.split)
     manifest = Manifest(
         kind=tokenizer.kind,
         latent_shape=tokenizer.latent_shape,
         codebook_size=len(tokenizer.codebook) if tokenizer.kind == "discrete" else None,
         classes=len(data.classes),
-        count=len(data) * (1 + run.flip),
+        count=len(data) * variants,
         shard_size=run.shard_size,
         tokenizer=encoder_digest(tokenizer),
         data=data.fingerprint,
-        source={"made_by": "encode", "data": data.describe(), "flip": run.flip, "precision": run.precision},
+        source={"made_by": "encode", "data": data.describe(), "crops": run.crops, "precision": run.precision},
     )
 
-    def make(records: np.ndarray) -> dict[str, Tensor]:
-        flips = torch.from_numpy((records >= len(data)).astype(np.uint8))  # the second half is mirrored
-        # With seeds a broken image is replaced by the next good one, so that the cache has no holes.
-        batch = data.read(records % len(data), seeds=np.zeros(len(records), dtype=np.int64))
-        images = torch.where(flips.bool()[:, None, None, None], batch.images.flip(-1), batch.images)  # (n, 3, H, W)
-        with autocast(accelerator.device, run.precision):
-            latents = tokenizer.encode(images.to(accelerator.device))
-        return {
-            "latents": latents,
-            "labels": batch.labels,
-            "indices": batch.indices,
-            "seeds": batch.indices * 0,
-            "flips": flips,
-        }
+    def read_ahead(stream: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, Batch]]:
+        """Record numbers with their images, each of which is decoded once for all its records."""
+        records, draws = tee(stream)
+        return zip(records, batches_of(data, (np.unique(r // variants) for r in draws), run.workers), strict=True)
 
-    fill_cache(run.out, manifest, make, run.batch_size, accelerator, "encode")
+    def make(drawn: tuple[np.ndarray, Batch]) -> dict[str, Tensor]:
+        records, batch = drawn
+        image, variant = np.divmod(records, variants)
+        rows = torch.from_numpy(image - image[0])  # of the batch
+        crops, flips = _variants(run.crops, torch.from_numpy(variant))
+        images = batch.images.to(accelerator.device)
+        images = five_crops(images, size)[rows, crops - 1] if run.crops == "ten" else images[rows]  # (n, 3, H, W)
+        images = torch.where(flips.bool().to(images.device)[:, None, None, None], images.flip(-1), images)
+        with autocast(accelerator.device, run.precision):
+            latents = tokenizer.encode(images)
+        labels, indices = batch.labels[rows], batch.indices[rows]
+        seeds = torch.zeros_like(indices)
+        fields = dict(latents=latents, labels=labels, indices=indices, seeds=seeds, flips=flips)
+        return fields | ({"crops": crops} if run.crops == "ten" else {})
+
+    fill_cache(run.out, manifest, make, run.batch_size, accelerator, "encode", read_ahead)
     return run.out
+
+
+def _variants(crops: str, variant: Tensor) -> tuple[Tensor, Tensor]:
+    """Crop and flip, as ``LatentRecords`` counts them, of the variants 0, 1, ... (n,) of an image."""
+    if crops == "ten":
+        return variant % 5 + 1, variant // 5
+    return variant * 0, variant
 
 
 @torch.no_grad()
 def fill_cache(
     out: Path,
     manifest: Manifest,
-    make: Callable[[np.ndarray], Mapping[str, Tensor]],
+    make: Callable[[Any], Mapping[str, Tensor]],
     batch_size: int,
     accelerator: Accelerator,
     description: str,
+    prepare: Callable[[Iterator[np.ndarray]], Iterator[Any]] = iter,
 ) -> None:
     """Write the missing shards of a cache, each process its own.
 
     Args:
         out: folder.
         manifest: what the cache holds.
-        make: record numbers (n,) to the fields of these records.
+        make: record numbers (n,), or what ``prepare`` makes of them, to the fields of these records.
         batch_size: records at a time.
         accelerator: which shards are this process's.
         description: of the progress bar.
+        prepare: turns the stream of record numbers that are to be made into what ``make`` takes; may work ahead.
     """
     if accelerator.is_main_process:
         create_cache(out, manifest)
     accelerator.wait_for_everyone()
-    for k in missing_shards(out, accelerator.process_index, accelerator.num_processes):
+    missing = missing_shards(out, accelerator.process_index, accelerator.num_processes)
+
+    def batches(k: int) -> list[np.ndarray]:
         rows = np.asarray(shard_rows(manifest, k))
-        starts = range(0, -(-len(rows) // batch_size))
+        return [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+
+    prepared = prepare(records for k in missing for records in batches(k))
+    for k in missing:
         show = f"{description} {out.name} {k + 1}/{manifest.shards}"
-        parts = [
-            make(rows[i * batch_size : (i + 1) * batch_size]) for i in track(starts, show, accelerator.is_main_process)
-        ]
+        parts = [make(next(prepared)) for _ in track(range(len(batches(k))), show, accelerator.is_main_process)]
         write_shard(out, k, {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]})
     accelerator.wait_for_everyone()

@@ -1,10 +1,12 @@
-"""Data sets to images: the only place that crops, changes value ranges or rounds to uint8.
+"""Data sets to images: the only place that changes value ranges or rounds to uint8.
 
-From top to bottom: value ranges, crops, ``ImageDataset``, and the order in which training and evaluation go through
-one. Training order and augmentation are functions of (seed, step) alone. Which data sets there are, and how to add one,
-is in ``robustok.sources``; ``Data`` and its configurations can be imported from here too.
+From top to bottom: value ranges, ``ImageDataset``, and the order in which training and evaluation go through one.
+Training order and augmentation are functions of (seed, step) alone. How an image becomes square RGB pixels is in
+``robustok.crops``. Which data sets there are, and how to add one, is in ``robustok.sources``; ``Data`` and its
+configurations can be imported from here too.
 """
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,13 +15,26 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
 from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from robustok.config import Config
-from robustok.sources import DATASETS, Cifar10, Data, Digits, Folder, Parquet, Source, Split, digest, one_line  # noqa: F401
+from robustok.crops import center_crop, random_crop, to_rgb
+from robustok.sources import (  # noqa: F401
+    DATASETS,
+    Cifar10,
+    Data,
+    Digits,
+    Folder,
+    Npz,
+    Parquet,
+    Source,
+    Split,
+    data_at,
+    digest,
+    one_line,
+)
 from robustok.types import Batch, UserError
 
 MEMORY_LIMIT = 10**9  # bytes of decoded pixels up to which a data set is held in memory
@@ -44,68 +59,7 @@ def to_pixels(images: Tensor) -> Tensor:
 
 def from_pixels(pixels: Tensor) -> Tensor:
     """Pixels uint8 of any shape to images float32 in [-1, 1]; ``to_pixels`` gives the same pixels back."""
-    return pixels.float() / 127.5 - 1
-
-
-# Crops
-
-
-def center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """ADM's centre crop: scale the shorter side to ``size`` and cut the middle square.
-
-    Args:
-        image: of any mode and any size; smaller ones are enlarged.
-        size: height and width of the result in pixels.
-
-    Returns:
-        RGB pixels (H, W, 3) uint8.
-    """
-    image = _scale(to_rgb(image), size)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return np.array(image.crop((left, top, left + size, top + size)))
-
-
-def random_crop(image: Image.Image, size: int, rng: torch.Generator) -> np.ndarray:
-    """ADM's random crop: shorter side drawn from size..ceil(size / 0.8), then a random square of it.
-
-    Returns:
-        RGB pixels (H, W, 3) uint8.
-    """
-
-    def draw(low: int, high: int) -> int:
-        return int(torch.randint(low, high + 1, (), generator=rng))
-
-    image = _scale(to_rgb(image), draw(size, -(-5 * size // 4)))
-    left, top = draw(0, image.width - size), draw(0, image.height - size)
-    return np.array(image.crop((left, top, left + size, top + size)))
-
-
-def _scale(image: Image.Image, shorter: int) -> Image.Image:
-    """Halve with a box filter while that leaves enough, then bicubic: bicubic alone aliases when it shrinks a lot."""
-    while min(image.size) >= 2 * shorter:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    factor = shorter / min(image.size)
-    size = (round(image.width * factor), round(image.height * factor))
-    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any image as 8-bit RGB: turned as its EXIF says, 16-bit levels scaled, transparency laid on white.
-
-    Raises:
-        ValueError: the image holds floats, whose range is unknown.
-    """
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise ValueError("float images have no known range")
-    if image.mode.startswith("I"):  # 16-bit grey; "I" is how some formats hand out the same levels
-        levels = np.asarray(image).astype(np.int64).clip(0, 65535)
-        image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return pixels.to(torch.float32, copy=True).div_(127.5).sub_(1)  # in place: a third of the memory traffic
 
 
 # Data sets
@@ -119,18 +73,19 @@ class Augmentation(Config):
 
 
 def open_images(
-    data: Data, image_size: int, split: Split = "train", augment: Augmentation | None = None
+    data: Data, image_size: int | None, split: Split = "train", augment: Augmentation | None = None
 ) -> "ImageDataset":
     """Open one split of a data set.
 
     Args:
         data: which data set, and how much of it.
-        image_size: height and width to crop to, in pixels.
+        image_size: height and width to crop to, in pixels. None takes the images as they are, which must then have one
+            size: nothing is cropped or resized. That is how finished samples are evaluated.
         split: "train" or "test". A source with one split is divided by a fixed shuffle.
         augment: what training changes; None is a centre crop without flips.
 
     Raises:
-        UserError: nothing is there, nothing can be read, or labels are out of range.
+        UserError: nothing is there, nothing can be read, labels are out of range, or sizes differ without image_size.
     """
     source = DATASETS[data.name](data, split)
     labels, classes = source.labels, len(source.classes)
@@ -151,11 +106,41 @@ def open_images(
     return ImageDataset(source, rows, data, split, image_size, augment or Augmentation())
 
 
+def _common_shape(source: Source, rows: np.ndarray) -> tuple[int, int]:
+    """Height and width that all images share; reads the files' headers only.
+
+    Raises:
+        UserError: two images have different sizes (both are named), or none can be read.
+    """
+    if source.shape is not None:
+        return source.shape
+    first = None
+    for row in rows.tolist():
+        try:
+            with source.open(row) as image:
+                size = image.size
+        except Exception:  # a broken image is reported when it is decoded
+            continue
+        first = first or (row, size)
+        if size != first[1]:
+            one, other = (f"{source.where(r)} is {w}x{h}" for r, (w, h) in (first, (row, size)))
+            raise UserError(
+                f"images of {source.name} have different sizes: {one} and {other} pixels; "
+                "expected one size for images that are used as they are; set image_size to crop them"
+            )
+    if first is None:
+        raise UserError(f"none of the {len(rows)} images of {source.name} can be read; expected image files")
+    width, height = first[1]
+    return height, width
+
+
 class ImageDataset:
-    """One split of a data set as square images. Small ones are decoded once and kept, large ones are decoded when read.
+    """One split of a data set as images of one size. Small sets are decoded once and kept, large ones when read.
 
     Attributes:
         name: name of the source.
+        image_size: height and width of the crops; None where images are taken as they are.
+        shape: (H, W) of every image.
         labels: (N,) int64.
         classes: names of the classes.
         fingerprint: digest of what identifies the content: files and sizes (or bytes), split, crop and size.
@@ -163,18 +148,20 @@ class ImageDataset:
     """
 
     def __init__(
-        self, source: Source, rows: np.ndarray, data: Data, split: Split, image_size: int, augment: Augmentation
+        self, source: Source, rows: np.ndarray, data: Data, split: Split, image_size: int | None, augment: Augmentation
     ):
         self.name, self.classes, self.labels = source.name, source.classes, source.labels[rows]
         self.split, self.image_size, self.augment = split, image_size, augment
-        facts = f"{source.identity} {split} {augment.crop} {image_size} {digest(rows.astype('<i8').tobytes())}"
+        self.shape = (image_size, image_size) if image_size else _common_shape(source, rows)
+        crop = f"{augment.crop} {image_size}" if image_size else "as they are"
+        facts = f"{source.identity} {split} {crop} {digest(rows.astype('<i8').tobytes())}"
         self.fingerprint = digest(facts.encode())
         self.broken: dict[int, str] = {}
-        # A handful is always tolerated, so that one bad file of twenty stops nobody; at least one image must be good.
-        self._allowed = min(max(5, int(data.max_broken * len(rows))), len(rows) - 1)
+        # A handful is tolerated unless 0 is asked for, so that one bad file of twenty stops nobody; one must be good.
+        self._allowed = min(max(5, int(data.max_broken * len(rows))), len(rows) - 1) if data.max_broken else 0
         self._source, self._rows, self._memory = source, rows, None
-        if augment.crop == "center" and len(rows) * 3 * image_size**2 <= MEMORY_LIMIT:
-            memory = torch.zeros(len(rows), 3, image_size, image_size, dtype=torch.uint8)
+        if (augment.crop == "center" or not image_size) and len(rows) * 3 * math.prod(self.shape) <= MEMORY_LIMIT:
+            memory = torch.zeros(len(rows), 3, *self.shape, dtype=torch.uint8)
             broken = {}
             for index in range(len(rows)):
                 decoded = self._decode(index, None)
@@ -190,7 +177,8 @@ class ImageDataset:
 
     def describe(self) -> str:
         """Name, split, crop, count and digest, for the ``reference`` of a result."""
-        crop = f"{self.augment.crop} crop {self.image_size}"
+        height, width = self.shape
+        crop = f"{self.augment.crop} crop {self.image_size}" if self.image_size else f"as they are, {height}x{width}"
         return f"{self.name} {self.split}, {crop}, {len(self) - len(self.broken)} images, {self.fingerprint}"
 
     def read(self, indices: Sequence[int] | np.ndarray | Tensor, seeds: np.ndarray | None = None) -> Batch:
@@ -222,9 +210,7 @@ class ImageDataset:
                 pixels.append(decoded)
                 places.append(index)
                 kept.append(seed)
-        images = (
-            torch.stack(pixels) if pixels else torch.zeros(0, 3, self.image_size, self.image_size, dtype=torch.uint8)
-        )
+        images = torch.stack(pixels) if pixels else torch.zeros(0, 3, *self.shape, dtype=torch.uint8)
         if self.augment.flip and draw.seeds is not None:
             mirrored = torch.tensor(kept) % 2 == 1
             images[mirrored] = images[mirrored].flip(-1)
@@ -238,12 +224,18 @@ class ImageDataset:
             return self._memory[index]
         try:
             with self._source.open(int(self._rows[index])) as image:
-                if seed is None or self.augment.crop == "center":
+                if self.image_size is None:
+                    pixels = np.array(to_rgb(image))
+                elif seed is None or self.augment.crop == "center":
                     pixels = center_crop(image, self.image_size)
                 else:
                     pixels = random_crop(image, self.image_size, torch.Generator().manual_seed(seed))
+        except UserError:  # the whole source is damaged
+            raise
         except Exception as error:  # image decoders raise nearly anything on a damaged file
             return one_line(error)
+        if pixels.shape[:2] != self.shape:  # turned by its EXIF orientation
+            return f"it is {pixels.shape[1]}x{pixels.shape[0]} pixels, the others are {self.shape[1]}x{self.shape[0]}"
         return torch.from_numpy(pixels).permute(2, 0, 1)  # (3, H, W)
 
     def _note(self, broken: dict[int, str]) -> None:
@@ -333,6 +325,14 @@ def batches_in_order(
     return (batch for batch in _batches(dataset, draws, workers) if len(batch.indices))
 
 
+def batches_of(dataset: ImageDataset, draws: Iterator[np.ndarray], workers: int = 0) -> Iterator[Batch]:
+    """A batch for each array (n,) of places, without augmentation; a broken image is replaced by the next good one.
+
+    ``workers`` processes decode ahead, so ``draws`` is read ahead too.
+    """
+    return _batches(dataset, (_Draw(places, np.zeros(len(places), dtype=np.int64)) for places in draws), workers)
+
+
 def _batches(dataset: ImageDataset, draws: Iterator[_Draw], workers: int) -> Iterator[Batch]:
     # Without a generator of its own the loader would draw from PyTorch's global random numbers.
     workers = 0 if dataset._memory is not None else workers
@@ -379,7 +379,7 @@ def rank_rows(global_batch: int, rank: int, world: int) -> slice:
     return slice(rank * global_batch // world, (rank + 1) * global_batch // world)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=2)  # 100 MB each for ImageNet's ten crops
 def _shuffle(count: int, seed: int, epoch: int) -> np.ndarray:
     """A permutation (count,) int64. NumPy promises that PCG64's raw stream never changes, but not ``permutation``."""
     order = np.random.PCG64([1, seed, epoch]).random_raw(count).argsort(kind="stable")

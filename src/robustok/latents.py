@@ -25,6 +25,8 @@ from robustok.config import differences
 from robustok.images import batch_indices, rank_rows
 from robustok.types import UserError
 
+OPTIONAL = {"flips", "crops"}  # fields of a shard that are 0 where they are not stored
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -83,6 +85,7 @@ class LatentRecords:
         indices: (N,) int64, place in the data set; -1 for free samples.
         seeds: (N,) int64, seed of each record's sampling or augmentation.
         flips: (N,) uint8, 1 where the image was mirrored before it was encoded.
+        crops: (N,) uint8, 0 for the centre crop, 1 to 5 for those of ten-crop in the order of ``crops.five_crops``.
     """
 
     latents: Tensor
@@ -90,6 +93,7 @@ class LatentRecords:
     indices: Tensor
     seeds: Tensor
     flips: Tensor
+    crops: Tensor
 
 
 # Writing
@@ -136,7 +140,8 @@ def write_shard(path: Path, k: int, arrays: Mapping[str, np.ndarray | Tensor]) -
         path: folder of the cache.
         k: number of the shard.
         arrays: ``latents`` (n, L) integers or (n, L, D) floats, ``labels``, ``indices``, ``seeds`` (n,) and if wanted
-            ``flips`` (n,), where n is ``len(shard_rows(manifest, k))``. Float latents stay float16 if they are that.
+            ``flips`` and ``crops`` (n,), where n is ``len(shard_rows(manifest, k))``. Float latents stay float16 if
+            they are that.
 
     Raises:
         UserError: a field is missing or has another shape, type or range than the manifest says; the disk is full.
@@ -147,8 +152,9 @@ def write_shard(path: Path, k: int, arrays: Mapping[str, np.ndarray | Tensor]) -
     }
     where = f"shard {k} of {path}"
     expected = {"latents", "labels", "indices", "seeds"}
-    if not expected <= arrays.keys() <= expected | {"flips"}:
-        raise UserError(f"{where} has the fields {sorted(arrays)}; expected {sorted(expected)} and perhaps flips")
+    if not expected <= arrays.keys() <= expected | OPTIONAL:
+        perhaps = " and ".join(sorted(OPTIONAL))
+        raise UserError(f"{where} has the fields {sorted(arrays)}; expected {sorted(expected)} and perhaps {perhaps}")
     rows = len(shard_rows(manifest, k))
     discrete = manifest.kind == "discrete"
     shape = (rows, *manifest.latent_shape[: 1 if discrete else 2])
@@ -161,7 +167,7 @@ def write_shard(path: Path, k: int, arrays: Mapping[str, np.ndarray | Tensor]) -
     _check_latents(arrays["latents"], manifest, where)
     token_type = np.uint16 if (manifest.codebook_size or 0) <= 65536 else np.int32
     float_type = np.float16 if arrays["latents"].dtype == np.float16 else np.float32
-    types = {"latents": token_type if discrete else float_type, "labels": np.int32, "flips": np.uint8}
+    types = {"latents": token_type if discrete else float_type, "labels": np.int32} | dict.fromkeys(OPTIONAL, np.uint8)
     stored = {name: np.ascontiguousarray(value, dtype=types.get(name, np.int64)) for name, value in arrays.items()}
     _write(_shard_path(path, k), save(stored))
 
@@ -175,8 +181,6 @@ class LatentCache:
     Attributes:
         path: its folder.
         manifest: what it holds.
-        labels: (N,) int64.
-        indices: (N,) int64.
 
     Raises:
         UserError: the cache is missing, incomplete or damaged.
@@ -191,12 +195,19 @@ class LatentCache:
                 "run the command that makes it again"
             )
         self._shards = [self._map(k) for k in range(self.manifest.shards)]
-        self.labels = np.concatenate([shard["labels"] for shard in self._shards]).astype(np.int64)
-        self.indices = np.concatenate([shard["indices"] for shard in self._shards])
-        _check_labels(self.labels, self.manifest, str(path))
 
     def __len__(self) -> int:
         return self.manifest.count
+
+    @property
+    def labels(self) -> np.ndarray:
+        """All labels, (N,) int64."""
+        return np.concatenate([shard["labels"] for shard in self._shards]).astype(np.int64)
+
+    @property
+    def indices(self) -> np.ndarray:
+        """All places in the data set, (N,) int64."""
+        return np.concatenate([shard["indices"] for shard in self._shards])
 
     def read(self, rows: slice | Sequence[int] | np.ndarray | Tensor) -> LatentRecords:
         """Records by their rows, in the order asked for.
@@ -208,23 +219,24 @@ class LatentCache:
         rows = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows, dtype=np.int64)
         if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
             raise IndexError(f"rows {rows.min()}..{rows.max()} of a cache with {len(self)} records")
-        shard_of = rows // self.manifest.shard_size
-        latents = self._gather("latents", rows, shard_of)
-        _check_latents(latents, self.manifest, str(self.path))
+        found = self._gather(rows)
+        _check_latents(found["latents"], self.manifest, str(self.path))
+        latents = np.int64 if self.manifest.kind == "discrete" else np.float32
+        types = {"latents": latents, "labels": np.int64, "indices": np.int64, "seeds": np.int64}
         return LatentRecords(
-            latents=torch.from_numpy(latents.astype(np.int64 if self.manifest.kind == "discrete" else np.float32)),
-            labels=torch.from_numpy(self.labels[rows]),
-            indices=torch.from_numpy(self.indices[rows]),
-            seeds=torch.from_numpy(self._gather("seeds", rows, shard_of)),
-            flips=torch.from_numpy(self._gather("flips", rows, shard_of)),
+            **{name: torch.from_numpy(value.astype(types.get(name, np.uint8))) for name, value in found.items()}
         )
 
-    def _gather(self, name: str, rows: np.ndarray, shard_of: np.ndarray) -> np.ndarray:
-        first = self._shards[0][name]
-        values = np.empty((len(rows), *first.shape[1:]), dtype=first.dtype)
-        for k in np.unique(shard_of):
-            chosen = shard_of == k
-            values[chosen] = self._shards[k][name][rows[chosen] - k * self.manifest.shard_size]
+    def _gather(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """All fields of these rows, shard by shard: rows of a large cache lie in hundreds of them."""
+        stored = {f.name: self._shards[0][f.name] for f in fields(LatentRecords)}
+        values = {name: np.empty((len(rows), *first.shape[1:]), first.dtype) for name, first in stored.items()}
+        shards, within = np.divmod(rows, self.manifest.shard_size)
+        order = shards.argsort(kind="stable")
+        for places in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1) if len(rows) else ():
+            shard = self._shards[shards[places[0]]]
+            for name, value in values.items():
+                value[places] = shard[name][within[places]]
         return values
 
     def _map(self, k: int) -> dict[str, np.ndarray]:
@@ -237,12 +249,13 @@ class LatentCache:
                 f"{path} is damaged ({reason}); remove it and run the command that makes it again"
             ) from None
         rows = len(shard_rows(self.manifest, k))
-        shard.setdefault("flips", np.zeros(rows, dtype=np.uint8))
-        lengths = {name: len(shard.get(name, ())) for name in ("latents", "labels", "indices", "seeds", "flips")}
+        shard = dict.fromkeys(OPTIONAL, np.zeros(rows, dtype=np.uint8)) | shard
+        lengths = {name: len(shard.get(name, ())) for name in ("latents", "labels", "indices", "seeds", *OPTIONAL)}
         if set(lengths.values()) != {rows}:
             raise UserError(
                 f"{path} has {lengths} records, expected {rows}; remove it and run the command that makes it again"
             )
+        _check_labels(shard["labels"], self.manifest, str(path))
         return shard
 
 
@@ -272,10 +285,27 @@ def check_cache(
             )
 
 
+def check_center_crops(cache: LatentCache) -> None:
+    """Refuse latents of ten-crop, whose crops are not the centre crops that post-training shows the decoder.
+
+    Raises:
+        UserError: the cache holds ten-crop.
+    """
+    if cache.manifest.source.get("crops") == "ten":
+        raise UserError(
+            f"{cache.path} holds latents of ten crops, post-training compares with centre crops; "
+            "encode the images again with crops=center or crops=center-flip"
+        )
+
+
 def training_latents(
     cache: LatentCache, global_batch: int, seed: int, first_step: int, steps: int, rank: int = 0, world: int = 1
 ) -> Iterator[LatentRecords]:
     """This rank's rows of the global batches of steps first_step..first_step+steps-1, as ``images.training_batches``.
+
+    An epoch goes once over all records: where an image was encoded as it is and mirrored, or as ten crops, each of
+    these is a sequence of its own, shuffled with the others, as in RAR's published training. Only the rows of a batch
+    are read, so memory does not grow with the cache.
 
     Raises:
         UserError: the cache is smaller than the batch, or ``world`` does not divide it.

@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
+from robustok.arrays import ImageArray, open_array
 from robustok.config import Config
 from robustok.types import UserError
 
@@ -32,7 +33,9 @@ Split = Literal["train", "test"]
 
 class _DataConfig(Config):
     limit: int | None = Field(None, ge=1, description="keep this many images of the split, chosen by a fixed shuffle")
-    max_broken: float = Field(0.01, ge=0, le=1, description="share of unreadable images to skip (five always are)")
+    max_broken: float = Field(
+        0.01, ge=0, le=1, description="share of unreadable images to skip (five at least); 0 skips none"
+    )
 
 
 class Digits(_DataConfig):
@@ -70,7 +73,19 @@ class Parquet(_DataConfig):
     holdout: float = Field(0.1, ge=0, lt=1, description="test share of a source with one split; 0: both are all of it")
 
 
-Data = Annotated[Digits | Cifar10 | Folder | Parquet, Field(discriminator="name")]
+class Npz(_DataConfig):
+    """An array of images: ``.npz`` with ``arr_0`` (uint8 NHWC) as ADM's evaluation takes it, or ``.npy``.
+
+    Labels may be beside it as ``arr_1`` or ``labels``. Nothing is loaded as a whole. A compressed .npz can only be read
+    from front to back: to train on a large one, save it as .npy first.
+    """
+
+    name: Literal["npz"] = "npz"
+    path: Path = Field(description="the .npz or .npy file")
+    holdout: float = Field(0.1, ge=0, lt=1, description="test share of a source with one split; 0: both are all of it")
+
+
+Data = Annotated[Digits | Cifar10 | Folder | Parquet | Npz, Field(discriminator="name")]
 
 
 @dataclass(frozen=True)
@@ -85,6 +100,7 @@ class Source:
         classes: names of the classes.
         identity: what tells this content from another: digest of file names and sizes, or of the bytes.
         whole: the source has one split only, from which the test images are still to be held out.
+        shape: (H, W) of every image; None where files may differ.
     """
 
     name: str
@@ -94,12 +110,14 @@ class Source:
     classes: list[str]
     identity: str
     whole: bool
+    shape: tuple[int, int] | None = None
 
 
 def _array_source(name: str, pixels: np.ndarray, labels: Sequence[int], classes: list[str], whole: bool) -> Source:
     """Images (N, H, W) or (N, H, W, 3) uint8 in memory."""
     where, identity = partial("{} image {}".format, name), digest(pixels.tobytes())
-    return Source(name, partial(_open_array, pixels), where, np.array(labels), classes, identity, whole)
+    opener = partial(_open_array, pixels)
+    return Source(name, opener, where, np.array(labels), classes, identity, whole, pixels.shape[1:3])
 
 
 def _open_array(pixels: np.ndarray, row: int) -> Image.Image:
@@ -269,6 +287,44 @@ def _parquet_files(path: Path, split: Split) -> tuple[list[Path], bool]:
     return found["train"] or found["test"] or files, True
 
 
+def _npz(data: Npz, split: Split) -> Source:
+    path = data.path.expanduser()
+    array, labels = open_array(path)
+    count, height, width, _ = array.shape
+    classes = ["all"] if labels is None else [str(i) for i in range(max(0, labels.max()) + 1)]
+    labels = np.zeros(count, dtype=np.int64) if labels is None else labels
+    where, identity = partial("{} image {}".format, path), digest(f"{array.shape} {array.checksum}".encode())
+    opener = partial(_open_array_row, array)
+    return Source(path.name, opener, where, labels, classes, identity, True, (height, width))
+
+
+def _open_array_row(array: ImageArray, row: int) -> Image.Image:
+    return Image.fromarray(array.read(row))
+
+
+def data_at(path: str | Path) -> "Folder | Parquet | Npz":
+    """The data set at a path, all of its images: a folder of images, an .npz or .npy file, or parquet files.
+
+    Raises:
+        UserError: nothing is there, or it is none of these.
+    """
+    path = Path(path).expanduser()
+    accepted = "a folder of images, an .npz or .npy file (arr_0, uint8 NHWC), or parquet (a file, a folder, a glob)"
+    if path.suffix == ".parquet" or any(c in path.name for c in "*?["):
+        return Parquet(path=path, holdout=0)
+    if path.suffix in (".npz", ".npy"):
+        return Npz(path=path, holdout=0)
+    if not path.is_dir():
+        found = "is a file of another kind" if path.exists() else "does not exist"
+        raise UserError(f"{path} {found}; expected {accepted}")
+    if (path / "manifest.json").is_file():
+        raise UserError(f"{path} holds latents, which a tokenizer has to decode first; expected {accepted}")
+    if (path / "config.yaml").is_file():
+        raise UserError(f"{path} holds a model or a run, which makes images and has none; expected {accepted}")
+    parquet = not any(_image_files(path)) and any(path.rglob("*.parquet"))
+    return Parquet(path=path, holdout=0) if parquet else Folder(path=path, holdout=0)
+
+
 def digest(content: bytes) -> str:
     """Twelve hexadecimal digits that tell this content from other content."""
     return hashlib.sha256(content).hexdigest()[:12]
@@ -279,4 +335,4 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-DATASETS = {"digits": _digits, "cifar10": _cifar10, "folder": _folder, "parquet": _parquet}
+DATASETS = {"digits": _digits, "cifar10": _cifar10, "folder": _folder, "parquet": _parquet, "npz": _npz}

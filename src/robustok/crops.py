@@ -1,0 +1,102 @@
+"""Any image file's picture to square RGB pixels, as ADM's evaluation and training do (Dhariwal and Nichol, 2021).
+
+ADM's centre crop is what published FIDs were computed with, so every ordinary image (RGB, grey, palette, CMYK, 1-bit,
+of any size) gives the same pixels here, bit for bit. There are three exceptions, all in :func:`to_rgb`, where ADM's
+``convert("RGB")`` shows something else than an image viewer does:
+
+* Transparency is laid on white; ADM drops it, which uncovers whatever colour lies beneath. Opaque images are the same.
+* 16-bit levels are scaled to 8 bits; ADM clips them, which turns nearly all of them white.
+* A camera's EXIF orientation is applied; ADM leaves such photographs lying on their side.
+
+Float images are refused, and so are images so elongated that scaling their shorter side up would fill the memory.
+"""
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
+
+
+def center_crop(image: Image.Image, size: int) -> np.ndarray:
+    """ADM's centre crop: scale the shorter side to ``size`` and cut the middle square.
+
+    Args:
+        image: of any mode and any size; smaller ones are enlarged.
+        size: height and width of the result in pixels.
+
+    Returns:
+        RGB pixels (H, W, 3) uint8.
+
+    Raises:
+        ValueError: the image holds floats, or is too elongated.
+    """
+    image = _scale(to_rgb(image), size)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return np.array(image.crop((left, top, left + size, top + size)))
+
+
+def random_crop(image: Image.Image, size: int, rng: torch.Generator) -> np.ndarray:
+    """ADM's random crop: shorter side drawn from size..ceil(size / 0.8), then a random square of it.
+
+    Returns:
+        RGB pixels (H, W, 3) uint8.
+    """
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=rng))
+
+    image = _scale(to_rgb(image), draw(size, -(-5 * size // 4)))
+    left, top = draw(0, image.width - size), draw(0, image.height - size)
+    return np.array(image.crop((left, top, left + size, top + size)))
+
+
+def enlarged(size: int) -> int:
+    """Side of the centre crop from which :func:`five_crops` cuts crops of ``size``: a tenth more, 281 for 256."""
+    return int(size * 1.1)
+
+
+def five_crops(images: Tensor, size: int) -> Tensor:
+    """The four corners and the middle of each image; with their mirror images these are the ten crops.
+
+    Args:
+        images: (N, 3, H, W), for ten-crop with H = W = ``enlarged(size)``.
+        size: height and width of a crop.
+
+    Returns:
+        (N, 5, 3, size, size): top left, top right, bottom left, bottom right, middle.
+    """
+    bottom, right = images.shape[-2] - size, images.shape[-1] - size
+    corners = ((0, 0), (0, right), (bottom, 0), (bottom, right), (round(bottom / 2), round(right / 2)))
+    return torch.stack([images[..., y : y + size, x : x + size] for y, x in corners], dim=1)
+
+
+def _scale(image: Image.Image, shorter: int) -> Image.Image:
+    """Halve with a box filter while that leaves enough, then bicubic: bicubic alone aliases when it shrinks a lot."""
+    while min(image.size) >= 2 * shorter:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    factor = shorter / min(image.size)
+    size = (round(image.width * factor), round(image.height * factor))
+    if size[0] * size[1] > 2 * (Image.MAX_IMAGE_PIXELS or 2**31):  # Pillow's own limit for files it opens
+        raise ValueError(
+            f"an image of {image.width}x{image.height} is too elongated to be scaled to {size[0]}x{size[1]}"
+        )
+    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any image as 8-bit RGB: turned as its EXIF says, 16-bit levels scaled, transparency laid on white.
+
+    Raises:
+        ValueError: the image holds floats, whose range is unknown.
+    """
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("float images have no known range")
+    if image.mode.startswith("I"):  # 16-bit grey; "I" is how some formats hand out the same levels
+        levels = np.asarray(image).astype(np.int64).clip(0, 65535)
+        image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
