@@ -46,6 +46,12 @@ class AdversarialConfig(Config):
     lecam_weight: float = Field(0.001, ge=0, description="weight of the LeCam regularisation of the discriminator")
     lecam_decay: float = Field(0.999, ge=0, lt=1, description="decay of its moving averages of the logits")
     learning_rate: float = Field(8e-4, gt=0, description="discriminator's peak learning rate")
+    warmup_steps: int | None = Field(
+        None,
+        ge=0,
+        description="steps of the discriminator's warm-up, with a cosine of its own from its start on (the paper's 4 "
+        "epochs); null follows the run's schedule",
+    )
     weight_decay: float = Field(5e-4, ge=0, description="discriminator's weight decay")
 
 

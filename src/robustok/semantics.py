@@ -6,16 +6,14 @@ The teacher lives outside the tokenizer and never enters its snapshots.
 from pathlib import Path
 from typing import Literal
 
-import timm
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from robustok.backbones import ImageNetRange, pretrained_backbone
 from robustok.classifier import load_classifier
 from robustok.config import Config
 from robustok.types import UserError
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class TeacherConfig(Config):
@@ -44,10 +42,11 @@ class Teacher(nn.Module):
             self.network = load_classifier(config.path)
             self.width = self.network.config.features
         else:
-            self.network = _timm_model(config, image_size, patch_size)
-            self.width = self.network.num_features
-            self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
-            self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
+            # A vision transformer sees the patches that the tokenizer sees; other networks take any image size.
+            sizes = {"img_size": image_size, "patch_size": patch_size} if config.model.startswith("vit_") else {}
+            network = pretrained_backbone(config.model, config.path, "the teacher", "teacher.path", **sizes)
+            self.network = nn.Sequential(ImageNetRange(), network)
+            self.width = network.num_features
         self.config = config
         self.eval().requires_grad_(False)
 
@@ -56,16 +55,4 @@ class Teacher(nn.Module):
         """Images (N, 3, H, W) in [-1, 1] to features (N, width)."""
         if self.config.name == "classifier":
             return self.network.features(images)
-        return self.network(((images * 0.5 + 0.5) - self.mean) / self.std)
-
-
-def _timm_model(config: TeacherConfig, image_size: int, patch_size: int) -> nn.Module:
-    overlay = {"file": str(config.path)} if config.path else None
-    size = {"img_size": image_size, "patch_size": patch_size} if "patch14" in config.model else {}
-    try:
-        return timm.create_model(config.model, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, **size)
-    except Exception as error:  # timm and the hub raise many kinds, all of which the user can act on
-        raise UserError(
-            f"cannot load the teacher {config.model}: {' '.join(str(error).split())[:200]}; "
-            "give a local file as teacher.path"
-        ) from None
+        return self.network(images)  # a vision transformer's class token after its last norm

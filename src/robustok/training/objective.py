@@ -14,7 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from robustok.classifier import load_classifier
-from robustok.discriminators import DISCRIMINATORS, DiscriminatorConfig, augment, augmentation_draw
+from robustok.discriminators import (
+    DISCRIMINATORS,
+    DiscriminatorConfig,
+    augment,
+    augmentation_draw,
+    frozen_features,
+)
 from robustok.images import rank_rows
 from robustok.losses import (
     AdversarialConfig,
@@ -81,6 +87,7 @@ class Adversary:
         weights: Path | None = None,
     ) -> None:
         self.run, self.config, self.settings, self.accelerator = run, config, discriminator, accelerator
+        self.features = frozen_features(discriminator, accelerator.device)
         network = DISCRIMINATORS[discriminator.name][0](discriminator)
         if weights is not None:
             try:
@@ -117,7 +124,7 @@ class Adversary:
         # The bare network: its weights take no gradient here, so there is nothing for DDP to average.
         self.network.requires_grad_(False)
         with autocast(reconstructions.device, self.run.precision):
-            loss = generator_loss(self.network(self._augmented(reconstructions, step, "fake")))
+            loss = generator_loss(self.network(self._seen(reconstructions, step, "fake")))
         self.network.requires_grad_(True)
         weight = torch.ones((), device=loss.device)
         if self.config.adaptive:
@@ -128,10 +135,10 @@ class Adversary:
 
     def step(self, images: Tensor, reconstructions: Tensor, step: int, out: Path) -> dict[str, Tensor]:
         """One step of the discriminator on images and the same reconstructions; returns what to log."""
-        set_learning_rate(self.optimizer, learning_rate(self.run, step, self.config.learning_rate))
+        set_learning_rate(self.optimizer, self._learning_rate(step))
         with autocast(images.device, self.run.precision):
-            both = [self._augmented(images, step, "real"), self._augmented(reconstructions.detach(), step, "fake")]
-            real, fake = self.prepared(torch.cat(both)).float().chunk(2)  # (N, places) each
+            both = self._seen(images, step, "real"), self._seen(reconstructions.detach(), step, "fake")
+            real, fake = self.prepared(*both).float().chunk(2)  # (N, places) each
         means = self.accelerator.reduce(torch.stack([real.detach().mean(), fake.detach().mean()]), "mean")
         self.lecam.update(*means.tolist(), self.config.lecam_decay)
         terms = {
@@ -145,13 +152,21 @@ class Adversary:
         self.optimizer.step()
         return {**terms, "d_real": means[0], "d_fake": means[1]}
 
-    def _augmented(self, images: Tensor, step: int, side: str) -> Tensor:
-        if not self.settings.augment:
-            return images.float()
-        draw = augmentation_draw(
-            self.run.batch_size, step_rng(self.run.seed, step, f"augment/{side}")
-        )  # (7, batch, 1, 1)
-        return augment(images, draw[:, self.rows])
+    def _learning_rate(self, step: int) -> float:
+        """The run's schedule at the discriminator's peak; or one of its own that begins at its start."""
+        if self.config.warmup_steps is None:
+            return learning_rate(self.run, step, self.config.learning_rate)
+        own = {"steps": self.run.steps - self.config.start, "warmup_steps": self.config.warmup_steps}
+        return learning_rate(self.run.model_copy(update=own), step - self.config.start, self.config.learning_rate)
+
+    def _seen(self, images: Tensor, step: int, side: str) -> Tensor:
+        """What the network judges of these images (N, 3, H, W): augmented, then through the frozen features."""
+        rng = step_rng(self.run.seed, step, f"augment/{side}")
+        images = images.float()
+        if self.settings.augment:
+            draw = augmentation_draw(self.run.batch_size, rng)  # (7, batch, 1, 1)
+            images = augment(images, draw[:, self.rows])
+        return self.features(images, rng)
 
     def state(self) -> dict[str, Any]:
         """Everything that resume needs."""

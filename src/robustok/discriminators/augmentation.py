@@ -1,47 +1,8 @@
-"""Discriminators of images, and the differentiable augmentation both sides pass through before they are judged."""
-
-from itertools import pairwise
-from typing import Literal
+"""The differentiable augmentation that images of either side pass through before they are judged."""
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
-from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
-
-from robustok.config import Config
-
-
-class PatchConfig(Config):
-    """A convolutional patch discriminator, small enough for 16x16 images."""
-
-    name: Literal["patch"] = "patch"
-    width: int = Field(64, ge=1, description="channels of the first layer; doubles at each halving of the resolution")
-    depth: int = Field(2, ge=0, description="number of halvings")
-    augment: bool = Field(
-        True, description="differentiable augmentation; without it a small data set is learnt by heart"
-    )
-
-
-class PatchDiscriminator(nn.Module):
-    """Images to a map of logits. Without batch statistics: an image's logits do not depend on its neighbours."""
-
-    def __init__(self, config: PatchConfig) -> None:
-        super().__init__()
-        widths = [config.width * min(2**i, 8) for i in range(config.depth + 1)]
-        layers: list[nn.Module] = [spectral_norm(nn.Conv2d(3, widths[0], 3, padding=1)), nn.LeakyReLU(0.2)]
-        for a, b in pairwise(widths):
-            layers += [spectral_norm(nn.Conv2d(a, b, 4, stride=2, padding=1)), nn.LeakyReLU(0.2)]
-        layers += [spectral_norm(nn.Conv2d(widths[-1], widths[-1], 3, padding=1)), nn.LeakyReLU(0.2)]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (N, 3, H, W) in [-1, 1] to logits (N, places)."""
-        return self.layers(images).flatten(1)  # (N, h * w)
-
-
-DISCRIMINATORS = {"patch": (PatchDiscriminator, PatchConfig)}
-DiscriminatorConfig = PatchConfig  # a union discriminated by ``name`` once there are two
+from torch import Tensor
 
 
 def augmentation_draw(count: int, rng: torch.Generator) -> Tensor:
