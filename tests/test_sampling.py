@@ -14,6 +14,7 @@ from robustok.generators.sampling import (
     image_uniforms,
     per_image,
     sample_tokens,
+    token_chooser,
     truncate,
 )
 from robustok.types import UserError
@@ -38,6 +39,41 @@ def test_guidance_power_0_is_constant_and_scales_0_and_1_are_off():
     for scale in (0, 1):
         assert not Sampling(guidance_scale=scale).guided
         assert guidance_scales(16, Sampling(guidance_scale=scale, guidance_power=2)).tolist() == [1.0] * 16
+
+
+def test_the_guidance_window_has_the_published_schedules():
+    constant = {"guidance_scale": 2.0, "guidance_power": 0}
+    # LlamaGen's cfg_interval 20 of 64 tokens guides tokens 0 to 21.
+    until = guidance_scales(64, Sampling(**constant, guidance_until=21 / 63))
+    assert until.tolist() == [2.0] * 22 + [1.0] * 42
+    # GigaTok's step schedule of 256 tokens: 1 to 45 are all but unguided, the first one is guided.
+    step = guidance_scales(256, Sampling(**constant, guidance_from=0.18))
+    assert step.tolist() == [2.0] + [1.0001] * 45 + [2.0] * 210
+    assert guidance_scales(64, Sampling(guidance_from=0.18, guidance_until=0.5)).tolist() == [1.0] * 64  # off is off
+    assert guidance_scales(1, Sampling(**constant, guidance_from=0.18)).tolist() == [2.0]
+
+
+def test_settings_written_before_there_were_windows_mean_what_they_meant():
+    before = {"guidance_scale": 6.0, "guidance_power": 1.15, "temperature": 1.02, "top_k": 0, "top_p": 1.0}
+    sampling = Sampling(**before)
+    assert (sampling.name, sampling.guidance_from, sampling.guidance_until) == ("tokens", 0.0, 1.0)
+    rising = guidance_scales(64, sampling)
+    assert (rising.diff() > 0).all()
+
+
+def test_the_chooser_keeps_real_tokens_at_the_asked_rate_and_draws_the_others_alike():
+    count, length, sigma, device = 300, 20, 0.7, torch.device("cpu")
+    reference = torch.full((count, length), 3)
+    logits = torch.zeros(count, 3)  # never draws token 3
+    chosen = {}
+    for share in (None, sigma, 1.0):
+        choose = token_chooser(Sampling(), image_rngs(0, range(count)), length, reference, share, device)
+        chosen[share] = torch.stack([choose(step, logits) for step in range(length)], dim=1)
+    kept = chosen[sigma] == 3
+    assert torch.equal(chosen[sigma][~kept], chosen[None][~kept])
+    assert abs(kept.float().mean().item() - sigma) < 4 * math.sqrt(sigma * (1 - sigma) / kept.numel())
+    assert (chosen[1.0] == 3).all()
+    assert not (chosen[None] == 3).any()
 
 
 def test_guide_goes_from_unconditional_through_conditional():

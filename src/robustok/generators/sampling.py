@@ -6,7 +6,8 @@ therefore the same in whatever batch, on whatever process it is sampled (up to t
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -15,16 +16,33 @@ from torch import Tensor
 from robustok.config import Config
 from robustok.types import UserError
 
+# GigaTok's step schedule multiplies by this, not by 1, where it does not guide.
+FAINT_GUIDANCE = 1.0001
+
 
 class Sampling(Config):
-    """How latents are drawn from a generator."""
+    """How tokens are drawn from a generator.
 
+    Guidance acts inside a window. Token p of L stands at the share p / (L - 1) of the image, 0 first and 1 last; ends
+    belong to the window. The schedules of the releases:
+
+    * RAR: ``guidance_power`` alone;
+    * LlamaGen: ``guidance_power`` 0, and for its ``cfg_interval`` n, which guides tokens 0 to n + 1,
+      ``guidance_until`` (n + 1) / (L - 1);
+    * GigaTok: ``guidance_power`` 0 and ``guidance_from`` 0.18.
+    """
+
+    name: Literal["tokens"] = "tokens"
     guidance_scale: float = Field(
         1.0, ge=0, description="classifier-free guidance at the last token; 1 (or 0, as released) switches it off"
     )
     guidance_power: float = Field(
         1.0, ge=0, description="exponent of the power-cosine guidance schedule; 0 is constant"
     )
+    guidance_from: float = Field(
+        0.0, ge=0, le=1, description="share of the image before which tokens are not guided; the first token always is"
+    )
+    guidance_until: float = Field(1.0, ge=0, le=1, description="share of the image after which tokens are not guided")
     temperature: float = Field(1.0, gt=0, description="divides the logits")
     top_k: int = Field(0, ge=0, description="keep only the k most likely tokens; 0 keeps all")
     top_p: float = Field(
@@ -38,17 +56,24 @@ class Sampling(Config):
 
 
 def guidance_scales(length: int, sampling: Sampling) -> Tensor:
-    """Guidance scale of each step, the power-cosine schedule.
+    """Guidance scale of each step: the power-cosine schedule inside the window.
 
     ``1 + (g - 1) * (1 - cos(pi * (s / L) ** power)) / 2`` rises from 1 at the first step towards g at the last:
-    early tokens stay diverse, late ones follow their class. With power 0 it is g throughout.
+    early tokens stay diverse, late ones follow their class. With power 0 it is g throughout. Before the window the
+    scale is 1.0001 and the first token is guided all the same, as GigaTok has it; after the window it is 1.
 
     Returns:
         (L,) float64; ones where guidance is off.
     """
-    scale = sampling.guidance_scale if sampling.guided else 1.0
-    progress = (torch.arange(length, dtype=torch.float64) / length) ** sampling.guidance_power  # 0 ** 0 is 1
-    return 1 + (scale - 1) * (1 - torch.cos(math.pi * progress)) / 2
+    steps = torch.arange(length, dtype=torch.float64)
+    if not sampling.guided:
+        return torch.ones_like(steps)
+    progress = (steps / length) ** sampling.guidance_power  # 0 ** 0 is 1
+    scales = 1 + (sampling.guidance_scale - 1) * (1 - torch.cos(math.pi * progress)) / 2
+    shares = steps / max(1, length - 1)
+    scales[(shares < sampling.guidance_from) & (steps > 0)] = FAINT_GUIDANCE
+    scales[shares > sampling.guidance_until] = 1.0
+    return scales
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
@@ -135,6 +160,41 @@ def image_uniforms(rngs: Sequence[torch.Generator], length: int) -> Tensor:
     if not rngs:
         return torch.empty(0, length)
     return torch.stack([torch.rand(length, generator=rng) for rng in rngs])
+
+
+def token_chooser(
+    sampling: Sampling,
+    rngs: Sequence[torch.Generator],
+    length: int,
+    reference: Tensor | None,
+    preservation: float | None,
+    device: torch.device,
+) -> Callable[[int, Tensor], Tensor]:
+    """What decides each token of a sample, or of its mixture with real tokens.
+
+    Each position keeps its real token with probability ``preservation``, drawn once per image before everything else.
+    The draws are made even where nothing is kept: the tokens of an image use the same numbers whatever sigma is.
+
+    Args:
+        sampling: temperature, top_k, top_p.
+        rngs: one per image.
+        length: L.
+        reference: tokens (N, L) int64 of real images, or None.
+        preservation: sigma in [0, 1], or None for 0.
+        device: of the logits.
+
+    Returns:
+        A function of the step and the guided logits (N, K) that gives tokens (N,) int64.
+    """
+    keep = image_uniforms(rngs, length).to(device) < (preservation or 0.0)  # (N, L)
+    uniforms = image_uniforms(rngs, length).to(device)  # (N, L)
+    real = None if reference is None else reference.to(device)
+
+    def choose(step: int, logits: Tensor) -> Tensor:
+        tokens = draw_tokens(logits, uniforms[:, step], sampling)
+        return tokens if real is None else torch.where(keep[:, step], real[:, step], tokens)
+
+    return choose
 
 
 def check_labels(labels: Tensor, classes: int) -> None:

@@ -1,11 +1,17 @@
-"""What the token transformers share: attention with a static key-value cache, the MLP, modulation and initialisation.
+"""What the token transformers share: attention, the static key-value cache, rotary positions and small parts.
 
 Letters beside those of ``robustok.types``: T positions of a sequence, W width of the transformer.
 """
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from robustok.types import UserError
 
 LAYER_NORM_EPSILON = 1e-6
 
@@ -100,5 +106,45 @@ def initialise(module: nn.Module) -> None:
     """For ``Module.apply``: linear and embedding weights from a (truncated) normal of deviation 0.02, biases zero."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.trunc_normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
+
+
+def rotary_table(length: int, head_width: int, base: float) -> Tensor:
+    """Cosines and sines for one position of the class and a square grid of tokens.
+
+    The first half of a head's pairs turns by the row, the second by the column. The class has zeros for both, as in the
+    release: its queries and keys vanish.
+
+    Returns:
+        (2, 1 + L, head width / 2) float32.
+
+    Raises:
+        UserError: the tokens form no square.
+    """
+    side = math.isqrt(length)
+    if side**2 != length:
+        raise UserError(f"rotary positions need a square grid, got {length} tokens per image; set positions=learned")
+    half = head_width // 2
+    angles = torch.outer(torch.arange(side), base ** (-torch.arange(0, half, 2) / half))  # (side, half / 2)
+    rows, columns = angles[:, None].expand(-1, side, -1), angles[None].expand(side, -1, -1)
+    grid = torch.cat([rows, columns], dim=-1).flatten(0, 1)  # (L, half)
+    return F.pad(torch.stack([grid.cos(), grid.sin()]), (0, 0, 1, 0))  # (2, 1 + L, half)
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn neighbouring pairs of ``x`` (..., T, D) by angles whose cosines and sines are (2, T, D / 2)."""
+    cosines, sines = rotation
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)  # each (..., T, D / 2)
+    return torch.stack([even * cosines - odd * sines, odd * cosines + even * sines], dim=-1).flatten(-2)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, the mode before afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,459 @@
+"""GPT, the raster-order autoregressive generator of tokens: LlamaGen's and GigaTok's.
+
+Source: Sun et al., "Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation" (arXiv 2406.06525), and
+Xiong et al., "GigaTok" (arXiv 2504.08736). A causal transformer of the Llama kind reads ``[class, token, token, ...]``
+and predicts the next token. LlamaGen's tokens lie on a grid and are told apart by rotary positions in two dimensions;
+GigaTok's form a row and have learned positions, and its larger models add adaptive norms and norms of queries and keys.
+
+Parameters carry the released names, so that a released checkpoint loads as it is.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from robustok.checkpoints import depth_of, settle, shape_of
+from robustok.config import Config, validate
+from robustok.generators.sampling import (
+    Sampling,
+    check_labels,
+    check_preservation,
+    guidance_scales,
+    guide,
+    per_image,
+    token_chooser,
+)
+from robustok.generators.transformer import KeyValueCache, evaluating, initialise, modulate, rotary_table, rotate
+from robustok.types import GeneratorOutput, UserError
+
+QUERY_KEY_NORM_EPSILON = 1e-5
+
+
+class GPTConfig(Config):
+    """Size and variant of a GPT generator. The defaults are LlamaGen's GPT-B."""
+
+    name: Literal["gpt"] = "gpt"
+    width: int = Field(768, gt=0, description="width of the transformer, a multiple of heads")
+    depth: int = Field(12, gt=0, description="number of transformer blocks")
+    heads: int = Field(12, gt=0, description="attention heads; must divide width")
+    kv_heads: int | None = Field(None, gt=0, description="heads of keys and values; default: heads, which they divide")
+    mlp_width: int | None = Field(
+        None, gt=0, description="hidden width of the MLP; default: 8/3 widths, rounded up to a multiple of 256"
+    )
+    positions: Literal["rotary", "learned"] = Field(
+        "rotary", description="rotary: row and column of a square grid (LlamaGen); learned: a row (GigaTok)"
+    )
+    rotary_base: float = Field(10_000.0, gt=1, description="the longest wave of rotary positions, in 2 pi tokens")
+    adaptive_norm: bool = Field(False, description="the class shifts, scales and gates every block (adaLN)")
+    query_key_norm: bool = Field(False, description="layer norm of the queries and keys of each head")
+    norm_epsilon: float = Field(1e-5, gt=0, description="epsilon of the RMS norms")
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout of inputs, projections and MLP, in training")
+    label_dropout: float = Field(0.1, ge=0, le=1, description="share of training labels dropped, for guidance")
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> "GPTConfig":
+        if self.width % self.heads:
+            raise ValueError(f"heads {self.heads} do not divide width {self.width}; choose a divisor")
+        if self.kv_heads is not None and self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads {self.kv_heads} do not divide heads {self.heads}; choose a divisor")
+        if self.positions == "rotary" and self.head_width % 4:
+            raise ValueError(f"rotary positions need heads of a multiple of 4 in width, these have {self.head_width}")
+        return self
+
+    @property
+    def head_width(self) -> int:
+        """Width of one attention head."""
+        return self.width // self.heads
+
+    @property
+    def hidden(self) -> int:
+        """Hidden width of the MLP."""
+        return self.mlp_width or 256 * math.ceil(int(8 * self.width / 3) / 256)
+
+
+GPT_SIZES = {
+    "b": GPTConfig(width=768, depth=12, heads=12),
+    "l": GPTConfig(width=1024, depth=24, heads=16),
+    "xl": GPTConfig(width=1280, depth=36, heads=20),
+    "xxl": GPTConfig(width=1536, depth=48, heads=24),
+    "3b": GPTConfig(width=3200, depth=24, heads=32),
+}
+"""The sizes of LlamaGen, which GigaTok shares up to XXL."""
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions or a norm of queries and keys, as the configuration asks."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_width = config.heads, config.kv_heads or config.heads, config.head_width
+        self.dropout = config.dropout
+        self.wqkv = nn.Linear(config.width, (self.heads + 2 * self.kv_heads) * self.head_width, bias=False)
+        self.wo = nn.Linear(config.width, config.width, bias=False)
+        normed = config.query_key_norm
+        self.q_norm = nn.LayerNorm(self.head_width, eps=QUERY_KEY_NORM_EPSILON) if normed else nn.Identity()
+        self.k_norm = nn.LayerNorm(self.head_width, eps=QUERY_KEY_NORM_EPSILON) if normed else nn.Identity()
+
+    def forward(self, x: Tensor, rotation: Tensor | None, cache: KeyValueCache | None = None) -> Tensor:
+        """Attend from every position of ``x`` (N, T, W) to itself and those before it.
+
+        With a cache, ``x`` is one new position (T = 1) that attends to itself and to all the cache holds.
+        ``rotation`` (2, T, head width / 2) holds the cosines and sines of the positions.
+        """
+        x = self.wqkv(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)  # (N, all heads, T, head width)
+        queries, keys, values = x.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        queries, keys = self.q_norm(queries), self.k_norm(keys)
+        if rotation is not None:
+            queries, keys = rotate(queries, rotation), rotate(keys, rotation)
+        # Norms and tables are float32 under autocast; back to one dtype for the cache and for the attention kernel.
+        queries, keys = queries.to(values.dtype), keys.to(values.dtype)
+        if cache is not None:
+            keys, values = cache.append(keys, values)
+        # is_causal instead of a mask, so that the fused kernels apply. The one query of a cached step sees all.
+        x = F.scaled_dot_product_attention(
+            queries, keys, values, is_causal=cache is None, enable_gqa=self.kv_heads != self.heads
+        )
+        x = self.wo(x.transpose(1, 2).flatten(2))  # (N, T, W)
+        return F.dropout(x, self.dropout, self.training)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: two linear layers whose product a third one projects; dropout at the end."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.w1 = nn.Linear(config.width, config.hidden, bias=False)
+        self.w3 = nn.Linear(config.width, config.hidden, bias=False)
+        self.w2 = nn.Linear(config.hidden, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, T, W) to (N, T, W)."""
+        return F.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """A transformer block; with adaptive norms its branches are shifted, scaled and gated by the class."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
+        self.ffn_norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
+        if config.adaptive_norm:
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
+
+    def forward(
+        self, x: Tensor, modulation: Tensor | None, rotation: Tensor | None, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """``x`` (N, T, W) and ``modulation`` (N, 1, 6W), this block's ``adaLN_modulation`` of the class."""
+        if modulation is None:
+            x = x + self.attention(self.attention_norm(x), rotation, cache)
+            return x + self.feed_forward(self.ffn_norm(x))
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)  # each (N, 1, W)
+        x = x + gate1 * self.attention(modulate(self.attention_norm(x), shift1, scale1), rotation, cache)
+        return x + gate2 * self.feed_forward(modulate(self.ffn_norm(x), shift2, scale2))
+
+
+class GPT(nn.Module):
+    """Class-conditional generator of tokens in raster order.
+
+    Args:
+        config: size and variant of the transformer.
+        codebook_size: K.
+        length: L, tokens per image.
+        classes: number of classes.
+
+    Attributes:
+        null_label: the label that stands for "no class"; equals ``classes``, the last row of the table of classes.
+        latent_shape: (L, D) of the tokenizer; None until a checkpoint or a snapshot tells it.
+        latent_space: names the tokenizer; None where nothing tells it.
+        sampling: settings that go with the weights; None until a checkpoint or a snapshot tells them.
+        licence: of the released weights.
+
+    Raises:
+        UserError: rotary positions with a number of tokens that is no square.
+    """
+
+    licence = "MIT"
+    latent_shape: tuple[int, int] | None = None
+    latent_space: str | None = None
+    sampling: Sampling | None = None
+
+    def __init__(self, config: GPTConfig, codebook_size: int, length: int, classes: int) -> None:
+        super().__init__()
+        self.config = config
+        self.codebook_size = codebook_size
+        self.length = length
+        self.classes = classes
+        self.null_label = classes
+        self.tok_embeddings = nn.Embedding(codebook_size, config.width)
+        self.cls_embedding = nn.ModuleDict({"embedding_table": nn.Embedding(classes + 1, config.width)})
+        rotation = positional_embedding = None
+        if config.positions == "rotary":
+            rotation = rotary_table(length, config.head_width, config.rotary_base)
+        else:
+            positional_embedding = nn.Parameter(torch.empty(1 + length, config.width))
+        self.positional_embedding = positional_embedding  # (1 + L, W): the class, then the tokens
+        self.register_buffer("rotation", rotation, persistent=False)  # (2, 1 + L, head width / 2)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
+        if config.adaptive_norm:
+            self.final_adaLN = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 2 * config.width))
+        self.output = nn.Linear(config.width, codebook_size, bias=False)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        self.apply(initialise)
+        if self.positional_embedding is not None:
+            nn.init.trunc_normal_(self.positional_embedding, std=0.02)
+        if self.config.adaptive_norm:
+            for modulation in (*(layer.adaLN_modulation for layer in self.layers), self.final_adaLN):
+                nn.init.zeros_(modulation[1].weight)  # every block starts as the identity
+
+    def forward(self, tokens: Tensor, labels: Tensor, orders: Tensor | None = None) -> GeneratorOutput:
+        """Predict every token from those before it: what cross-entropy is taken of in training.
+
+        Args:
+            tokens: (N, L) int64, in raster order.
+            labels: (N,) int64; ``null_label`` is the condition "no class".
+            orders: None, or raster order for every image: this generator knows no other.
+
+        Returns:
+            Logits (N, L, K), and the tokens (N, L) as targets.
+
+        Raises:
+            UserError: another number of tokens than the model was built for, or another order.
+        """
+        if tokens.shape[1] != self.length:
+            raise UserError(f"got {tokens.shape[1]} tokens per image, this generator was built for {self.length}")
+        return GeneratorOutput(prediction=self.logits(tokens, labels, orders)[:, :-1], targets=tokens)
+
+    def logits(self, tokens: Tensor, labels: Tensor, orders: Tensor | None = None) -> Tensor:
+        """Teacher-forced logits (N, T + 1, K) without the cache; row i predicts token i.
+
+        Args:
+            tokens: (N, T) int64, T <= L: all tokens (the last row then predicts nothing) or the first ones.
+            labels: (N,) int64.
+            orders: as in :meth:`forward`.
+        """
+        if orders is not None and bool((orders != torch.arange(self.length, device=orders.device)).any()):
+            raise UserError("a gpt generator visits tokens in raster order only; set random_until=0 raster_from=0")
+        condition = self._condition(labels)  # (N, 1, W)
+        x = torch.cat([condition, self._embed(tokens)], dim=1)  # (N, T + 1, W)
+        x = F.dropout(x, self.config.dropout, self.training)
+        return self._transform(x, self._modulations(condition))
+
+    def _condition(self, labels: Tensor) -> Tensor:
+        """Labels (N,) to the first input of the sequence (N, 1, W)."""
+        condition = self.cls_embedding["embedding_table"](labels)[:, None]  # (N, 1, W)
+        return condition if self.positional_embedding is None else condition + self.positional_embedding[:1]
+
+    def _embed(self, tokens: Tensor, first: int = 0) -> Tensor:
+        """Tokens (N, T), of which the first is token ``first`` of the image, to inputs (N, T, W)."""
+        x = self.tok_embeddings(tokens)  # (N, T, W)
+        if self.positional_embedding is None:
+            return x
+        return x + self.positional_embedding[1 + first : 1 + first + tokens.shape[1]]
+
+    def _modulations(self, condition: Tensor) -> list[Tensor | None]:
+        """What the class (N, 1, W) does to each block (N, 1, 6W) and, last, to the final norm (N, 1, 2W)."""
+        if not self.config.adaptive_norm:
+            return [None] * (len(self.layers) + 1)
+        return [*(layer.adaLN_modulation(condition) for layer in self.layers), self.final_adaLN(condition)]
+
+    def _transform(
+        self, x: Tensor, modulations: list[Tensor | None], first: int = 0, caches: list[KeyValueCache] | None = None
+    ) -> Tensor:
+        """Inputs (N, T, W) from position ``first`` on through the blocks and the head to logits (N, T, K)."""
+        rotation = None if self.rotation is None else self.rotation[:, first : first + x.shape[1]]
+        for i, layer in enumerate(self.layers):
+            x = layer(x, modulations[i], rotation, caches[i] if caches else None)
+        x = self.norm(x)
+        if modulations[-1] is not None:
+            x = modulate(x, *modulations[-1].chunk(2, dim=-1))
+        return self.output(x)
+
+    # Not inference_mode: its tensors could not be trained on afterwards.
+    @torch.no_grad()
+    def generate(
+        self,
+        labels: Tensor,
+        sampling: Sampling,
+        rng: torch.Generator | Sequence[torch.Generator],
+        reference: Tensor | None = None,
+        preservation: float | None = None,
+    ) -> Tensor:
+        """Sample tokens, or mix them with the tokens of real images.
+
+        For a mixture, each position keeps its real token with probability ``preservation``, drawn once per image before
+        everything else. The mixture is what the model sees as context, so sampled tokens fit the kept ones.
+
+        Args:
+            labels: (N,) int64; ``null_label`` samples without a class.
+            sampling: guidance, temperature, top_k, top_p.
+            rng: one CPU generator per image (:func:`robustok.generators.sampling.image_rngs`), or one that seeds them.
+            reference: tokens (N, L) int64 of real images.
+            preservation: sigma in [0, 1]; 1 returns the reference, 0 or None ignores it.
+
+        Returns:
+            Tokens (N, L) int64 on the model's device.
+
+        Raises:
+            UserError: labels, reference, preservation or the number of generators do not fit.
+        """
+        check_labels(labels, self.classes)
+        check_preservation(preservation, reference, (len(labels), self.length), self.codebook_size)
+        device, rngs = self.output.weight.device, per_image(rng, len(labels))
+        choose = token_chooser(sampling, rngs, self.length, reference, preservation, device)
+        if reference is not None and preservation == 1:
+            return reference.to(device, copy=True)
+        with evaluating(self):
+            return self._sample(labels.to(device), sampling, choose)
+
+    def _sample(self, labels: Tensor, sampling: Sampling, choose: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """Run the sequence with a cache; ``choose(step, guided logits (N, K))`` gives each token (N,)."""
+        count = len(labels)
+        scales = guidance_scales(self.length, sampling).tolist()
+        if sampling.guided:  # both halves in one batch
+            labels = torch.cat([labels, torch.full_like(labels, self.null_label)])  # (2N,)
+        caches = [KeyValueCache(self.length) for _ in self.layers]
+        tokens = torch.empty(count, self.length, dtype=torch.int64, device=labels.device)
+        x = self._condition(labels)  # (N or 2N, 1, W)
+        modulations = self._modulations(x)
+        for step in range(self.length):
+            if step:
+                x = self._embed(tokens[:, step - 1 : step], first=step - 1).repeat(len(labels) // max(1, count), 1, 1)
+            logits = self._transform(x, modulations, step, caches)[:, 0]  # (N or 2N, K)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # guidance amplifies rounding
+            if sampling.guided:
+                logits = guide(logits[:count], logits[count:], scales[step])  # (N, K)
+            tokens[:, step] = choose(step, logits)
+        return tokens
+
+    def check(self) -> list[str]:
+        """Plain sentences on what is wrong with the class layout or the sampling; empty where all is well."""
+        problems = []
+        table = self.cls_embedding["embedding_table"].weight
+        null, others = table[self.null_label], table[: self.classes]
+        if not null.any() or bool((others == null).all(1).any()):
+            problems.append(
+                f"Row {self.null_label} of the table of classes, which stands for no class, is zero or repeats a "
+                "class; guidance needs a model trained with dropped labels."
+            )
+        if self.sampling is None or not self.sampling.guided:
+            problems.append("No guidance scale is set; published results of LlamaGen and GigaTok use 1.65 to 2.")
+        return problems
+
+
+# Released checkpoints
+
+NAMES = {
+    "dim": "width",
+    "n_layer": "depth",
+    "n_head": "heads",
+    "n_kv_head": "kv_heads",
+    "head_dim": "head_width",
+    "ffn_hidden_dim": "mlp_width",
+    "vocab_size": "codebook_size",
+    "block_size": "length",
+    "num_classes": "classes",
+    "null_class": "null_label",
+    "cls_token_num": "class_tokens",
+    "model_type": "model_type",
+    "rope": "rope",
+    "rope_base": "rotary_base",
+    "use_qk_norm": "query_key_norm",
+    "use_adaLN": "adaptive_norm",
+    "use_simple_adaLN": "simple_adaptive_norm",
+    "norm_eps": "norm_epsilon",
+    "class_dropout_prob": "label_dropout",
+    "codebook_embed_dim": "codebook_dim",
+}
+LLAMAGEN_SCALES = {768: 2.0, 1024: 2.0, 1280: 1.75, 1536: 1.75, 3200: 1.65}  # by width: the documented commands
+
+
+def from_llamagen(weights: Mapping[str, Tensor], config: dict[str, Any]) -> GPT:
+    """A GPT of the sizes that LlamaGen's tensors and the flat configuration tell, not yet with these weights.
+
+    ``block_size``, the tokens per image, is in no tensor: 256 for models of 256 pixels, 576 for 384. Nor is ``n_head``,
+    but it is known for the published sizes.
+
+    Raises:
+        UserError: the configuration lacks one of these or contradicts the tensors.
+    """
+    facts = _facts(weights) | {"rope": True, "adaptive_norm": False, "query_key_norm": False}
+    settings = settle(facts, config, NAMES, norm_epsilon=1e-5, rotary_base=10_000.0, label_dropout=0.1, codebook_dim=8)
+    if "length" not in settings:
+        raise UserError("config lacks block_size, the tokens per image; give 256 for 256-pixel models, 576 for 384")
+    scale = LLAMAGEN_SCALES.get(facts["width"], 1.5)
+    return _model(weights, settings, "rotary", Sampling(guidance_scale=scale, guidance_power=0))
+
+
+def from_gigatok(weights: Mapping[str, Tensor], config: dict[str, Any]) -> GPT:
+    """A GPT of the sizes that GigaTok's tensors and the flat configuration tell, not yet with these weights.
+
+    The variant shows in the tensors; only ``n_head`` does not, but it is known for the published sizes.
+
+    Raises:
+        UserError: the configuration contradicts the tensors; or rotary positions, which the release cannot sample.
+    """
+    if config.get("rope"):
+        raise UserError("config gives rope = True, with which the release itself cannot sample; not supported")
+    facts = _facts(weights) | {
+        "length": shape_of(weights, "positional_embedding", 2)[0] - 1,
+        "adaptive_norm": "layers.0.adaLN_modulation.1.weight" in weights,
+        "query_key_norm": "layers.0.attention.q_norm.weight" in weights,
+        "simple_adaptive_norm": False,
+        "rope": False,
+    }
+    settings = settle(facts, config, NAMES, norm_epsilon=1e-5, label_dropout=0.1, codebook_dim=8)
+    return _model(weights, settings, "learned", Sampling(guidance_scale=1.75, guidance_power=0, guidance_from=0.18))
+
+
+def _facts(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the tensors of both releases tell."""
+    codebook_size, width = shape_of(weights, "tok_embeddings.weight", 2)
+    classes = shape_of(weights, "cls_embedding.embedding_table.weight", 2)[0] - 1
+    return {
+        "width": width,
+        "depth": depth_of(weights, "layers."),
+        "mlp_width": shape_of(weights, "layers.0.feed_forward.w1.weight", 2)[0],
+        "codebook_size": codebook_size,
+        "classes": classes,
+        "null_label": classes,
+        "class_tokens": 1,
+        "model_type": "c2i",
+    }
+
+
+def _model(weights: Mapping[str, Tensor], settings: dict[str, Any], positions: str, sampling: Sampling) -> GPT:
+    """The model that the settings describe, with the facts that its training would have stored."""
+    width, depth = settings["width"], settings["depth"]
+    published = {(size.width, size.depth): size.heads for size in GPT_SIZES.values()}
+    heads = settings.get("heads") or published.get((width, depth))
+    if heads is None:
+        raise UserError(f"config lacks n_head, which width {width} and depth {depth} do not tell; give it")
+    rows = shape_of(weights, "layers.0.attention.wqkv.weight", 2)[0]  # those of the queries, the keys and the values
+    kv_heads = (rows - width) * heads // (2 * width)
+    if kv_heads < 1 or rows != width + 2 * kv_heads * (width // heads):
+        raise UserError(f"attention.wqkv has {rows} rows, which {heads} heads do not divide; correct n_head")
+    found = {"kv_heads": kv_heads, "head_width": width // heads}
+    for key, value in found.items():
+        if settings.get(key, value) != value:
+            raise UserError(f"config gives {key} = {settings[key]}, the weights have {value}; correct one of them")
+    keys = ("width", "depth", "mlp_width", "norm_epsilon", "label_dropout", "adaptive_norm", "query_key_norm")
+    ours = {key: settings[key] for key in keys} | {"heads": heads, "kv_heads": kv_heads, "positions": positions}
+    if positions == "rotary":
+        ours["rotary_base"] = settings["rotary_base"]
+    size = (settings["codebook_size"], settings["length"], settings["classes"])
+    model = GPT(validate(GPTConfig, ours, source="config"), *size)
+    model.latent_shape = (settings["length"], settings["codebook_dim"])
+    model.sampling = sampling
+    return model
