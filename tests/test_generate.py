@@ -69,7 +69,7 @@ def test_images_are_the_decoded_samples(tmp_path, generator, tokenizer, samples)
     assert (stored.shape, stored.dtype) == ((40, 16, 16, 3), np.uint8)
     assert np.array_equal(stored, expected)
     files = sorted((png / "png").iterdir())
-    assert [file.name for file in files[:2]] == ["000000.png", "000001.png"]
+    assert [file.name for file in files[:2]] == ["000000_class0000.png", "000001_class0001.png"]
     assert np.array_equal(np.stack([np.array(Image.open(file)) for file in files]), expected)
 
 

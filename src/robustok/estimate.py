@@ -17,7 +17,7 @@ from robustok.config import Config, plain
 from robustok.discriminators import DISCRIMINATORS
 from robustok.encode import EncodeRun
 from robustok.generate import GenerateRun, MakePairsRun
-from robustok.generators import GENERATORS, load_generator
+from robustok.generators import build_generator, check_kind, load_generator
 from robustok.images import open_images
 from robustok.latents import LatentCache
 from robustok.tokenizers import TOKENIZERS, load_tokenizer
@@ -79,16 +79,18 @@ def _main_training(run: MainTrainingRun) -> Facts:
         "tokenizer_parameters": size,
         "encoder_parameters": size - _decoder(tokenizer),
         "decoder_parameters": _decoder(tokenizer),
-        "latents_per_image": run.tokenizer.length,
+        "latents_per_image": tokenizer.latent_shape[0],
         **_training(run, size, size, _discriminator(run)),
     }
 
 
 def _generator_training(run: GeneratorTrainingRun) -> Facts:
     m = LatentCache(run.latents).manifest
-    family = GENERATORS[run.generator.name][0]
-    size = _count(_meta(lambda: family(run.generator, m.codebook_size, m.latent_shape[0], m.classes)).parameters())
-    facts = {"generator_parameters": size, "latents_per_image": m.latent_shape[0], "codebook_size": m.codebook_size}
+    check_kind(run.generator.name, m.kind, str(run.latents))
+    generator = _meta(lambda: build_generator(run.generator, m.latent_shape, m.classes, m.codebook_size))
+    size = _count(generator.parameters())
+    facts = {"generator_parameters": size, "latents_per_image": m.latent_shape[0]}
+    facts |= {"codebook_size": m.codebook_size} if m.codebook_size else {"latent_width": m.latent_shape[1]}
     return facts | _training(run, size, size, 0)
 
 
@@ -129,7 +131,7 @@ def _training(run: TrainingConfig, size: int, trained: int, discriminator: int) 
 def _encode(run: EncodeRun) -> Facts:
     tokenizer = load_tokenizer(run.tokenizer)
     images = len(open_images(run.data, tokenizer.image_size, run.split))
-    return {"images": images, **_cache(tokenizer, images * (1 + run.flip), run.shard_size)}
+    return {"images": images, **_cache(tokenizer, images * run.variants, run.shard_size)}
 
 
 def _generate(run: GenerateRun) -> Facts:

@@ -4,25 +4,28 @@ Both write caches of latents. Record i has its own random numbers, so it is the 
 processes.
 """
 
+import warnings
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from robustok.config import Config, plain
 from robustok.encode import fill_cache
-from robustok.generators import Sampling, load_generator
+from robustok.generators import SamplingConfig, check_kind, check_sampling, load_generator
 from robustok.generators.sampling import image_rngs
+from robustok.image_files import write_images
 from robustok.images import from_pixels, to_pixels
-from robustok.latents import LatentCache, Manifest, check_cache
+from robustok.latents import LatentCache, Manifest, check_cache, check_center_crops
 from robustok.snapshots import digest
 from robustok.tokenizers import encoder_digest, load_tokenizer
 from robustok.training.loop import autocast, start_accelerator
 from robustok.types import Generator, Tokenizer, UserError
+
+CHECKED = 512  # latents against which a generator's latent statistics are held
 
 
 class GenerateRun(Config):
@@ -32,11 +35,11 @@ class GenerateRun(Config):
     generator: Path = Field(description="generator snapshot, or run folder")
     count: int = Field(50_000, ge=1, description="number of samples")
     classes: list[int] | None = Field(None, description="only these classes; null is all")
-    sampling: Sampling | None = Field(None, description="null takes the settings stored with the generator")
+    sampling: SamplingConfig | None = Field(None, description="null takes the settings stored with the generator")
     seed: int = Field(0, ge=0, description="seed; sample i depends on it and on i alone")
     tokenizer: Path | None = Field(None, description="decode with this tokenizer and write images too")
     images: Literal["none", "npz", "png"] = Field(
-        "none", description="npz: one ADM-style samples.npz (arr_0); png: a folder of files"
+        "none", description="npz: one ADM-style samples.npz (arr_0, labels in arr_1); png: a folder of files"
     )
     batch_size: int = Field(64, ge=1, description="samples at a time")
     shard_size: int = Field(10_000, ge=1, description="records in a shard")
@@ -56,7 +59,10 @@ class MakePairsRun(Config):
     generator: Path = Field(description="generator snapshot, or run folder")
     latents: Path = Field(description="cache of the real images' latents, made by `robustok encode`")
     preservation: float = Field(
-        0.9, ge=0, le=1, description="share of real tokens that is kept (sigma); 1 is the control"
+        0.9,
+        ge=0,
+        le=1,
+        description="share of the real latents that is kept (sigma; diffusion: by sampling.strategy); 1 is the control",
     )
     count: int | None = Field(
         200_000,
@@ -68,7 +74,7 @@ class MakePairsRun(Config):
         description="generated: the mixture itself; reencoded: decoded to uint8 and encoded again (release)",
     )
     tokenizer: Path | None = Field(None, description="needed for mode=reencoded")
-    sampling: Sampling | None = Field(None, description="null takes the settings stored with the generator")
+    sampling: SamplingConfig | None = Field(None, description="null takes the settings stored with the generator")
     seed: int = Field(0, ge=0, description="seed of the subset and of every sample")
     batch_size: int = Field(64, ge=1, description="samples at a time")
     shard_size: int = Field(10_000, ge=1, description="records in a shard")
@@ -93,6 +99,7 @@ def generate(run: GenerateRun) -> Path:
     accelerator = start_accelerator()
     generator = load_generator(run.generator).to(accelerator.device)
     sampling = run.sampling or generator.sampling
+    check_sampling(generator.config.name, sampling)
     wrong = [c for c in run.classes or [] if not 0 <= c < generator.classes]
     if wrong:
         raise UserError(
@@ -129,8 +136,8 @@ def generate(run: GenerateRun) -> Path:
         accelerator,
         "generate",
     )
-    if tokenizer is not None and accelerator.is_main_process:
-        write_images(run.out, tokenizer, run.images, run.batch_size)
+    if tokenizer is not None:
+        write_images(run.out, tokenizer, run.images, run.batch_size, accelerator)
     return run.out
 
 
@@ -146,11 +153,14 @@ def make_pairs(run: MakePairsRun) -> Path:
     accelerator = start_accelerator()
     generator = load_generator(run.generator).to(accelerator.device)
     cache = LatentCache(run.latents)
-    check_cache(cache, generator.latent_space, codebook_size=generator.codebook_size)
+    check_center_crops(cache)
+    check_kind(generator.config.name, cache.manifest.kind, str(run.latents))
+    check_cache(cache, generator.latent_space, generator.latent_shape, generator.codebook_size)
     tokenizer = load_tokenizer(run.tokenizer).to(accelerator.device) if run.mode == "reencoded" else None
     if tokenizer is not None:
         check_cache(cache, encoder_digest(tokenizer))
     sampling = run.sampling or generator.sampling
+    check_sampling(generator.config.name, sampling)
     order = torch.randperm(len(cache), generator=torch.Generator().manual_seed(run.seed)).numpy()
     rows = order[: run.count]
 
@@ -175,6 +185,10 @@ def make_pairs(run: MakePairsRun) -> Path:
         "precision": run.precision,
         "split": cache.manifest.source.get("data"),
     }
+    if cache.manifest.kind == "continuous":
+        source |= generator.preservation_facts(sampling, run.preservation)
+        for problem in generator.check(cache.read(rows[:CHECKED]).latents):
+            warnings.warn(problem, stacklevel=1)
     manifest = _manifest(generator, len(rows), run.shard_size, cache.manifest.data, source)
     fill_cache(run.out, manifest, make, run.batch_size, accelerator, "make-pairs")
     return run.out
@@ -183,29 +197,6 @@ def make_pairs(run: MakePairsRun) -> Path:
 def reencode(tokenizer: Tokenizer, latents: Tensor) -> Tensor:
     """Decode latents, round to uint8 as a PNG would, and encode again (the released procedure)."""
     return tokenizer.encode(from_pixels(to_pixels(tokenizer.decode(latents))))
-
-
-@torch.no_grad()
-def write_images(out: Path, tokenizer: Tokenizer, kind: Literal["npz", "png"], batch_size: int) -> None:
-    """Decode a cache to out/samples.npz (arr_0, uint8 NHWC) or out/png/000000.png ..."""
-    cache = LatentCache(out)
-    check_cache(cache, encoder_digest(tokenizer))
-    device = next(tokenizer.parameters()).device
-    pixels = []
-    for start in range(0, len(cache), batch_size):
-        latents = cache.read(slice(start, start + batch_size)).latents.to(device)
-        pixels.append(to_pixels(tokenizer.decode(latents)).permute(0, 2, 3, 1).cpu().numpy())  # (n, H, W, 3)
-    try:
-        if kind == "npz":
-            np.savez(out / "samples.npz", arr_0=np.concatenate(pixels))
-        else:
-            (out / "png").mkdir(exist_ok=True)
-            for i, image in enumerate(np.concatenate(pixels)):
-                Image.fromarray(image).save(out / "png" / f"{i:06d}.png")
-    except OSError as error:
-        raise UserError(
-            f"cannot write images to {out}: {error.strerror}; free some space and run the same command again"
-        ) from None
 
 
 def _fields(latents: Tensor, labels: Tensor, indices: Tensor, records: np.ndarray) -> dict[str, Tensor]:
@@ -219,7 +210,7 @@ def _fields(latents: Tensor, labels: Tensor, indices: Tensor, records: np.ndarra
 
 def _manifest(generator: Generator, count: int, shard_size: int, data: str | None, source: dict) -> Manifest:
     return Manifest(
-        kind="discrete",
+        kind="discrete" if generator.codebook_size else "continuous",
         latent_shape=generator.latent_shape,
         codebook_size=generator.codebook_size,
         classes=generator.classes,

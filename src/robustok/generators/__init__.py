@@ -1,15 +1,96 @@
-"""Generators: models of latents. One family a file; to add one, write the file and add a line to ``GENERATORS``."""
+"""Generators: models of latents. One family a file; to add one, write the file and add a line to ``GENERATORS``.
+
+A family of tokens is built from (config, codebook_size, length, classes). One of continuous latents says so by
+``kind = "continuous"`` and is built from (config, latent_shape, classes).
+"""
 
 from pathlib import Path
+from typing import Annotated, Any
 
-from robustok.config import validate
+from pydantic import Discriminator, Field, Tag
+
+from robustok.config import Config, validate
+from robustok.generators.diffusion import DiffusionSampling
+from robustok.generators.gpt import GPT, GPTConfig
+from robustok.generators.lightningdit import LightningDiT, LightningDiTConfig
 from robustok.generators.rar import RAR, RARConfig
 from robustok.generators.sampling import Sampling
+from robustok.generators.sit import SiT, SiTConfig
 from robustok.snapshots import load_weights, read_snapshot
 from robustok.types import Generator, UserError
 
-GENERATORS = {"rar": (RAR, RARConfig)}
-GeneratorConfig = RARConfig  # a union discriminated by ``name`` once there are two
+GENERATORS = {
+    "rar": (RAR, RARConfig),
+    "gpt": (GPT, GPTConfig),
+    "sit": (SiT, SiTConfig),
+    "lightningdit": (LightningDiT, LightningDiTConfig),
+}
+GeneratorConfig = Annotated[RARConfig | GPTConfig | SiTConfig | LightningDiTConfig, Field(discriminator="name")]
+
+
+def _sampling_name(value: Any) -> str | None:
+    """The variant of sampling settings; those written before there was diffusion have no name and are of tokens."""
+    return value.get("name", "tokens") if isinstance(value, dict) else getattr(value, "name", None)
+
+
+SamplingConfig = Annotated[
+    Annotated[Sampling, Tag("tokens")] | Annotated[DiffusionSampling, Tag("diffusion")], Discriminator(_sampling_name)
+]
+
+
+def build_generator(
+    config: Config, latent_shape: tuple[int, int], classes: int, codebook_size: int | None = None
+) -> Generator:
+    """A generator with fresh weights.
+
+    Args:
+        config: of one of the ``GENERATORS``.
+        latent_shape: (L, D), latents per image and their width.
+        classes: number of classes.
+        codebook_size: K for tokens, None for continuous latents.
+
+    Raises:
+        UserError: the family models the other kind of latents, or not of this shape.
+    """
+    family = GENERATORS[config.name][0]
+    check_kind(config.name, "continuous" if codebook_size is None else "discrete", "the cache")
+    if codebook_size is None:
+        return family(config, latent_shape, classes)
+    generator = family(config, codebook_size, latent_shape[0], classes)
+    generator.latent_shape = tuple(latent_shape)
+    return generator
+
+
+def check_kind(name: str, kind: str, source: str) -> None:
+    """Refuse latents of the kind that a family does not model.
+
+    Raises:
+        UserError: says what ``source`` holds and what the family ``name`` models.
+    """
+    models = getattr(GENERATORS[name][0], "kind", "discrete")
+    if kind != models:
+        words = {"discrete": "tokens", "continuous": "continuous latents"}
+        remedy = ", ".join(n for n, (family, _) in GENERATORS.items() if getattr(family, "kind", "discrete") == kind)
+        raise UserError(
+            f"{source} holds {words[kind]}, generator {name} models {words[models]}; "
+            f"encode with a {models} tokenizer, or set generator.name to one of {remedy}"
+        )
+
+
+def default_sampling(name: str) -> Sampling | DiffusionSampling:
+    """Sampling settings of a family where nothing else is known: unguided."""
+    return DiffusionSampling() if getattr(GENERATORS[name][0], "kind", "discrete") == "continuous" else Sampling()
+
+
+def check_sampling(name: str, sampling: Sampling | DiffusionSampling) -> None:
+    """Refuse the sampling settings of the other kind of generator.
+
+    Raises:
+        UserError: says which name to set.
+    """
+    expected = default_sampling(name).name
+    if sampling.name != expected:
+        raise UserError(f"generator {name} takes sampling.name={expected}, got {sampling.name}; set the other one")
 
 
 def load_generator(path: str | Path) -> Generator:
@@ -22,20 +103,15 @@ def load_generator(path: str | Path) -> Generator:
     """
     snapshot = read_snapshot(path, kind="generator")
     header = snapshot.header
-    if header["config"].get("name") not in GENERATORS:
-        raise UserError(
-            f"{path}: unknown generator family {header['config'].get('name')!r}; known: {', '.join(GENERATORS)}"
-        )
+    name = header["config"].get("name")
+    if name not in GENERATORS:
+        raise UserError(f"{path}: unknown generator family {name!r}; known: {', '.join(GENERATORS)}")
     lacking = [key for key in ("codebook_size", "latent_shape", "classes", "latent_space") if key not in header]
     if lacking:
         raise UserError(f"{snapshot.path}/config.yaml lacks {', '.join(lacking)}; copy or train the generator again")
-    family, config = GENERATORS[header["config"]["name"]]
-    shape = tuple(header["latent_shape"])
-    generator = family(
-        validate(config, header["config"], source=str(path)), header["codebook_size"], shape[0], header["classes"]
-    )
+    config = validate(GENERATORS[name][1], header["config"], source=str(path))
+    generator = build_generator(config, tuple(header["latent_shape"]), header["classes"], header["codebook_size"])
     load_weights(generator, snapshot)
-    generator.latent_shape = shape
     generator.latent_space = header["latent_space"]
-    generator.sampling = validate(Sampling, header.get("sampling", {}), source=str(path))
+    generator.sampling = validate(type(default_sampling(name)), header.get("sampling") or {}, source=str(path))
     return generator.eval().requires_grad_(False)

@@ -1,5 +1,6 @@
-"""Training of a generator on a cache of tokens."""
+"""Training of a generator on a cache of tokens, or of continuous latents."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -7,7 +8,16 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from robustok.config import plain
-from robustok.generators import GENERATORS, GeneratorConfig, Sampling
+from robustok.generators import (
+    GeneratorConfig,
+    SamplingConfig,
+    build_generator,
+    check_kind,
+    check_sampling,
+    default_sampling,
+)
+from robustok.generators.diffusion import draw_noise_levels
+from robustok.generators.diffusion_transformer import DiffusionTransformerConfig
 from robustok.generators.rar import RARConfig, draw_orders, drop_labels, random_share
 from robustok.images import rank_rows
 from robustok.latents import LatentCache, training_latents
@@ -30,7 +40,7 @@ from robustok.training.loop import (
     track,
     update_average,
 )
-from robustok.types import GeneratorOutput, UserError
+from robustok.types import GeneratorOutput
 
 # Weight decay leaves alone what is no weight matrix: parts of the names that the released training excludes.
 UNDECAYED = ("ln", "bias", "latent_tokens", "mask_token", "embedding", "norm", "gamma", "embed")
@@ -40,7 +50,7 @@ class GeneratorTrainingRun(TrainingConfig):
     """Everything about the training of a generator; the defaults are the paper's RAR-B."""
 
     steps: int = Field(250_000, ge=1, description="number of training steps")
-    batch_size: int = Field(2048, ge=1, description="token sequences in the global batch, all processes together")
+    batch_size: int = Field(2048, ge=1, description="images in the global batch, all processes together")
     learning_rate: float = Field(4e-4, gt=0, description="peak learning rate")
     min_learning_rate: float = Field(1e-5, ge=0, description="learning rate at the last step of the cosine")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up from 0 (the paper: 62,500)")
@@ -50,16 +60,16 @@ class GeneratorTrainingRun(TrainingConfig):
     ema_decay: float = Field(
         0.0, ge=0, lt=1, description="decay of the averaged weights; 0, as in the paper, keeps the last"
     )
-    latents: Path = Field(description="cache of tokens, made by `robustok encode`")
+    latents: Path = Field(description="cache of tokens or latents, made by `robustok encode`")
     generator: GeneratorConfig = RARConfig()
     random_until: float = Field(
-        0.5, ge=0, le=1, description="share of the steps in which every sequence has a random order"
+        0.5, ge=0, le=1, description="share of the steps in which RAR has a random order for every sequence"
     )
     raster_from: float = Field(
-        0.75, ge=0, le=1, description="share of the steps after which every sequence is in raster order"
+        0.75, ge=0, le=1, description="share of the steps after which RAR has every sequence in raster order"
     )
-    sampling: Sampling = Field(
-        Sampling(), description="sampling settings stored with the generator; `generate` uses them"
+    sampling: SamplingConfig | None = Field(
+        None, description="sampling settings stored with the generator; null: the family's defaults, without guidance"
     )
 
 
@@ -77,16 +87,15 @@ def train_generator(run: GeneratorTrainingRun) -> Path:
     rows = rank_rows(run.batch_size, rank, world)  # of the global batch
 
     cache = LatentCache(run.latents)
-    if cache.manifest.kind != "discrete":
-        raise UserError(
-            f"{run.latents} holds continuous latents, generator {run.generator.name} models tokens; "
-            "encode with a discrete tokenizer"
-        )
+    manifest = cache.manifest
+    check_kind(run.generator.name, manifest.kind, str(run.latents))
+    check_sampling(run.generator.name, run.sampling or default_sampling(run.generator.name))
     folder = RunFolder(run, accelerator.is_main_process)
 
     seed_step(run.seed, step=0, rank=0)  # the same initial weights in every process
-    family, length = GENERATORS[run.generator.name][0], cache.manifest.latent_shape[0]
-    bare = family(run.generator, cache.manifest.codebook_size, length, cache.manifest.classes).to(device)
+    bare = build_generator(run.generator, manifest.latent_shape, manifest.classes, manifest.codebook_size).to(device)
+    if manifest.kind == "continuous" and bare.latent_mean is None:
+        bare.set_latent_statistics(*latent_statistics(cache), run.generator.latent_multiplier)
     average = average_copy(bare)
     optimizer = torch.optim.AdamW(
         parameter_groups(bare, run.weight_decay), lr=run.learning_rate, betas=run.betas, fused=True
@@ -109,14 +118,16 @@ def train_generator(run: GeneratorTrainingRun) -> Path:
             set_learning_rate(optimizer, learning_rate(run, step))
             generator.train()
 
-            # Orders and dropped labels are drawn for the global batch; every process takes its rows.
-            rng = step_rng(run.seed, step, "order")
-            share = random_share(step, int(run.random_until * run.steps), int(run.raster_from * run.steps))
-            orders = draw_orders(run.batch_size, length, share, rng)[rows].to(device)  # (N, L)
-            labels = _dropped(run, batch.labels, rows, bare.null_label, rng).to(device)  # (N,)
+            draws = draw_step(run, manifest.latent_shape, step)
+            labels = batch.labels.masked_fill(draws.dropped[rows], bare.null_label).to(device)  # (N,)
             with autocast(device, run.precision):
-                output = generator(batch.latents.to(device), labels, orders)
-            terms, statistics = cross_entropy(output), {"lr": learning_rate(run, step), "accuracy": accuracy(output)}
+                inputs = (tensor[rows].to(device) for tensor in draws.inputs)
+                output = generator(batch.latents.to(device), labels, *inputs)
+            statistics = {"lr": learning_rate(run, step), **draws.statistics}
+            if manifest.kind == "discrete":
+                terms, statistics["accuracy"] = cross_entropy(output), accuracy(output)
+            else:
+                terms = flow_matching(output)
 
             total = sum(terms.values())
             check_finite(total, terms, step, folder.path)
@@ -128,7 +139,7 @@ def train_generator(run: GeneratorTrainingRun) -> Path:
             update_average(average, bare, run.ema_decay)
 
             done = step + 1
-            meter.add({**terms, "total": total, "random_order": share, **statistics})
+            meter.add({**terms, "total": total, **statistics})
             if done % run.log_every == 0 or done == run.steps:
                 folder.log(done, meter.means(accelerator))
             if done == run.steps or (run.snapshot_every and done % run.snapshot_every == 0):
@@ -150,6 +161,11 @@ def cross_entropy(output: GeneratorOutput) -> dict[str, Tensor]:
     return {"cross_entropy": nn.functional.cross_entropy(logits, output.targets.flatten())}
 
 
+def flow_matching(output: GeneratorOutput) -> dict[str, Tensor]:
+    """Mean squared error of the velocity (Lipman et al., arXiv 2210.02747; Liu et al., arXiv 2209.03003)."""
+    return {"flow_matching": nn.functional.mse_loss(output.prediction.float(), output.targets.float())}
+
+
 def accuracy(output: GeneratorOutput) -> Tensor:
     """Share of tokens whose most likely prediction is right."""
     return (output.prediction.detach().argmax(-1) == output.targets).float().mean()
@@ -164,11 +180,53 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def _dropped(run: GeneratorTrainingRun, labels: Tensor, rows: slice, null_label: int, rng: torch.Generator) -> Tensor:
-    """Drop labels for guidance, with draws for the global batch."""
+@dataclass(frozen=True)
+class Draws:
+    """What is random in a step, for the global batch of B; every process takes its rows.
+
+    Attributes:
+        dropped: (B,) bool, whose labels are dropped: guidance needs a model without class.
+        inputs: what the generator's forward takes after latents and labels: RAR orders (B, L); a diffusion model noise
+            levels (B,) and noise (B, L, D).
+        statistics: for the log.
+    """
+
+    dropped: Tensor
+    inputs: tuple[Tensor, ...]
+    statistics: dict[str, float] = field(default_factory=dict)
+
+
+def draw_step(run: GeneratorTrainingRun, latent_shape: tuple[int, int], step: int) -> Draws:
+    """The draws of a step, a function of the seed and the step."""
+    inputs, statistics = (), {}
+    if isinstance(run.generator, DiffusionTransformerConfig):
+        rng = step_rng(run.seed, step, "noise")
+        levels = draw_noise_levels(run.batch_size, run.generator.noise_levels, rng)
+        inputs = (levels, torch.randn(run.batch_size, *latent_shape, generator=rng))
+    else:
+        rng = step_rng(run.seed, step, "order")
+    if isinstance(run.generator, RARConfig):
+        share = random_share(step, int(run.random_until * run.steps), int(run.raster_from * run.steps))
+        inputs, statistics = (draw_orders(run.batch_size, latent_shape[0], share, rng),), {"random_order": share}
     everyone = torch.zeros(run.batch_size, dtype=torch.long)
-    dropped = drop_labels(everyone, run.generator.label_dropout, 1, rng).bool()[rows]  # (N,)
-    return labels.masked_fill(dropped, null_label)
+    dropped = drop_labels(everyone, run.generator.label_dropout, 1, rng).bool()
+    return Draws(dropped, inputs, statistics)
+
+
+def latent_statistics(cache: LatentCache, rows: int = 4096) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel over a cache of continuous latents, read ``rows`` at a time.
+
+    A channel that never varies gets the deviation 1.
+    """
+    count, total, squares = 0, 0.0, 0.0
+    shift = cache.read(slice(0, 1)).latents.double().mean(dim=(0, 1))  # near the mean, or the squares lose their digits
+    for start in range(0, len(cache), rows):
+        latents = cache.read(slice(start, start + rows)).latents.double() - shift  # (n, L, D)
+        count += latents.shape[0] * latents.shape[1]
+        total, squares = total + latents.sum(dim=(0, 1)), squares + latents.square().sum(dim=(0, 1))  # (D,) each
+    mean = total / count
+    std = (squares / count - mean**2).clamp(min=0).sqrt()
+    return (mean + shift).tolist(), torch.where(std > 0, std, 1.0).tolist()
 
 
 def _write_snapshot(
@@ -183,7 +241,7 @@ def _write_snapshot(
         "latent_shape": list(manifest.latent_shape),
         "classes": manifest.classes,
         "latent_space": manifest.tokenizer,
-        "sampling": plain(run.sampling),
+        "sampling": plain(run.sampling or default_sampling(run.generator.name)),
         "step": step,
         "trained_on": f"{manifest.count} sequences, data {manifest.data}",
     }

@@ -1,0 +1,197 @@
+"""LightningDiT, the diffusion transformer of VA-VAE, over latents on a square grid.
+
+Source: Yao et al., "Reconstruction vs. Generation: Taming Optimization Dilemma in Latent Diffusion Models" (arXiv
+2501.01423). Time runs from 0 (noise) to 1 (data).
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from robustok.checkpoints import settle, shape_of
+from robustok.generators.diffusion import DiffusionSampling
+from robustok.generators.diffusion_blocks import MLP, NORM_EPSILON, Attention, Block, FinalLayer, SwiGLU
+from robustok.generators.diffusion_transformer import (
+    DiffusionTransformer,
+    DiffusionTransformerConfig,
+    build_released,
+    check_tables,
+    released_facts,
+)
+from robustok.types import UserError
+
+
+class LightningDiTConfig(DiffusionTransformerConfig):
+    """A LightningDiT. The default size is LightningDiT-XL; the four switches are on in all published ones."""
+
+    name: Literal["lightningdit"] = "lightningdit"
+    noise_levels: Literal["uniform", "logit_normal"] = Field("logit_normal", description="distribution in training")
+    rope: bool = Field(True, description="rotary positions beside the table")
+    rms_norm: bool = Field(True, description="root-mean-square norms with weights instead of layer norms without")
+    swiglu: bool = Field(True, description="gated MLP")
+    shift: bool = Field(True, description="the condition shifts the branches too")
+
+
+class RotaryTable(nn.Module):
+    """Fixed cosines and sines (L, head width): the first half of a head turns by the row, the second by the column."""
+
+    def __init__(self, side: int, head_width: int) -> None:
+        super().__init__()
+        frequencies = 1 / 10_000 ** (torch.arange(0, head_width // 2, 2).float() / (head_width // 2))
+        angles = (torch.arange(side)[:, None] * frequencies).repeat_interleave(2, dim=1)  # (side, head width / 2)
+        rows, columns = (angles[index] for index in _grid(side))  # each (L, head width / 2)
+        angles = torch.cat([rows, columns], dim=1)  # (L, head width)
+        self.register_buffer("freqs_cos", angles.cos())
+        self.register_buffer("freqs_sin", angles.sin())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Turn neighbouring pairs of (N, heads, L, head width)."""
+        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)  # each (N, heads, L, head width / 2)
+        turned = torch.stack([-odd, even], dim=-1).flatten(-2)
+        return x * self.freqs_cos + turned * self.freqs_sin
+
+
+class LightningDiT(DiffusionTransformer):
+    """Velocity field of a square grid of latents, which are a sequence (N, L, D) in raster order at its edge.
+
+    Raises:
+        UserError: L is no square number, or a head's width does not divide by 4.
+    """
+
+    noise_time = 0.0
+    licence = "MIT"
+
+    def _assemble(self) -> None:
+        config, (length, channels) = self.config, self.latent_shape
+        self.side = round(length**0.5)
+        if self.side**2 != length:
+            raise UserError(f"lightningdit models a square grid, got {length} latents per image; sit takes any number")
+        head_width = config.width // config.heads
+        if head_width % 4:
+            raise UserError(f"a width of {config.width} gives {config.heads} heads of {head_width}, no multiple of 4")
+        norm = partial(nn.LayerNorm, eps=NORM_EPSILON, elementwise_affine=False)
+        head_norm = nn.LayerNorm
+        if config.rms_norm:
+            norm = head_norm = partial(nn.RMSNorm, eps=NORM_EPSILON)
+        mlp, ratio = (SwiGLU, 8 / 3) if config.swiglu else (MLP, 4)
+        hidden = config.mlp_width or int(ratio * config.width)
+        self.register_buffer("pos_embed", grid_table(self.side, config.width))
+        if config.rope:
+            self.feat_rope = RotaryTable(self.side, head_width)
+        self.blocks = nn.ModuleList(
+            Block(
+                Attention(config.width, config.heads, head_norm if config.qk_norm else None),
+                mlp(config.width, hidden),
+                norm,
+                config.width,
+                config.shift,
+            )
+            for _ in range(config.depth)
+        )
+        self.final_layer = FinalLayer(config.width, channels * (1 + config.learn_sigma), norm)
+
+    def _rotate(self, x: Tensor) -> Tensor:
+        return self.feat_rope(x) if self.config.rope else x
+
+    def velocity(self, latents: Tensor, times: Tensor | float, labels: Tensor) -> Tensor:
+        """As in :class:`DiffusionTransformer`; also takes the release's layout (N, D, H, W), which it then returns."""
+        if latents.ndim != 4:
+            return super().velocity(latents, times, labels)
+        if latents.shape[2:] != (self.side, self.side):
+            raise UserError(f"got a grid of {tuple(latents.shape[2:])}; this lightningdit has {(self.side, self.side)}")
+        velocity = super().velocity(latents.flatten(2).transpose(1, 2), times, labels)  # (N, L, D)
+        return velocity.transpose(1, 2).unflatten(2, (self.side, self.side))  # (N, D, H, W)
+
+
+def grid_table(side: int, width: int) -> Tensor:
+    """Fixed positions (1, L, W): the first half of the width by the column, the second by the row; sines, cosines."""
+    quarter = width // 4
+    frequencies = 1 / 10_000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = torch.arange(side)[:, None] * frequencies  # (side, W / 4)
+    table = torch.cat([angles.sin(), angles.cos()], dim=1).float()  # (side, W / 2)
+    rows, columns = _grid(side)
+    return torch.cat([table[columns], table[rows]], dim=1)[None]  # (1, L, W)
+
+
+def _grid(side: int) -> tuple[Tensor, Tensor]:
+    """Row and column of each place in raster order, each (L,)."""
+    places = torch.arange(side**2)
+    return places // side, places % side
+
+
+# Released checkpoints
+
+NAMES = {
+    "hidden_size": "width",
+    "depth": "depth",
+    "num_heads": "heads",
+    "ffn_hidden_dim": "mlp_width",
+    "mlp_ratio": "mlp_ratio",
+    "class_dropout_prob": "label_dropout",
+    "num_classes": "classes",
+    "null_class": "null_label",
+    "path_type": "path",
+    "input_size": "input_size",
+    "patch_size": "patch_size",
+    "in_channels": "channels",
+    "use_qknorm": "qk_norm",
+    "use_swiglu": "swiglu",
+    "use_rope": "rope",
+    "use_rmsnorm": "rms_norm",
+    "wo_shift": "unshifted",
+    "learn_sigma": "learn_sigma",
+    "norm_eps": "norm_epsilon",
+    "mean": "latent_mean",
+    "std": "latent_std",
+    "latent_multiplier": "latent_multiplier",
+}
+PUBLISHED = DiffusionSampling(
+    steps=249, guidance_scale=6.7, guidance_interval=(0.125, 1.0), guided_channels=3, timestep_shift=0.3
+)
+
+
+def from_released(weights: Mapping[str, Tensor], config: dict[str, Any]) -> LightningDiT:
+    """A LightningDiT of the sizes and the variant that the tensors tell, not yet with these weights.
+
+    The latent statistics are in a file of their own (``latents_stats.pt`` with ``mean`` and ``std``); without them the
+    model predicts velocities but does not sample. An XL model gets the guidance scale of 800 epochs, 6.7; for the
+    one of 64 epochs it is 10.
+
+    Raises:
+        UserError: the configuration contradicts the tensors; a fixed table differs; patches larger than 1.
+    """
+    width, channels, patch, _ = shape_of(weights, "x_embedder.proj.weight", 4)
+    if patch != 1:
+        raise UserError(f"x_embedder.proj has patches of {patch}; robustok has LightningDiT with patches of 1 only")
+    length = shape_of(weights, "pos_embed", 3)[1]
+    swiglu, rope = "blocks.0.mlp.w12.weight" in weights, "feat_rope.freqs_cos" in weights
+    facts = released_facts(weights, channels) | {
+        "mlp_width": shape_of(weights, "blocks.0.mlp.w3.weight" if swiglu else "blocks.0.mlp.fc2.weight", 2)[1],
+        "input_size": round(length**0.5),
+        "swiglu": swiglu,
+        "rope": rope,
+        "rms_norm": "blocks.0.norm1.weight" in weights,
+        "unshifted": shape_of(weights, "blocks.0.adaLN_modulation.1.weight", 2)[0] == 4 * width,
+    }
+    if rope:
+        facts["heads"] = width // shape_of(weights, "feat_rope.freqs_cos", 2)[1]
+    settings = settle(facts, config, NAMES) | {"shift": not facts["unshifted"]}
+    model = build_released(LightningDiT, LightningDiTConfig, weights, settings, (length, channels))
+    model.sampling = PUBLISHED if (width, facts["depth"]) == (1152, 28) else DiffusionSampling()
+    check_tables(model, weights)
+    return model
+
+
+def released_name(name: str) -> str:
+    """The release's name of our weight."""
+    return name.replace("x_embedder.", "x_embedder.proj.", 1)
+
+
+def complete(model: LightningDiT, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The release embeds patches of one latent by a 1 x 1 convolution."""
+    weights["x_embedder.proj.weight"] = weights["x_embedder.proj.weight"][:, :, None, None]  # (W, D, 1, 1)
+    return weights
