@@ -1,16 +1,36 @@
 """Tokenizers: images to latents and back. One family a file; a new one adds a line to ``TOKENIZERS``."""
 
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field
 
 from robustok.config import validate
 from robustok.snapshots import digest, load_weights, read_snapshot
+from robustok.tokenizers.diffusers_kl import DiffusersKL, DiffusersKLConfig
+from robustok.tokenizers.gigatok import GigaTok, GigaTokConfig
+from robustok.tokenizers.kl import KL, KLConfig
+from robustok.tokenizers.llamagen import LlamaGen, LlamaGenConfig
+from robustok.tokenizers.maetok import MAETok, MAETokConfig
+from robustok.tokenizers.maskgit import MaskGIT, MaskGITConfig
 from robustok.tokenizers.robustok import RobusTok, RobusTokConfig
 from robustok.types import Tokenizer, UserError
 
-TOKENIZERS = {"robustok": (RobusTok, RobusTokConfig)}
-TokenizerConfig = RobusTokConfig  # a union discriminated by ``name`` once there are two
+TOKENIZERS = {
+    "robustok": (RobusTok, RobusTokConfig),
+    "maetok": (MAETok, MAETokConfig),
+    "llamagen": (LlamaGen, LlamaGenConfig),
+    "maskgit": (MaskGIT, MaskGITConfig),
+    "gigatok": (GigaTok, GigaTokConfig),
+    "kl": (KL, KLConfig),
+    "diffusers_kl": (DiffusersKL, DiffusersKLConfig),
+}
+TokenizerConfig = Annotated[
+    RobusTokConfig | LlamaGenConfig | MaskGITConfig | GigaTokConfig | KLConfig | MAETokConfig,
+    Field(discriminator="name"),
+]
+"""The families that main training trains."""
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -59,12 +59,12 @@ class VectorQuantizer(nn.Module):
     @property
     def codebook(self) -> Tensor:
         """(K, D) float32, rows of unit length if the quantiser is l2-normalised; carries gradients."""
-        weight = self.embedding.weight.float()
+        weight = _at_least_float32(self.embedding.weight)
         return F.normalize(weight, dim=-1) if self.config.normalize else weight
 
     def normalize(self, features: Tensor) -> Tensor:
         """Features (..., D) in the geometry of the codebook."""
-        features = features.float()
+        features = _at_least_float32(features)
         return F.normalize(features, dim=-1) if self.config.normalize else features
 
     @torch.autocast("cuda", enabled=False)
@@ -100,6 +100,10 @@ class VectorQuantizer(nn.Module):
         pool = features.flatten(0, -2)  # (N * L, D)
         chosen = torch.randint(len(pool), (int(dead.sum()),), generator=rng).to(pool.device)
         self.embedding.weight[dead] = pool[chosen].to(self.embedding.weight.dtype)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 @torch.no_grad()

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import timm
 import torch
 from pydantic import Field, model_validator
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import LayerScale, VisionTransformer
 from torch import Tensor, nn
 
+from robustok.backbones import pretrained_backbone
 from robustok.config import Config
 from robustok.tokenizers.perturbation import PerturbationConfig, PerturbationDraw, perturb_latents
 from robustok.tokenizers.quantizer import QuantizerConfig, VectorQuantizer
@@ -36,10 +36,10 @@ class ViTConfig(Config):
     )
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the last block, rising linearly from 0")
     pretrained: str | None = Field(
-        None, description="timm model to start from, such as vit_base_patch14_dinov2.lvd142m"
+        None, description="timm model to start from, such as vit_base_patch14_dinov2.lvd142m, resampled to our sizes"
     )
     weights: Path | None = Field(
-        None, description="local file with the pretrained weights; null downloads them through timm"
+        None, description="local file with the pretrained weights, in timm's layout or DINOv2's; null downloads them"
     )
 
     @model_validator(mode="after")
@@ -254,30 +254,42 @@ def vision_transformer(config: ViTConfig, tokenizer: RobusTokConfig, pretrained:
     Raises:
         UserError: the pretrained model cannot be had, or has another width, depth or number of heads than configured.
     """
-    size = dict(
-        img_size=tokenizer.image_size, patch_size=tokenizer.patch_size, drop_path_rate=config.drop_path, num_classes=0
-    )
-    if config.pretrained is None or not pretrained:
-        shape = dict(embed_dim=config.width, depth=config.depth, num_heads=config.heads)
-        vit = VisionTransformer(**size, **shape, init_values=config.layer_scale)
-        if config.init == "local":
-            _start_local(vit)
-        return vit
-    overlay = {"file": str(config.weights)} if config.weights else None
-    try:
-        vit = timm.create_model(config.pretrained, pretrained=True, pretrained_cfg_overlay=overlay, **size)
-    except Exception as error:  # timm and the hub raise many kinds, all of which the user can act on
-        raise UserError(
-            f"cannot load the pretrained backbone {config.pretrained}: {' '.join(str(error).split())[:200]}; "
-            "give a local file as weights=PATH, or pretrained=null to start from random weights"
-        ) from None
-    found = (vit.embed_dim, len(vit.blocks), vit.blocks[0].attn.num_heads)
+    size = dict(img_size=tokenizer.image_size, patch_size=tokenizer.patch_size)
+    shape = dict(embed_dim=config.width, depth=config.depth, num_heads=config.heads, init_values=config.layer_scale)
+    vit = VisionTransformer(**size, **shape, drop_path_rate=config.drop_path, num_classes=0)
+    if config.init == "local":
+        _start_local(vit)
+    if config.pretrained is not None and pretrained:
+        _start_pretrained(vit, config, size)
+    return vit
+
+
+def _start_pretrained(vit: VisionTransformer, config: ViTConfig, size: dict[str, int]) -> None:
+    """Copy a pretrained model's weights, positions and patch kernel resampled to our image and patch size."""
+    role, setting = "the pretrained backbone", "weights, or set pretrained=null to start from random weights"
+    source = pretrained_backbone(config.pretrained, config.weights, role, setting, **size)
+    if not isinstance(source, VisionTransformer):
+        raise UserError(f"{config.pretrained} is a {type(source).__name__}; give a vision transformer of timm")
+
+    found = (source.embed_dim, len(source.blocks), source.blocks[0].attn.num_heads)
     if found != (config.width, config.depth, config.heads):
         raise UserError(
             f"{config.pretrained} has width, depth, heads {found}, "
             f"configured are {(config.width, config.depth, config.heads)}; make them equal"
         )
-    return vit
+    scaled = isinstance(source.blocks[0].ls1, LayerScale)
+    if scaled != (config.layer_scale is not None):
+        raise UserError(
+            f"{config.pretrained} {'has' if scaled else 'has no'} LayerScale and layer_scale is {config.layer_scale}; "
+            f"set layer_scale={'1e-5' if scaled else 'null'}"
+        )
+    try:
+        vit.load_state_dict(source.state_dict())
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{config.pretrained} is no plain vision transformer with a class token ({reason}); choose another"
+        ) from None
 
 
 def _start_local(vit: VisionTransformer) -> None:
