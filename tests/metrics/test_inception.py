@@ -1,3 +1,4 @@
+import gc
 import hashlib
 import os
 import sys
@@ -14,12 +15,12 @@ from robustok.images import Digits, open_images, to_pixels
 from robustok.latents import LatentCache
 from robustok.metrics import (
     InceptionExtractor,
-    features,
+    inception,
     inception_score,
     kernel_distance,
     precision_recall,
 )
-from robustok.metrics.features import ExtractorConfig, load_extractor
+from robustok.metrics.features import SPATIAL_DIM, ExtractorConfig, load_extractor
 from robustok.tokenizers import load_tokenizer
 from robustok.types import FeatureExtractor, UserError
 
@@ -83,52 +84,100 @@ def test_it_names_itself_by_the_file(extractor, digest):
     assert (extractor.name, extractor.dim) == (f"custom-inception-2048-{digest}", 2048)
 
 
-@torch.no_grad()
-def test_features_are_those_of_torch_fidelity(found, inception_weights):
+@pytest.fixture(scope="module")
+def theirs(inception_weights):
+    """What torch-fidelity's own network gives, and sFID's features by their definition."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    theirs = FeatureExtractorInceptionV3("theirs", ["2048", "logits_unbiased"], str(inception_weights))
-    pool, logits = theirs(pixels())
-    assert torch.allclose(found.pool, pool, rtol=1e-4, atol=1e-6)
-    assert torch.allclose(found.logits, logits, rtol=1e-4, atol=1e-5)
-    assert found.logits.shape == (3, 1008)
-    assert pool.std() > 1e-3  # random, but not vanished
-
-
-@torch.no_grad()
-def test_spatial_features_are_seven_channels_with_channels_last(extractor, found):
+    network, maps = FeatureExtractorInceptionV3("theirs", ["2048", "logits_unbiased"], str(inception_weights)), []
     # What enters the branch is what Mixed_6c gives; the branch itself is a convolution, a normalisation and a ReLU.
-    inputs = []
-    hook = extractor.network.Mixed_6d.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    extractor(pixels())
-    hook.remove()
-    branch = extractor.network.Mixed_6d.branch1x1
-    whole = branch.bn(branch.conv(inputs[0])).relu()  # (3, 192, 17, 17)
+    network.Mixed_6d.register_forward_pre_hook(lambda module, args: maps.append(module.branch1x1(args[0])))
+    with torch.no_grad():
+        pool, logits = network(pixels())
+    return pool, logits, maps[0]  # (3, 192, 17, 17)
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def test_features_are_those_of_torch_fidelity(found, theirs):
+    pool, logits, _ = theirs
+    assert pool.std() > 1e-3  # random, but not vanished
+    assert relative(found.pool, pool) < 3e-6
+    assert relative(found.logits, logits) < 3e-6
+    assert found.logits.shape == (3, 1008)
+
+
+def test_spatial_features_are_seven_channels_with_channels_last(found, theirs):
+    whole = theirs[2]
     assert whole.shape == (3, 192, 17, 17)
-    assert found.spatial.shape == (3, features.SPATIAL_DIM) == (3, 2023)
+    assert found.spatial.shape == (3, SPATIAL_DIM) == (3, 2023)
     for row, column, channel in [(0, 0, 0), (0, 0, 6), (0, 1, 0), (16, 3, 2)]:
         place = (row * 17 + column) * 7 + channel
         assert torch.allclose(found.spatial[:, place], whole[:, channel, row, column], rtol=1e-4, atol=1e-6)
 
 
-def test_neither_autocast_nor_tf32_nor_batch_size_nor_train_mode_matters(extractor, found):
+def test_no_batch_norm_is_left(extractor):
+    assert not [m for m in extractor.network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+
+
+def test_neither_autocast_nor_tf32_nor_batch_nor_train_mode_matters(extractor, found):
     extractor.network.train()
     torch.set_float32_matmul_precision("medium")
     try:
         with torch.autocast("cpu", torch.bfloat16):
-            alone = extractor.features(pixels()[:1])
+            alone = extractor.features(pixels()[1:2])
         assert torch.get_float32_matmul_precision() == "medium"  # as it was
     finally:
         torch.set_float32_matmul_precision("highest")
     for name in ("pool", "logits", "spatial"):
         one, all_three = getattr(alone, name), getattr(found, name)
         assert (one.dtype, one.requires_grad) == (torch.float32, False)
-        assert torch.allclose(one, all_three[:1], rtol=1e-4, atol=1e-5), name
+        assert (one - all_three[1:2]).abs().max() < 1e-5, name
+
+
+def test_bf16_is_near_and_says_so(inception_weights, digest, found):
+    fast = load_extractor(ExtractorConfig(name="inception", path=inception_weights, precision="bf16"))
+    assert fast.name == f"custom-inception-2048-{digest}-bf16"
+    near = fast.features(pixels())
+    assert {near.pool.dtype, near.logits.dtype, near.spatial.dtype} == {torch.float32}
+    assert 1e-5 < relative(near.pool, found.pool) < 2e-2
+    assert relative(near.logits, found.logits) < 2e-2
+    assert relative(near.spatial, found.spatial) < 6e-2
+
+
+def test_nothing_is_kept_from_batch_to_batch(extractor):
+    def tensors():
+        gc.collect()
+        return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+
+    before = tensors()
+    for _ in range(2):
+        extractor(pixels(1))
+    assert tensors() == before
 
 
 def test_only_uint8_pixels_enter(extractor):
     with pytest.raises(UserError, match="uint8"):
         extractor(pixels().float())
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3), (32, 32), (17, 64), (256, 256), (299, 299), (512, 301)])
+def test_resizing_is_that_of_tensorflow(shape):
+    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x as theirs
+
+    rng = torch.Generator().manual_seed(sum(shape))
+    images = torch.randint(0, 256, (2, 3, *shape), dtype=torch.uint8, generator=rng)
+    ours = inception.resize_like_tensorflow(images)
+    assert ours.shape == (2, 3, 299, 299)
+    assert (ours - theirs(images.float(), (299, 299), align_corners=False)).abs().max() < 1e-4
+
+
+def test_resizing_by_hand():
+    """Place 1 of 4 lies at 1 * 2 / 4 of the old ones, place 3 beyond the last: no half-pixel offset."""
+    row = inception.resize_like_tensorflow(torch.tensor([[[[10, 30]]]], dtype=torch.uint8), size=4)[0, 0, 0]
+    assert row.tolist() == [10, 20, 30, 30]
 
 
 # Weights
@@ -145,7 +194,8 @@ def test_the_cache_is_read_and_its_file_must_be_the_official_one(hub, inception_
     os.link(inception_weights, hub / "weights-inception-2015-12-05-6726825d.pth")
     with pytest.raises(UserError, match=f"has the SHA-256 {digest}.*expected 6726825d"):
         InceptionExtractor()
-    monkeypatch.setattr(features, "INCEPTION_DIGEST", digest)
+    monkeypatch.setattr(inception, "INCEPTION_URL", f"https://nowhere/weights-{digest}.pth")
+    os.link(inception_weights, hub / f"weights-{digest}.pth")
     assert InceptionExtractor().name == f"inception-2048-{digest}"
 
 
@@ -154,7 +204,7 @@ def test_a_download_is_checked(tmp_path, inception_weights, monkeypatch):
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
     wrong = tmp_path / "weights-inception-2015-12-05-6726825d.pth"
     os.link(inception_weights, wrong)
-    monkeypatch.setattr(features, "INCEPTION_URL", wrong.as_uri())
+    monkeypatch.setattr(inception, "INCEPTION_URL", wrong.as_uri())
     with pytest.raises(UserError, match=r"did not arrive .*invalid hash"):
         InceptionExtractor()
     assert not list((tmp_path / "hub" / "checkpoints").iterdir())
@@ -170,13 +220,16 @@ class Harmful:
         return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.parametrize("content", ["pickle", "words", "other"])
+@pytest.mark.parametrize("content", ["pickle", "words", "other", "list", "cut off"])
 def test_files_that_are_no_weights(tmp_path, content):
     path = tmp_path / "weights.pth"
     if content == "words":
         path.write_text("not weights")
     else:
-        torch.save(Harmful(tmp_path / "harm") if content == "pickle" else {"fc.weight": torch.zeros(2)}, path)
+        kinds = {"pickle": Harmful(tmp_path / "harm"), "list": [torch.zeros(2)]}
+        torch.save(kinds.get(content, {"fc.weight": torch.zeros(2)}), path)
+    if content == "cut off":
+        path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(UserError, match="holds no Inception weights") as error:
         InceptionExtractor(path)
     assert "\n" not in str(error.value)
@@ -196,6 +249,8 @@ def test_configuration(tmp_path):
         load(ExtractorConfig, None, ())
     assert load(ExtractorConfig, None, ("name=inception",)).path is None
     assert load(ExtractorConfig, None, ("path=folder",)).name == "classifier"
+    with pytest.raises(UserError, match=r"precision=bf16 needs extractor\.name=inception"):
+        load(ExtractorConfig, None, ("path=folder", "precision=bf16"))
 
 
 # All metrics of samples, from one pass
@@ -210,14 +265,12 @@ def distance(a, b):
 
 
 @torch.no_grad()
-def test_evaluation_by_hand(tmp_path, monkeypatch, extractor, inception_weights, tokenizer, generator):
-    # Loaded once is enough. (The package has a function of the module's name.)
-    monkeypatch.setattr(sys.modules["robustok.evaluate"], "load_extractor", lambda config, device: extractor)
+def test_evaluation_by_hand(tmp_path, extractor, inception_weights, tokenizer, generator):
     samples = generate(tiny.samples_run(tmp_path / "samples", generator, "count=10"))
     metrics = ["gfid", "sfid", "kid", "precision", "recall", "inception_score"]
     words = (f"latents=[{samples}]", f"decoders={{d: {tokenizer}}}", f"metrics=[{','.join(metrics)}]", "batch_size=5")
     space = ("extractor.name=inception", f"extractor.path={inception_weights}")
-    settings = (f"out={tmp_path}", "data.name=digits", "data.limit=7", "seed=3", *words, *space)
+    settings = (f"out={tmp_path}", "data.name=digits", "data.limit=7", "seed=3", "allow_fewer=true", *words, *space)
     measured = evaluate(load(EvaluateRun, None, settings))
     decode = load_tokenizer(tokenizer).decode
     fake = extractor.features(to_pixels(decode(LatentCache(samples).read(slice(None)).latents)))
@@ -227,9 +280,9 @@ def test_evaluation_by_hand(tmp_path, monkeypatch, extractor, inception_weights,
     score = inception_score(fake.logits, rng=torch.Generator().manual_seed(3)).mean
     kid = kernel_distance(fake.pool, real.pool).value
     by_hand = (pool, spatial, kid, both.precision, both.recall, score)
-    values = {m.metric: m.value for m in measured}
+    values = {m.metric.partition("@")[0]: m.value for m in measured}
     assert values == pytest.approx(dict(zip(metrics, by_hand, strict=True)), rel=1e-3)
     assert {m.extractor for m in measured} == {extractor.name}
-    notes = {m.metric: m.details.get("note", "") for m in measured}
+    notes = {m.metric.partition("@")[0]: m.details.get("note", "") for m in measured}
     assert notes["gfid"].startswith("FID of 10 samples: biased upward by about c/N =")
     assert {metric for metric, note in notes.items() if note} == {"gfid"}

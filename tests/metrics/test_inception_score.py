@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch_fidelity import metric_isc
 
 from robustok.metrics.inception_score import inception_score
 from robustok.types import UserError
@@ -26,7 +27,6 @@ def test_one_split_by_hand():
 
 @pytest.mark.parametrize("splits", [1, 4, 7])
 def test_parity_with_torch_fidelity(splits):
-    metric_isc = pytest.importorskip("torch_fidelity.metric_isc")
     order = torch.randperm(60, generator=rng())  # ours, so that theirs need not shuffle
     theirs = metric_isc.isc_features_to_metric(logits()[order], splits, shuffle=False)
     found = inception_score(logits(), splits, rng=rng())
@@ -57,7 +57,17 @@ def test_the_seed_decides():
     assert one != other
 
 
+def test_in_the_order_given_as_adm_does():
+    """Splits of consecutive images: sorted ones leave a single class in each."""
+    certain = 30 * torch.eye(10).repeat_interleave(100, dim=0)
+    assert inception_score(certain, shuffle=False).mean == pytest.approx(1)
+    theirs = metric_isc.isc_features_to_metric(logits(), 4, shuffle=False)
+    assert inception_score(logits(), 4, shuffle=False).mean == pytest.approx(theirs["inception_score_mean"], rel=1e-9)
+
+
 def test_errors():
+    with pytest.raises(UserError, match="pass rng"):
+        inception_score(logits())
     with pytest.raises(UserError, match="9 images for 10 splits"):
         inception_score(logits(9), rng=rng())
     with pytest.raises(UserError, match="finite"):

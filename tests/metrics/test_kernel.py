@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from robustok.metrics import kernel_distance
-from robustok.metrics.kernel import _row_sums
+from robustok.metrics.kernel import _sums
 from robustok.types import UserError
 
 
@@ -47,7 +47,11 @@ def test_unbiased_at_every_size_and_its_error_is_the_spread():
 
 def test_blocks_of_rows_do_not_matter():
     x, y = normal(23, 5, 0), normal(11, 5, 1)
-    assert torch.allclose(_row_sums(x, y, rows=4), _row_sums(x, y))
+    kernel = (x @ y.T / 5 + 1) ** 3
+    for rows in (4, 1024):
+        of_x, of_y = _sums(x, y, rows)
+        assert torch.allclose(of_x, kernel.sum(1))
+        assert torch.allclose(of_y, kernel.sum(0))
 
 
 def test_sets_that_cannot_be_compared():
@@ -55,3 +59,5 @@ def test_sets_that_cannot_be_compared():
         kernel_distance(normal(2, 4, 0), normal(9, 4, 1))
     with pytest.raises(UserError, match="expected"):
         kernel_distance(normal(9, 3, 0), normal(9, 4, 1))
+    with pytest.raises(UserError, match="not finite"):
+        kernel_distance(normal(9, 4, 0).log(), normal(9, 4, 1))

@@ -10,7 +10,8 @@ from robustok.metrics.codebook import (
     token_agreement,
     token_divergence,
 )
-from robustok.metrics.features import ClassifierExtractor, InceptionExtractor, InceptionFeatures, compute_features
+from robustok.metrics.dinov2 import DINOv2Extractor
+from robustok.metrics.features import ClassifierExtractor, compute_features
 from robustok.metrics.frechet import (
     Estimate,
     GaussianStatistics,
@@ -18,27 +19,49 @@ from robustok.metrics.frechet import (
     delete_half_error,
     frechet_bias,
     frechet_distance,
-    load_statistics,
+    frechet_distance_of_features,
     mean_and_standard_error,
-    save_statistics,
     small_sample_note,
 )
-from robustok.metrics.gap import LatentGap, latent_gap
+from robustok.metrics.gap import (
+    Figure,
+    LatentGap,
+    ReencodingGap,
+    TeacherForcing,
+    latent_gap,
+    prediction_scores,
+    reencoding_gap,
+    teacher_forcing,
+)
+from robustok.metrics.inception import InceptionExtractor, InceptionFeatures
 from robustok.metrics.inception_score import InceptionScore, inception_score
 from robustok.metrics.kernel import kernel_distance
 from robustok.metrics.manifold import PrecisionRecall, precision_recall
+from robustok.metrics.noise import NoiseCell, NoiseGrid, noise_frechet
+from robustok.metrics.perceptual import LPIPS
 from robustok.metrics.perturbed import (
     ExplicitGrid,
     PerturbedCell,
     PerturbedGrid,
     PerturbedSummary,
+    PublishedFastGrid,
     PublishedGrid,
     RelativeGrid,
     decoded_statistics,
-    perturbed_cells,
+    perturbed_frechet,
+    perturbed_protocol,
     summarise,
 )
 from robustok.metrics.pixels import psnr, ssim
+from robustok.metrics.reference import (
+    Reference,
+    cached_reference,
+    load_reference,
+    load_statistics,
+    save_reference,
+    save_statistics,
+)
+from robustok.metrics.small_samples import FrechetInfinity, frechet_error, frechet_infinity
 
 # What the names in metrics.jsonl mean.
 METRICS = {
@@ -52,29 +75,51 @@ METRICS = {
     "recall": "share of real images within the generated manifold, balls up to the 3rd neighbour",
     "psnr": "peak signal-to-noise ratio in dB, mean over images, data range 255",
     "ssim": "structural similarity, Gaussian window 11 of sigma 1.5, mean over channels and images",
+    "lpips_alex": "learned perceptual distance on AlexNet, mean over images",
+    "lpips_vgg": "learned perceptual distance on VGG-16, mean over images",
     "codebook_usage": "share of the codes that occur in the tokens of the evaluation set",
     "codebook_perplexity": "exp of the entropy of the code frequencies",
     "token_agreement": "share of tokens that stay the same when the decoded image is encoded again",
     "token_divergence": "Jensen-Shannon divergence of token frequencies, generated against encoded, in bits",
-    "latent_distance": "Frechet distance of the images' mean code vectors, generated against encoded",
+    "generated_usage": "share of the codes that generated images use, beside that of as many real ones",
+    "latent_distance": "Frechet distance of the images' mean latents, generated against encoded",
+    "latent_position_distance": "Frechet distance of the latents at each position, no covariances, mean over positions",
+    "latent_kernel_distance": "unbiased squared MMD of the images' mean latents, standardised, the kernel of KID",
+    "reencoded_displacement": "mean squared move of latents decoded and encoded again, 1 between two real images",
+    "reencoded_distance": "Frechet distance of the images' mean latents before and after encoding again",
+    "generator_accuracy": "share of real tokens that the generator finds most likely, given the real ones before",
+    "generator_cross_entropy": "mean of -ln p(real token) in nats, given the real ones before",
+    "generator_top_k": "share of real tokens among the generator's k most likely, given the real ones before",
+    "noise_fd": "Frechet distance of reconstructions from noised continuous latents, mean over noise levels; no pFID",
 }
 
 __all__ = [
+    "LPIPS",
     "METRICS",
     "ClassifierExtractor",
+    "DINOv2Extractor",
     "Estimate",
     "ExplicitGrid",
+    "Figure",
+    "FrechetInfinity",
     "GaussianStatistics",
     "InceptionExtractor",
     "InceptionFeatures",
     "InceptionScore",
     "LatentGap",
+    "NoiseCell",
+    "NoiseGrid",
     "PerturbedCell",
     "PerturbedGrid",
     "PerturbedSummary",
     "PrecisionRecall",
+    "PublishedFastGrid",
     "PublishedGrid",
+    "ReencodingGap",
+    "Reference",
     "RelativeGrid",
+    "TeacherForcing",
+    "cached_reference",
     "codebook_perplexity",
     "codebook_usage",
     "compute_features",
@@ -84,18 +129,28 @@ __all__ = [
     "delete_half_error",
     "frechet_bias",
     "frechet_distance",
+    "frechet_distance_of_features",
+    "frechet_error",
+    "frechet_infinity",
     "inception_score",
     "kernel_distance",
     "latent_gap",
+    "load_reference",
     "load_statistics",
     "mean_and_standard_error",
-    "perturbed_cells",
+    "noise_frechet",
+    "perturbed_frechet",
+    "perturbed_protocol",
     "precision_recall",
+    "prediction_scores",
     "psnr",
+    "reencoding_gap",
+    "save_reference",
     "save_statistics",
     "small_sample_note",
     "ssim",
     "summarise",
+    "teacher_forcing",
     "token_agreement",
     "token_divergence",
 ]

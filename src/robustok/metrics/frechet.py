@@ -1,4 +1,4 @@
-"""Frechet distance between Gaussians fitted to two sets of features, from additive statistics in float64.
+"""Frechet distance between Gaussians fitted to two sets of features, from mergeable statistics in float64.
 
 d(a, b) = |mu_a - mu_b|^2 + tr S_a + tr S_b - 2 tr (S_a S_b)^(1/2), covariances S divided by N - 1.
 With Inception features it is FID; with others it carries their name.
@@ -7,8 +7,6 @@ With Inception features it is FID; with others it carries their name.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -16,20 +14,26 @@ from torch import Tensor
 
 from robustok.types import UserError
 
+# Rows turned into float64 at a time, so that 50,000 features take no second copy of twice their size.
+ROWS = 4096
+
 
 class GaussianStatistics:
-    """Count, sum and sum of outer products of features: enough for their mean and covariance, and additive over sets.
+    """Count, mean and scatter of features: all that a Frechet distance needs of a set, and mergeable over sets.
+
+    Features are centred as they arrive (Chan, Golub and LeVeque 1983). Sums of raw squares would lose the variance of
+    features far from zero, and give a variance to constant ones.
 
     Attributes:
-        count: N, features seen.
-        sum: (F,) float64.
-        outer: (F, F) float64, the sum of x x^T.
+        count: N, features seen; None where only the moments are known, as in files that do not say.
+        mean: (F,) float64, zeros before the first feature.
+        scatter: (F, F) float64, the sum of (x - mean) (x - mean)^T.
     """
 
     def __init__(self, dim: int, device: torch.device | str = "cpu"):
-        self.count = 0
-        self.sum = torch.zeros(dim, dtype=torch.float64, device=device)
-        self.outer = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+        self.count: int | None = 0
+        self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
+        self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
 
     @classmethod
     def of(cls, features: Tensor) -> "GaussianStatistics":
@@ -38,43 +42,55 @@ class GaussianStatistics:
         statistics.update(features)
         return statistics
 
+    @classmethod
+    def from_moments(cls, mean: Tensor, covariance: Tensor, count: int | None) -> "GaussianStatistics":
+        """Statistics of a known mean (F,) and unbiased covariance (F, F), of ``count`` features or of nobody knows."""
+        statistics = cls(len(mean), mean.device)
+        statistics.count, statistics.mean = count, mean.double().clone()
+        statistics.scatter = covariance.double() * (1 if count is None else count - 1)
+        return statistics
+
     def update(self, features: Tensor) -> None:
         """Add features (n, F) of any floating type, in place.
 
         Raises:
-            UserError: another F, or features that are not finite.
+            UserError: another F, features that are not finite in float32, or moments of an unknown count.
         """
-        if features.ndim != 2 or features.shape[1] != self.dim:
-            raise UserError(
-                f"got features {tuple(features.shape)}, expected (N, {self.dim}); use one extractor for both sets"
-            )
-        if not torch.isfinite(features).all():
-            broken = (~torch.isfinite(features)).any(dim=1).sum().item()
-            raise UserError(f"{broken} of {len(features)} features are not finite; look for broken images or weights")
-        features = features.detach().to(self.sum)
-        self.count += len(features)
-        self.sum += features.sum(dim=0)
-        self.outer += features.T @ features
+        self._need(0)
+        check_features(features, self.dim)
+        for block in features.detach().split(ROWS) if len(features) else ():
+            centred = block.to(self.mean)
+            mean = centred.mean(dim=0)
+            centred = centred - mean
+            self.scatter.addmm_(centred.T, centred)
+            self._shift(len(block), mean)
 
     def merge(self, other: "GaussianStatistics") -> "GaussianStatistics":
-        """The statistics of both sets together, as new statistics."""
+        """The statistics of both sets together, as new statistics.
+
+        Raises:
+            UserError: features of different length, or moments of an unknown count.
+        """
         _same_space(self, other)
-        return GaussianStatistics.from_tensor(self.as_tensor() + other.as_tensor().to(self.sum.device))
+        self._need(0)
+        other._need(0)
+        merged = GaussianStatistics(self.dim, self.mean.device)
+        merged.count, merged.mean = self.count, self.mean.clone()
+        merged.scatter = self.scatter + other.scatter.to(self.scatter.device)
+        if other.count:
+            merged._shift(other.count, other.mean.to(self.mean.device))
+        return merged
+
+    def _shift(self, count: int, mean: Tensor) -> None:
+        """Make room for ``count`` features whose scatter about their own ``mean`` has been added already."""
+        total, shift = self.count + count, mean - self.mean
+        self.scatter.addr_(shift, shift, alpha=self.count * count / total)
+        self.mean, self.count = self.mean + shift * (count / total), total
 
     @property
     def dim(self) -> int:
         """F."""
-        return len(self.sum)
-
-    @property
-    def mean(self) -> Tensor:
-        """(F,) float64.
-
-        Raises:
-            UserError: no features were seen.
-        """
-        self._need(1)
-        return self.sum / self.count
+        return len(self.mean)
 
     @property
     def covariance(self) -> Tensor:
@@ -83,45 +99,83 @@ class GaussianStatistics:
         Raises:
             UserError: fewer than two features were seen.
         """
+        if self.count is None:
+            return self.scatter
         self._need(2)
-        return (self.outer - torch.outer(self.sum, self.sum) / self.count) / (self.count - 1)
+        return self.scatter / (self.count - 1)
 
     def as_tensor(self) -> Tensor:
-        """All of it as one vector (1 + F + F^2,) float64; these vectors add up over batches and processes."""
-        return torch.cat([self.sum.new_tensor([self.count]), self.sum, self.outer.flatten()])
+        """Count, sum of x and sum of x x^T as one vector (1 + F + F^2,) float64, which adds up over processes.
+
+        Raises:
+            UserError: moments of an unknown count.
+        """
+        self._need(0)
+        outer = self.scatter.addr(self.mean, self.mean, alpha=self.count)
+        return torch.cat([self.mean.new_tensor([self.count]), self.count * self.mean, outer.flatten()])
 
     @classmethod
     def from_tensor(cls, tensor: Tensor) -> "GaussianStatistics":
         """Undo :meth:`as_tensor`."""
-        statistics = cls((math.isqrt(4 * len(tensor) - 3) - 1) // 2, tensor.device)
+        dim = (math.isqrt(4 * len(tensor) - 3) - 1) // 2
+        statistics = cls(dim, tensor.device)
         statistics.count = round(tensor[0].item())
-        statistics.sum = tensor[1 : 1 + statistics.dim].clone()
-        statistics.outer = tensor[1 + statistics.dim :].view(statistics.dim, statistics.dim).clone()
+        if statistics.count:
+            statistics.mean = tensor[1 : 1 + dim].double() / statistics.count
+            outer = tensor[1 + dim :].double().view(dim, dim)
+            statistics.scatter = outer.addr(statistics.mean, statistics.mean, alpha=-statistics.count)
         return statistics
 
     def _need(self, count: int) -> None:
+        if self.count is None:
+            raise UserError("these statistics do not say how many images they stand for; pass count=NUMBER with them")
         if self.count < count:
             raise UserError(f"got features of {self.count} images, need at least {count}; evaluate more images")
 
 
 def covariance_factor(statistics: GaussianStatistics) -> Tensor:
-    """A (F, r) float64 with A A^T the covariance, of rank r: what :func:`frechet_distance` can keep of a reference."""
-    values, vectors = torch.linalg.eigh(statistics.covariance)
+    """A (F, r) float64 with A A^T the covariance, of rank r: what :func:`frechet_distance` can keep of a reference.
+
+    By Cholesky, and where the covariance is singular or nearly so by its eigenvectors, in which noise can be left out.
+    Large directions come first: eigenvalue solvers then find small eigenvalues of A^T S A as exactly as large ones.
+    """
+    covariance = statistics.covariance
+    order = covariance.diagonal().argsort(descending=True)
+    noise = len(covariance) * torch.finfo(torch.float64).eps
+    lower, failed = torch.linalg.cholesky_ex(covariance[order][:, order])
+    if not failed and lower.diagonal().square().min() > noise * covariance.diagonal().max():
+        factor = torch.empty_like(lower)
+        factor[order] = lower
+        return factor
+    values, vectors = _eigenvectors(covariance)
     # Directions without variance hold rounding errors of either sign, whose square roots would not be small.
-    kept = values > values[-1].clamp(min=0) * len(values) * torch.finfo(torch.float64).eps
-    return vectors[:, kept] * values[kept].sqrt()
+    kept = values > values[-1].clamp(min=0) * noise
+    return (vectors[:, kept] * values[kept].sqrt()).flip(1)
+
+
+def factor_of_features(features: Tensor) -> Tensor:
+    """A (F, N) float64 with A A^T the covariance of features (N, F): the centred features, no eigenvectors needed.
+
+    Smaller than :func:`covariance_factor` for fewer images than features.
+
+    Raises:
+        UserError: fewer than two images.
+    """
+    if len(features) < 2:
+        raise UserError(f"got features of {len(features)} images, need at least 2; evaluate more images")
+    return (features.double() - features.mean(dim=0, dtype=torch.float64)).T / math.sqrt(len(features) - 1)
 
 
 def frechet_distance(a: GaussianStatistics, b: GaussianStatistics, factor: Tensor | None = None) -> float:
     """Squared Frechet (2-Wasserstein) distance between the Gaussians of two sets; what the field calls FID.
 
     tr (S_a S_b)^(1/2) is the sum of the square roots of the eigenvalues of A^T S_a A with S_b = A A^T: symmetric, so
-    never complex, and exact enough for fewer images than features, where ``scipy.linalg.sqrtm`` is not.
+    never complex, and exact enough for singular covariances, where ``scipy.linalg.sqrtm`` is not.
 
     Args:
         a: the set to judge.
         b: the reference.
-        factor: :func:`covariance_factor` of ``b``, kept from an earlier call.
+        factor: :func:`covariance_factor` of ``b``, kept from an earlier call; two thirds of the time.
 
     Returns:
         The distance, at least 0.
@@ -130,12 +184,38 @@ def frechet_distance(a: GaussianStatistics, b: GaussianStatistics, factor: Tenso
         UserError: features of different length, or fewer than two images on either side.
     """
     _same_space(a, b)
-    device = a.sum.device
+    device = a.mean.device
     covariance, reference = a.covariance, b.covariance.to(device)
     factor = (covariance_factor(b) if factor is None else factor).to(device)
-    root = torch.linalg.eigvalsh(factor.T @ covariance @ factor).clamp(min=0).sqrt().sum()
+    values = _eigenvalues(factor.T @ covariance @ factor)
+    if a.count is not None:
+        values = values[-(a.count - 1) :]  # N images span N - 1 directions; in the others there is only rounding
+    root = values.clamp(min=0).sqrt().sum()
     shift = (a.mean - b.mean.to(device)).square().sum()
     return max(0.0, (shift + covariance.trace() + reference.trace() - 2 * root).item())
+
+
+def frechet_distance_of_features(features: Tensor, reference: Tensor) -> float:
+    """:func:`frechet_distance` of two sets whose features are at hand: exact for few images too.
+
+    Where both sets have fewer images than features, tr (S_a S_b)^(1/2) is the sum of the singular values of X Y^T
+    (N, M), with the centred features in the rows of X and Y: no square root of a rounding error, and less work.
+
+    Args:
+        features: (N, F) of the set to judge.
+        reference: (M, F) of the reference.
+
+    Raises:
+        UserError: features of different length or not finite, or fewer than two images on either side.
+    """
+    for checked in (features, reference):
+        check_features(checked, reference.shape[-1])
+    if max(len(features), len(reference)) >= features.shape[1]:
+        return frechet_distance(GaussianStatistics.of(features), GaussianStatistics.of(reference))
+    x, y = factor_of_features(features), factor_of_features(reference.to(features.device))  # (F, N), (F, M)
+    root = torch.linalg.svdvals(x.T @ y).sum()
+    shift = features.mean(dim=0, dtype=torch.float64) - reference.to(features.device).mean(dim=0, dtype=torch.float64)
+    return max(0.0, (shift.square().sum() + x.square().sum() + y.square().sum() - 2 * root).item())
 
 
 def frechet_bias(statistics: GaussianStatistics) -> float:
@@ -143,8 +223,12 @@ def frechet_bias(statistics: GaussianStatistics) -> float:
 
     c = 5/4 tr S + 1/2 sum_ij l_i l_j / (l_i + l_j) with the eigenvalues l of S. Good for N well above F.
     A reference of M images adds c/M of its own.
+
+    Raises:
+        UserError: fewer than two images, or nobody knows how many.
     """
-    values = torch.linalg.eigvalsh(statistics.covariance).clamp(min=0)
+    statistics._need(2)
+    values = _eigenvalues(statistics.covariance).clamp(min=0)
     sums = values[:, None] + values[None, :]
     pairs = torch.where(sums > 0, values[:, None] * values[None, :] / sums, 0.0).sum()
     return ((1.25 * values.sum() + 0.5 * pairs) / statistics.count).item()
@@ -167,44 +251,6 @@ def small_sample_note(samples: int, bias: float, dim: int, paired: bool = False)
     if samples < dim:
         note += f"; fewer samples than the {dim} features, so that c/N itself is rough"
     return note + "; compare only with values of as many samples"
-
-
-def save_statistics(statistics: GaussianStatistics, path: str | Path, name: str) -> None:
-    """Write ``mu`` and ``sigma`` (ADM's keys), ``count`` and the extractor's ``name`` as one .npz file."""
-    arrays = {"mu": statistics.mean.cpu().numpy(), "sigma": statistics.covariance.cpu().numpy()}
-    with Path(path).open("wb") as file:  # given a path, numpy would add a suffix of its own
-        np.savez(file, **arrays, count=np.int64(statistics.count), name=np.str_(name))
-
-
-def load_statistics(path: str | Path, name: str | None = None, count: int | None = None) -> GaussianStatistics:
-    """Read what :func:`save_statistics` wrote, or a reference file of ADM.
-
-    Args:
-        path: .npz file with ``mu`` (F,) and ``sigma`` (F, F).
-        name: extractor in use; a file that names another one is refused.
-        count: images behind a file that does not say, as ADM's do not (1,281,167 for all of ImageNet's training set).
-
-    Raises:
-        UserError: unreadable, keys missing, features of another extractor, or the count is not known.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in ("mu", "sigma", "count", "name") if key in file.files}
-        mean, covariance = (torch.from_numpy(arrays[key].astype(np.float64)) for key in ("mu", "sigma"))
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, BadZipFile) as error:
-        raise UserError(f"{path} holds no statistics ({error}); give an .npz file with the keys mu and sigma") from None
-    found = str(arrays.get("name", name))
-    if name is not None and found != name:
-        raise UserError(f"{path} holds statistics of {found} features, expected {name}; compute them again")
-    count = int(arrays["count"]) if "count" in arrays else count
-    if count is None:
-        raise UserError(f"{path} does not say how many images it stands for; pass count=NUMBER")
-    if covariance.shape != (len(mean), len(mean)):
-        raise UserError(f"{path}: sigma is {tuple(covariance.shape)}, expected {(len(mean), len(mean))} to go with mu")
-    statistics = GaussianStatistics(len(mean))
-    statistics.count, statistics.sum = count, count * mean
-    statistics.outer = (count - 1) * covariance + count * torch.outer(mean, mean)
-    return statistics
 
 
 @dataclass(frozen=True)
@@ -234,12 +280,13 @@ def mean_and_standard_error(values: Sequence[float]) -> Estimate:
 
 
 def delete_half_error(
-    features: Tensor, metric: Callable[[Tensor], float], rng: torch.Generator, repeats: int = 20
+    features: Tensor, metric: Callable[[Tensor], float], rng: torch.Generator, repeats: int = 10
 ) -> Estimate:
     """A metric on one set of features and its standard error from random halves drawn *without* replacement.
 
     The delete-d jackknife with d = N/2: the spread of the metric over halves estimates its spread over whole sets.
-    Drawing with replacement would double images and shift a Frechet distance by as much as its own size.
+    Drawing with replacement would double images and shift a Frechet distance by as much as its own size. With ten
+    halves the error itself is known to a quarter.
 
     Args:
         features: (N, F).
@@ -248,12 +295,46 @@ def delete_half_error(
         repeats: number of halves, at least 2.
 
     Raises:
-        UserError: fewer than four features.
+        UserError: fewer than four features, or fewer than two halves.
     """
     if len(features) < 4:
         raise UserError(f"got {len(features)} features, need at least 4 for the error of a half; evaluate more images")
+    if repeats < 2:
+        raise UserError(f"got repeats={repeats}, a standard error takes at least 2 halves; give a larger number")
     halves = [torch.randperm(len(features), generator=rng)[: len(features) // 2] for _ in range(repeats)]
-    return Estimate(metric(features), float(np.std([metric(features[half]) for half in halves], ddof=1)))
+    values = [metric(features[half.to(features.device)]) for half in halves]
+    return Estimate(metric(features), float(np.std(values, ddof=1)))
+
+
+def check_features(features: Tensor, dim: int) -> None:
+    """Refuse features of another length than ``dim`` or with values that are not finite in float32.
+
+    Raises:
+        UserError: such features.
+    """
+    if features.ndim != 2 or features.shape[1] != dim:
+        raise UserError(f"got features {tuple(features.shape)}, expected (N, {dim}); use one extractor for both sets")
+    finite = torch.isfinite(features.float())  # squares of what float32 does not hold would overflow float64
+    if not finite.all():
+        broken = (~finite).any(dim=1).sum().item()
+        raise UserError(f"{broken} of {len(features)} features are not finite; look for broken images or weights")
+
+
+def _eigenvalues(covariance: Tensor) -> Tensor:
+    """Of a symmetric positive semidefinite matrix, the largest last."""
+    try:
+        return torch.linalg.eigvalsh(covariance)
+    except torch.linalg.LinAlgError:  # the solver may give up on many equal eigenvalues; this slower one does not
+        return torch.linalg.svdvals(covariance).flip(0)
+
+
+def _eigenvectors(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, the largest last, and eigenvectors in the columns."""
+    try:
+        return torch.linalg.eigh(covariance)
+    except torch.linalg.LinAlgError:
+        vectors, values, _ = torch.linalg.svd(covariance)
+        return values.flip(0), vectors.flip(1)
 
 
 def _same_space(a: GaussianStatistics, b: GaussianStatistics) -> None:

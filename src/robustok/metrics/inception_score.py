@@ -25,7 +25,9 @@ class InceptionScore:
     splits: int
 
 
-def inception_score(logits: Tensor, splits: int = 10, *, rng: torch.Generator) -> InceptionScore:
+def inception_score(
+    logits: Tensor, splits: int = 10, *, rng: torch.Generator | None = None, shuffle: bool = True
+) -> InceptionScore:
     """The exp of the mean KL divergence of p(class | image) from p(class), over splits of the shuffled images.
 
     Salimans et al. 2016. The score's fame rests on the Inception logits without their bias. Shuffled first, so that
@@ -35,16 +37,20 @@ def inception_score(logits: Tensor, splits: int = 10, *, rng: torch.Generator) -
         logits: (N, classes).
         splits: number of splits, at most N.
         rng: shuffles the images.
+        shuffle: False splits the images as they come, which is ADM's evaluator where a split holds 5,000 images.
 
     Raises:
-        UserError: logits of another shape or not finite, or fewer images than splits.
+        UserError: logits of another shape or not finite, fewer images than splits, or nothing to shuffle with.
     """
     if logits.ndim != 2 or not torch.isfinite(logits).all():
         raise UserError(f"got logits {tuple(logits.shape)}, expected finite ones (N, classes); look for broken images")
     if not 1 <= splits <= len(logits):
         raise UserError(f"got {len(logits)} images for {splits} splits, expected at least one in each; use more images")
-    shuffled = logits[torch.randperm(len(logits), generator=rng).to(logits.device)].double()
-    log_p = shuffled.log_softmax(dim=1)  # (N, classes)
+    if shuffle:
+        if rng is None:
+            raise UserError("the Inception Score shuffles its images; pass rng, or shuffle=False for ADM's way")
+        logits = logits[torch.randperm(len(logits), generator=rng).to(logits.device)]
+    log_p = logits.double().log_softmax(dim=1)  # (N, classes)
     bounds = [i * len(logits) // splits for i in range(splits + 1)]
     scores = torch.stack([_score(log_p[a:b]) for a, b in pairwise(bounds)])  # (splits,)
     return InceptionScore(scores.mean().item(), scores.std(correction=0).item(), splits)

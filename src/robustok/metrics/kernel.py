@@ -26,7 +26,7 @@ def kernel_distance(features: Tensor, reference: Tensor) -> Estimate:
         reference: (M, F), M >= 3.
 
     Raises:
-        UserError: features of different length, or fewer than three images.
+        UserError: features of different length or not finite, or fewer than three images.
     """
     if features.shape[1:] != reference.shape[1:] or features.ndim != 2:
         shapes = f"{tuple(features.shape)} and {tuple(reference.shape)}"
@@ -36,9 +36,11 @@ def kernel_distance(features: Tensor, reference: Tensor) -> Estimate:
         raise UserError(
             f"got features of {min(n, m)} images, need at least 3 for a kernel distance; evaluate more images"
         )
+    if not (torch.isfinite(features).all() and torch.isfinite(reference).all()):
+        raise UserError("got features that are not finite; look for broken images or weights")
     x, y = features.double(), reference.double()
-    xx, yy = _row_sums(x, x) - _own(x), _row_sums(y, y) - _own(y)  # (N,), (M,)
-    xy, yx = _row_sums(x, y), _row_sums(y, x)  # (N,), (M,)
+    xx, yy = _sums(x, x)[0] - _own(x), _sums(y, y)[0] - _own(y)  # (N,), (M,)
+    xy, yx = _sums(x, y)  # (N,), (M,)
     within_x, within_y, across = xx.sum(), yy.sum(), xy.sum()
     value = within_x / (n * (n - 1)) + within_y / (m * (m - 1)) - 2 * across / (n * m)
     # Without image i the sums lose its row and its column.
@@ -48,9 +50,14 @@ def kernel_distance(features: Tensor, reference: Tensor) -> Estimate:
     return Estimate(value.item(), math.sqrt(variance.item()))
 
 
-def _row_sums(x: Tensor, y: Tensor, rows: int = 1024) -> Tensor:
-    """sum_j k(x_i, y_j) for every i, a block of rows at a time: the whole matrix of 50,000 images would take 20 GB."""
-    return torch.cat([((block @ y.T) / x.shape[1] + 1).pow(3).sum(dim=1) for block in x.split(rows)])
+def _sums(x: Tensor, y: Tensor, rows: int = 1024) -> tuple[Tensor, Tensor]:
+    """The row sums (N,) and column sums (M,) of k(x_i, y_j), a block of rows at a time: the whole would take 20 GB."""
+    rows_of_x, columns = [], torch.zeros_like(y[:, 0])
+    for block in x.split(rows):
+        kernel = ((block @ y.T) / x.shape[1] + 1).pow(3)  # (n, M)
+        rows_of_x.append(kernel.sum(dim=1))
+        columns += kernel.sum(dim=0)
+    return torch.cat(rows_of_x), columns
 
 
 def _own(x: Tensor) -> Tensor:
