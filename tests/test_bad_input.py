@@ -233,7 +233,7 @@ def test_weights_of_another_shape(refused, story, tmp_path):
     [
         (lambda h: h.pop("config"), "lacks the settings"),
         (lambda h: h.pop("latent_shape"), "lacks latent_shape"),
-        (lambda h: h["config"].update(name="gpt"), "'gpt'"),
+        (lambda h: h["config"].update(name="vae"), "'vae'"),
         (lambda h: h["config"].update(widht=3), "'widht'"),
     ],
 )

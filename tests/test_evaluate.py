@@ -69,6 +69,14 @@ def test_rfid_and_psnr_by_hand(tmp_path, tokenizer, classifier):
     assert found["codebook_usage"].value == pytest.approx(len(tokens.unique()) / 32)
 
 
+def test_halves_of_pairs_give_rfid_a_standard_error(tmp_path, tokenizer, classifier):
+    words = (f"tokenizer={tokenizer}", "metrics=[rfid]")
+    (bare,), (told,) = (evaluate(run(tmp_path, classifier, *words, f"halves={n}")) for n in (0, 20))
+    assert told.value == bare.value
+    assert bare.standard_error is None
+    assert 0 < told.standard_error < told.value  # unpaired halves of 50 images would differ by more than the distance
+
+
 def test_counts_and_independence_of_the_batch_size(tmp_path, tokenizer, classifier):
     words = (
         f"tokenizer={tokenizer}",
@@ -146,7 +154,16 @@ def test_the_gap_of_latents(tmp_path, tokenizer, samples, classifier):
 def test_the_gap_needs_no_feature_space(tmp_path, tokenizer, samples):
     words = (f"latents=[{samples[0]}]", f"decoders={{d: {tokenizer}}}", "metrics=[gap]")
     found = evaluate(load(EvaluateRun, None, (f"out={tmp_path}", *tiny.DATA, *words)))
-    assert {m.metric for m in found} == {"latent_distance", "token_divergence", "generated_usage"}
+    figures = {"latent_distance", "latent_position_distance", "latent_kernel_distance"}
+    figures |= {
+        "token_divergence",
+        "generated_usage",
+        "token_agreement",
+        "reencoded_displacement",
+        "reencoded_distance",
+    }
+    assert {m.metric for m in found} == figures
+    assert all("baseline" in m.details for m in found)
 
 
 @torch.no_grad()
@@ -184,6 +201,8 @@ def test_every_line_carries_its_protocol(tmp_path, tokenizer, classifier):
     found = evaluate(run(tmp_path, classifier, *words))
     evaluate(run(tmp_path, classifier, *words))  # appended, not replaced
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for line in (*lines, *(m.details for m in found)):
+        line.pop("seconds", None)  # wall time of pFID
     assert lines == [json.loads(json.dumps(m.line())) for m in found] * 2
     for line in lines:
         assert {"metric", "value", "standard_error", "samples", "seed", "extractor", "reference"} <= line.keys()

@@ -94,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 2 an error that the user can fix, 1 an error of ours.
     """
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    words = ["allow_fewer=true" if word == "--allow-fewer" else word for word in words]  # reads better as an option
     with warnings.catch_warnings():
         warnings.showwarning = _note
         try:
@@ -188,10 +189,10 @@ def _table(lines: list[dict[str, Any]]) -> str:
     from rich.console import Console
     from rich.table import Table
 
-    lines = [line for line in lines if line["metric"] != "pfid"] or lines
+    lines = [line for line in lines if line["metric"].partition("@")[0] not in ("pfid", "noise_fd_cell")] or lines
     facts = [
         key
-        for key in ("seed", "tokenizer", "decoder", "versus", "sigma", "rate", "strength")
+        for key in ("seed", "tokenizer", "images", "decoder", "versus", "sigma", "rate", "strength")
         if len({str(line.get(key)) for line in lines}) > 1
     ]
     table = Table(box=None, pad_edge=False)

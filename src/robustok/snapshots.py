@@ -68,8 +68,7 @@ def read_snapshot(path: str | Path, kind: str) -> Snapshot:
     Raises:
         UserError: there is none, it is incomplete, damaged or of another kind.
     """
-    folder = resolve(path)
-    header = read_yaml(folder / "config.yaml")
+    folder, header = resolve(path), read_header(path)
     if header.get("kind") != kind:
         raise UserError(
             f"{folder} is a snapshot of a {header.get('kind', 'model of unknown kind')}, expected a {kind}; "
@@ -78,6 +77,15 @@ def read_snapshot(path: str | Path, kind: str) -> Snapshot:
     if not isinstance(header.get("config"), dict):
         raise UserError(f"{folder}/config.yaml lacks the settings of the {kind} under 'config'; copy or train it again")
     return Snapshot(folder, header, read_weights(folder / "model.safetensors"))
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """The config.yaml of a snapshot, without its weights.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    return read_yaml(resolve(path) / "config.yaml")
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
