@@ -182,6 +182,22 @@ def test_inception_features_are_called_fid(tmp_path):
     assert "cannot be compared" not in text
 
 
+def test_fewer_images_than_published_stay_with_the_name(tmp_path):
+    inception = {"extractor": "inception-2048-6726825d"}
+    lines = [line("gfid@2000", 21.5, images="mine", **inception), line("gfid", 3.5, images="theirs", **inception)]
+    lines += [line("pfid@100", 9.0, rate=0.5, strength=2, **inception)]
+    lines += [line("pfid_mean@100", 9.0, **inception), line("noise_fd_cell", 1.0), line("noise_fd", 4.25)]
+    write_lines(tmp_path / "metrics.jsonl", lines)
+    page = Page(render(collect(tmp_path)))
+    head = next(row for row in page.rows if any("gFID@2000" in cell for cell in row))
+    assert any("gFID" in cell and "@" not in cell for cell in head)
+    assert any("pFID@100" in cell for cell in head)
+    assert "21.5" in " ".join(page.row("mine"))
+    assert "3.5" not in " ".join(page.row("mine"))
+    assert "4.25" in page.text
+    assert "1.00" not in page.text.split("Protocol")[0]  # one level of the noise alone
+
+
 def test_broken_lines_and_files_are_noted(demo):
     (demo / "pictures" / "broken.npz").write_bytes(b"PK half")
     np.savez(demo / "pictures" / "floats.npz", images=np.zeros((1, 2, 4, 4, 3)))
@@ -369,6 +385,76 @@ def test_latents_have_their_table_and_paragraph(tmp_path):
     codes, perplexity = ["Codes used by real images", "Codes used by generated images"], "Codebook perplexity"
     assert heads[-1] == [codes[0], perplexity, codes[1], "Token divergence (bits)", "Latent distance"]
     assert "Generated latents" not in summary(tmp_path, paired_lines())
+
+
+def gap_lines(bits=0.02, distance=3.5, kernel=0.012, used=0.6, **more):
+    facts = {"tokenizer": "perturbed" + EVIL, "samples": 2000, "extractor": None} | more
+    return [
+        line("gfid", 7.0, tokenizer="perturbed" + EVIL),
+        line("generated_usage", used, baseline=0.9, **facts),
+        line("token_divergence", bits, baseline=0.005, **facts),
+        line("latent_distance", distance, baseline=0.7, **facts),
+        line("latent_kernel_distance", kernel, baseline=0.0, **facts | {"standard_error": 0.002}),
+        line("token_agreement", 0.8, baseline=0.93, **facts),
+        line("generator_accuracy", 0.12, baseline=0.03, **facts),
+    ]
+
+
+def test_the_gap_is_told_beside_its_floors(tmp_path):
+    text = summary(tmp_path, gap_lines())
+    assert (
+        f"With the perturbed{EVIL} tokenizer, generated images use fewer codes than the same number of real ones, "
+        "60.0 % (2,000 images) against 90.0 %; token frequencies are 0.0200 bits apart, 4.0 times as far as two sets "
+        "of real images (0.00500); mean latents are a Fréchet distance of 3.500 apart, 5.0 times as far as two sets of "
+        "real images (0.700); the kernel distance of mean latents is 0.0120 (6.0 standard errors); decoded and encoded "
+        "again, 80.0 % of the generated tokens come back, of those of real images 93.0 %; given the real tokens before "
+        "it, the generator finds 12.0 % of the real tokens, token frequencies alone 3.00 %. By the token frequencies, "
+        "the mean latents and the kernel distance, the decoder is given other latents than those of real images: at "
+        "least twice" in text
+    )
+    assert EVIL not in render(collect(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "never"),
+    [
+        ({"bits": 0.004, "distance": 0.8, "kernel": 0.001}, "generated latents cannot be told from real", "is given"),
+        ({"bits": 0.004, "distance": 0.8, "kernel": -0.012}, "generated latents cannot be told from real", "is given"),
+        ({"bits": 0.004, "distance": 1.5, "kernel": 0.001}, "By the mean latents, the decoder is given", "be told"),
+        (
+            {"bits": 0.004},
+            "0.00400 bits apart, no further than two sets of real images (0.00500)",
+            "token frequencies,",
+        ),
+        ({"used": 0.9}, "use as many codes as the same number of real ones, 90.0 %", "fewer"),
+        ({"used": 0.95}, "use more codes than the same number of real ones, 95.0 %", "fewer"),
+    ],
+)
+def test_the_words_of_the_gap_follow_the_figures(tmp_path, change, words, never):
+    text = summary(tmp_path, gap_lines(**change))
+    gap = text[text.index("Generated latents against") :]
+    assert words in gap
+    assert never not in gap
+
+
+def test_floors_are_averaged_over_seeds_and_are_no_other_measurement(tmp_path):
+    lines = [line("latent_distance", 2.0 + s, baseline=1.0 + s, seed=s, tokenizer="a") for s in (0, 1)]
+    text = summary(tmp_path, [line("latent_distance", 9.0, baseline=8.0, seed=0, tokenizer="a"), *lines])
+    assert "a Fréchet distance of 2.500 apart, 1.7 times as far as two sets of real images (1.50)" in text
+    assert "1 measurements were made again" in collect(tmp_path).notes[0]
+
+
+def test_continuous_latents_have_a_gap_without_tokens(tmp_path):
+    facts = {"tokenizer": "kl", "extractor": None}
+    lines = [
+        line("latent_position_distance", 4.0, baseline=1.0, **facts),
+        line("reencoded_displacement", 0.2, baseline=0.1, **facts),
+    ]
+    text = summary(tmp_path, lines)
+    assert "latents at the same position are 4.000 apart, 4.0 times as far as two sets of real images (1.00)" in text
+    assert "generated latents move by 20.0 % of the mean squared distance between two real images, those of " in text
+    assert "By the latents at each position, the decoder is given" in text
+    assert "codes" not in text[text.index("Generated latents against") :]
 
 
 def test_held_out_values_are_a_curve_of_their_own(tmp_path):

@@ -14,7 +14,11 @@ import numpy as np
 
 from robustok.types import UserError
 
-SETTINGS = ("sigma", "guidance_scale", "guidance_power", "temperature", "top_k", "top_p", "mode", "steps")
+SETTINGS = (
+    *("sigma", "strategy", "mode", "steps", "guidance_scale", "guidance_power", "guidance_from", "guidance_until"),
+    *("temperature", "top_k", "top_p", "sampler"),
+)
+CELLS = {"pfid_mean": "pfid"}  # a mean stands in the table under the name of its cells
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,8 @@ class Result:
 
     Attributes:
         group: folder of the file, relative to the reported one ("" if the same), without the folder of its seed.
+        metric: its name without the number of images.
+        fewer: that number as "@2000", where fewer images were judged than published values stand on; else "".
         value: the number; NaN where the line has none.
         standard_error: NaN where the line has none.
         record: the whole line as it was written.
@@ -30,6 +36,7 @@ class Result:
 
     group: str
     metric: str
+    fewer: str
     value: float
     standard_error: float
     samples: int | None
@@ -204,14 +211,16 @@ def _result(line: dict[str, Any], group: str, name: str, notes: list[str]) -> Re
         return None
     text = {key: "" if line.get(key) is None else str(line[key]) for key in ("extractor", "reference", "tokenizer")}
     samples = number(line.get("samples"))
+    metric, at, count = line["metric"].partition("@")
     return Result(
         group=group,
-        metric={"pfid_mean": "pfid"}.get(line["metric"], line["metric"]),
+        metric=CELLS.get(metric, metric),
+        fewer=at + count,
         value=number(line.get("value")),
         standard_error=number(line.get("standard_error")),
         samples=int(samples) if math.isfinite(samples) else None,
         seed=line.get("seed") if isinstance(line.get("seed"), int | str) else None,
-        decoder=str(line.get("decoder") or "original"),
+        decoder=str(line.get("decoder") or line.get("images") or "original"),
         rate=number(line.get("rate")),
         strength=number(line.get("strength")),
         record=line,
@@ -223,7 +232,8 @@ def _latest(results: list[Result], notes: list[str]) -> tuple[Result, ...]:
     """Keep the last of the lines that differ in nothing but their numbers: a measurement that was repeated."""
     latest = {}
     for result in results:
-        same = {k: v for k, v in result.record.items() if k not in ("value", "standard_error", "versions", "seconds")}
+        numbers = ("value", "standard_error", "baseline", "versions", "seconds")
+        same = {key: value for key, value in result.record.items() if key not in numbers}
         latest[result.group, json.dumps(same, sort_keys=True)] = result
     if len(latest) < len(results):
         notes.append(f"{len(results) - len(latest)} measurements were made again later; the last one of each counts.")

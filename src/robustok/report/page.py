@@ -21,7 +21,7 @@ from robustok.types import UserError
 
 PIXELS = 2_000_000  # of all pictures together: keeps the page at a few MB
 HIGHER = {"psnr", "ssim", "inception_score", "precision", "recall", "codebook_usage", "codebook_perplexity", "accuracy"}
-LOWER = {*DISTANCES, "lpips", "l1", "l2", "mse", "token_divergence", "latent_distance"}
+LOWER = {*DISTANCES, "lpips_alex", "lpips_vgg", "token_divergence", "latent_distance"}
 NOTHING = Estimate(math.nan, math.nan)
 
 e = html.escape

@@ -13,8 +13,11 @@ from robustok.report.collect import SETTINGS, Result, natural, number
 # Tokenizers, decoders and metrics in the order of the story.
 STORY = (
     *("plain", "perturbed", "original", "post_trained", "control"),
-    *("rfid", "pfid", "pfid_geometric_mean", "gfid", "kid", "psnr", "ssim", "lpips"),
+    *("rfid", "pfid", "pfid_geometric_mean", "noise_fd", "gfid", "gfid_infinity", "kid", "sfid", "inception_score"),
+    *("precision", "recall", "psnr", "ssim", "lpips_alex", "lpips_vgg"),
     *("codebook_usage", "codebook_perplexity", "generated_usage", "token_divergence", "latent_distance"),
+    *("latent_position_distance", "latent_kernel_distance", "token_agreement", "reencoded_displacement"),
+    *("reencoded_distance", "generator_accuracy", "generator_top_k", "generator_cross_entropy"),
 )
 
 
@@ -22,7 +25,8 @@ STORY = (
 class Estimate:
     """A number with its standard error (NaN where unknown): over seeds where there are several, else as measured.
 
-    ``sets`` is how many independent sets of samples that error was measured over, 0 where it was not.
+    ``sets`` is how many independent sets of samples that error was measured over, 0 where it was not. ``baseline`` is
+    what the number would be for real images in the place of generated ones, or by chance; NaN where that is not known.
     """
 
     value: float
@@ -30,6 +34,7 @@ class Estimate:
     samples: tuple[int, ...] = ()
     seeds: int = 1
     sets: int = 0
+    baseline: float = math.nan
 
     @property
     def errors(self) -> float:
@@ -49,11 +54,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Column:
-    """How it was measured. Digests are left out: seeds that train their own extractor share a column."""
+    """How it was measured. Digests are left out: seeds that train their own extractor share a column.
+
+    ``fewer`` says "@2000" where fewer images were judged than published values stand on.
+    """
 
     metric: str
     extractor: str
     reference: str
+    fewer: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,9 +104,11 @@ def headline(results: Sequence[Result]) -> Table:
     hidden = 0
     values = _values(results)
     for result in results:
+        if result.metric == "noise_fd_cell":  # its mean stands in the table; the page lists every line below
+            continue
         who = (result.group, result.tokenizer, result.decoder)
         row = Row(*who, _settings(result, values[who]))
-        column = Column(result.metric, without_digest(result.extractor), without_digest(result.reference))
+        column = Column(result.metric, without_digest(result.extractor), without_digest(result.reference), result.fewer)
         versus = result.record.get("versus")
         if result.is_cell:
             seeds = grids.setdefault((row, column), {}).setdefault((result.rate, result.strength), {})
@@ -109,14 +120,15 @@ def headline(results: Sequence[Result]) -> Table:
         hidden += result.seed in seeds
         samples, sets = (result.samples,) if result.samples else (), number(result.record.get("sets"))
         sets = int(sets) if math.isfinite(sets) else 0
-        seeds[result.seed] = Estimate(result.value, result.standard_error, samples, sets=sets)
+        baseline = number(result.record.get("baseline"))
+        seeds[result.seed] = Estimate(result.value, result.standard_error, samples, sets=sets, baseline=baseline)
     for (row, column), grid in grids.items():
         for seed in {seed for seeds in grid.values() for seed in seeds}:
             mean = _mean([cell[seed] for cell in grid.values() if seed in cell])
             cells.setdefault(row, {}).setdefault(column, {}).setdefault(seed, mean)  # unless it was written
     rows = sorted(cells, key=_place)
     columns = sorted(
-        {c for row in cells.values() for c in row}, key=lambda c: (_rank(c.metric), c.extractor, c.reference)
+        {c for row in cells.values() for c in row}, key=lambda c: (_rank(c.metric), c.extractor, c.reference, c.fewer)
     )
     pairs = sorted(differences, key=lambda pair: (*_place(pair.row), _rank(pair.versus)))
     return Table(tuple(rows), tuple(columns), cells, grids, {pair: differences[pair] for pair in pairs}, hidden)
@@ -130,7 +142,8 @@ def over_seeds(seeds: Seeds) -> Estimate:
     values = np.array([estimate.value for estimate in finite])
     error = values.std(ddof=1) / math.sqrt(len(values))
     samples = tuple(sorted({n for estimate in finite for n in estimate.samples}))
-    return Estimate(float(values.mean()), float(error), samples, len(finite))
+    baseline = number(float(np.mean([estimate.baseline for estimate in finite])))
+    return Estimate(float(values.mean()), float(error), samples, len(finite), baseline=baseline)
 
 
 def difference(before: Seeds, after: Seeds, paired: Seeds | None = None) -> Estimate:

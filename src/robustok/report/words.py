@@ -12,6 +12,8 @@ FRECHET = {
     "pfid": "pFID",
     "pfid_geometric_mean": "pFID (geometric mean)",
     "gfid": "gFID",
+    "gfid_infinity": "gFID, infinitely many images",
+    "noise_fd": "FID under latent noise",
     "sfid": "sFID",
     "fid": "FID",
 }
@@ -23,12 +25,21 @@ LATENTS = {
     "generated_usage": "Codes used by generated images",
     "token_divergence": "Token divergence (bits)",
     "latent_distance": "Latent distance",
+    "latent_position_distance": "Latent distance by position",
+    "latent_kernel_distance": "Latent kernel distance",
     "token_agreement": "Tokens kept when encoded again",
+    "reencoded_displacement": "Latents moved when encoded again",
+    "reencoded_distance": "Latent distance to encoded again",
+    "generator_accuracy": "Next token found by the generator",
+    "generator_top_k": "Next token among its best k",
+    "generator_cross_entropy": "Cross-entropy of the generator (nats)",
 }
+GAP = LATENTS.keys() - {"codebook_usage", "codebook_perplexity"}  # of a generator, not of the tokenizer alone
 LABELS = {
     **FRECHET,
     **LATENTS,
-    **{"kid": "KID", "psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS", "inception_score": "IS"},
+    **{"kid": "KID", "psnr": "PSNR (dB)", "ssim": "SSIM", "inception_score": "IS"},
+    **{"lpips_alex": "LPIPS (AlexNet)", "lpips_vgg": "LPIPS (VGG)"},
 }
 
 e = html.escape
@@ -39,7 +50,7 @@ def label(column: Column) -> str:
     name = LABELS.get(column.metric) or column.metric.replace("_", " ")
     if column.metric in DISTANCES and not _is_inception(column):
         name = name.replace("FID", "FD").replace("KID", "KD")
-    return e(name)
+    return e(name + column.fewer)
 
 
 def _is_inception(column: Column) -> bool:
@@ -124,34 +135,112 @@ def _gaps(table: Table, rows: list[Row]) -> Iterable[str]:
 
 def _latents(table: Table, rows: list[Row]) -> str:
     """How far generated latents are from those of real images, for each tokenizer: a paragraph, or nothing."""
-    told = []
+    told, closing = [], False
     for row in rows:
         found = {column.metric: over_seeds(seeds) for column, seeds in table.cells[row].items()}
-        used, real, bits, distance = (
-            found[metric] if metric in found and math.isfinite(found[metric].value) else None
-            for metric in ("generated_usage", "codebook_usage", "token_divergence", "latent_distance")
-        )
-        parts = [
-            f"generated images use {_share(used, ' of the codes')}{f', real ones {_share(real)}' if real else ''}"
-            if used
-            else "",
-            f"token frequencies are {decimal(bits.value, 3)} bits apart" if bits else "",
-            f"mean latents are a Fréchet distance of {decimal(distance.value)} apart" if distance else "",
-        ]
-        if used or bits or distance:
-            told.append(f"With the {_who(row)}, {'; '.join(filter(None, parts))}.")
+        found = {metric: estimate for metric, estimate in found.items() if math.isfinite(estimate.value)}
+        parts = [*_usage(found), *_apart(found), *_encoded_again(found), *_predicted(found)]
+        if parts and found.keys() & GAP:
+            told.append(f"With the {_who(row)}, {'; '.join(parts)}.{_more_than_sampling(found)}")
+            closing |= bool(found.keys() & {"generated_usage", "token_divergence", "latent_distance"})
     if not told:
         return ""
-    return (
-        f"Generated latents against those of real images, before any decoder: {' '.join(told)} More images use more "
-        "codes, frequencies that share no token are 1 bit apart, and each tokenizer has its own scale of latents."
+    units = (
+        " More images use more codes, frequencies that share no token are 1 bit apart, and each tokenizer has its own "
+        "scale of latents."
     )
+    return f"Generated latents against those of real images, before any decoder: {' '.join(told)}{units * closing}"
+
+
+def _usage(found: dict[str, Estimate]) -> Iterable[str]:
+    if used := found.get("generated_usage"):
+        if math.isfinite(used.baseline):
+            fewer, equal = used.value < used.baseline, used.value == used.baseline
+            than = "as many codes as" if equal else "fewer codes than" if fewer else "more codes than"
+            shares = f"{_share(used)} against {_percent(used.baseline)}"
+            yield f"generated images use {than} the same number of real ones, {shares}"
+        else:
+            real = found.get("codebook_usage")
+            yield f"generated images use {_share(used, ' of the codes')}{f', real ones {_share(real)}' if real else ''}"
+
+
+def _apart(found: dict[str, Estimate]) -> Iterable[str]:
+    """The distances, each with how many times as large it is as the one between two sets of real images."""
+    texts = {
+        "token_divergence": "token frequencies are {} bits apart",
+        "latent_distance": "mean latents are a Fréchet distance of {} apart",
+        "latent_position_distance": "latents at the same position are {} apart",
+    }
+    for metric, text in texts.items():
+        if one := found.get(metric):
+            value = decimal(one.value, 3 if metric == "token_divergence" else 4)
+            yield text.format(value) + _times(one)
+    if kernel := found.get("latent_kernel_distance"):
+        error = f" ({kernel.errors:.1f}&nbsp;standard errors)" if math.isfinite(kernel.errors) else ""
+        yield f"the kernel distance of mean latents is {decimal(kernel.value, 3)}{error}"
+
+
+def _times(one: Estimate) -> str:
+    if not math.isfinite(one.baseline):
+        return ""
+    if one.value <= one.baseline:
+        return f", no further than two sets of real images ({decimal(one.baseline, 3)})"
+    times = f"{decimal(one.value / one.baseline, 2)} times as far as" if one.baseline > 0 else "further than"
+    return f", {times} two sets of real images ({decimal(one.baseline, 3)})"
+
+
+def _encoded_again(found: dict[str, Estimate]) -> Iterable[str]:
+    if kept := found.get("token_agreement"):
+        real = f", of those of real images {_percent(kept.baseline)}" if math.isfinite(kept.baseline) else ""
+        yield f"decoded and encoded again, {_percent(kept.value)} of the generated tokens come back{real}"
+    elif moved := found.get("reencoded_displacement"):
+        real = f", those of real images by {_percent(moved.baseline)}" if math.isfinite(moved.baseline) else ""
+        yield (
+            f"decoded and encoded again, generated latents move by {_percent(moved.value)} of the mean squared "
+            f"distance between two real images{real}"
+        )
+
+
+def _predicted(found: dict[str, Estimate]) -> Iterable[str]:
+    if right := found.get("generator_accuracy"):
+        chance = f", token frequencies alone {_percent(right.baseline)}" if math.isfinite(right.baseline) else ""
+        yield f"given the real tokens before it, the generator finds {_percent(right.value)} of the real tokens{chance}"
+
+
+def _more_than_sampling(found: dict[str, Estimate]) -> str:
+    """One sentence on what exceeds sampling: twice the floor, or two standard errors of what has no floor."""
+    names = {
+        "token_divergence": "the token frequencies",
+        "latent_distance": "the mean latents",
+        "latent_position_distance": "the latents at each position",
+    }
+    judged = {metric: found[metric] for metric in names if metric in found and math.isfinite(found[metric].baseline)}
+    far = [names[metric] for metric, one in judged.items() if one.value > 0 and one.value >= 2 * one.baseline]
+    kernel = found.get("latent_kernel_distance")
+    if kernel and math.isfinite(kernel.errors):
+        judged["latent_kernel_distance"] = kernel
+        far += ["the kernel distance"] * (kernel.value > 0 and kernel.errors >= 2)
+    if not judged:
+        return ""
+    if not far:
+        return (
+            " None of these distances is twice that between two sets of real images, or two standard errors from "
+            "zero: by them, generated latents cannot be told from real ones."
+        )
+    return (
+        f" By {_and(far)}, the decoder is given other latents than those of real images: at least twice as far from "
+        "these as two sets of them from each other, or two standard errors from zero."
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{decimal(100 * share, 3)}&nbsp;%"
 
 
 def _share(usage: Estimate, what: str = "") -> str:
     """A share of the codebook, with the number of images that it was counted over."""
     images = f" ({usage.samples[-1]:,} images)" if usage.samples else ""
-    return f"{decimal(100 * usage.value, 3)}&nbsp;%{what}{images}"
+    return f"{_percent(usage.value)}{what}{images}"
 
 
 def _perturbation(table: Table, rows: list[Row]) -> Iterable[str]:
@@ -215,4 +304,4 @@ def _who(row: Row) -> str:
 
 
 def _and(parts: list[str]) -> str:
-    return ", ".join(parts[:-1]) + " and " + parts[-1]
+    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
