@@ -119,13 +119,13 @@ def test_random_crop_draws_every_scale_and_stays_a_crop():
 def test_grey_16_bit_is_scaled_rather_than_clipped():
     levels = (np.arange(256) * 257).astype(np.uint16).reshape(16, 16)
     image = Image.open(io.BytesIO(encoded(Image.fromarray(levels))))
-    assert np.array_equal(np.asarray(to_rgb(image))[..., 0], np.arange(256).reshape(16, 16))
+    assert np.array_equal(np.asarray(to_rgb(image, "viewer"))[..., 0], np.arange(256).reshape(16, 16))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
 def test_every_mode_becomes_rgb(mode):
     red = Image.new("RGB", (6, 6), (255, 0, 0)).convert(mode)
-    colour = np.asarray(to_rgb(red))[3, 3]
+    colour = np.asarray(to_rgb(red, "viewer"))[3, 3]
     grey = {"L": 76, "LA": 76, "1": colour[0]}
     expected = [grey[mode]] * 3 if mode in grey else [255, 0, 0]
     assert np.abs(colour.astype(int) - expected).max() <= 2
@@ -137,9 +137,9 @@ def test_transparency_is_laid_on_white():
     palette = Image.new("P", (4, 4), 0)
     palette.putpalette([255, 0, 0])
     palette = Image.open(io.BytesIO(_with_transparent_zero(palette)))
-    assert np.asarray(to_rgb(clear)).min() == 255
-    assert np.asarray(to_rgb(palette)).min() == 255
-    assert abs(int(np.asarray(to_rgb(half))[0, 0, 0]) - 127) <= 1
+    assert np.asarray(to_rgb(clear, "viewer")).min() == 255
+    assert np.asarray(to_rgb(palette, "viewer")).min() == 255
+    assert abs(int(np.asarray(to_rgb(half, "viewer"))[0, 0, 0]) - 127) <= 1
 
 
 def _with_transparent_zero(palette):
@@ -154,7 +154,7 @@ def test_exif_orientation_is_applied():
     exif[0x0112] = 6  # the camera was turned: show it rotated clockwise by 90 degrees
     stream = io.BytesIO()
     image.save(stream, "PNG", exif=exif)
-    shown = center_crop(Image.open(stream), 12)
+    shown = center_crop(Image.open(stream), 12, "viewer")
     assert np.array_equal(shown, np.rot90(np.asarray(image), k=-1))
 
 

@@ -85,32 +85,53 @@ def orientation(value):
 
 @pytest.mark.parametrize("kind", ORDINARY)
 def test_every_ordinary_kind_is_adms(kind):
-    image = ORDINARY[kind]()
     expected = adm(ORDINARY[kind](), 32)
-    assert np.array_equal(center_crop(image, 32), expected)
+    assert np.array_equal(center_crop(ORDINARY[kind](), 32), expected)
+    assert np.array_equal(center_crop(ORDINARY[kind](), 32, "viewer"), expected)
     assert expected.std() > 5  # there is something to see
 
 
-# The exceptions: ADM's pixels of what a viewer shows
+def see_through(mode):
+    image = noisy(mode)
+    image.putalpha(Image.fromarray(np.tile(np.arange(90, dtype=np.uint8) * 2, (70, 1))))
+    return image
+
+
+EXCEPTIONS = {
+    "RGBA": lambda: reopened(see_through("RGBA")),
+    "LA": lambda: reopened(see_through("LA")),
+    "transparent palette": lambda: reopened(palette_image(), transparency=3),
+    "16-bit PNG": lambda: reopened(Image.fromarray(np.asarray(noisy("L")).astype(np.uint16) * 257)),
+    "16-bit TIFF": lambda: reopened(Image.fromarray(np.asarray(noisy("L")).astype(np.uint16) * 257), "TIFF"),
+    "EXIF-turned JPEG": lambda: reopened(noisy(), "JPEG", exif=orientation(6)),
+}
+
+
+@pytest.mark.parametrize("kind", EXCEPTIONS)
+def test_every_odd_kind_is_adms_unless_asked_otherwise(kind):
+    expected = adm(EXCEPTIONS[kind](), 32)
+    assert np.array_equal(center_crop(EXCEPTIONS[kind](), 32), expected)
+    assert not np.array_equal(center_crop(EXCEPTIONS[kind](), 32, "viewer"), expected)
+
+
+# What a viewer shows: ADM's crop of that
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 def test_transparency_is_white_where_adm_uncovers_what_is_beneath(mode):
-    opaque = noisy(mode)
-    image = opaque.copy()
-    image.putalpha(Image.fromarray(np.tile(np.arange(90, dtype=np.uint8) * 2, (70, 1))))
+    opaque, image = noisy(mode), see_through(mode)
     levels = np.asarray(opaque.convert("RGB"), dtype=float)
     alpha = np.asarray(image)[..., -1:] / 255
     blended = levels * alpha + 255 * (1 - alpha)
-    assert np.abs(np.asarray(to_rgb(reopened(image)), dtype=float) - blended).max() <= 1
-    assert np.array_equal(center_crop(reopened(image), 32), adm(to_rgb(image), 32))
+    assert np.abs(np.asarray(to_rgb(reopened(image), "viewer"), dtype=float) - blended).max() <= 1
+    assert np.array_equal(center_crop(reopened(image), 32, "viewer"), adm(to_rgb(image, "viewer"), 32))
     assert np.array_equal(adm(image, 32), adm(opaque, 32))  # ADM shows what is hidden
 
 
 def test_a_transparent_palette_entry_is_white():
     image = palette_image()
     hidden = np.asarray(image) == 3
-    shown = np.asarray(to_rgb(reopened(image, transparency=3)))
+    shown = np.asarray(to_rgb(reopened(image, transparency=3), "viewer"))
     assert hidden.any()
     assert (shown[hidden] == 255).all()
     assert np.array_equal(shown[~hidden], np.asarray(image.convert("RGB"))[~hidden])
@@ -120,7 +141,7 @@ def test_a_transparent_palette_entry_is_white():
 def test_16_bits_are_scaled_where_adm_clips(form):
     grey = np.asarray(noisy("L"))
     deep = Image.fromarray(grey.astype(np.uint16) * 257)
-    assert np.array_equal(center_crop(reopened(deep, form), 32), adm(Image.fromarray(grey), 32))
+    assert np.array_equal(center_crop(reopened(deep, form), 32, "viewer"), adm(Image.fromarray(grey), 32))
     assert adm(reopened(deep, form), 32).min() > 250
 
 
@@ -129,7 +150,7 @@ def test_16_bits_are_scaled_where_adm_clips(form):
 def test_exif_orientation_is_applied_where_adm_leaves_it(form, turned):
     image = reopened(noisy(width=100, height=60), form, exif=orientation(turned))
     expected = adm(ImageOps.exif_transpose(image), 32)
-    assert np.array_equal(center_crop(image, 32), expected)
+    assert np.array_equal(center_crop(image, 32, "viewer"), expected)
     assert not np.array_equal(adm(image, 32), expected)
 
 
@@ -217,7 +238,11 @@ def test_sizes_of_broken_and_turned_images(tmp_path):
     (tmp_path / "1.png").write_bytes(encoded(picture(1, 40, 30)))
     picture(2, 40, 30).save(tmp_path / "2.png", exif=orientation(6))
     with pytest.raises(UserError, match=r"2\.png: it is 30x40 pixels, the others are 40x30"):
-        open_images(data.model_copy(update={"max_broken": 0}), None)
+        open_images(data.model_copy(update={"max_broken": 0, "rgb": "viewer"}), None)
+    lying = data.model_copy(update={"max_broken": 0})
+    assert open_images(lying, None).broken == {}  # ADM leaves it on its side
+    shown = data.model_copy(update={"rgb": "viewer"})
+    assert open_images(lying, 30).fingerprint != open_images(shown, 30).fingerprint
     for file in tmp_path.iterdir():
         file.write_text("no image")
     with pytest.raises(UserError, match="none of the 4 images"):

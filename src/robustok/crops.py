@@ -1,28 +1,32 @@
 """Any image file's picture to square RGB pixels, as ADM's evaluation and training do (Dhariwal and Nichol, 2021).
 
-ADM's centre crop is what published FIDs were computed with, so every ordinary image (RGB, grey, palette, CMYK, 1-bit,
-of any size) gives the same pixels here, bit for bit. There are three exceptions, all in :func:`to_rgb`, where ADM's
-``convert("RGB")`` shows something else than an image viewer does:
+ADM's centre crop is what published FIDs were computed with, so every image gives the same pixels here, bit for bit. In
+three cases that is not what an image viewer shows, and ``rgb="viewer"`` gives that instead:
 
-* Transparency is laid on white; ADM drops it, which uncovers whatever colour lies beneath. Opaque images are the same.
-* 16-bit levels are scaled to 8 bits; ADM clips them, which turns nearly all of them white.
-* A camera's EXIF orientation is applied; ADM leaves such photographs lying on their side.
+* Transparency: ADM drops it, which uncovers whatever colour lies beneath; a viewer lays it on white.
+* 16-bit levels: ADM clips them, which turns nearly all of them white; a viewer scales them to 8 bits.
+* A camera's EXIF orientation: ADM leaves such photographs lying on their side; a viewer turns them.
 
 Float images are refused, and so are images so elongated that scaling their shorter side up would fill the memory.
 """
+
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
+RGB = Literal["adm", "viewer"]
 
-def center_crop(image: Image.Image, size: int) -> np.ndarray:
+
+def center_crop(image: Image.Image, size: int, rgb: RGB = "adm") -> np.ndarray:
     """ADM's centre crop: scale the shorter side to ``size`` and cut the middle square.
 
     Args:
         image: of any mode and any size; smaller ones are enlarged.
         size: height and width of the result in pixels.
+        rgb: how odd images become RGB, see :func:`to_rgb`.
 
     Returns:
         RGB pixels (H, W, 3) uint8.
@@ -30,12 +34,12 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     Raises:
         ValueError: the image holds floats, or is too elongated.
     """
-    image = _scale(to_rgb(image), size)
+    image = _scale(to_rgb(image, rgb), size)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return np.array(image.crop((left, top, left + size, top + size)))
 
 
-def random_crop(image: Image.Image, size: int, rng: torch.Generator) -> np.ndarray:
+def random_crop(image: Image.Image, size: int, rng: torch.Generator, rgb: RGB = "adm") -> np.ndarray:
     """ADM's random crop: shorter side drawn from size..ceil(size / 0.8), then a random square of it.
 
     Returns:
@@ -45,7 +49,7 @@ def random_crop(image: Image.Image, size: int, rng: torch.Generator) -> np.ndarr
     def draw(low: int, high: int) -> int:
         return int(torch.randint(low, high + 1, (), generator=rng))
 
-    image = _scale(to_rgb(image), draw(size, -(-5 * size // 4)))
+    image = _scale(to_rgb(image, rgb), draw(size, -(-5 * size // 4)))
     left, top = draw(0, image.width - size), draw(0, image.height - size)
     return np.array(image.crop((left, top, left + size, top + size)))
 
@@ -83,16 +87,22 @@ def _scale(image: Image.Image, shorter: int) -> Image.Image:
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any image as 8-bit RGB: turned as its EXIF says, 16-bit levels scaled, transparency laid on white.
+def to_rgb(image: Image.Image, rgb: RGB = "adm") -> Image.Image:
+    """Any image as 8-bit RGB.
+
+    Args:
+        image: of any mode.
+        rgb: "adm" converts as ADM does; "viewer" turns what EXIF says, scales 16 bits, lays transparency on white.
 
     Raises:
         ValueError: the image holds floats, whose range is unknown.
     """
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("float images have no known range")
+    if rgb == "adm":
+        return image if image.mode == "RGB" else image.convert("RGB")
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey; "I" is how some formats hand out the same levels
         levels = np.asarray(image).astype(np.int64).clip(0, 65535)
         image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))

@@ -154,6 +154,8 @@ class ImageDataset:
         self.split, self.image_size, self.augment = split, image_size, augment
         self.shape = (image_size, image_size) if image_size else _common_shape(source, rows)
         crop = f"{augment.crop} {image_size}" if image_size else "as they are"
+        crop += f" {data.rgb}" if data.rgb != "adm" else ""
+        self._rgb = data.rgb
         facts = f"{source.identity} {split} {crop} {digest(rows.astype('<i8').tobytes())}"
         self.fingerprint = digest(facts.encode())
         self.broken: dict[int, str] = {}
@@ -225,11 +227,11 @@ class ImageDataset:
         try:
             with self._source.open(int(self._rows[index])) as image:
                 if self.image_size is None:
-                    pixels = np.array(to_rgb(image))
+                    pixels = np.array(to_rgb(image, self._rgb))
                 elif seed is None or self.augment.crop == "center":
-                    pixels = center_crop(image, self.image_size)
+                    pixels = center_crop(image, self.image_size, self._rgb)
                 else:
-                    pixels = random_crop(image, self.image_size, torch.Generator().manual_seed(seed))
+                    pixels = random_crop(image, self.image_size, torch.Generator().manual_seed(seed), self._rgb)
         except UserError:  # the whole source is damaged
             raise
         except Exception as error:  # image decoders raise nearly anything on a damaged file

@@ -23,6 +23,7 @@ from pydantic import Field
 
 from robustok.arrays import ImageArray, open_array
 from robustok.config import Config
+from robustok.crops import RGB
 from robustok.types import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -35,6 +36,11 @@ class _DataConfig(Config):
     limit: int | None = Field(None, ge=1, description="keep this many images of the split, chosen by a fixed shuffle")
     max_broken: float = Field(
         0.01, ge=0, le=1, description="share of unreadable images to skip (five at least); 0 skips none"
+    )
+    rgb: RGB = Field(
+        "adm",
+        description="adm: as published statistics, which ignore transparency and EXIF and clip 16 bits; "
+        "viewer: as an image viewer shows them",
     )
 
 
