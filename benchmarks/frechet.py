@@ -78,9 +78,8 @@ def main() -> None:
         theirs, their_time = seconds(lambda a=a, b=b: by_sqrtm(a, b))
         real, imaginary = complex(theirs).real, abs(complex(theirs).imag)
         print(f"{name}: distance {truth:.6f}")
-        print(
-            f"  sqrtm             {show(their_time, their_time)}, error {real / truth - 1:+.1e}, imaginary {imaginary:.0e}"
-        )
+        print(f"  sqrtm             {show(their_time, their_time)}, error {real / truth - 1:+.1e}", end="")
+        print(f", imaginary part {imaginary:.0e}")
         print(f"  ours, cold        {show(cold_time, their_time)}, error {cold / truth - 1:+.1e}", end="")
         print(f", to sqrtm {cold / real - 1:+.1e}")
         print(f"  ours, factor kept {show(kept_time, their_time)}, error {kept / truth - 1:+.1e}")
