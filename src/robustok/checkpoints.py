@@ -5,68 +5,175 @@ optimiser states beside the weights of a release need none of its packages, and 
 """
 
 import difflib
+import json
 import os
 import pickle
+import re
 import types
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from robustok.snapshots import read_weights
 from robustok.types import UserError
 
+WRAPPERS = ("ema", "model", "module", "state_dict")  # what training puts around a state dict; the first is preferred
+PREFIXES = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
+HUB_STEMS = ("model", "pytorch_model", "diffusion_pytorch_model")  # such files have their config.json beside them
+ARCHIVE, OLD_FILE = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch's files begin
 
-def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], str]:
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A released checkpoint read from disk.
+
+    Attributes:
+        weights: tensors by name, on the CPU.
+        part: which part of the file they are, such as "ema", "model" or "flat state dict".
+        config: how the model is configured, where the file or a JSON file beside it says so; else empty.
+        discriminator: tensors by name of the discriminator that training left in the file; None where there is none.
+    """
+
+    weights: dict[str, Tensor]
+    part: str
+    config: dict[str, Any] = field(default_factory=dict)
+    discriminator: dict[str, Tensor] | None = None
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint without executing anything in it.
 
-    Returns:
-        The tensors by name; and which part of the file they are, such as "ema", "model" or "flat state dict".
+    A safetensors file may say in its metadata which of its tensors are the model's (``state_keys``) and how the model
+    is configured (``config``), both as JSON. So may a JSON file of the same name beside any file
+    (``state_dict_keys``, ``config``); beside ``model.safetensors`` and the like, ``config.json`` is the configuration.
+
+    Args:
+        path: a .pt, .bin, .ckpt or .safetensors file, or ``hf://ORG/REPO/FILE`` on the Hugging Face Hub.
 
     Raises:
         UserError: missing, damaged, or of another format; holds no tensors by name.
     """
-    path = Path(path)
+    path = download(path) if is_remote(path) else Path(path)
     if not path.is_file():
         raise UserError(f"{path} is no file; give the released .pt, .bin or .safetensors file")
-    if path.suffix == ".safetensors":
-        return choose_weights(read_weights(path), str(path))
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"{path} is cut off, or neither a PyTorch archive nor named .safetensors; download it again")
-    reader = types.SimpleNamespace(Unpickler=_Unpickler, __name__="robustok.checkpoints")
+    safe = path.suffix == ".safetensors"
+    checkpoint = choose_weights(read_weights(path) if safe else _read_pickle(path), str(path))
+    keys, config = _notes(path) if safe else (None, None)
+    beside_keys, beside_config = _notes_beside(path)
+    if keys := keys or beside_keys:
+        chosen = {name: checkpoint.weights[name] for name in keys if name in checkpoint.weights}
+        checkpoint = replace(checkpoint, weights=chosen)  # the strict check of all names says what is missing
+    return replace(checkpoint, config=config or beside_config or {})
+
+
+def _read_pickle(path: Path) -> Any:
+    """What a PyTorch file holds: the zip archives of today, and the plain pickles of before 2020."""
+    with path.open("rb") as handle:
+        head = handle.read(len(OLD_FILE))
+    archive = head.startswith(ARCHIVE) and zipfile.is_zipfile(path)
+    if not archive and head != OLD_FILE:
+        raise UserError(f"{path} is cut off, or neither a PyTorch file nor named .safetensors; download it again")
+    reader = types.SimpleNamespace(Unpickler=_Unpickler, load=_load, __name__="robustok.checkpoints")
     try:
-        with zipfile.ZipFile(path) as archive:
-            if any(name.endswith("constants.pkl") for name in archive.namelist()):  # TorchScript: holds programs
-                raise UserError(f"{path} is a TorchScript program; give the released checkpoint with its state dict")
-        content = torch.load(path, map_location="cpu", pickle_module=reader, weights_only=False, mmap=True)
+        if archive:
+            with zipfile.ZipFile(path) as file:
+                if any(name.endswith("constants.pkl") for name in file.namelist()):  # TorchScript: holds programs
+                    raise UserError(f"{path} is a TorchScript program; give the released checkpoint with a state dict")
+        return torch.load(path, map_location="cpu", pickle_module=reader, weights_only=False, mmap=archive)
     except UserError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        reason = _line(error) or type(error).__name__
         raise UserError(f"{path} cannot be read as a PyTorch checkpoint ({reason}); download it again") from None
-    return choose_weights(content, str(path))
 
 
-def choose_weights(content: Any, source: str) -> tuple[dict[str, Tensor], str]:
+def _notes(path: Path) -> tuple[list[str] | None, dict[str, Any] | None]:
+    """Names of the model's tensors and configuration, as the metadata of a safetensors file has them."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+    try:
+        keys, config = (json.loads(metadata[key]) if key in metadata else None for key in ("state_keys", "config"))
+        return _of_type(keys, list), _of_type(config, dict)
+    except ValueError:
+        raise UserError(f"{path}: its metadata state_keys or config are no JSON; save it again without them") from None
+
+
+def _notes_beside(path: Path) -> tuple[list[str] | None, dict[str, Any] | None]:
+    """The same from a JSON file beside the weights."""
+    names = [path.with_suffix(".json"), *([path.with_name("config.json")] if path.stem in HUB_STEMS else [])]
+    file = next((name for name in names if name.is_file()), None)
+    if file is None:
+        return None, None
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{file}, which stands beside the weights, is no JSON; correct or move it") from None
+    content = _of_type(content, dict) or {}
+    return _of_type(content.get("state_dict_keys"), list), _of_type(content.get("config", content), dict)
+
+
+def _of_type(value: Any, kind: type) -> Any:
+    return value if isinstance(value, kind) else None
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether a path names a file on the Hugging Face Hub: ``hf://...``, or what pathlib makes of it."""
+    return re.match(r"hf:/", str(path)) is not None
+
+
+def download(address: str | Path) -> Path:
+    """Fetch ``hf://ORG/REPO/FILE`` or ``hf://ORG/REPO@REVISION/FILE`` into the cache of huggingface_hub.
+
+    A token is taken from the environment variable HF_TOKEN alone.
+
+    Raises:
+        UserError: another form of address; no network, no such file, or no access.
+    """
+    found = re.fullmatch(r"hf:/+([^/]+/[^/@]+)(?:@([^/]+))?/(.+)", str(address).replace(os.sep, "/"))
+    if found is None:
+        raise UserError(f"got {address}, expected hf://ORG/REPO/FILE such as hf://yucornetto/RAR/rar_b.bin")
+    from huggingface_hub import hf_hub_download
+
+    repository, revision, file = found.groups()
+    options = {"revision": revision, "token": os.environ.get("HF_TOKEN") or False}
+    try:
+        path = Path(hf_hub_download(repository, file, **options))
+    except Exception as error:  # of many kinds, all of which the user can act on
+        reason = _line(error).partition(". ")[0][:160] or type(error).__name__
+        raise UserError(
+            f"cannot download {file} of {repository} ({type(error).__name__}: {reason}); "
+            "check address and network, or download it yourself and give its path"
+        ) from None
+    if path.stem in HUB_STEMS:
+        with suppress(Exception):  # not every repository has one
+            hf_hub_download(repository, str(Path(file).with_name("config.json").as_posix()), **options)
+    return path
+
+
+def choose_weights(content: Any, source: str) -> Checkpoint:
     """The state dict in what a checkpoint holds: averaged weights, else the model's, else all of it.
-
-    Returns:
-        As :func:`read_checkpoint`.
 
     Raises:
         UserError: no mapping of names to tensors.
     """
-    part = "flat state dict"
+    parts, discriminator = [], None
     if isinstance(content, Mapping):
-        part = next(
-            (key for key in ("ema", "model", "module", "state_dict") if isinstance(content.get(key), Mapping)), part
-        )
-        content = content.get(part, content)
+        discriminator = _tensors_of(content.get("discriminator"))
+    for _ in range(len(WRAPPERS)):  # a wrapper may hold another, but not itself
+        key = next((k for k in WRAPPERS if isinstance(content, Mapping) and isinstance(content.get(k), Mapping)), None)
+        if key is None:
+            break
+        parts.append(key)
+        content = content[key]
     if not isinstance(content, Mapping) or not content:
         raise UserError(
             f"{source} holds no state dict; expected tensors by name, or such a mapping as 'ema' or 'model'"
@@ -74,7 +181,29 @@ def choose_weights(content: Any, source: str) -> tuple[dict[str, Tensor], str]:
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise UserError(f"{source}: {name!r} is a {type(value).__name__}, expected tensors by name")
-    return dict(content), part
+    weights, part = _bare_names(content), " of ".join(reversed(parts)) or "flat state dict"
+    return Checkpoint(weights, part, discriminator=discriminator)
+
+
+def _tensors_of(content: Any) -> dict[str, Tensor] | None:
+    """Tensors by name, if it is that."""
+    if not isinstance(content, Mapping) or not content:
+        return None
+    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
+        return None
+    return _bare_names(content)
+
+
+def _bare_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names without what wrappers of modules put before all of them."""
+    for prefix in PREFIXES:
+        if all(name.startswith(prefix) for name in weights):
+            weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+    return dict(weights)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def write_checkpoint(path: Path, weights: dict[str, Tensor]) -> Path:
@@ -92,9 +221,7 @@ def write_checkpoint(path: Path, weights: dict[str, Tensor]) -> Path:
         os.replace(temporary, path)
     except Exception as error:  # safetensors wraps the operating system's errors in its own
         temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {path}: {' '.join(str(error).split())}; free some space or choose another"
-        ) from None
+        raise UserError(f"cannot write {path}: {_line(error)}; free some space or choose another") from None
     return path
 
 
@@ -194,3 +321,8 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """The allowed object of that name, else a stub. Storage types never come here: torch resolves them itself."""
         return ALLOWED.get((module, name), _Stub)
+
+
+def _load(file: Any, **options: Any) -> Any:
+    """What ``pickle.load`` does, which torch calls for old files, restricted in the same way."""
+    return _Unpickler(file, **options).load()

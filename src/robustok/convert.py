@@ -1,15 +1,14 @@
 """Released checkpoints to ours, and back.
 
     robustok convert family=robustok weights=main-train.pt out=runs/tokenizer
-    robustok convert family=robustok to=released weights=runs/post out=post-train.safetensors
+    robustok convert family=sit weights=sit-xl.pt tokenizer=runs/maetok out=runs/generator
+    robustok convert family=robustok to=released weights=runs/post original=main-train.pt out=post-train.safetensors
 
-Reading is strict: every tensor of the file has its place in the model, every weight of the model comes from the file.
-
-To add a family: write a function that builds the model from the released tensors, and add a line to ``FAMILIES``.
+The families are those of :mod:`robustok.released`.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,80 +16,173 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from robustok.checkpoints import (
-    choose_weights,
-    depth_of,
-    flatten_config,
-    read_checkpoint,
-    settle,
-    shape_of,
-    write_checkpoint,
-)
-from robustok.config import Config, plain, validate
+from robustok.checkpoints import Checkpoint, is_remote, read_checkpoint, write_checkpoint
+from robustok.config import Config, plain
 from robustok.generators import load_generator
-from robustok.generators.rar import RAR, RARConfig
-from robustok.generators.sampling import Sampling
-from robustok.snapshots import write_snapshot
+from robustok.released import (
+    FAMILIES,
+    Family,
+    check_all,
+    choose_family,
+    families_named,
+    load_checkpoint,
+    load_released,
+    to_released,
+)
+from robustok.snapshots import read_header, read_weights, resolve, write_snapshot
 from robustok.tokenizers import encoder_digest, load_tokenizer
-from robustok.tokenizers.robustok import RobusTok, RobusTokConfig
-from robustok.types import UserError
+from robustok.types import Generator, UserError
+
+__all__ = ["FAMILIES", "ConvertRun", "convert", "load_released", "to_released"]
 
 
 class ConvertRun(Config):
     """Released weights to a snapshot, or a snapshot to released weights."""
 
-    family: Literal["robustok", "rar"] = Field(description="whose layout the released file has")
+    family: str = Field(description=f"whose layout the released file has: one of {', '.join(FAMILIES)}")
     weights: Path = Field(
-        description="released file (.pt, .bin or .safetensors); with to=released, our snapshot or run folder"
+        description="released file (.pt, .bin, .ckpt or .safetensors), or hf://ORG/REPO/FILE; "
+        "with to=released, our snapshot or run folder"
     )
     out: Path = Field(description="folder of the snapshot; with to=released, the .safetensors file; must not exist yet")
     to: Literal["snapshot", "released"] = Field(
-        "snapshot",
-        description="snapshot: ours; released: the official names in a safetensors file, without the frozen teacher",
+        "snapshot", description="snapshot: ours; released: the official names in a safetensors file"
     )
     config: dict[str, Any] = Field(
-        {}, description="what the shapes do not tell, under the release's names, such as config.num_heads=12"
+        {},
+        description="what the shapes do not tell, under the release's names, such as config.num_heads=12, and under "
+        "config.discriminator for that; default: what the file or a JSON file beside it says",
     )
     tokenizer: Path | None = Field(
-        None, description="snapshot of the tokenizer whose tokens the generator models; without it nothing checks that"
+        None, description="snapshot of the tokenizer whose latents the generator models; without it nothing checks that"
+    )
+    statistics: Path | None = Field(
+        None, description="file with mean and std of the latents that a diffusion model was trained on"
+    )
+    discriminator: bool = Field(True, description="take along the discriminator that training left in the file")
+    licence: str | None = Field(None, description="of these weights, where it is not that of the release")
+    original: Path | None = Field(
+        None,
+        description="with to=released: the released file, from which comes what we have no use for but official "
+        "loaders ask for, such as a frozen teacher",
     )
 
 
 def convert(run: ConvertRun) -> Path:
-    """Convert one model. Nothing is written unless all of it fits.
+    """Convert one model. Nothing is written unless all of it fits and nothing looks wrong.
 
     Returns:
         The snapshot's folder, or the safetensors file.
 
     Raises:
-        UserError: the weights cannot be read or do not fit, ``out`` exists, or the disk is full.
+        UserError: the weights cannot be read, do not fit or look wrong; latent statistics are missing or contradict
+            each other; ``out`` exists, or the disk is full.
     """
     if run.out.exists():
         raise UserError(f"{run.out} exists; choose another out=PATH or remove it first")
-    kind = FAMILIES[run.family].kind
     if run.to == "released":
-        load = load_tokenizer if kind == "tokenizer" else load_generator
-        return write_checkpoint(run.out, to_released(load(run.weights)))
-    weights, part = read_checkpoint(run.weights)
-    model = load_released(run.family, weights, run.config)
-    header = {"kind": kind, "config": plain(model.config), "step": 0}
-    header["trained_on"] = f"converted from {run.weights.name}, {part}"
-    header |= (
-        {"latent_space": encoder_digest(model)} if kind == "tokenizer" else _generator_header(model, run.tokenizer)
-    )
-    write_snapshot(run.out, header, model.state_dict(), {})
+        return write_checkpoint(run.out, _export(run))
+    families_named(run.family)  # before a long download
+    checkpoint = read_checkpoint(run.weights)
+    family = choose_family(run.family, checkpoint.weights)
+    room, config = FAMILIES[family], {key: value for key, value in run.config.items() if key != "discriminator"}
+    model = load_checkpoint(family, checkpoint, config or None)
+    discriminator = _discriminator(room, checkpoint, run)
+    if room.kind == "tokenizer":
+        facts = {"latent_space": encoder_digest(model), "image_range": list(model.image_range)}
+    else:
+        tokenizer = None if run.tokenizer is None else load_tokenizer(run.tokenizer)
+        _take_statistics(model, run, tokenizer)
+        facts = _generator_facts(model, run.tokenizer, tokenizer)
+    if problems := model.check() if hasattr(model, "check") else []:
+        raise UserError(f"{run.weights}: {problems[0]}")
+    header = {"kind": room.kind, "config": plain(model.config), "step": 0}
+    header |= facts | _provenance(room, checkpoint, run, carried=discriminator is not None)
+    extra = {}
+    if discriminator is not None:
+        header["discriminator"] = plain(discriminator.config)
+        extra["discriminator"] = discriminator.state_dict()
+    if leftover := _leftover(room, model, checkpoint.weights):
+        extra["released"] = leftover
+    write_snapshot(run.out, header, model.state_dict(), extra)
     return run.out
 
 
-def _generator_header(model: RAR, path: Path | None) -> dict[str, Any]:
-    """What a snapshot says of a generator; the tokenizer at ``path``, if given, is the one whose tokens it models."""
-    if path is not None:
-        tokenizer = load_tokenizer(path)
-        found, expected = (len(tokenizer.codebook), tokenizer.latent_shape[0]), (model.codebook_size, model.length)
+def _discriminator(room: Family, checkpoint: Checkpoint, run: ConvertRun) -> nn.Module | None:
+    """The one that training left in the file, if the family's are ours too."""
+    if checkpoint.discriminator is None or room.discriminator is None or not run.discriminator:
+        return None
+    try:
+        return room.discriminator(checkpoint.discriminator, run.config.get("discriminator"))
+    except UserError as error:
+        raise UserError(
+            f"the discriminator in {run.weights}: {error}; set config.discriminator.*, or discriminator=false"
+        ) from None
+
+
+def _provenance(room: Family, checkpoint: Checkpoint, run: ConvertRun, carried: bool) -> dict[str, str]:
+    """Where the weights come from, and under which licence."""
+    source = re.sub("^hf:/+", "hf://", run.weights.as_posix()) if is_remote(run.weights) else run.weights.name
+    origin = f"converted from {source}, {checkpoint.part}"
+    if carried:
+        origin += ", with its discriminator"
+    elif checkpoint.discriminator is not None:
+        origin += "; its discriminator is not used"
+    elif room.kind == "tokenizer":
+        origin += "; it holds no discriminator"
+    facts = {"trained_on": origin, "licence": run.licence or room.model.licence}
+    if re.search(r"\bnc\b|non-?commercial", facts["licence"], re.IGNORECASE):
+        facts["commercial_use"] = "NOT PERMITTED by this licence, nor of decoders trained from these weights"
+    elif re.search(r"\bnone\b|without a licence|no licence", facts["licence"], re.IGNORECASE):
+        facts["commercial_use"] = "UNCLEAR, as some of the release came without a licence; ask its authors"
+    return facts
+
+
+def _take_statistics(model: Generator, run: ConvertRun, tokenizer: nn.Module | None) -> None:
+    """Tell a diffusion model the statistics of its latents, from wherever they are given; several must agree."""
+    if getattr(model, "kind", "discrete") == "discrete":
+        if run.statistics is not None:
+            raise UserError(f"statistics={run.statistics} is for diffusion models, {run.family} models tokens; drop it")
+        return
+    given, multiplier = {}, model.config.latent_multiplier
+    if run.statistics is not None:
+        found = read_checkpoint(run.statistics).weights
+        if not {"mean", "std"} <= found.keys():
+            raise UserError(f"{run.statistics} holds {', '.join(sorted(found)[:5])}; expected mean and std")
+        given["statistics"] = (found["mean"], found["std"], multiplier)
+    own = getattr(tokenizer, "latent_mean", 0.0), getattr(tokenizer, "latent_std", 1.0)
+    if own != (0.0, 1.0):  # which says that nobody set them
+        given["tokenizer"] = (*own, getattr(tokenizer, "latent_multiplier", multiplier))
+    for source, values in given.items():
+        before, old = model.config.latent_multiplier, (model.latent_mean, model.latent_std)
+        model.set_latent_statistics(*values)
+        new, shape = (model.latent_mean, model.latent_std), model.latent_shape[1:]
+        if old[0] is not None and not (
+            before == model.config.latent_multiplier
+            and all(torch.allclose(a.expand(shape), b.expand(shape)) for a, b in zip(old, new, strict=True))
+        ):
+            raise UserError(f"{source} gives other latent statistics than config or statistics; keep the right ones")
+    if model.latent_mean is None:
+        raise UserError(
+            f"{run.family} needs the statistics of its latents; give tokenizer=FOLDER of a tokenizer that has them, "
+            "statistics=latents_stats.pt, or config.latent_mean and config.latent_std"
+        )
+
+
+def _generator_facts(model: Generator, path: Path | None, tokenizer: nn.Module | None) -> dict[str, Any]:
+    """What a snapshot says of a generator; the tokenizer at ``path``, if given, is the one whose latents it models."""
+    if tokenizer is not None:
+        kind = getattr(model, "kind", "discrete")
+        if tokenizer.kind != kind:
+            raise UserError(f"{path} makes {tokenizer.kind} latents, the generator models {kind} ones; give its own")
+        if kind == "discrete":
+            what, expected = "(codes, tokens per image)", (model.codebook_size, model.length)
+            found = (len(tokenizer.codebook), tokenizer.latent_shape[0])
+        else:
+            what, found, expected = "latents of shape", tuple(tokenizer.latent_shape), tuple(model.latent_shape)
         if found != expected:
             raise UserError(
-                f"{path} has (codes, tokens per image) {found}, the generator {expected}; "
-                "give the tokenizer that it was trained with"
+                f"{path} has {what} {found}, the generator {expected}; give the tokenizer that it was trained with"
             )
         model.latent_shape, model.latent_space = tokenizer.latent_shape, encoder_digest(tokenizer)
     return {
@@ -102,254 +194,30 @@ def _generator_header(model: RAR, path: Path | None) -> dict[str, Any]:
     }
 
 
-def load_released(
-    family: str, weights: str | Path | Mapping[str, Any], config: Mapping[str, Any] | None = None
-) -> nn.Module:
-    """Load a released model; in eval mode, frozen, on the CPU.
-
-    Args:
-        family: one of ``FAMILIES``.
-        weights: path of a .pt, .bin or .safetensors file, or a mapping of the release's names to tensors; either may
-            wrap the tensors as released training does, under ``ema`` (preferred) or ``model``.
-        config: what the shapes do not tell, under the release's names (``num_heads``) or ours (``heads``), nested as
-            released configurations are or flat. Other keys are ignored unless they look like a misspelling, and a
-            value that contradicts the weights is refused. Defaults: 12 heads at width 768 for robustok; nothing else
-            is needed for either family.
-
-    Returns:
-        :class:`RobusTok`; or :class:`RAR` with ``sampling`` (the paper's for B and L, else the defaults),
-        ``latent_shape`` (L, D) and ``latent_space`` None, since the file does not say whose tokens these are. D is
-        ``codebook_embed_dim`` of the configuration, or the paper's 64.
-
-    Raises:
-        UserError: unknown family; an unreadable file; missing, unexpected or misshapen tensors; a configuration that is
-            incomplete or contradicts them.
-    """
-    if family not in FAMILIES:
-        raise UserError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}")
-    tensors = (choose_weights(weights, "weights") if isinstance(weights, Mapping) else read_checkpoint(weights))[0]
-    room = FAMILIES[family]
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(room.dropped)}
-    model = room.build(tensors, dict(flatten_config(config or {})))
-    _check_all(tensors, to_released(model), family)
-    state = model.state_dict()
-    model.load_state_dict({name: tensors[room.released_name(name)].reshape(t.shape) for name, t in state.items()})
-    return model.eval().requires_grad_(False)
+# The way back
 
 
-def to_released(model: nn.Module) -> dict[str, Tensor]:
-    """The model's weights under the official names and in the official shapes, bit for bit, on the CPU.
+def _leftover(room: Family, model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Released statistics that the model has no place for and :func:`to_released` would make up."""
+    own = {room.released_name(name) for name in model.state_dict()}
+    made_up = {name: tensor for name, tensor in to_released(model).items() if name not in own}
+    return {name: weights[name] for name, zeros in made_up.items() if not torch.equal(weights[name].to(zeros), zeros)}
 
-    They share memory with the model. The frozen teacher (``semantic_model.*``) is no part of it, but the official
-    loader is strict: take its 174 tensors from the official file. ``quantize.ema_vocab_hit_SV``, a statistic that only
-    training reports, starts from zeros.
 
-    Raises:
-        UserError: a model that the release has no place for.
-    """
-    room = next((family for family in FAMILIES.values() if type(model) is family.model), None)
+def _export(run: ConvertRun) -> dict[str, Tensor]:
+    """A snapshot's weights in the released layout, with what else the release stores where that is known."""
+    load = load_tokenizer if read_header(run.weights).get("kind") == "tokenizer" else load_generator
+    model, names = load(run.weights), families_named(run.family)
+    room = next((FAMILIES[name] for name in names if type(model) is FAMILIES[name].model), None)
+    weights = to_released(model)
     if room is None:
-        raise UserError(
-            f"a {type(model).__name__} has no released layout; "
-            f"convertible are {', '.join(family.model.__name__ for family in FAMILIES.values())}"
-        )
-    weights = {room.released_name(name): tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    return room.complete(model, weights)
-
-
-# Checking
-
-
-def _check_all(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], family: str) -> None:
-    """Every key there, none besides, each of its shape, and the constants as they must be."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-    problems = [f"missing {name}" for name in sorted(expected.keys() - given.keys())]
-    problems += [f"unexpected {name}" for name in sorted(given.keys() - expected.keys())]
-    for name in sorted(expected.keys() & given.keys()):
-        if tuple(given[name].shape) != shapes[name]:
-            problems.append(f"{name} is {tuple(given[name].shape)}, expected {shapes[name]}")
-        elif given[name].is_floating_point() != expected[name].is_floating_point():
-            problems.append(f"{name} is {given[name].dtype}, expected {expected[name].dtype}")
-        elif not expected[name].is_floating_point() and not torch.equal(given[name].cpu(), expected[name]):
-            problems.append(f"{name} has other values than the release's")
-    if problems:
-        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(
-            f"the weights are not those of a {family} model: {'; '.join(problems[:3])}{more}; check the file"
-        )
-
-
-# The tokenizer
-
-TOKENIZER_NAMES = {
-    "num_heads": "heads",
-    "img_size": "image_size",
-    "patch_size": "patch_size",
-    "codebook_size": "codebook_size",
-    "codebook_embed_dim": "codebook_dim",
-    "codebook_l2_norm": "normalize",
-    "commit_loss_beta": "commitment_weight",
-    "drop_path_rate": "drop_path",
-    "embed_dim": "width",
-    "depth": "depth",
-    "num_latent_tokens": "latents",
-    "product_quant": "product_quant",
-    "lfq": "lfq",
-    "abs_pos_embed": "abs_pos_embed",
-}
-PREFIXES = {  # ours: the release's
-    "encoder.backbone.": "encoder.model.",
-    "encoder.level_embed.": "encoder.lvl_embed.",
-    "to_latent.": "quant_conv.",
-    "quantizer.": "quantize.",
-    "from_latent.": "post_quant_conv.",
-    "decoder.backbone.": "decoder.model.",
-    "decoder.level_embed.": "decoder.lvl_embed.",
-    "decoder.to_pixels.": "decoder.to_pixel.model.",
-}
-
-
-def _build_tokenizer(weights: Mapping[str, Tensor], config: dict[str, Any]) -> RobusTok:
-    """A tokenizer of the sizes that the shapes and the configuration tell."""
-    positions = shape_of(weights, "encoder.model.pos_embed", 3)[1]
-    patch = shape_of(weights, "encoder.model.patch_embed.proj.weight", 4)[-1]
-    facts = {
-        "image_size": round((positions - 1) ** 0.5) * patch,
-        "patch_size": patch,
-        "latents": shape_of(weights, "encoder.latent_tokens", 3)[1],
-        "codebook_size": shape_of(weights, "quantize.embedding.weight", 2)[0],
-        "codebook_dim": shape_of(weights, "quant_conv.weight", 4)[0],
-        "width": shape_of(weights, "encoder.model.cls_token", 3)[-1],
-        "depth": depth_of(weights, "encoder.model.blocks."),
-        # Variants of the released code that this family does not have.
-        "product_quant": 1,
-        "lfq": False,
-        "abs_pos_embed": True,
-    }
-    paper = {"heads": 12} if facts["width"] == 768 else {}
-    settings = settle(facts, config, TOKENIZER_NAMES, **paper, normalize=True, commitment_weight=0.25, drop_path=0.1)
-    if "heads" not in settings:
-        raise UserError(f"config lacks num_heads, which the shapes of a width of {facts['width']} do not tell; give it")
-
-    def vit(side: str) -> dict[str, Any]:
-        return {
-            "width": shape_of(weights, f"{side}.model.cls_token", 3)[-1],
-            "depth": depth_of(weights, f"{side}.model.blocks."),
-            "heads": settings["heads"],
-            "layer_scale": 1e-5 if f"{side}.model.blocks.0.ls1.gamma" in weights else None,
-            "drop_path": settings["drop_path"],
-        }
-
-    quantizer = {"size": facts["codebook_size"], "dim": facts["codebook_dim"]}
-    quantizer |= {key: settings[key] for key in ("normalize", "commitment_weight")}
-    sizes = {key: facts[key] for key in ("image_size", "patch_size")}
-    # Latents are as many as patches in every release; _check_all finds it out where they are not.
-    ours = sizes | {"encoder": vit("encoder"), "decoder": vit("decoder"), "quantizer": quantizer}
-    return RobusTok(validate(RobusTokConfig, ours, source="config"))
-
-
-def _tokenizer_name(name: str) -> str:
-    """The release's name of our weight."""
-    for own, released in PREFIXES.items():
-        if name.startswith(own):
-            return released + name.removeprefix(own)
-    return name
-
-
-def _complete_tokenizer(model: RobusTok, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Add the release's buffers and give its 1 x 1 convolutions their shape."""
-    additions = sorted(name for name in weights if "latent_positions" in name or name.startswith("from_teacher"))
-    if additions:
-        raise UserError(f"the released layout has no place for {additions[0]}; train without it to export")
-    for name in ("quant_conv.weight", "post_quant_conv.weight"):
-        weights[name] = weights[name][:, :, None, None]  # (out, in, 1, 1)
-    patches, latents = model.config.patches, model.config.length
-    # Which half of its sequence a position belongs to; the decoder's class token stands in both.
-    weights["encoder.lvl1LC"] = torch.tensor([[0] * (1 + patches) + [1] * latents])  # (1, 1 + P + L)
-    weights["decoder.lvl1LC"] = torch.tensor([[0] * (1 + patches) + [1] * (1 + latents)])  # (1, 2 + P + L)
-    weights["quantize.ema_vocab_hit_SV"] = torch.zeros(model.config.quantizer.size)
+        raise UserError(f"{run.weights} holds a {type(model).__name__}, which is no {run.family}; give its own family")
+    if (leftover := resolve(run.weights) / "released.safetensors").exists():
+        weights |= read_weights(leftover)
+    if run.original is not None:
+        official = read_checkpoint(run.original).weights
+        bare = {name: tensor for name, tensor in official.items() if not name.startswith(room.dropped)}
+        check_all(bare, weights, names[0])
+        own = {room.released_name(name) for name in model.state_dict()}
+        weights |= {name: tensor for name, tensor in official.items() if name not in own}
     return weights
-
-
-# The generator
-
-RAR_NAMES = {
-    "hidden_size": "width",
-    "num_hidden_layers": "depth",
-    "num_attention_heads": "heads",
-    "intermediate_size": "mlp_width",
-    "dropout": "dropout",
-    "class_label_dropout": "label_dropout",
-    "image_seq_len": "length",
-    "condition_num_classes": "classes",
-    "codebook_size": "codebook_size",
-    "codebook_embed_dim": "codebook_dim",
-}
-RAR_SAMPLING = {  # (width, depth): as the paper samples RAR-B and RAR-L
-    (768, 24): Sampling(guidance_scale=6.0, guidance_power=1.15, temperature=1.02),
-    (1024, 24): Sampling(guidance_scale=6.75, guidance_power=1.01, temperature=1.04),
-}
-SPARE_POSITIONS, SPARE_TIMESTEPS = 1024, 100  # rows of the released tables beyond the tokens of an image
-
-
-def _build_rar(weights: Mapping[str, Tensor], config: dict[str, Any]) -> RAR:
-    """A generator of the sizes that the shapes tell, down to the number of heads."""
-    width = shape_of(weights, "cls_token", 3)[-1]
-    codes = shape_of(weights, "lm_head.weight", 2)[0]
-    positions, timesteps = (shape_of(weights, name, 3)[1] for name in ("pos_embed", "timesteps_embeddings"))
-    facts = {
-        "width": width,
-        "depth": depth_of(weights, "blocks."),
-        "heads": width // shape_of(weights, "blocks.0.attn.q_norm.weight", 1)[0],
-        "mlp_width": shape_of(weights, "blocks.0.mlp.fc1.weight", 2)[0],
-        "codebook_size": codes,
-        "classes": shape_of(weights, "embeddings.weight", 2)[0] - codes - 2,  # one mask token, one "no class"
-    }
-    tables = {}
-    if positions == timesteps:  # ours
-        tables["length"] = positions - 2
-    elif positions - SPARE_POSITIONS == timesteps - SPARE_TIMESTEPS:
-        tables["length"] = positions - SPARE_POSITIONS
-    settings = settle(facts, config, RAR_NAMES, **tables, dropout=0.1, label_dropout=0.1, codebook_dim=64)
-    if "length" not in settings or settings["length"] < 1 or facts["classes"] < 1:
-        raise UserError(
-            f"tables of {positions} and {timesteps} rows and {facts['classes']} classes do not tell "
-            "the tokens per image; give config image_seq_len, or check the file"
-        )
-    ours = {key: settings[key] for key in ("width", "depth", "heads", "dropout", "label_dropout")}
-    ours |= {"mlp_ratio": facts["mlp_width"] / width, "position_rows": positions, "timestep_rows": timesteps}
-    length = settings["length"]
-    model = RAR(validate(RARConfig, ours, source="config"), codes, length, facts["classes"])
-    model.latent_shape = (length, settings["codebook_dim"])
-    model.latent_space = None
-    model.sampling = RAR_SAMPLING.get((width, facts["depth"]), Sampling())
-    return model
-
-
-@dataclass(frozen=True)
-class Family:
-    """How a release is read.
-
-    Attributes:
-        kind: "tokenizer" or "generator".
-        model: our class.
-        build: released tensors and flat configuration to a model of these sizes, not yet with these weights.
-        released_name: our name of a weight to the release's.
-        complete: our model and its renamed weights to the official layout.
-        dropped: prefixes of released tensors that our model has no use for.
-    """
-
-    kind: Literal["tokenizer", "generator"]
-    model: type[nn.Module]
-    build: Callable[[Mapping[str, Tensor], dict[str, Any]], nn.Module]
-    released_name: Callable[[str], str] = lambda name: name
-    complete: Callable[[Any, dict[str, Tensor]], dict[str, Tensor]] = lambda model, weights: weights
-    dropped: tuple[str, ...] = ()
-
-
-FAMILIES = {
-    "robustok": Family(
-        "tokenizer", RobusTok, _build_tokenizer, _tokenizer_name, _complete_tokenizer, dropped=("semantic_model.",)
-    ),
-    "rar": Family("generator", RAR, _build_rar),
-}

@@ -13,27 +13,34 @@ The sequence is ``[start, condition, token, token, ...]``. Three learned tables 
 Parameters carry the released names, so that a released checkpoint loads as it is.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
-from robustok.config import Config
+from robustok.checkpoints import depth_of, settle, shape_of
+from robustok.config import Config, validate
 from robustok.generators.sampling import (
     Sampling,
     check_labels,
     check_preservation,
-    draw_tokens,
     guidance_scales,
     guide,
-    image_uniforms,
     per_image,
+    token_chooser,
 )
-from robustok.generators.transformer import LAYER_NORM_EPSILON, MLP, Attention, KeyValueCache, initialise, modulate
+from robustok.generators.transformer import (
+    LAYER_NORM_EPSILON,
+    MLP,
+    Attention,
+    KeyValueCache,
+    evaluating,
+    initialise,
+    modulate,
+)
 from robustok.types import GeneratorOutput, UserError
 
 # Sampling computes the modulation of many positions at once; this many values (256 MB in float32) bound its memory.
@@ -95,6 +102,10 @@ class Block(nn.Module):
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), cache)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
+    def conditioned(self, x: Tensor, conditions: Tensor) -> Tensor:
+        """The same from ``conditions`` (N, T, W): training has one for every position of every image."""
+        return self(x, self.adaLN_modulation(conditions))
+
 
 class FinalNorm(nn.Module):
     """The modulated norm before the head. It yields scale first, then shift: the other way round than the blocks."""
@@ -121,10 +132,13 @@ class RAR(nn.Module):
 
     Attributes:
         null_label: the label that stands for "no class"; equals ``classes``.
+        licence: of the released weights.
 
     Raises:
         UserError: a position or timestep table with fewer than L + 2 rows.
     """
+
+    licence = "Apache-2.0 for the weights of RAR; those of RobusTok were released without a licence"
 
     def __init__(self, config: RARConfig, codebook_size: int, length: int, classes: int) -> None:
         super().__init__()
@@ -193,8 +207,11 @@ class RAR(nn.Module):
         start = self.cls_token.expand(len(tokens), -1, -1)  # (N, 1, W)
         x = torch.cat([start, condition, self.embeddings(tokens)], dim=1)  # (N, T + 2, W)
         x = x + self._places(orders)[:, :positions]
-        modulations = self._modulations(condition + self.timesteps_embeddings[:, :positions])
-        return self._transform(x, modulations)[:, 1:]
+        conditions = condition + self.timesteps_embeddings[:, :positions]  # (N, T + 2, W)
+        for block in self.blocks:  # each with its modulation, so that checkpointing need not keep those of all blocks
+            x = block.conditioned(x, conditions)
+        final = self.adaln_before_head
+        return self.lm_head(final(x, final.adaLN_modulation(conditions)))[:, 1:]
 
     def _condition(self, labels: Tensor) -> Tensor:
         """Labels (N,) to their embeddings (N, W)."""
@@ -257,20 +274,11 @@ class RAR(nn.Module):
         """
         check_labels(labels, self.classes)
         check_preservation(preservation, reference, (len(labels), self.length), self.codebook_size)
-        device = self.cls_token.device
-        rngs = per_image(rng, len(labels))
-        # Drawn even where nothing is kept: the tokens of an image use the same numbers whatever sigma is.
-        keep = image_uniforms(rngs, self.length).to(device) < (preservation or 0.0)  # (N, L)
-        uniforms = image_uniforms(rngs, self.length).to(device)  # (N, L)
-        reference = None if reference is None else reference.to(device)
+        device, rngs = self.cls_token.device, per_image(rng, len(labels))
+        choose = token_chooser(sampling, rngs, self.length, reference, preservation, device)
         if reference is not None and preservation == 1:
-            return reference.clone()
-
-        def choose(step: int, logits: Tensor) -> Tensor:
-            tokens = draw_tokens(logits, uniforms[:, step], sampling)
-            return tokens if reference is None else torch.where(keep[:, step], reference[:, step], tokens)
-
-        with _evaluating(self):
+            return reference.to(device, copy=True)
+        with evaluating(self):
             return self._sample(labels.to(device), sampling, choose)
 
     def _sample(self, labels: Tensor, sampling: Sampling, choose: Callable[[int, Tensor], Tensor]) -> Tensor:
@@ -307,17 +315,6 @@ class RAR(nn.Module):
         return tokens
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, the mode before afterwards."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
 def random_share(step: int, start: int, end: int) -> float:
     """Share of images trained in random order: 1 before ``start``, linear to 0 at ``end``, in steps."""
     if step < start:
@@ -341,3 +338,63 @@ def drop_labels(labels: Tensor, rate: float, null_label: int, rng: torch.Generat
     """Replace each label (N,) by ``null_label`` with probability ``rate``: guidance needs a model without class."""
     dropped = torch.rand(labels.shape, generator=rng, device=rng.device) < rate
     return labels.masked_fill(dropped.to(labels.device), null_label)
+
+
+# Released checkpoints
+
+NAMES = {
+    "hidden_size": "width",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "heads",
+    "intermediate_size": "mlp_width",
+    "dropout": "dropout",
+    "class_label_dropout": "label_dropout",
+    "image_seq_len": "length",
+    "condition_num_classes": "classes",
+    "codebook_size": "codebook_size",
+    "codebook_embed_dim": "codebook_dim",
+}
+PUBLISHED = {  # (codes, width): the settings of the published results, over RobusTok's tokens and over MaskGIT's
+    (4096, 768): Sampling(guidance_scale=6.0, guidance_power=1.15, temperature=1.02),
+    (4096, 1024): Sampling(guidance_scale=6.75, guidance_power=1.01, temperature=1.04),
+    (1024, 768): Sampling(guidance_scale=16.0, guidance_power=2.75),
+    (1024, 1024): Sampling(guidance_scale=15.5, guidance_power=2.5, temperature=1.02),
+    (1024, 1280): Sampling(guidance_scale=6.9, guidance_power=1.5, temperature=1.02),
+}
+CODE_WIDTHS = {1024: 256}  # by codes: MaskGIT's; RobusTok's codes are 64 wide
+SPARE_POSITIONS, SPARE_TIMESTEPS = 1024, 100  # rows of the released tables beyond the tokens of an image
+
+
+def from_released(weights: Mapping[str, Tensor], config: dict[str, Any]) -> RAR:
+    """A generator of the sizes that the released tensors tell, down to the heads; not yet with these weights.
+
+    Raises:
+        UserError: the configuration contradicts the tensors, or these do not tell the tokens per image.
+    """
+    width = shape_of(weights, "cls_token", 3)[-1]
+    codes = shape_of(weights, "lm_head.weight", 2)[0]
+    positions, timesteps = (shape_of(weights, name, 3)[1] for name in ("pos_embed", "timesteps_embeddings"))
+    facts = {
+        "width": width,
+        "depth": depth_of(weights, "blocks."),
+        "heads": width // shape_of(weights, "blocks.0.attn.q_norm.weight", 1)[0],
+        "mlp_width": shape_of(weights, "blocks.0.mlp.fc1.weight", 2)[0],
+        "codebook_size": codes,
+        "classes": shape_of(weights, "embeddings.weight", 2)[0] - codes - 2,  # one mask token, one "no class"
+    }
+    exact = positions == timesteps  # no spare rows: ours
+    length = positions - (2 if exact else SPARE_POSITIONS)
+    tables = {"length": length} if exact or length == timesteps - SPARE_TIMESTEPS else {}
+    settings = settle(facts, config, NAMES, **tables, dropout=0.1, label_dropout=0.1)
+    if "length" not in settings or settings["length"] < 1 or facts["classes"] < 1:
+        raise UserError(
+            f"tables of {positions} and {timesteps} rows and {facts['classes']} classes do not tell "
+            "the tokens per image; give config image_seq_len, or check the file"
+        )
+    ours = {key: settings[key] for key in ("width", "depth", "heads", "dropout", "label_dropout")}
+    ours |= {"mlp_ratio": facts["mlp_width"] / width, "position_rows": positions, "timestep_rows": timesteps}
+    model = RAR(validate(RARConfig, ours, source="config"), codes, settings["length"], facts["classes"])
+    model.latent_shape = (model.length, settings.get("codebook_dim") or CODE_WIDTHS.get(codes, 64))
+    model.latent_space = None
+    model.sampling = PUBLISHED.get((codes, width), Sampling())
+    return model

@@ -1,5 +1,6 @@
 """Tokenizers: images to latents and back. One family a file; a new one adds a line to ``TOKENIZERS``."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -7,7 +8,8 @@ import torch
 from pydantic import Field
 
 from robustok.config import validate
-from robustok.snapshots import digest, load_weights, read_snapshot
+from robustok.snapshots import Snapshot, digest, load_weights, read_snapshot, split_strength
+from robustok.tokenizers.deltas import Delta, apply_delta
 from robustok.tokenizers.diffusers_kl import DiffusersKL, DiffusersKLConfig
 from robustok.tokenizers.gigatok import GigaTok, GigaTokConfig
 from robustok.tokenizers.kl import KL, KLConfig
@@ -33,20 +35,52 @@ TokenizerConfig = Annotated[
 """The families that main training trains."""
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, strength: float | None = None) -> Tokenizer:
     """Load a tokenizer from a snapshot, or from the newest snapshot of a run folder; in eval mode, on the CPU.
 
+    Args:
+        path: of the snapshot or run folder. Behind a delta, as `robustok make-delta` writes it, ``@0.5`` may stand for
+            the strength.
+        strength: of a delta: 0 is the original, 1, the default, its post-trained self.
+
     Raises:
-        UserError: no snapshot, another kind, an unknown family, or weights that do not fit.
+        UserError: no snapshot, another kind, an unknown family, or weights that do not fit; a delta whose original is
+            missing or another one, a strength for what is no delta.
     """
     snapshot = read_snapshot(path, kind="tokenizer")
+    strength = split_strength(path)[1] if strength is None else strength
+    if "delta" in snapshot.header:
+        return _load_delta(snapshot, 1.0 if strength is None else strength)
+    if strength is not None:
+        raise UserError(
+            f"{snapshot.path} is no delta and has no strength; leave the {strength:g} out, or give a folder that "
+            "`robustok make-delta` wrote"
+        )
     settings = snapshot.header["config"]
     if settings.get("name") not in TOKENIZERS:
         raise UserError(f"{path}: unknown tokenizer family {settings.get('name')!r}; known: {', '.join(TOKENIZERS)}")
     family, config = TOKENIZERS[settings["name"]]
     tokenizer = family(validate(config, settings, source=str(path)))
     load_weights(tokenizer, snapshot)
+    if (snapshot.header.get("post_trained") or {}).get("trainable") == "release":
+        tokenizer.latent_space = snapshot.header["latent_space"]  # of the tokenizer whose latents it learned to decode
     return tokenizer.eval().requires_grad_(False)
+
+
+def _load_delta(snapshot: Snapshot, strength: float) -> Tokenizer:
+    """The original that a delta names, with its difference mixed in."""
+    facts = snapshot.header["delta"]
+    base = Path(os.path.normpath(snapshot.path.absolute() / facts["base"]))
+    if not (base / "model.safetensors").exists():
+        raise UserError(
+            f"{snapshot.path} is a difference to {base}, which is missing; put that snapshot there, or its place into "
+            f"delta.base of {snapshot.path / 'config.yaml'}"
+        )
+    tokenizer = load_tokenizer(base)
+    try:
+        return apply_delta(tokenizer, Delta(facts["digest"], snapshot.weights, facts["relative_error"]), strength)
+    except UserError as error:
+        raise UserError(f"{snapshot.path} on {base}: {error}") from None
 
 
 def frozen_weights(tokenizer: Tokenizer) -> dict[str, torch.Tensor]:
@@ -57,4 +91,4 @@ def frozen_weights(tokenizer: Tokenizer) -> dict[str, torch.Tensor]:
 
 def encoder_digest(tokenizer: Tokenizer) -> str:
     """Names the latent space: equal for a tokenizer and its post-trained self, whose decoder alone differs."""
-    return digest(frozen_weights(tokenizer))
+    return getattr(tokenizer, "latent_space", None) or digest(frozen_weights(tokenizer))

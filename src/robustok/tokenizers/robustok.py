@@ -93,9 +93,15 @@ class RobusTok(nn.Module):
     Args:
         config: sizes.
         pretrained: load the pretrained backbones that the configuration names. Off when weights follow from a snapshot.
+
+    Attributes:
+        image_range: of the images it takes and makes.
+        licence: of the released weights.
     """
 
     kind = "discrete"
+    image_range = (-1.0, 1.0)
+    licence = "none: the weights were released without a licence"
 
     def __init__(self, config: RobusTokConfig, pretrained: bool = False) -> None:
         super().__init__()

@@ -1,0 +1,136 @@
+"""Deltas: a post-trained tokenizer as its difference to the original, whole or as a LoRA, mixed in at any strength.
+
+    weights = original + strength * difference
+
+Strength 0 is the original bit for bit; 1 is the post-trained one, bit for bit where the whole difference was kept in
+float32. In between the decoder moves along a straight line (Wortsman et al., "Robust fine-tuning of zero-shot models",
+arXiv 2109.01903). LoRA: the difference of a matrix by its best approximation of low rank (Hu et al., arXiv 2106.09685).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from robustok.snapshots import digest
+from robustok.types import UserError
+
+UP, DOWN = ":up", ":down"  # factors of a difference: up (rows, rank) times down (rank, columns)
+PLACES, VALUES = ":places", ":values"  # where original + difference rounds to another float than it should, and which
+
+
+@dataclass(frozen=True)
+class Delta:
+    """The difference of two versions of one tokenizer.
+
+    Attributes:
+        base: digest of all weights of the original.
+        tensors: by the name of the weight, its difference, or its two factors under ``:up`` and ``:down``. Weights that
+            did not change have none.
+        relative_error: norm of what rank and rounding lost, as a share of the norm of the difference; 0 is exact.
+    """
+
+    base: str
+    tensors: dict[str, Tensor]
+    relative_error: float
+
+
+def make_delta(
+    original: nn.Module, post_trained: nn.Module, rank: int | None = None, dtype: torch.dtype = torch.float32
+) -> Delta:
+    """The difference between a tokenizer and its post-trained self.
+
+    Args:
+        original: what post-training started from.
+        post_trained: the same tokenizer with other weights.
+        rank: of the LoRA; None keeps every difference whole. Vectors, and matrices of which two factors would be no
+            smaller, are kept whole in any case. A convolution counts as a matrix of (output, input * height * width).
+        dtype: of what is kept. Only float32 without a rank is exact.
+
+    Raises:
+        UserError: the two are not versions of one tokenizer.
+    """
+    before, after = original.state_dict(), post_trained.state_dict()
+    wrong = [name for name in sorted(before.keys() | after.keys()) if not _alike(before.get(name), after.get(name))]
+    if wrong:
+        raise UserError(
+            f"the two tokenizers differ in more than numbers, first in {wrong[0]}; give a tokenizer and what "
+            "post-training made of it"
+        )
+    tensors: dict[str, Tensor] = {}
+    lost, whole = 0.0, 0.0
+    for name, old in before.items():
+        new = after[name]
+        if torch.equal(old, new):
+            continue
+        difference = new.double() - old.double()
+        kept = _kept(name, difference, rank, dtype)
+        if rank is None and dtype == torch.float32:
+            sum_ = old + kept[name]
+            # Few: mostly where a weight changed its sign. That of a zero counts too.
+            wrong_bits = ((sum_ != new) | (sum_.signbit() != new.signbit())).flatten().nonzero()[:, 0]
+            if len(wrong_bits):
+                kept |= {name + PLACES: wrong_bits, name + VALUES: new.flatten()[wrong_bits].clone()}
+        else:
+            lost += (difference - _difference(name, kept, old.shape).double()).square().sum().item()
+        whole += difference.square().sum().item()
+        tensors |= kept
+    return Delta(digest(before), tensors, (lost / whole) ** 0.5 if whole else 0.0)
+
+
+@torch.no_grad()
+def apply_delta(tokenizer: nn.Module, delta: Delta, strength: float = 1.0) -> nn.Module:
+    """Add ``strength`` times the difference to the original, in place.
+
+    Args:
+        tokenizer: the original.
+        delta: from :func:`make_delta`.
+        strength: 0 is the original, 1 the post-trained one; more, or less than 0, goes on along the line.
+
+    Returns:
+        The same tokenizer.
+
+    Raises:
+        UserError: it is not the original of this delta.
+    """
+    weights = tokenizer.state_dict()
+    if (found := digest(weights)) != delta.base:
+        raise UserError(
+            f"the delta belongs to the tokenizer with the digest {delta.base}, this one has {found}; "
+            "give the very tokenizer that was post-trained"
+        )
+    if not strength:
+        return tokenizer
+    for name in {key.partition(":")[0] for key in delta.tensors}:
+        weight = weights[name]
+        weight.add_(_difference(name, delta.tensors, weight.shape).to(weight.device), alpha=strength)
+        if strength == 1 and name + PLACES in delta.tensors:
+            places, values = (delta.tensors[name + part].to(weight.device) for part in (PLACES, VALUES))
+            weight.view(-1)[places] = values
+    return tokenizer
+
+
+def _alike(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two weights have a difference, or none."""
+    if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return a.is_floating_point() or torch.equal(a, b)
+
+
+def _kept(name: str, difference: Tensor, rank: int | None, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What is stored of a difference: itself, or the two factors of its best approximation of this rank."""
+    rows, columns = len(difference) if difference.ndim else 1, difference[0].numel() if difference.ndim else 1
+    if rank is None or difference.ndim < 2 or rank * (rows + columns) >= rows * columns:
+        return {name: difference.to(dtype)}
+    u, s, v = torch.linalg.svd(difference.reshape(rows, columns), full_matrices=False)
+    share = s[:rank].sqrt()  # of the singular values to each factor, so that both are of the same size
+    up, down = u[:, :rank] * share, share[:, None] * v[:rank]  # (rows, rank), (rank, columns)
+    return {name + UP: up.to(dtype).contiguous(), name + DOWN: down.to(dtype).contiguous()}
+
+
+def _difference(name: str, tensors: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
+    """The difference of a weight, float32, in its shape."""
+    if name in tensors:
+        return tensors[name].float()
+    return (tensors[name + UP].float() @ tensors[name + DOWN].float()).reshape(shape)

@@ -1,0 +1,288 @@
+"""Reading the files of others: what is read, what is refused, and that nothing in them runs."""
+
+import argparse
+import json
+import os
+import pickle
+import tarfile
+import zipfile
+from collections import OrderedDict, UserList
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from robustok.checkpoints import choose_weights, read_checkpoint, settle
+from robustok.types import UserError
+
+
+class Arguments(UserList):
+    """Stands for a foreign class, filled item by item."""
+
+
+class Payload:
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def weights(seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    return {"first.weight": torch.randn(3, 2, generator=rng), "last.bias": torch.randn(4, generator=rng)}
+
+
+def training_file(model, **more):
+    """A file as released training writes it, arguments of foreign classes included."""
+    arguments = argparse.Namespace(rate=Arguments([0.1]), names=OrderedDict(a=1))
+    return {"model": model, "optimizer": {"step": 3}, "steps": 7, "args": arguments, **more}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
+
+
+def prefixed(prefix, given):
+    return {f"{prefix}{name}": tensor for name, tensor in given.items()}
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
+@pytest.mark.parametrize(
+    ("content", "part", "seed"),
+    [
+        (training_file(weights(1), ema=weights(0)), "ema", 0),
+        (training_file(weights(1), ema=None), "model", 1),
+        (OrderedDict(weights(2)), "flat state dict", 2),
+        ({"state_dict": weights(3), "callbacks": Arguments()}, "state_dict", 3),
+        ({"module": prefixed("module.", weights(4))}, "module", 4),
+        ({"model": {"state_dict": prefixed("module._orig_mod.", weights(5))}}, "state_dict of model", 5),
+    ],
+    ids=["ema", "model", "flat", "lightning", "distributed", "nested"],
+)
+def test_the_weights_are_found_in_what_training_writes(tmp_path, zipped, content, part, seed):
+    torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    found = read_checkpoint(tmp_path / "a.pt")
+    assert found.part == part
+    assert same(found.weights, weights(seed))
+    assert (found.config, found.discriminator) == ({}, None)
+
+
+def test_a_prefix_of_some_names_is_part_of_them():
+    given = prefixed("module.", weights()) | {"other": torch.ones(1)}
+    assert choose_weights(given, "weights").weights.keys() == given.keys()
+
+
+def test_a_discriminator_is_found_beside_the_weights():
+    found = choose_weights(training_file(weights(), discriminator=prefixed("module.", weights(1))), "weights")
+    assert same(found.discriminator, weights(1))
+    assert choose_weights(training_file(weights(), discriminator={"depth": 3}), "weights").discriminator is None
+
+
+def test_views_parameters_and_other_dtypes_are_read(tmp_path):
+    base = torch.arange(12.0).reshape(3, 4)
+    content = {
+        "view": base.t()[1:],
+        "parameter": torch.nn.Parameter(base),
+        "half": base.half(),
+        "bf16": base.bfloat16(),
+    }
+    for zipped in (True, False):
+        torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+        assert same(read_checkpoint(tmp_path / "a.pt").weights, {name: t.detach() for name, t in content.items()})
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_payload_does_not_run(tmp_path, protocol, zipped):
+    mark, how = tmp_path / "ran", {"pickle_protocol": protocol, "_use_new_zipfile_serialization": zipped}
+    payload = Payload(f"touch {mark}")
+    pickle.loads(pickle.dumps(payload))
+    assert mark.exists()  # it works where it is let
+    mark.unlink()
+    torch.save(training_file(weights(), payload=payload), tmp_path / "a.pt", **how)
+    if zipped or protocol == 2:  # torch itself knows old files by protocol 2 alone
+        assert same(read_checkpoint(tmp_path / "a.pt").weights, weights())  # beside the weights it is an empty object
+    torch.save(weights() | {"last.bias": payload}, tmp_path / "b.pt", **how)
+    with pytest.raises(UserError, match=r"'last.bias' is a _Stub" if zipped or protocol == 2 else "neither"):
+        read_checkpoint(tmp_path / "b.pt")
+    (tmp_path / "c.pt").write_bytes(pickle.dumps(payload))  # no file of torch's
+    old = bytearray((tmp_path / "b.pt").read_bytes())
+    (tmp_path / "d.pt").write_bytes(bytes(old) + pickle.dumps(payload))
+    (tmp_path / "e.pt").write_bytes(OLD_HEAD + pickle.dumps(payload))  # in the place of the version
+    for name in ("c.pt", "d.pt", "e.pt"):
+        with pytest.raises(UserError) as error:
+            read_checkpoint(tmp_path / name)
+        assert "\n" not in str(error.value)
+    assert not mark.exists()
+
+
+OLD_HEAD = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # with which files from before 2020 begin
+
+
+def test_a_tar_is_not_unpacked(tmp_path):
+    """The oldest format of all, which torch would unpack into a temporary folder."""
+    with tarfile.open(tmp_path / "a.pt", "w") as file:
+        file.add(__file__, "storages")
+    with pytest.raises(UserError, match="neither a PyTorch file"):
+        read_checkpoint(tmp_path / "a.pt")
+
+
+def damage(file):
+    """A whole archive whose pickle is cut."""
+    with zipfile.ZipFile(file) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, data in content.items():
+            archive.writestr(name, data[: len(data) // 2] if name.endswith("data.pkl") else data)
+
+
+def cut_off(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def program(file):
+    """What TorchScript adds to an archive."""
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr("archive/constants.pkl", b"")
+
+
+BROKEN = {  # what happens to a.pt, what is said
+    "truncated": (cut_off, "is cut off"),
+    "damaged": (damage, "cannot be read as a PyTorch checkpoint"),
+    "gone": (lambda file: file.unlink(), "is no file"),
+    "text": (lambda file: file.write_text("<html>404</html>"), "neither a PyTorch file"),
+    "empty": (lambda file: file.write_bytes(b""), "is cut off"),
+    "program": (program, "TorchScript program"),
+    "a list": (lambda file: torch.save([torch.ones(1)], file), "holds no state dict"),
+    "nothing": (lambda file: torch.save({}, file), "holds no state dict"),
+    "a number": (lambda file: torch.save(weights() | {"epoch": 3}, file), "'epoch' is a int"),
+    "no name": (lambda file: torch.save({0: torch.ones(1)}, file), "0 is a Tensor"),
+    "itself": (lambda file: torch.save(_cycle(), file), "holds no state dict|is a dict"),
+}
+
+
+def _cycle():
+    content = {}
+    content["model"] = content
+    return content
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_file_is_one_line(tmp_path, case):
+    happens, said = BROKEN[case]
+    torch.save(weights(), tmp_path / "a.pt")
+    happens(tmp_path / "a.pt")
+    with pytest.raises(UserError, match=said) as error:
+        read_checkpoint(tmp_path / "a.pt")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
+def test_an_old_file_that_is_cut_off_is_one_line(tmp_path, share):
+    torch.save(weights(), tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+    content = (tmp_path / "a.pt").read_bytes()
+    (tmp_path / "a.pt").write_bytes(content[: int(share * len(content))])
+    with pytest.raises(UserError, match="cannot be read as a PyTorch checkpoint"):
+        read_checkpoint(tmp_path / "a.pt")
+
+
+# What a file says of itself
+
+
+def test_metadata_say_which_tensors_count_and_how_the_model_is_configured(tmp_path):
+    more = weights() | {"output.images": torch.ones(2)}
+    metadata = {"state_keys": json.dumps([*weights(), "gone"]), "config": json.dumps({"args": {"dim": 3}})}
+    save_file(more, tmp_path / "a.safetensors", metadata)
+    found = read_checkpoint(tmp_path / "a.safetensors")
+    assert same(found.weights, weights())
+    assert found.config == {"args": {"dim": 3}}
+    save_file(more, tmp_path / "b.safetensors", {"format": "pt"})
+    assert same(read_checkpoint(tmp_path / "b.safetensors").weights, more)
+    save_file(more, tmp_path / "c.safetensors", {"state_keys": "[first"})
+    with pytest.raises(UserError, match="no JSON"):
+        read_checkpoint(tmp_path / "c.safetensors")
+
+
+def test_a_json_file_beside_the_weights_says_the_same(tmp_path):
+    torch.save(weights() | {"input.x": torch.ones(1)}, tmp_path / "a.pt")
+    (tmp_path / "config.json").write_text('{"vq_mean": 0.5}')
+    assert read_checkpoint(tmp_path / "a.pt").config == {}  # whose config.json it is, nobody knows
+    (tmp_path / "a.json").write_text(json.dumps({"config": {"depth": 2}, "state_dict_keys": [*weights()]}))
+    found = read_checkpoint(tmp_path / "a.pt")
+    assert (found.weights.keys(), found.config) == (weights().keys(), {"depth": 2})
+    save_file(weights(), tmp_path / "model.safetensors")
+    assert read_checkpoint(tmp_path / "model.safetensors").config == {"vq_mean": 0.5}
+    (tmp_path / "model.json").write_text("[1, 2]")
+    assert read_checkpoint(tmp_path / "model.safetensors").config == {}
+    (tmp_path / "model.json").write_text("{")
+    with pytest.raises(UserError, match="is no JSON"):
+        read_checkpoint(tmp_path / "model.safetensors")
+
+
+def test_settle_knows_facts_from_wishes():
+    names = {"num_heads": "heads", "dim": "width"}
+    assert settle({"width": 4}, {"dim": 4, "num_heads": 2, "seed": 1}, names, heads=1) == {"width": 4, "heads": 2}
+    with pytest.raises(UserError, match="dim = 5, the weights have 4"):
+        settle({"width": 4}, {"dim": 5}, names)
+    with pytest.raises(UserError, match="did you mean 'num_heads'"):
+        settle({"width": 4}, {"num_head": 5}, names)
+
+
+# The hub
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub of one repository; yields the calls made of it."""
+    calls = []
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    save_file(weights(), folder / "model.safetensors")
+    torch.save(weights(1), folder / "old.pt")
+
+    def fetch(repository, file, revision=None, token=None):
+        calls.append((repository, file, revision, token))
+        if file == "sub/config.json":
+            (folder / "config.json").write_text('{"vq_mean": 0.5}')
+        found = folder / file.removeprefix("sub/")
+        if not found.exists():
+            raise huggingface_hub.errors.LocalEntryNotFoundError("Cannot reach the hub. Traceback:\n and more")
+        return str(found)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    return calls
+
+
+def test_weights_come_from_the_hub(hub, monkeypatch):
+    found = read_checkpoint("hf://org/repo@v2/sub/model.safetensors")
+    assert same(found.weights, weights())
+    assert found.config == {"vq_mean": 0.5}
+    assert [call[:3] for call in hub] == [
+        ("org/repo", "sub/model.safetensors", "v2"),
+        ("org/repo", "sub/config.json", "v2"),
+    ]
+    assert hub[0][3] is False  # no token that lies around on this machine
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    assert same(read_checkpoint("hf:/org/repo/old.pt").weights, weights(1))  # as pathlib writes it
+    assert hub[-1] == ("org/repo", "old.pt", None, "secret")
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("hf://org/repo/gone.pt", "cannot download gone.pt of org/repo .*Cannot reach the hub.*give its path"),
+        ("hf://org/model.pt", "expected hf://ORG/REPO/FILE"),
+        ("hf://", "expected hf://ORG/REPO/FILE"),
+    ],
+)
+def test_a_hub_that_does_not_give_is_one_line(hub, address, said):
+    with pytest.raises(UserError, match=said) as error:
+        read_checkpoint(address)
+    assert "\n" not in str(error.value)
+
+
+def test_a_repository_without_configuration_is_no_error(hub):
+    assert read_checkpoint("hf://org/repo/model.safetensors").config == {}
