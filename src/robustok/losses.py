@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 
 from robustok.config import Config
-from robustok.types import UserError
+from robustok.metrics.perceptual import load_lpips
 
 
 class ReconstructionConfig(Config):
@@ -89,29 +89,8 @@ class LPIPSLoss(nn.Module):
 
     def __init__(self, weights: str | None = None) -> None:
         super().__init__()
-        try:
-            import lpips
-        except ImportError:
-            raise UserError(
-                "perceptual: lpips needs the lpips package; pip install 'robustok[lpips]', or choose classifier or none"
-            ) from None
-        try:
-            state = None if weights is None else torch.load(weights, map_location="cpu", weights_only=True)
-            self.network = lpips.LPIPS(net="vgg", pnet_rand=weights is not None, verbose=False)
-            if state is not None:
-                self._load(state)
-        except Exception as error:  # download errors are of many kinds
-            raise UserError(
-                f"LPIPS needs VGG-16 weights: {' '.join(str(error).split())[:160]}; "
-                "give torchvision's vgg16-397923af.pth "
-                "as perceptual_weights=FILE, or put it into torch's hub cache"
-            ) from None
-        self.eval().requires_grad_(False)
-
-    def _load(self, state: dict[str, Tensor]) -> None:
-        """Put torchvision's ``features.N.*`` into the slices that the lpips package cuts them into."""
-        slices = {name.split(".", 1)[1]: name for name in self.network.net.state_dict()}  # slice1.0.weight -> 0.weight
-        self.network.net.load_state_dict({full: state[f"features.{short}"] for short, full in slices.items()})
+        self.network, _ = load_lpips("vgg", weights, setting="perceptual_weights")
+        self.eval()
 
     def forward(self, images: Tensor, reconstructions: Tensor) -> Tensor:
         """Mean LPIPS of images (N, 3, H, W) in [-1, 1]."""

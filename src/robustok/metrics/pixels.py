@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robustok.metrics.features import check_pixels
+from robustok.metrics.guards import check_pair
 from robustok.types import UserError
 
 
@@ -23,7 +23,7 @@ def psnr(pixels: Tensor, reference: Tensor) -> Tensor:
     Raises:
         UserError: not uint8 pixels of one shape.
     """
-    _check_pair(pixels, reference)
+    check_pair(pixels, reference)
     error = (pixels.double() - reference.double()).square().mean(dim=(1, 2, 3))  # (N,)
     return 10 * torch.log10(255**2 / error)
 
@@ -43,7 +43,7 @@ def ssim(pixels: Tensor, reference: Tensor) -> Tensor:
     Raises:
         UserError: not uint8 pixels of one shape, or too small to reflect.
     """
-    _check_pair(pixels, reference)
+    check_pair(pixels, reference)
     if min(pixels.shape[2:]) < 6:
         raise UserError(f"got images of {tuple(pixels.shape[2:])} pixels, SSIM needs at least 6x6; leave it out here")
     x, y = pixels.double() / 255, reference.double() / 255
@@ -62,13 +62,3 @@ def _blur(images: Tensor, size: int = 11, sigma: float = 1.5) -> Tensor:
     weights = (weights / weights.sum()).view(1, 1, 1, size)
     padded = F.pad(images, (size // 2,) * 4, mode="reflect").flatten(0, 1)[:, None]  # (N * 3, 1, H + 10, W + 10)
     return F.conv2d(F.conv2d(padded, weights), weights.transpose(2, 3)).view(images.shape)  # (N, 3, H, W)
-
-
-def _check_pair(pixels: Tensor, reference: Tensor) -> None:
-    check_pixels(pixels)
-    check_pixels(reference)
-    if pixels.shape != reference.shape:
-        shapes = f"{tuple(pixels.shape)} and {tuple(reference.shape)}"
-        raise UserError(
-            f"got pixels {shapes}, expected pairs of equal shape; compare each image with its own reference"
-        )
