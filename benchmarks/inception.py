@@ -1,0 +1,154 @@
+"""Inception features against torch-fidelity's, as it is shipped, in one process: how fast, and what bf16 changes.
+
+    python benchmarks/inception.py --data FILE.parquet --size 256 --count 2000 --weights FILE.pth
+
+Without ``--data`` it reads the embedded digits, without ``--weights`` it makes random ones, calibrated so that no
+feature vanishes: good for speed and for ratios of distances, but no distance is an FID then.
+"""
+
+import argparse
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+from torchvision.io import decode_jpeg, encode_jpeg
+from torchvision.models import inception_v3
+from torchvision.transforms.functional import gaussian_blur
+
+from robustok.images import Digits, Folder, Parquet, batches_in_order, open_images, to_pixels
+from robustok.metrics import GaussianStatistics, frechet_distance
+from robustok.metrics.inception import INPUT_SIZE, InceptionExtractor, resize_like_tensorflow
+
+BATCH = 16
+REPEATS = 3
+CALIBRATION = 64  # images
+Network = Callable[[Tensor], Tensor]
+
+
+def main() -> None:
+    words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    words.add_argument("--data", type=Path, help="folder of images or parquet file; default: the embedded digits")
+    words.add_argument("--size", type=int, default=256, help="height and width of the images")
+    words.add_argument("--count", type=int, default=200, help="number of images for the distances")
+    words.add_argument("--weights", type=Path, help="Inception weights; default: random, calibrated")
+    given = words.parse_args()
+    parquet = given.data is not None and given.data.suffix == ".parquet"
+    source = (Parquet if parquet else Folder)(path=given.data, holdout=0) if given.data else Digits(holdout=0)
+    images = open_images(source.model_copy(update={"limit": given.count}), given.size, "test")
+    print(f"{torch.get_num_threads()} threads; {images.describe()}")
+
+    def batches() -> Iterable[Tensor]:
+        return (to_pixels(batch.images) for batch in batches_in_order(images, BATCH, 0, 1))
+
+    with tempfile.TemporaryDirectory() as folder:
+        weights = given.weights or random_weights(Path(folder) / "random.pth", batches())
+        print(f"weights: {'random, calibrated: no distance below is an FID' if given.weights is None else weights}")
+        shipped = FeatureExtractorInceptionV3("shipped", ["2048"], str(weights))
+        ours = {precision: InceptionExtractor(weights, precision=precision) for precision in ("float32", "bf16")}
+    compare_resizing()
+    compare_speed({"torch-fidelity float32": lambda pixels: shipped(pixels)[0], **ours}, next(iter(batches())))
+    compare_distances(ours, batches)
+
+
+def random_weights(path: Path, batches: Iterable[Tensor]) -> Path:
+    """Kaiming-normal convolutions, and batch norms that have seen images: features of ordinary size and spread."""
+    rng = torch.Generator().manual_seed(0)
+    network = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.ndim == 4:
+                parameter.normal_(0, (2 / parameter[0].numel()) ** 0.5, generator=rng)
+        network.fc.weight.normal_(0, 0.02, generator=rng)
+    torch.save(network.state_dict(), path)
+    network = FeatureExtractorInceptionV3("calibrated", ["2048"], str(path))
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.train().momentum = None  # the average of all batches
+    for _, pixels in zip(range(CALIBRATION // BATCH), batches, strict=False):
+        network(pixels)
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def compare_resizing() -> None:
+    """TensorFlow's resizing alone, images per CPU second."""
+    rng = torch.Generator().manual_seed(0)
+    for size in (32, 64, 256, 512):
+        pixels = torch.randint(0, 256, (BATCH, 3, size, size), dtype=torch.uint8, generator=rng)
+        theirs, ours = resize_as_shipped(pixels), resize_like_tensorflow(pixels)
+        costs = time_side_by_side({"shipped": resize_as_shipped, "ours": resize_like_tensorflow}, pixels)
+        speed = {name: BATCH / cpu for name, (cpu, _) in costs.items()}
+        line = f"{speed['shipped']:7.0f} -> {speed['ours']:7.0f} images per CPU second"
+        print(f"resizing {size:3d} -> 299: {line}, {speed['ours'] / speed['shipped']:5.2f}x", end="; ")
+        print(f"largest difference {(theirs - ours).abs().max():.1e} of 255")
+
+
+def resize_as_shipped(pixels: Tensor) -> Tensor:
+    return interpolate_bilinear_2d_like_tensorflow1x(pixels.float(), (INPUT_SIZE, INPUT_SIZE), align_corners=False)
+
+
+def compare_speed(networks: dict[str, Network], pixels: Tensor) -> None:
+    """Pixels to features, images per second, best of a few rounds side by side."""
+    baseline, *_ = expected = [network(pixels) for network in networks.values()]
+    costs = time_side_by_side(networks, pixels)
+    first_cpu, first_wall = next(iter(costs.values()))
+    for (name, (cpu, wall)), features in zip(costs.items(), expected, strict=True):
+        speed = f"{len(pixels) / cpu:6.1f} images per CPU second ({first_cpu / cpu:.2f}x)"
+        error = ((features - baseline).norm() / baseline.norm()).item()
+        print(f"{name:<22} {speed}, {len(pixels) / wall:6.1f} per second ({first_wall / wall:.2f}x)", end="; ")
+        print(f"features differ by {error:.1e}", flush=True)
+
+
+def time_side_by_side(functions: dict[str, Network], pixels: Tensor) -> dict[str, tuple[float, float]]:
+    """Least CPU and wall seconds of each, in turns, so that whatever else the machine does meets all of them."""
+    best = dict.fromkeys(functions, (float("inf"), float("inf")))
+    for _ in range(1 + REPEATS):  # the first warms up and is no faster than the others
+        for name, function in functions.items():
+            start = time.process_time(), time.perf_counter()
+            function(pixels)
+            spent = time.process_time() - start[0], time.perf_counter() - start[1]
+            best[name] = min(best[name][0], spent[0]), min(best[name][1], spent[1])
+    return best
+
+
+def compare_distances(extractors: dict[str, InceptionExtractor], batches: Callable[[], Iterable[Tensor]]) -> None:
+    """Frechet distances of degraded images to the original ones, by precision, and the memory that it takes."""
+    exact, fast = (of_all(extractor, batches()) for extractor in extractors.values())
+    print(f"Frechet distances of {exact.count} images to the original ones, float32:")
+    print(f"  the same images in bf16: {frechet_distance(fast, exact):.4f}", flush=True)
+    for name, change in {"blur 0.7": blur, "JPEG 75": jpeg}.items():
+        exact_changed, fast_changed = (of_all(e, map(change, batches())) for e in extractors.values())
+        both = frechet_distance(exact_changed, exact)
+        print(f"  {name}: {both:.4f}", end="")
+        for how, value in (
+            ("both sides in bf16", frechet_distance(fast_changed, fast)),
+            ("one side in bf16", frechet_distance(fast_changed, exact)),
+        ):
+            print(f"; {how} {value:.4f} ({value / both - 1:+.2%})", end="")
+        print(f"; peak memory so far {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB", flush=True)
+
+
+def of_all(extractor: InceptionExtractor, batches: Iterable[Tensor]) -> GaussianStatistics:
+    """Mean and covariance of the features of all images, none of which is kept."""
+    statistics = GaussianStatistics(extractor.dim)
+    for pixels in batches:
+        statistics.update(extractor(pixels))
+    return statistics
+
+
+def blur(pixels: Tensor) -> Tensor:
+    return gaussian_blur(pixels, kernel_size=[5, 5], sigma=[0.7, 0.7])
+
+
+def jpeg(pixels: Tensor) -> Tensor:
+    return torch.stack([decode_jpeg(encode_jpeg(image, quality=75)) for image in pixels])
+
+
+if __name__ == "__main__":
+    main()
