@@ -179,3 +179,29 @@ def test_settings_list_every_key_with_its_default_and_description():
         ("shape.colour", "red", "of the line", ()),
         ("shape.path", None, "where it stands", ("box",)),
     ]
+
+
+# Several files
+
+
+def test_later_files_win_and_variants_are_not_mixed(tmp_path):
+    first = write(tmp_path / "a.yaml", {"out": "x", "steps": 20, "model": {"width": 16, "depth": 3}})
+    second = write(tmp_path / "b.yaml", {"steps": 40, "model": {"width": 8}, "shape": {"radius": 2}})
+    third = write(tmp_path / "c.yaml", {"shape": {"name": "box", "path": "p"}})
+    run = load(Run, [first, second], ["seeds=[5]"])
+    assert (run.steps, run.model.width, run.model.depth, run.seeds, run.shape.radius) == (40, 8, 3, [5], 2)
+    assert load(Run, [first, second, third]).shape == Box(path=Path("p"))  # without the circle's radius
+    assert load(Run, [second, first]).steps == 20
+    with pytest.raises(UserError, match=r"a\.yaml \+ .*d\.yaml: unknown key 'stebs'; did you mean 'steps'"):
+        load(Run, [first, write(tmp_path / "d.yaml", {"stebs": 2})])
+
+
+def test_a_preset_has_settings_for_several_verbs(tmp_path):
+    recipe = write(tmp_path / "a.yaml", {"out": "x", "model": {"width": 16}})
+    settings = {"main-train": {"model": {"depth": 2}}, "post-train": {"steps": 4}}
+    preset = write(tmp_path / "preset.yaml", {"settings": settings})
+    run = load(Run, [recipe, preset], verb="main-train")
+    assert (run.model.width, run.model.depth, run.steps) == (16, 2, 100)
+    assert load(Run, [recipe, preset], verb="post-train").steps == 4
+    with pytest.raises(UserError, match=r"preset\.yaml holds settings for main-train, post-train, not for encode"):
+        load(Run, [recipe, preset], verb="encode")

@@ -1,4 +1,4 @@
-"""Configuration: defaults in pydantic models, then a YAML file, then words such as ``tokenizer.width=192``.
+"""Configuration: defaults in pydantic models, then YAML files, then words such as ``tokenizer.width=192``.
 
 Every model lives beside the code it configures and inherits from :class:`Config`, which forbids unknown keys. A
 variant is a union discriminated by its ``name``. The merged result, written by :func:`save`, repeats a run.
@@ -28,19 +28,28 @@ class Config(BaseModel):
 C = TypeVar("C", bound=Config)
 
 
-def load(model: type[C], file: str | Path | None = None, words: Sequence[str] = ()) -> C:
-    """Merge defaults, a YAML file and dotted words into a validated configuration.
+def load(
+    model: type[C],
+    files: str | Path | Sequence[str | Path] | None = None,
+    words: Sequence[str] = (),
+    verb: str | None = None,
+) -> C:
+    """Merge defaults, YAML files and dotted words into a validated configuration; what comes later wins.
 
     Args:
         model: the configuration class.
-        file: YAML file with what differs from the defaults, or the name of a recipe such as ``digits/tokenizer.yaml``.
+        files: YAML files with what differs from the defaults, or names of recipes such as ``digits/tokenizer.yaml``.
         words: ``dotted.key=value`` strings; values are read as YAML (``seeds=[0,1]``, ``steps=200``).
+        verb: of a preset, a file with ``settings: {VERB: {...}}`` for several verbs, this one's settings count.
 
     Raises:
         UserError: the file is missing or no mapping; a word has no ``=``; a key is unknown (the nearest known one is
             named); a value has the wrong type or range.
     """
-    settings = read_yaml(recipe(file)) if file is not None else {}
+    files = [files] if isinstance(files, str | Path) else list(files or ())
+    settings: dict[str, Any] = {}
+    for file in files:
+        _merge(settings, _for_verb(read_yaml(recipe(file)), verb, file))
     for word in words:
         key, separator, text = word.partition("=")
         if not separator or not key:
@@ -50,7 +59,7 @@ def load(model: type[C], file: str | Path | None = None, words: Sequence[str] = 
         except yaml.YAMLError:
             value = text
         _set(settings, key.split("."), value)
-    return validate(model, settings, source=str(file) if file is not None else "the settings")
+    return validate(model, settings, source=" + ".join(map(str, files)) or "the settings")
 
 
 def validate(model: type[C], settings: dict[str, Any], source: str = "the settings") -> C:
@@ -169,6 +178,25 @@ def recipe(name: str | Path) -> Path:
         if (folder / path).is_file():
             return folder / path
     return path
+
+
+def _for_verb(content: dict[str, Any], verb: str | None, file: str | Path) -> dict[str, Any]:
+    """A file's settings; of a preset those for the verb."""
+    if list(content) != ["settings"]:
+        return content
+    if verb not in content["settings"]:
+        raise UserError(f"{file} holds settings for {', '.join(content['settings'])}, not for {verb}; leave it out")
+    return content["settings"][verb] or {}
+
+
+def _merge(settings: dict[str, Any], later: dict[str, Any]) -> None:
+    """Put later settings over these. Choosing another variant drops the settings of the one before."""
+    for key, value in later.items():
+        old = settings.get(key)
+        if isinstance(value, dict) and isinstance(old, dict) and value.get("name", old.get("name")) == old.get("name"):
+            _merge(old, value)
+        else:
+            settings[key] = value
 
 
 def _set(settings: dict[str, Any], keys: list[str], value: Any) -> None:

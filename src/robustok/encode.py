@@ -1,7 +1,8 @@
 """The `encode` verb: images to a cache of latents, once, so that generators train on integers instead of images."""
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping
-from itertools import tee
+from itertools import islice, tee
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +15,12 @@ from torch import Tensor
 from robustok.config import Config
 from robustok.crops import enlarged, five_crops
 from robustok.images import Data, batches_of, open_images
-from robustok.latents import Manifest, create_cache, missing_shards, shard_rows, write_shard
+from robustok.latents import LatentType, Manifest, create_cache, missing_shards, shard_rows, write_shard
 from robustok.tokenizers import encoder_digest, load_tokenizer
-from robustok.training.loop import autocast, start_accelerator, track
-from robustok.types import Batch
+from robustok.training.loop import autocast, console, start_accelerator, track
+from robustok.types import Batch, UserError
 
+WORTH_A_LINE = 10**8  # bytes
 VARIANTS = {"center": 1, "center-flip": 2, "ten": 10}  # records of an image
 
 
@@ -37,6 +39,7 @@ class EncodeRun(Config):
     batch_size: int = Field(64, ge=1, description="images at a time")
     shard_size: int = Field(10_000, ge=1, description="records in a shard")
     precision: Literal["auto", "bf16", "float32"] = Field("float32", description="autocast dtype")
+    latent_dtype: LatentType = Field("float32", description="type of continuous latents on disk")
     workers: int = Field(0, ge=0, description="processes that decode images ahead; 0 decodes in the process itself")
 
     @property
@@ -69,6 +72,7 @@ def encode(run: EncodeRun) -> Path:
         tokenizer=encoder_digest(tokenizer),
         data=data.fingerprint,
         source={"made_by": "encode", "data": data.describe(), "crops": run.crops, "precision": run.precision},
+        dtype=run.latent_dtype,
     )
 
     def read_ahead(stream: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, Batch]]:
@@ -122,9 +126,13 @@ def fill_cache(
         accelerator: which shards are this process's.
         description: of the progress bar.
         prepare: turns the stream of record numbers that are to be made into what ``make`` takes; may work ahead.
+
+    Raises:
+        UserError: the folder holds other latents, or the disk has less space than the missing shards need.
     """
     if accelerator.is_main_process:
         create_cache(out, manifest)
+        _show_space(out, manifest, description)
     accelerator.wait_for_everyone()
     missing = missing_shards(out, accelerator.process_index, accelerator.num_processes)
 
@@ -133,8 +141,26 @@ def fill_cache(
         return [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
 
     prepared = prepare(records for k in missing for records in batches(k))
+    total = sum(len(batches(k)) for k in missing)
+    bar = track(range(total), f"{description} {out.name}", accelerator.is_main_process)  # one for all, with time left
     for k in missing:
-        show = f"{description} {out.name} {k + 1}/{manifest.shards}"
-        parts = [make(next(prepared)) for _ in track(range(len(batches(k))), show, accelerator.is_main_process)]
+        parts = [make(next(prepared)) for _ in islice(bar, len(batches(k)))]
         write_shard(out, k, {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]})
+    next(bar, None)  # closes it
     accelerator.wait_for_everyone()
+
+
+def _show_space(out: Path, manifest: Manifest, description: str) -> None:
+    """Say how much disk the missing shards will take if it is much, and refuse to begin what cannot end."""
+    records = sum(len(shard_rows(manifest, k)) for k in missing_shards(out))
+    if not records:
+        return
+    need, free = records * manifest.record_bytes, shutil.disk_usage(out).free
+    if need >= WORTH_A_LINE:
+        size = f"{need / 1e9:.3g} GB in {out} ({free / 1e9:.3g} GB are free)"
+        console.print(f"{description}: {records:,} records of {manifest.record_bytes:,} bytes, {size}", soft_wrap=True)
+    if need > free:
+        raise UserError(
+            f"{out} needs {need / 1e9:.3g} GB for {records:,} records, {free / 1e9:.3g} GB are free; free some space, "
+            "choose another out=FOLDER, or lower count"
+        )

@@ -19,7 +19,7 @@ from robustok.generators import SamplingConfig, check_kind, check_sampling, load
 from robustok.generators.sampling import image_rngs
 from robustok.image_files import write_images
 from robustok.images import from_pixels, to_pixels
-from robustok.latents import LatentCache, Manifest, check_cache, check_center_crops
+from robustok.latents import LatentCache, LatentType, Manifest, check_cache, check_center_crops
 from robustok.snapshots import digest
 from robustok.tokenizers import encoder_digest, load_tokenizer
 from robustok.training.loop import autocast, start_accelerator
@@ -44,6 +44,7 @@ class GenerateRun(Config):
     batch_size: int = Field(64, ge=1, description="samples at a time")
     shard_size: int = Field(10_000, ge=1, description="records in a shard")
     precision: Literal["auto", "bf16", "float32"] = Field("float32", description="autocast dtype")
+    latent_dtype: LatentType = Field("float32", description="type of continuous latents on disk")
 
     @model_validator(mode="after")
     def _images_need_a_tokenizer(self) -> "GenerateRun":
@@ -79,6 +80,7 @@ class MakePairsRun(Config):
     batch_size: int = Field(64, ge=1, description="samples at a time")
     shard_size: int = Field(10_000, ge=1, description="records in a shard")
     precision: Literal["auto", "bf16", "float32"] = Field("float32", description="autocast dtype")
+    latent_dtype: LatentType = Field("float32", description="type of continuous latents on disk")
 
     @model_validator(mode="after")
     def _reencoding_needs_a_tokenizer(self) -> "MakePairsRun":
@@ -130,7 +132,7 @@ def generate(run: GenerateRun) -> Path:
     source |= {"generator": digest(generator.state_dict()), "classes": run.classes}
     fill_cache(
         run.out,
-        _manifest(generator, run.count, run.shard_size, None, source),
+        _manifest(generator, run, run.count, None, source),
         make,
         run.batch_size,
         accelerator,
@@ -189,7 +191,7 @@ def make_pairs(run: MakePairsRun) -> Path:
         source |= generator.preservation_facts(sampling, run.preservation)
         for problem in generator.check(cache.read(rows[:CHECKED]).latents):
             warnings.warn(problem, stacklevel=1)
-    manifest = _manifest(generator, len(rows), run.shard_size, cache.manifest.data, source)
+    manifest = _manifest(generator, run, len(rows), cache.manifest.data, source)
     fill_cache(run.out, manifest, make, run.batch_size, accelerator, "make-pairs")
     return run.out
 
@@ -208,15 +210,18 @@ def _fields(latents: Tensor, labels: Tensor, indices: Tensor, records: np.ndarra
     }
 
 
-def _manifest(generator: Generator, count: int, shard_size: int, data: str | None, source: dict) -> Manifest:
+def _manifest(
+    generator: Generator, run: GenerateRun | MakePairsRun, count: int, data: str | None, source: dict
+) -> Manifest:
     return Manifest(
         kind="discrete" if generator.codebook_size else "continuous",
         latent_shape=generator.latent_shape,
         codebook_size=generator.codebook_size,
         classes=generator.classes,
         count=count,
-        shard_size=shard_size,
+        shard_size=run.shard_size,
         tokenizer=generator.latent_space,
         data=data,
         source=source,
+        dtype=run.latent_dtype,
     )

@@ -17,8 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.numpy import save
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from robustok.config import differences
@@ -26,6 +25,7 @@ from robustok.images import batch_indices, rank_rows
 from robustok.types import UserError
 
 OPTIONAL = {"flips", "crops"}  # fields of a shard that are 0 where they are not stored
+LatentType = Literal["float32", "float16", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Manifest:
         tokenizer: digest of the tokenizer that made or will decode the latents.
         data: fingerprint of the data set behind ``indices``; None for free samples.
         source: provenance for people and reports: sigma, sampling, seed, digest of the generator, crop.
+        dtype: how continuous latents are stored; read back they are float32. float16 ends at 65504.
     """
 
     kind: Literal["discrete", "continuous"]
@@ -53,6 +54,7 @@ class Manifest:
     tokenizer: str
     data: str | None = None
     source: dict[str, Any] = field(default_factory=dict)
+    dtype: LatentType = "float32"
 
     def __post_init__(self):
         if self.kind not in ("discrete", "continuous") or (self.kind == "discrete") != (self.codebook_size is not None):
@@ -69,6 +71,19 @@ class Manifest:
     def shards(self) -> int:
         """Number of shards."""
         return -(-self.count // self.shard_size)
+
+    @property
+    def latent_type(self) -> torch.dtype:
+        """Of latents on disk; tokens have the smaller of two."""
+        if self.codebook_size is None:
+            return getattr(torch, self.dtype)
+        return torch.uint16 if self.codebook_size <= 65536 else torch.int32
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of a record on disk: latents, label, index, seed and flip."""
+        length, width = self.latent_shape
+        return length * (width if self.codebook_size is None else 1) * self.latent_type.itemsize + 21
 
     def plain(self) -> dict[str, Any]:
         """The manifest as it reads back from JSON."""
@@ -140,21 +155,19 @@ def write_shard(path: Path, k: int, arrays: Mapping[str, np.ndarray | Tensor]) -
         path: folder of the cache.
         k: number of the shard.
         arrays: ``latents`` (n, L) integers or (n, L, D) floats, ``labels``, ``indices``, ``seeds`` (n,) and if wanted
-            ``flips`` and ``crops`` (n,), where n is ``len(shard_rows(manifest, k))``. Float latents stay float16 if
-            they are that.
+            ``flips`` and ``crops`` (n,), where n is ``len(shard_rows(manifest, k))``.
 
     Raises:
         UserError: a field is missing or has another shape, type or range than the manifest says; the disk is full.
     """
     manifest = _read_manifest(path)
-    arrays = {
-        name: value.cpu().numpy() if isinstance(value, Tensor) else np.asarray(value) for name, value in arrays.items()
-    }
+    arrays = {name: _numpy(value) if isinstance(value, Tensor) else np.asarray(value) for name, value in arrays.items()}
     where = f"shard {k} of {path}"
     expected = {"latents", "labels", "indices", "seeds"}
     if not expected <= arrays.keys() <= expected | OPTIONAL:
-        perhaps = " and ".join(sorted(OPTIONAL))
-        raise UserError(f"{where} has the fields {sorted(arrays)}; expected {sorted(expected)} and perhaps {perhaps}")
+        raise UserError(
+            f"{where} has the fields {sorted(arrays)}; expected {sorted(expected)}, perhaps {sorted(OPTIONAL)}"
+        )
     rows = len(shard_rows(manifest, k))
     discrete = manifest.kind == "discrete"
     shape = (rows, *manifest.latent_shape[: 1 if discrete else 2])
@@ -165,10 +178,11 @@ def write_shard(path: Path, k: int, arrays: Mapping[str, np.ndarray | Tensor]) -
             raise UserError(f"{name} of {where} are {value.dtype} {value.shape}; expected {kind} {wanted}")
     _check_labels(arrays["labels"], manifest, where)
     _check_latents(arrays["latents"], manifest, where)
-    token_type = np.uint16 if (manifest.codebook_size or 0) <= 65536 else np.int32
-    float_type = np.float16 if arrays["latents"].dtype == np.float16 else np.float32
-    types = {"latents": token_type if discrete else float_type, "labels": np.int32} | dict.fromkeys(OPTIONAL, np.uint8)
-    stored = {name: np.ascontiguousarray(value, dtype=types.get(name, np.int64)) for name, value in arrays.items()}
+    types = {"latents": manifest.latent_type, "labels": torch.int32} | dict.fromkeys(OPTIONAL, torch.uint8)
+    # Copies: safetensors refuses tensors that share memory.
+    stored = {name: torch.tensor(value, dtype=types.get(name, torch.int64)) for name, value in arrays.items()}
+    if not discrete and not stored["latents"].isfinite().all():
+        raise UserError(f"latents of {where} are too large for {manifest.dtype}; store them as float32 or bfloat16")
     _write(_shard_path(path, k), save(stored))
 
 
@@ -220,6 +234,8 @@ class LatentCache:
         if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
             raise IndexError(f"rows {rows.min()}..{rows.max()} of a cache with {len(self)} records")
         found = self._gather(rows)
+        if found["latents"].dtype == np.int16:  # the bits of bfloat16, which numpy does not know
+            found["latents"] = torch.from_numpy(found["latents"]).view(torch.bfloat16).float().numpy()
         _check_latents(found["latents"], self.manifest, str(self.path))
         latents = np.int64 if self.manifest.kind == "discrete" else np.float32
         types = {"latents": latents, "labels": np.int64, "indices": np.int64, "seeds": np.int64}
@@ -242,7 +258,8 @@ class LatentCache:
     def _map(self, k: int) -> dict[str, np.ndarray]:
         path = _shard_path(self.path, k)
         try:
-            shard = {name: value.numpy() for name, value in load_file(path).items()}
+            bits = {torch.bfloat16: torch.int16}
+            shard = {name: t.view(bits.get(t.dtype, t.dtype)).numpy() for name, t in load_file(path).items()}
         except (SafetensorError, OSError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise UserError(
@@ -351,6 +368,11 @@ def _check_latents(latents: np.ndarray, manifest: Manifest, where: str) -> None:
             f"tokens of {where} go from {latents.min()} to {latents.max()}, "
             f"expected 0 to {manifest.codebook_size - 1}; make them again with this tokenizer"
         )
+
+
+def _numpy(values: Tensor) -> np.ndarray:
+    """A tensor as an array; bfloat16, which numpy does not know, as float32."""
+    return (values.float() if values.dtype == torch.bfloat16 else values).cpu().numpy()
 
 
 def _shard_path(path: Path, k: int) -> Path:

@@ -6,7 +6,7 @@
       README.md            model card
 
 The same layout is uploaded to the Hugging Face Hub. A path may name the snapshot itself, or a run folder, whose
-newest one is taken.
+newest one is taken. Behind that of a delta, which holds but a difference, ``@0.5`` says how much of it counts.
 """
 
 import hashlib
@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from robustok.config import read_yaml
+from robustok.model_card import model_card
 from robustok.types import UserError
 
 
@@ -85,7 +86,23 @@ def read_header(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: there is none, or it is damaged.
     """
-    return read_yaml(resolve(path) / "config.yaml")
+    header = read_yaml(resolve(path) / "config.yaml")
+    if "delta" in header:
+        strength, rank = split_strength(path)[1], header["delta"].get("rank")
+        facts = {"delta": f"rank {rank}" if rank else "whole", "delta_strength": 1.0 if strength is None else strength}
+        header["post_trained"] = (header.get("post_trained") or {}) | facts
+    return header
+
+
+def split_strength(path: str | Path) -> tuple[Path, float | None]:
+    """A path and what stands behind its ``@``: how much of a delta counts, None where nothing is said."""
+    folder, at, number = str(path).rpartition("@")
+    if not at or Path(path).exists():
+        return Path(path), None
+    try:
+        return Path(folder), float(number)
+    except ValueError:
+        return Path(path), None
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
@@ -108,7 +125,7 @@ def resolve(path: str | Path) -> Path:
     Raises:
         UserError: nothing of the kind is there.
     """
-    path = Path(path)
+    path, _ = split_strength(path)
     if (path / "model.safetensors").exists():
         return path
     found = sorted(p for p in path.glob("snapshot/[0-9b]*") if (p / "model.safetensors").exists())  # "best" sorts last
@@ -196,17 +213,4 @@ def _disk_error(path: Path, error: Exception) -> UserError:
     return UserError(
         f"cannot write {path}: {getattr(error, 'strerror', None) or error}; "
         "free some space or choose another out=FOLDER and run the same command again (the last good state is kept)"
-    )
-
-
-def model_card(header: dict[str, Any]) -> str:
-    """A short README.md for a snapshot."""
-    config = header["config"]
-    facts = "\n".join(f"- {key}: {value}" for key, value in header.items() if key not in ("config", "kind"))
-    load = {"tokenizer": "load_tokenizer", "generator": "load_generator"}.get(header["kind"], "load")
-    return (
-        f"---\nlibrary_name: robustok\ntags: [image-{header['kind']}]\n---\n"
-        f"# {config.get('name')} {header['kind']}\n\nMade by robustok.\n\n{facts}\n\n"
-        f'```python\nimport robustok\nmodel = robustok.{load}("path/to/this/folder")\n```\n\n'
-        f"```yaml\n{yaml.safe_dump(config, sort_keys=False)}```\n"
     )

@@ -101,7 +101,7 @@ def test_nothing_to_carry_over(tmp_path, pairs):
         UserError, match=r"holds no discriminator to carry over; set adversary=fresh, or adversarial\.weight=0"
     ):
         post_training._adversary(
-            tiny.post_run(tmp_path / "run", tmp_path / "bare", pairs, *ADVERSARY), accelerator=None
+            tiny.post_run(tmp_path / "run", tmp_path / "bare", pairs, *ADVERSARY, "adversary=carried"), accelerator=None
         )
     assert not (tmp_path / "run").exists()
 
@@ -119,7 +119,7 @@ def test_the_frozen_half_stays_in_evaluation_mode(tokenizer):
 def test_the_targets_are_the_images_that_were_encoded(tokenizer, tmp_path, generator):
     from robustok.encode import encode
 
-    latents = encode(tiny.tokens_run(tmp_path / "flipped", tokenizer, "flip=true"))
+    latents = encode(tiny.tokens_run(tmp_path / "flipped", tokenizer, "crops=center-flip"))
     cache = LatentCache(make_pairs(tiny.pairs_run(tmp_path / "pairs", generator, latents, "preservation=1")))
     data, records = open_images(Digits(limit=128), 16), cache.read(slice(None))
     targets = post_training._targets(data, records)

@@ -118,7 +118,7 @@ def _balance(labels: Tensor, classes: Collection[str] = ("", "")) -> dict[str, s
 def _post_training_facts(path: Path) -> dict[str, Any]:
     """The sigma and steps of a post-trained decoder; nothing for one that only main training made."""
     found = read_header(path).get("post_trained") or {}
-    return {key: found[key] for key in ("sigma", "mode", "steps") if key in found}
+    return {key: found[key] for key in ("sigma", "mode", "steps", "delta", "delta_strength") if key in found}
 
 
 def _sampling_facts(sets: list[LatentCache]) -> dict[str, Any]:

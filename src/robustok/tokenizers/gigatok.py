@@ -99,7 +99,7 @@ class GigaTokConfig(VQConfig):
     row_to_grid: TransformerConfig = TransformerConfig(width=768, depth=12, heads=12)
     adaptive_norm: bool = Field(True, description="statistics of the grid modulate every level of the decoder")
     depth_to_space: bool = Field(True, description="up-sample by depth to space; else by nearest neighbours")
-    alignment: AlignmentConfig | None = None
+    alignment: AlignmentConfig | None = Field(None, description="head that released training aligned with DINOv2")
 
     @model_validator(mode="after")
     def _fits(self) -> "GigaTokConfig":

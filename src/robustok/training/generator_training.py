@@ -28,7 +28,6 @@ from robustok.training.loop import (
     Stopped,
     TrainingConfig,
     any_process,
-    autocast,
     average_copy,
     check_finite,
     learning_rate,
@@ -40,6 +39,8 @@ from robustok.training.loop import (
     track,
     update_average,
 )
+from robustok.training.prepared import Prepared
+from robustok.training.states import load_module, load_optimizer, whole
 from robustok.types import GeneratorOutput
 
 # Weight decay leaves alone what is no weight matrix: parts of the names that the released training excludes.
@@ -82,7 +83,7 @@ def train_generator(run: GeneratorTrainingRun) -> Path:
     Raises:
         UserError: latents, configuration or run folder are not usable; the loss stops being finite.
     """
-    accelerator = start_accelerator(run.batch_size)
+    accelerator = start_accelerator(run.batch_size, run.gradient_accumulation)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     rows = rank_rows(run.batch_size, rank, world)  # of the global batch
 
@@ -97,16 +98,14 @@ def train_generator(run: GeneratorTrainingRun) -> Path:
     if manifest.kind == "continuous" and bare.latent_mean is None:
         bare.set_latent_statistics(*latent_statistics(cache), run.generator.latent_multiplier)
     average = average_copy(bare)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(bare, run.weight_decay), lr=run.learning_rate, betas=run.betas, fused=True
-    )
-    generator, optimizer = accelerator.prepare(bare, optimizer)
+    generator = Prepared(bare, run, accelerator)
+    optimizer = generator.optimizer(parameter_groups(bare, run.weight_decay))
     meter, first = Meter(), 0
     if (found := folder.load_state()) is not None:
         first, state = found
-        bare.load_state_dict(state["generator"])
+        load_module(bare, state["generator"])
         average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(optimizer, state["optimizer"])
         meter.load_state(state["meter"])
 
     records = training_latents(cache, run.batch_size, run.seed, first, run.steps - first, rank, world)
@@ -119,27 +118,26 @@ def train_generator(run: GeneratorTrainingRun) -> Path:
             generator.train()
 
             draws = draw_step(run, manifest.latent_shape, step)
-            labels = batch.labels.masked_fill(draws.dropped[rows], bare.null_label).to(device)  # (N,)
-            with autocast(device, run.precision):
-                inputs = (tensor[rows].to(device) for tensor in draws.inputs)
-                output = generator(batch.latents.to(device), labels, *inputs)
+            labels = batch.labels.masked_fill(draws.dropped[rows], bare.null_label)  # (N,)
+            inputs = [x.to(device) for x in (batch.latents, labels, *(x[rows] for x in draws.inputs))]
             statistics = {"lr": learning_rate(run, step), **draws.statistics}
-            if manifest.kind == "discrete":
-                terms, statistics["accuracy"] = cross_entropy(output), accuracy(output)
-            else:
-                terms = flow_matching(output)
-
-            total = sum(terms.values())
-            check_finite(total, terms, step, folder.path)
             optimizer.zero_grad(set_to_none=True)
-            accelerator.backward(total)
+            for part in generator.parts(len(labels)):
+                output = generator(*(x[part] for x in inputs))
+                if manifest.kind == "discrete":
+                    terms, statistics["accuracy"] = cross_entropy(output), accuracy(output)
+                else:
+                    terms = flow_matching(output)
+                total = sum(terms.values())
+                check_finite(total, terms, step, folder.path)
+                generator.backward(total / run.gradient_accumulation)
+                meter.add({**terms, "total": total, **statistics})
             if run.clip_norm:
-                statistics["gradient_norm"] = accelerator.clip_grad_norm_(generator.parameters(), run.clip_norm)
+                meter.add({"gradient_norm": generator.clip(run.clip_norm)})
             optimizer.step()
             update_average(average, bare, run.ema_decay)
 
             done = step + 1
-            meter.add({**terms, "total": total, **statistics})
             if done % run.log_every == 0 or done == run.steps:
                 folder.log(done, meter.means(accelerator))
             if done == run.steps or (run.snapshot_every and done % run.snapshot_every == 0):
@@ -149,7 +147,8 @@ def train_generator(run: GeneratorTrainingRun) -> Path:
             stop = any_process(accelerator, bool(terminated))
             if done % run.state_every == 0 or done == run.steps or stop:
                 state = {"generator": bare.state_dict(), "average": average.state_dict()}
-                folder.save_state(done, state | {"optimizer": optimizer.state_dict(), "meter": meter.state()})
+                state |= {"optimizer": optimizer.state_dict(), "meter": meter.state()}
+                folder.save_state(done, whole(state, keep=accelerator.is_main_process))
             if stop and done < run.steps:
                 raise Stopped(done)
     return folder.path / "snapshot" / f"{run.steps:08d}"

@@ -26,10 +26,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from robustok.config import Config, differences, plain, read_yaml, save
-from robustok.images import to_pixels
+from robustok.config import Config, differences, plain, read_yaml, save, validate
+from robustok.images import rank_rows, to_pixels
 from robustok.snapshots import atomic_folder, read_weights
+from robustok.training.states import pack, unpack
 from robustok.types import UserError
 
 console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")  # of several processes the first one speaks
@@ -54,6 +56,14 @@ class TrainingConfig(Config):
     precision: Literal["auto", "bf16", "float32"] = Field(
         "auto", description="autocast dtype; auto is bf16 where the hardware multiplies it fast, else float32"
     )
+    gradient_accumulation: int = Field(
+        1, ge=1, description="parts in which a process goes through its share of the batch; more need less memory"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="compute the activations of transformer blocks again in the backward pass: less memory"
+    )
+    compile: bool = Field(False, description="compile the transformer blocks with torch.compile; a slower start")
+    fsdp: bool = Field(False, description="shard the blocks' weights and optimiser among the processes (FSDP2)")
     workers: int = Field(
         0, ge=0, description="data loader processes for each training process; 0 reads in the process itself"
     )
@@ -68,17 +78,23 @@ class TrainingConfig(Config):
         return self
 
 
-def start_accelerator(batch_size: int = 0) -> Accelerator:
+def start_accelerator(batch_size: int = 0, parts: int = 1) -> Accelerator:
     """The accelerator of this process: one device, or its share of `torchrun` / `accelerate launch`.
 
+    Args:
+        batch_size: global batch.
+        parts: in which every process goes through its share (gradient accumulation).
+
     Raises:
-        UserError: the global batch does not divide among the processes.
+        UserError: the global batch does not divide among the processes, or their shares into parts.
     """
     # Without a GPU accelerate has to be told so, or every process of a `torchrun` takes itself for the only one.
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    if batch_size % accelerator.num_processes:
+    share = rank_rows(batch_size, accelerator.process_index, accelerator.num_processes)
+    if (share.stop - share.start) % parts:
         raise UserError(
-            f"batch_size {batch_size} does not divide among {accelerator.num_processes} processes; choose a multiple"
+            f"gradient_accumulation {parts} does not divide the {share.stop - share.start} samples of each process; "
+            "choose a divisor"
         )
     return accelerator
 
@@ -135,9 +151,13 @@ def average_copy(model: nn.Module) -> nn.Module:
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     """Set average = decay * average + (1 - decay) * model for trainable parameters; everything else is copied."""
     pairs = list(zip(average.parameters(), model.parameters(), strict=True))
-    trained = [(a, p) for a, p in pairs if p.requires_grad]
-    if trained:
-        torch._foreach_lerp_([a for a, _ in trained], [p.detach() for _, p in trained], 1 - decay)
+    trained = [(a, p.detach()) for a, p in pairs if p.requires_grad]
+    plain_pairs = [(a, p) for a, p in trained if not isinstance(p, DTensor)]
+    if plain_pairs:
+        torch._foreach_lerp_([a for a, _ in plain_pairs], [p for _, p in plain_pairs], 1 - decay)
+    for a, p in trained:
+        if isinstance(p, DTensor):  # the average is whole in every process; gathers one parameter at a time
+            a.lerp_(p.full_tensor(), 1 - decay)
     for a, b in zip(average.buffers(), model.buffers(), strict=True):
         a.copy_(b)
 
@@ -208,7 +228,7 @@ class RunFolder:
         self.started = time.monotonic()
         file = self.path / "config.yaml"
         if file.exists():
-            found = differences(read_yaml(file) | {"out": None}, plain(run) | {"out": None})  # a folder may be moved
+            found = differences(_settings(run, file) | {"out": None}, plain(run) | {"out": None})  # folders may move
             if found:
                 raise UserError(
                     f"{self.path} holds a run of another configuration: {'; '.join(found[:5])}; "
@@ -255,7 +275,7 @@ class RunFolder:
         if not self.main:
             return
         tensors: dict[str, Tensor] = {}
-        skeleton = _pack(state, "", tensors)
+        skeleton = pack(state, "", tensors)
         broken = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
         if broken:
             raise UserError(
@@ -274,7 +294,7 @@ class RunFolder:
         for folder in sorted((self.path / "state").glob("[0-9]*"), reverse=True):
             try:
                 content = json.loads((folder / "state.json").read_text())
-                state = _unpack(content["state"], read_weights(folder / "state.safetensors"))
+                state = unpack(content["state"], read_weights(folder / "state.safetensors"))
             except (OSError, ValueError, KeyError, UserError) as error:
                 console.print(f"[yellow]skipping the state {folder}, which cannot be read: {error}[/]", soft_wrap=True)
                 continue
@@ -299,6 +319,15 @@ class RunFolder:
         temporary.replace(file)
 
 
+def _settings(run: Config, file: Path) -> dict[str, Any]:
+    """The settings in a run's config.yaml; those that were not known when it was written have their defaults."""
+    settings = read_yaml(file)
+    try:
+        return plain(validate(type(run), settings))
+    except UserError:  # of another verb, perhaps: the keys that differ say so
+        return settings
+
+
 def append_line(file: Path, record: Mapping[str, Any]) -> None:
     """Append one JSON object as a line."""
     try:
@@ -308,29 +337,6 @@ def append_line(file: Path, record: Mapping[str, Any]) -> None:
         raise UserError(
             f"cannot write {file}: {error.strerror}; free some space and run the same command again"
         ) from None
-
-
-def _pack(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """Move the tensors of a tree of dicts, lists and scalars into ``tensors``; return the rest, ready for JSON."""
-    if isinstance(tree, Tensor):
-        # a clone: safetensors refuses tensors that share memory, as tied or sliced weights do
-        tensors[name] = tree.detach().cpu().contiguous().clone()
-        return {"__tensor__": name}
-    if isinstance(tree, Mapping):
-        return {"__dict__": [[key, _pack(value, f"{name}/{key}", tensors)] for key, value in tree.items()]}
-    if isinstance(tree, list | tuple):
-        return [_pack(value, f"{name}/{i}", tensors) for i, value in enumerate(tree)]
-    return tree
-
-
-def _unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(tree, list):
-        return [_unpack(value, tensors) for value in tree]
-    if isinstance(tree, dict) and "__tensor__" in tree:
-        return tensors[tree["__tensor__"]]
-    if isinstance(tree, dict) and "__dict__" in tree:
-        return {key: _unpack(value, tensors) for key, value in tree["__dict__"]}
-    return tree
 
 
 def save_picture(path: Path, images: Tensor) -> None:

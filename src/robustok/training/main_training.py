@@ -3,18 +3,20 @@
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from robustok.config import plain
 from robustok.discriminators import DiscriminatorConfig, PatchConfig
 from robustok.images import Augmentation, Data, open_images, rank_rows, training_batches
-from robustok.losses import AdversarialConfig, ReconstructionConfig, contrastive_loss
+from robustok.losses import AdversarialConfig, ReconstructionConfig
 from robustok.metrics.codebook import codebook_perplexity, codebook_usage
 from robustok.semantics import Teacher, TeacherConfig
 from robustok.snapshots import write_snapshot
 from robustok.tokenizers import TOKENIZERS, TokenizerConfig, encoder_digest
-from robustok.tokenizers.perturbation import PerturbationConfig, draw_perturbation
+from robustok.tokenizers.perturbation import PerturbationConfig
+from robustok.tokenizers.robustok import RobusTokConfig
 from robustok.training.loop import (
     Meter,
     RunFolder,
@@ -35,6 +37,9 @@ from robustok.training.loop import (
     update_average,
 )
 from robustok.training.objective import Adversary, ReconstructionTerms, last_layer
+from robustok.training.prepared import PreparedInParts
+from robustok.training.states import load_module, load_optimizer, whole
+from robustok.training.tokenizer_pass import ContinuousPass, draw_inputs, latent_terms
 
 
 class MainTrainingRun(TrainingConfig):
@@ -47,8 +52,15 @@ class MainTrainingRun(TrainingConfig):
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up from 0")
     data: Data = Field(description="training images")
     augmentation: Augmentation = Augmentation()
-    tokenizer: TokenizerConfig = TokenizerConfig()
-    perturbation: PerturbationConfig = PerturbationConfig()
+    tokenizer: TokenizerConfig = RobusTokConfig()
+    perturbation: PerturbationConfig = Field(PerturbationConfig(), description="of tokens; others have latent_noise")
+    latent_noise: float = Field(
+        0.0,
+        ge=0,
+        description="largest noise on continuous latents, as a share of the deviation of an image's own; each image "
+        "draws a level below; 0 is off",
+    )
+    kl_weight: float = Field(1e-6, ge=0, description="weight of the KL divergence of a variational autoencoder (kl)")
     reconstruction: ReconstructionConfig = ReconstructionConfig()
     adversarial: AdversarialConfig = AdversarialConfig()
     discriminator: DiscriminatorConfig = PatchConfig()
@@ -56,7 +68,15 @@ class MainTrainingRun(TrainingConfig):
     picture_every: int = Field(0, ge=0, description="steps between pictures of reconstructions in samples/; 0 is none")
 
     @model_validator(mode="after")
-    def _perturbation_fits(self) -> "MainTrainingRun":
+    def _latents_fit(self) -> "MainTrainingRun":
+        if not self.discrete:
+            if self.teacher.name != "none":
+                raise ValueError(
+                    f"tokenizer {self.tokenizer.name} learns without a semantic teacher; set teacher.name=none"
+                )
+            return self
+        if self.latent_noise:
+            raise ValueError(f"latent_noise is for continuous latents, {self.tokenizer.name} makes tokens; set it to 0")
         size, strength = self.tokenizer.quantizer.size, self.perturbation.strength
         most = size - (not self.perturbation.include_self)
         if self.perturbation.active and strength > most:
@@ -65,6 +85,11 @@ class MainTrainingRun(TrainingConfig):
                 f"({most}); lower it"
             )
         return self
+
+    @property
+    def discrete(self) -> bool:
+        """Whether the tokenizer makes tokens."""
+        return TOKENIZERS[self.tokenizer.name][0].kind == "discrete"
 
 
 def main_train(run: MainTrainingRun) -> Path:
@@ -76,7 +101,7 @@ def main_train(run: MainTrainingRun) -> Path:
     Raises:
         UserError: data, configuration or run folder are not usable; the loss stops being finite.
     """
-    accelerator = start_accelerator(run.batch_size)
+    accelerator = start_accelerator(run.batch_size, run.gradient_accumulation)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     rows = rank_rows(run.batch_size, rank, world)  # of the global batch
 
@@ -92,21 +117,21 @@ def main_train(run: MainTrainingRun) -> Path:
     seed_step(run.seed, step=0, rank=0)  # the same initial weights in every process
     bare = _build(run, teacher).to(device)
     average = average_copy(bare)
-    optimizer = torch.optim.AdamW(
-        bare.parameters(), lr=run.learning_rate, betas=run.betas, weight_decay=run.weight_decay, fused=True
-    )
-    tokenizer, optimizer = accelerator.prepare(bare, optimizer)
+    layer = last_layer(bare)
+    tokenizer = PreparedInParts(bare if run.discrete else ContinuousPass(bare), run, accelerator, layer)
+    optimizer = tokenizer.optimizer()
     adversary = Adversary(run, run.adversarial, run.discriminator, accelerator) if run.adversarial.weight else None
-    meter, layer, p, quantizer = Meter(), last_layer(bare), run.perturbation, run.tokenizer.quantizer
-    hits = torch.zeros(quantizer.size, dtype=torch.long, device=device)  # of every code since the last line of the log
+    meter, quantizer = Meter(), run.tokenizer.quantizer if run.discrete else None
+    # Of every code since the last line of the log; continuous latents have none.
+    hits = torch.zeros(quantizer.size if run.discrete else 0, dtype=torch.long, device=device)
     recent = torch.zeros_like(hits)  # since the last revival
 
     first = 0
     if (found := folder.load_state()) is not None:
         first, state = found
-        bare.load_state_dict(state["tokenizer"])
+        load_module(bare, state["tokenizer"])
         average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(optimizer, state["optimizer"])
         if adversary is not None:
             adversary.load_state(state["adversary"])
         meter.load_state(state["meter"])
@@ -124,24 +149,13 @@ def main_train(run: MainTrainingRun) -> Path:
             tokenizer.train()
 
             # 1. Reconstruct, with the drawn tokens perturbed.
-            rate, strength = p.at(step)
-            draw = None
-            if p.active:
-                rng = step_rng(run.seed, step, "perturb")
-                draw = draw_perturbation(
-                    run.batch_size, run.tokenizer.length, rate, p.proportion, rng, p.selection, p.image_selection
-                )
-                draw = draw.rows(rows.start, rows.stop).to(device)
+            inputs = draw_inputs(run, bare.latent_shape, step, rows, device)
             with autocast(device, run.precision):
-                output = tokenizer(images, p, draw, strength, teacher(images) if teacher is not None else None)
-                terms = reconstruction_terms(images, output.reconstructions)
+                seen = () if teacher is None else (teacher(images),)
+            output = tokenizer(images, *inputs, *seen)
+            terms = tokenizer.means(reconstruction_terms, images, output.reconstructions)
             reconstruction_loss = sum(terms.values())
-            terms["codebook"] = quantizer.codebook_weight * output.codebook_loss
-            terms["commitment"] = quantizer.commitment_weight * output.commitment_loss
-            if teacher is not None:
-                terms["semantic"] = run.teacher.weight * contrastive_loss(
-                    output.semantic_targets, output.semantic_latents
-                )
+            terms |= latent_terms(run, output)
             statistics: dict[str, Tensor | float] = {"lr": learning_rate(run, step)}
             if adversary is not None and adversary.started(step):
                 terms["adversarial"], statistics["adaptive_weight"] = adversary.term(
@@ -152,9 +166,9 @@ def main_train(run: MainTrainingRun) -> Path:
             total = sum(terms.values())
             check_finite(total, terms, step, folder.path)
             optimizer.zero_grad(set_to_none=True)
-            accelerator.backward(total)
+            tokenizer.backward(total)
             if run.clip_norm:
-                statistics["gradient_norm"] = accelerator.clip_grad_norm_(tokenizer.parameters(), run.clip_norm)
+                statistics["gradient_norm"] = tokenizer.clip(run.clip_norm)
             optimizer.step()
             update_average(average, bare, run.ema_decay)
 
@@ -164,19 +178,18 @@ def main_train(run: MainTrainingRun) -> Path:
 
             # 4. Codes in use; log, picture, snapshot, state.
             done = step + 1
-            counts = torch.bincount(output.tokens.flatten(), minlength=quantizer.size)  # (K,)
-            hits += counts
-            recent += counts
-            if quantizer.revive_every and done % quantizer.revive_every == 0 and done < run.steps:
-                dead = accelerator.reduce(recent.float(), "sum") == 0  # (K,)
-                features = accelerator.gather(output.features.detach())  # (batch, L, D)
-                _revive(bare, average, dead, features, step_rng(run.seed, step, "revive"))
-                recent.zero_()
+            if quantizer is not None:
+                counts = torch.bincount(output.tokens.flatten(), minlength=quantizer.size)  # (K,)
+                hits += counts
+                recent += counts
+                if quantizer.revive_every and done % quantizer.revive_every == 0 and done < run.steps:
+                    dead = accelerator.reduce(recent.float(), "sum") == 0  # (K,)
+                    features = accelerator.gather(output.features.detach())  # (batch, L, D)
+                    _revive(bare, average, dead, features, step_rng(run.seed, step, "revive"))
+                    recent.zero_()
             meter.add({**terms, "total": total, **statistics})
             if done % run.log_every == 0 or done == run.steps:
-                used = accelerator.reduce(hits.float(), "sum")
-                usage = {"codebook_usage": codebook_usage(used), "codebook_perplexity": codebook_perplexity(used)}
-                folder.log(done, meter.means(accelerator) | usage)
+                folder.log(done, meter.means(accelerator) | _usage(accelerator, hits))
                 hits.zero_()
             if run.picture_every and done % run.picture_every == 0 and accelerator.is_main_process:
                 _picture(folder.path / "samples" / f"{done:08d}.png", images[:8], average)
@@ -193,18 +206,27 @@ def main_train(run: MainTrainingRun) -> Path:
                 }
                 state |= {"adversary": adversary.state() if adversary is not None else None, "meter": meter.state()}
                 state |= {"hits": accelerator.reduce(hits, "sum"), "recent": accelerator.reduce(recent, "sum")}
-                folder.save_state(done, state)
+                folder.save_state(done, whole(state, keep=accelerator.is_main_process))
             if stop and done < run.steps:
                 raise Stopped(done)
     return folder.path / "snapshot" / f"{run.steps:08d}"
 
 
 def _build(run: MainTrainingRun, teacher: Teacher | None) -> nn.Module:
-    """The tokenizer, with a projection of the teacher where its width is another."""
-    config = run.tokenizer
-    if teacher is not None and teacher.width != config.encoder.width:
+    """The tokenizer, with a projection of the teacher where it needs one."""
+    config, family = run.tokenizer, TOKENIZERS[run.tokenizer.name][0]
+    own = config.encoder.width if config.name == "robustok" else None  # whose own projection serves such a teacher too
+    if teacher is not None and teacher.width != own:
         config = config.model_copy(update={"teacher_width": teacher.width})
-    return TOKENIZERS[config.name][0](config, pretrained=True)
+    return family(config, pretrained=True) if config.name == "robustok" else family(config)
+
+
+def _usage(accelerator: Accelerator, hits: Tensor) -> dict[str, float]:
+    """Which of the codes (K,) are in use, over all processes; nothing where there are none."""
+    if not len(hits):
+        return {}
+    used = accelerator.reduce(hits.float(), "sum")
+    return {"codebook_usage": codebook_usage(used), "codebook_perplexity": codebook_perplexity(used)}
 
 
 def _revive(bare: nn.Module, average: nn.Module, dead: Tensor, features: Tensor, rng: torch.Generator) -> None:

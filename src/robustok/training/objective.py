@@ -134,8 +134,11 @@ class Adversary:
         return self.config.weight * weight * loss, weight
 
     def step(self, images: Tensor, reconstructions: Tensor, step: int, out: Path) -> dict[str, Tensor]:
-        """One step of the discriminator on images and the same reconstructions; returns what to log."""
-        set_learning_rate(self.optimizer, self._learning_rate(step))
+        """One step of the discriminator on images and the same reconstructions; returns what to log.
+
+        Steps below 0 come before the training; they have the peak learning rate.
+        """
+        set_learning_rate(self.optimizer, self._learning_rate(step) if step >= 0 else self.config.learning_rate)
         with autocast(images.device, self.run.precision):
             both = self._seen(images, step, "real"), self._seen(reconstructions.detach(), step, "fake")
             real, fake = self.prepared(*both).float().chunk(2)  # (N, places) each

@@ -5,7 +5,7 @@ the real image it stems from, by the losses of main training, with the discrimin
 quantiser are frozen, in eval mode, and a digest before and after proves it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,16 +14,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from robustok.config import Config, plain, validate
-from robustok.discriminators import DiscriminatorConfig, PatchConfig
-from robustok.images import Data, ImageDataset, batches_in_order, open_images, to_pixels
+from robustok.config import load, plain
+from robustok.discriminators import DiscriminatorConfig, PatchConfig, carried_config
+from robustok.images import Data, ImageDataset, open_images
 from robustok.latents import LatentCache, LatentRecords, check_cache, training_latents
 from robustok.losses import AdversarialConfig, ReconstructionConfig
-from robustok.metrics.features import ExtractorConfig, load_extractor
-from robustok.metrics.frechet import GaussianStatistics, covariance_factor, frechet_distance
-from robustok.metrics.perturbed import decoded_statistics
-from robustok.snapshots import read_snapshot, write_snapshot
+from robustok.semantics import TeacherConfig
+from robustok.snapshots import digest, read_header, read_snapshot, write_snapshot
 from robustok.tokenizers import encoder_digest, load_tokenizer
+from robustok.training.held_out import HeldOut, HeldOutJudge
 from robustok.training.loop import (
     Meter,
     RunFolder,
@@ -43,14 +42,13 @@ from robustok.training.loop import (
     update_average,
 )
 from robustok.training.objective import Adversary, ReconstructionTerms, last_layer
+from robustok.training.prepared import PreparedInParts
+from robustok.training.released_pass import ReleasedPass
+from robustok.training.states import load_module, load_optimizer, whole
 from robustok.types import Tokenizer, UserError
 
-
-class HeldOut(Config):
-    """Free samples on which the snapshots are judged. Report results on other samples than these."""
-
-    latents: Path = Field(description="cache of free samples, made by `robustok generate`")
-    extractor: ExtractorConfig = Field(description="feature space of the Frechet distance to the real images")
+# Of a cache of pairs, for the model card.
+PAIR_FACTS = ("strategy", "noise_level", "sampler_steps", "guided_share", "generator", "sampling", "seed")
 
 
 class PostTrainingRun(TrainingConfig):
@@ -65,14 +63,30 @@ class PostTrainingRun(TrainingConfig):
     data: Data = Field(description="the images that the pairs name")
     reconstruction: ReconstructionConfig = ReconstructionConfig()
     adversarial: AdversarialConfig = AdversarialConfig(learning_rate=5e-5)
-    adversary: Literal["carried", "fresh"] = Field(
-        "carried", description="carried: the discriminator of main training goes on; fresh: a new one (release)"
+    adversary: Literal["auto", "carried", "fresh", "reinit_warmup", "none"] = Field(
+        "auto",
+        description="carried: the discriminator in the tokenizer's snapshot goes on; fresh: a new one (release); "
+        "reinit_warmup: a new one, which first learns from the untouched decoder; none: no adversarial term; "
+        "auto: carried where the snapshot has one, else reinit_warmup",
     )
+    adversary_warmup: int = Field(
+        500, ge=1, description="steps for which reinit_warmup trains the new discriminator before the decoder learns"
+    )
+    trainable: Literal["decoder", "release"] = Field(
+        "decoder",
+        description="decoder: it alone; release: all but the encoder's transformer, on images that are encoded again",
+    )
+    teacher: TeacherConfig = TeacherConfig()  # of trainable=release
     discriminator: DiscriminatorConfig = Field(
-        PatchConfig(), description="the fresh discriminator; a carried one brings its own settings"
+        PatchConfig(), description="a new discriminator; a carried one brings its settings, all but weights"
     )
     held_out: HeldOut | None = Field(
         None, description="keep the best snapshot, the untouched decoder included; null keeps the last"
+    )
+    continue_from: Path | None = Field(
+        None,
+        description="post-training run whose weights, averages, optimiser, discriminator and step this one goes on "
+        "from, with its own settings: other pairs, more steps",
     )
 
 
@@ -106,7 +120,7 @@ def post_train(run: PostTrainingRun) -> Path:
     Raises:
         UserError: tokenizer, pairs, data, configuration or run folder do not fit; the loss stops being finite.
     """
-    accelerator = start_accelerator(run.batch_size)
+    accelerator = start_accelerator(run.batch_size, run.gradient_accumulation)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     bare = load_tokenizer(run.tokenizer).to(device)
     before = encoder_digest(bare)
@@ -121,46 +135,55 @@ def post_train(run: PostTrainingRun) -> Path:
     judge = _judge(run, bare, data, device) if run.held_out is not None and accelerator.is_main_process else None
     folder = RunFolder(run, accelerator.is_main_process)
 
-    model = LatentDecoder(bare)
-    average = average_copy(bare)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=run.learning_rate, betas=run.betas, weight_decay=run.weight_decay, fused=True
-    )
-    decoder, optimizer = accelerator.prepare(model, optimizer)
+    bare.latent_space = before if run.trainable == "release" else None  # whose latents it decodes, though it moves
+    released = ReleasedPass(run, bare, pairs.manifest.source.get("mode")) if run.trainable == "release" else None
+    model = LatentDecoder(bare) if released is None else released.model
+    frozen = {name for name, p in bare.named_parameters() if not p.requires_grad}
+    untouched = _digest(bare, frozen)
+    average, layer = average_copy(bare), last_layer(bare)
+    decoder = PreparedInParts(model, run, accelerator, layer)
+    optimizer = decoder.optimizer()
     seed_step(run.seed, step=0, rank=0)  # decides the first weights of a fresh discriminator, alike in every process
-    adversary = _adversary(run, accelerator) if run.adversarial.weight else None
-    meter, layer, best = Meter(), last_layer(bare), {"step": 0, "value": float("inf")}
+    adversary = _adversary(run, accelerator)
+    meter, best = Meter(), {"step": 0, "value": float("inf")}
 
-    first = 0
-    if (found := folder.load_state()) is not None:
+    first, found = 0, folder.load_state()
+    fresh = found is None
+    if fresh and run.continue_from is not None:
+        found = _previous_state(run.continue_from)
+    if found is not None:
         first, state = found
-        bare.load_state_dict(state["tokenizer"])
+        load_module(bare, state["tokenizer"])
         average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(optimizer, state["optimizer"])
         if adversary is not None:
             adversary.load_state(state["adversary"])
         meter.load_state(state["meter"])
-        best = state["best"]
+        best = best if fresh else state["best"]
 
     def keep(step: int) -> None:
         """Write the snapshot of this step, and judge it."""
         if accelerator.is_main_process:
-            write = lambda name: _write_snapshot(folder.path / "snapshot" / name, run, step, average, adversary, pairs)  # noqa: E731
+            header = _header(run, step, average, adversary, pairs)
             if step:
-                write(f"{step:08d}")
+                _write_snapshot(folder.path / "snapshot" / f"{step:08d}", header, average, adversary)
             if judge is not None:
                 value = judge(average.decode)
                 folder.log(step, {"held_out": value})
+                best.setdefault("first", {"step": step, "value": value})
                 if value < best["value"]:
                     best.update(step=step, value=value)
-                    write("best")
+                    header |= {"held_out": {"distance": value, "at_the_start": best["first"]["value"]}}
+                    _write_snapshot(folder.path / "snapshot" / "best", header, average, adversary)
         accelerator.wait_for_everyone()
 
     records = training_latents(pairs, run.batch_size, run.seed, first, run.steps - first, rank, world)
     folder.start()
-    if first == 0:
-        keep(0)
+    if fresh:
+        if adversary is not None and found is None and _policy(run) == "reinit_warmup":
+            warmup = training_latents(pairs, run.batch_size, run.seed, 0, run.adversary_warmup, rank, world)
+            folder.log(0, _warm_up(adversary, average, warmup, lambda batch: _targets(data, batch).to(device), run))
+        keep(first)
     with termination() as terminated:
         for step in track(range(first, run.steps), f"post-train {folder.path.name}", accelerator.is_main_process):
             batch = next(records)
@@ -170,10 +193,12 @@ def post_train(run: PostTrainingRun) -> Path:
             decoder.train()
 
             # 1. Decode the mixtures; compare them with the real images.
-            with autocast(device, run.precision):
-                decoded = decoder(batch.latents.to(device))
-                terms = reconstruction_terms(images, decoded)
+            latents = batch.latents.to(device)
+            output = decoder(latents) if released is None else decoder(*released.inputs(latents))
+            decoded = output if released is None else output.reconstructions  # (N, 3, H, W)
+            terms = decoder.means(reconstruction_terms, images, decoded)
             reconstruction_loss, statistics = sum(terms.values()), {"lr": learning_rate(run, step)}
+            terms |= {} if released is None else released.terms(output)
             if adversary is not None and adversary.started(step):
                 terms["adversarial"], statistics["adaptive_weight"] = adversary.term(
                     decoded, reconstruction_loss, layer, step
@@ -183,9 +208,9 @@ def post_train(run: PostTrainingRun) -> Path:
             total = sum(terms.values())
             check_finite(total, terms, step, folder.path)
             optimizer.zero_grad(set_to_none=True)
-            accelerator.backward(total)
+            decoder.backward(total)
             if run.clip_norm:
-                statistics["gradient_norm"] = accelerator.clip_grad_norm_(trained, run.clip_norm)
+                statistics["gradient_norm"] = decoder.clip(run.clip_norm)
             optimizer.step()
             update_average(average, bare, run.ema_decay)
             if adversary is not None and adversary.started(step):
@@ -206,20 +231,24 @@ def post_train(run: PostTrainingRun) -> Path:
                     "optimizer": optimizer.state_dict(),
                 }
                 state |= {"adversary": adversary.state() if adversary is not None else None, "meter": meter.state()}
-                folder.save_state(done, state | {"best": best})
+                folder.save_state(done, whole(state, keep=accelerator.is_main_process) | {"best": best})
             if stop and done < run.steps:
                 raise Stopped(done)
     for model in (bare, average):
-        if encoder_digest(model) != before:
-            raise RuntimeError("encoder or quantiser changed during post-training: this is a bug, please report it")
+        if _digest(model, frozen) != untouched:
+            raise RuntimeError("what is frozen changed during post-training: this is a bug, please report it")
     if run.held_out is None:
         return folder.path / "snapshot" / f"{run.steps:08d}"
-    if best["step"] == 0 and accelerator.is_main_process:
+    if accelerator.is_main_process and best["step"] == best["first"]["step"]:
         console.print(
-            f"[yellow]no snapshot was better than the untouched decoder on the held-out samples: "
+            f"[yellow]no snapshot was better on the held-out samples than the decoder it started from: "
             f"{folder.path} keeps that one[/]"
         )
     return folder.path / "snapshot" / "best"
+
+
+def _digest(tokenizer: nn.Module, names: set[str]) -> str:
+    return digest({name: p for name, p in tokenizer.named_parameters() if name in names})
 
 
 def _targets(data: ImageDataset, records: LatentRecords) -> Tensor:
@@ -235,52 +264,97 @@ def _judge(
     run: PostTrainingRun, tokenizer: nn.Module, data: ImageDataset, device: torch.device
 ) -> Callable[[Callable], float]:
     """Function of a decoder: Frechet distance of its images of the held-out samples to the real images."""
-    extractor, samples = load_extractor(run.held_out.extractor, device), LatentCache(run.held_out.latents)
-    check_cache(samples, encoder_digest(tokenizer))
-    reference = GaussianStatistics(extractor.dim)
-    for batch in batches_in_order(data, batch_size=64):
-        reference.update(extractor(to_pixels(batch.images).to(device)).cpu())
-    factor = covariance_factor(reference)
-    latents = samples.read(slice(None)).latents
-
-    @torch.no_grad()
-    def judge(decode: Callable[[Tensor], Tensor]) -> float:
-        found = decoded_statistics(latents, lambda part: to_pixels(decode(part.to(device))), extractor)
-        return frechet_distance(found, reference, factor)
-
-    return judge
+    judge = HeldOutJudge(run.held_out, tokenizer, data, device)
+    return lambda decode: judge(decode)[0]
 
 
-def _adversary(run: PostTrainingRun, accelerator: Any) -> Adversary:
-    """The discriminator that main training left in the snapshot, or a fresh one."""
-    if run.adversary == "fresh":
+def _policy(run: PostTrainingRun) -> str:
+    """Where the discriminator comes from: ``run.adversary``, decided where it is auto."""
+    if not run.adversarial.weight:
+        return "none"
+    if run.adversary == "auto":
+        return "carried" if "discriminator" in read_header(run.tokenizer) else "reinit_warmup"
+    return run.adversary
+
+
+def _adversary(run: PostTrainingRun, accelerator: Any) -> Adversary | None:
+    """The discriminator that main training left in the snapshot, or a new one, or none."""
+    policy = _policy(run)
+    if policy == "none":
+        return None
+    if policy != "carried":
         return Adversary(run, run.adversarial, run.discriminator, accelerator)
     snapshot = read_snapshot(run.tokenizer, kind="tokenizer")
     if "discriminator" not in snapshot.header:
         raise UserError(
             f"{snapshot.path} holds no discriminator to carry over; set adversary=fresh, or adversarial.weight=0"
         )
-    config = validate(type(run.discriminator), snapshot.header["discriminator"], source=str(snapshot.path))
+    config = carried_config(snapshot.header["discriminator"], run.discriminator, source=str(snapshot.path))
     return Adversary(run, run.adversarial, config, accelerator, weights=snapshot.path / "discriminator.safetensors")
 
 
-def _write_snapshot(
-    path: Path, run: PostTrainingRun, step: int, average: nn.Module, adversary: Adversary | None, pairs: LatentCache
-) -> None:
-    """EMA weights for users: the same tokenizer, another decoder."""
-    original = read_snapshot(run.tokenizer, kind="tokenizer")
-    source = pairs.manifest.source
-    header = original.header | {
+def _warm_up(
+    adversary: Adversary,
+    untouched: nn.Module,
+    records: Iterator[LatentRecords],
+    targets: Callable[[LatentRecords], Tensor],
+    run: PostTrainingRun,
+) -> dict[str, float]:
+    """Train a new discriminator on the untouched decoder's images: at its first guesses a decoder would unlearn.
+
+    Returns:
+        What to log: the discriminator's terms at the last step.
+    """
+    for step, batch in enumerate(records, start=-run.adversary_warmup):
+        images = targets(batch)  # (N, 3, H, W)
+        with torch.no_grad(), autocast(images.device, run.precision):
+            decoded = untouched.decode(batch.latents.to(images.device))
+        last = adversary.step(images, decoded, step, run.out)
+    return {"adversary_warmup": run.adversary_warmup} | {name: value.item() for name, value in last.items()}
+
+
+def _previous_state(path: Path) -> tuple[int, dict[str, Any]]:
+    """The newest state of another post-training run.
+
+    Raises:
+        UserError: there is no such run, or it has none.
+    """
+    found = RunFolder(load(PostTrainingRun, path / "config.yaml", [f"out={path}"]), main=False).load_state()
+    if found is None:
+        raise UserError(f"{path} holds no state to continue from; give the folder of a post-training run")
+    return found
+
+
+def _header(
+    run: PostTrainingRun, step: int, average: nn.Module, adversary: Adversary | None, pairs: LatentCache
+) -> dict[str, Any]:
+    """What a snapshot says: all that the original says, and how its decoder was post-trained."""
+    original, source = read_header(run.tokenizer), pairs.manifest.source
+    if licence := original.get("licence") or getattr(average, "licence", None):
+        original["licence"] = licence
+    policy = _policy(run)
+    header = original | {
         "latent_space": encoder_digest(average),
         "post_trained": {
             "steps": step,
             "pairs": pairs.manifest.count,
             "sigma": source.get("sigma"),
             "mode": source.get("mode"),
+            **({"trainable": run.trainable} if run.trainable != "decoder" else {}),
+        },
+        "protocol": {
+            "adversary": f"{policy}, {run.adversary_warmup} steps" if policy == "reinit_warmup" else policy,
+            "batch_size": run.batch_size,
+            "learning_rate": run.learning_rate,
+            **{key: source[key] for key in PAIR_FACTS if source.get(key) is not None},
         },
     }
-    extra = {}
-    if adversary is not None:
-        extra["discriminator"] = adversary.network.state_dict()
-        header["discriminator"] = plain(adversary.settings)
+    for of_the_original in ("discriminator", "delta", "held_out"):
+        header.pop(of_the_original, None)
+    return header if adversary is None else header | {"discriminator": plain(adversary.settings)}
+
+
+def _write_snapshot(path: Path, header: dict[str, Any], average: nn.Module, adversary: Adversary | None) -> None:
+    """EMA weights for users: the same tokenizer, another decoder."""
+    extra = {} if adversary is None else {"discriminator": adversary.network.state_dict()}
     write_snapshot(path, header, average.state_dict(), extra)
