@@ -351,7 +351,8 @@ def test_missing_teacher_discriminator_and_extractor(refused, story, tmp_path):
     out = f"out={tmp_path / 'run'}"
     refused("main-train", *MAIN_TRAIN, out, "teacher.name=classifier", said=("teacher.path",))
     bare = spoilt(story, "tokenizer", tmp_path, lambda h: h.pop("discriminator"))
-    refused(*words("post-train", story, str(tmp_path / "run")), f"tokenizer={bare}", said=("no discriminator", "fresh"))
+    carried = [*words("post-train", story, str(tmp_path / "run")), "adversary=carried"]
+    refused(*carried, f"tokenizer={bare}", said=("no discriminator", "fresh"))
     arguments = words("evaluate", story, str(tmp_path / "run"))
     without = [word for word in arguments if "extractor" not in word]
     refused(*without, said=("needs extractor.path",))

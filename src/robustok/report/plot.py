@@ -4,13 +4,15 @@ import base64
 import html
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -233,10 +235,7 @@ def curve(logs: Sequence[Sequence[dict[str, Any]]], key: str) -> str:
 
     Long logs are averaged to at most ``POINTS`` points. An axis that spans more than a factor of 30 is logarithmic.
     """
-    style = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 7, "svg.hashsalt": "robustok"}
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(2.7, 1.55), layout="constrained")
-        axes = figure.add_subplot()
+    with small_figure() as (axes, uri):
         lowest, highest = math.inf, -math.inf
         for index, log in enumerate(logs):
             points = np.array([(line["step"], number(line.get(key))) for line in log], float).reshape(-1, 2)
@@ -245,19 +244,29 @@ def curve(logs: Sequence[Sequence[dict[str, Any]]], key: str) -> str:
                 marker, colour = "o" if len(points) <= MARKED else None, COLOURS[index % len(COLOURS)]
                 axes.plot(*points.T, color=colour, linewidth=1.1, marker=marker, markersize=2.2)
                 lowest, highest = min(lowest, points[:, 1].min()), max(highest, points[:, 1].max())
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         if 0 < lowest < highest / 30 and key != "lr":
             axes.set_yscale("log")
-        else:
-            axes.yaxis.set_major_locator(MaxNLocator(4))
+    return uri()
+
+
+@contextmanager
+def small_figure() -> Iterator[tuple[Axes, Callable[[], str]]]:
+    """A small plot on white in the style of the page: its axes, and what makes an SVG's data URI of it afterwards."""
+    style = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 7, "svg.hashsalt": "robustok"}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(2.7, 1.55), layout="constrained")
+        axes, file = figure.add_subplot(), io.BytesIO()
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        yield axes, lambda: _uri(file.getvalue(), "image/svg+xml")
+        if axes.get_yscale() == "linear":
             axes.ticklabel_format(axis="y", scilimits=(-3, 4), useOffset=False)
-        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color("#b8bcc2")
         axes.tick_params(which="both", color="#b8bcc2", labelcolor="#5c6370", length=2)
         axes.grid(axis="y", color="#eceef1", linewidth=0.6)
-        file = io.BytesIO()
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return _uri(file.getvalue(), "image/svg+xml")
 
 
 def sprite(images: np.ndarray) -> Sprite:
