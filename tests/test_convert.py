@@ -266,7 +266,7 @@ def test_the_card_says_what_the_licence_permits(capsys, tmp_path, family, licenc
     words = [f"family={family}", f"weights={tmp_path}/a.safetensors", f"out={tmp_path}/a", *config_words(family)]
     assert run(capsys, *words, *([f"licence={licence}"] if licence else []))[0] == 0
     card = (tmp_path / "a" / "README.md").read_text()
-    assert f"- licence: {licence or FAMILIES[family].model.licence}\n" in card
+    assert f"Of the original weights: {licence or FAMILIES[family].model.licence}." in card
     assert ("commercial_use" in card) == (use is not None)
     assert use is None or f"- commercial_use: {use}" in card
 

@@ -211,6 +211,24 @@ def test_halves_give_a_standard_error_to_one_set(tmp_path, files, classifier):
     assert told.details["standard_error_from"] == "10 random halves"
 
 
+def test_halves_of_pairs_know_that_they_are_pairs(tmp_path, files, classifier):
+    words = [f"images.a={files.folder}/noisy.npz", f"reference={files.folder}/real.npz", f"extractor.path={classifier}"]
+    errors = [
+        evaluate(run(tmp_path, *words, "metrics=[gfid]", "halves=20", f"paired={paired}"))[0].standard_error
+        for paired in ("true", "false")
+    ]
+    assert 0 < errors[0] < errors[1] / 2  # what an image and its noisy copy share cancels
+
+
+def test_bare_statistics_are_enough_for_what_was_asked(tmp_path, files, inception):
+    """KID goes beside FID of few images where the reference can serve it, and is no reason to refuse where not."""
+    pool = FakeInception()(files.real).double().numpy()
+    np.savez(tmp_path / "bare.npz", mu=pool.mean(0), sigma=np.cov(pool.T))
+    words = [f"images.a={files.folder}/noisy.npz", f"reference={tmp_path}/bare.npz", "extractor.name=inception"]
+    found = evaluate(run(tmp_path, *words, "metrics=[gfid]", "allow_fewer=true"))
+    assert [m.metric for m in found] == ["gfid@60"]
+
+
 def test_several_feature_spaces_share_one_pass(tmp_path, files, classifier, inception, monkeypatch):
     real_loader = load_extractor
     monkeypatch.setattr(

@@ -118,8 +118,10 @@ class EvaluateRun(Config):
                 "nothing to evaluate; give tokenizer=PATH, latents=[PATH] with decoders.NAME=PATH, "
                 "generator=PATH with tokenizer=PATH, or images.NAME=PATH"
             )
-        if self.data is None and (self.tokenizer is not None or self.reference is None):
-            raise ValueError("no real images to compare with; give data.name=... data.path=..., or reference=PATH")
+        if self.data is None and (self.reference is None or (self.tokenizer is not None and self.generator is None)):
+            raise ValueError(
+                "no real images to compare with; give data.name=... data.path=..., or reference=PATH for samples"
+            )
         wanted = self.wanted
         special = sorted(OF_INCEPTION & wanted)
         if special and not self._inception:
@@ -144,7 +146,7 @@ def evaluate(run: EvaluateRun) -> list[Measurement]:
     accelerator = start_accelerator()
     judge = Judge(accelerator, run)
     found: list[Measurement] = []
-    if run.tokenizer is not None:
+    if run.tokenizer is not None and run.data is not None:  # without data it decodes the generator's samples only
         found += reconstructions(judge, run.tokenizer)
     latents = list(run.latents)
     if run.generator is not None:

@@ -1,5 +1,6 @@
 """The gap before any decoder: generated latents against those of real images, and the generator's predictions."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -49,6 +50,7 @@ def _lines(
     return [
         line(name, Estimate(figure.value, figure.standard_error), samples=samples, baseline=figure.baseline, **facts)
         for name, figure in figures.items()
+        if math.isfinite(figure.value)  # latents that are all alike have no distance to measure others by
     ]
 
 

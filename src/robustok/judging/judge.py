@@ -56,15 +56,15 @@ class Judge:
         self.references: dict[tuple[str, int], Reference] = {}
 
     def compare_set(
-        self, batches: Iterable[tuple[Tensor, Tensor]], count: int, shape: int | tuple[int, int]
+        self, batches: Iterable[tuple[Tensor, Tensor]], count: int, shape: int | tuple[int, int], paired: bool = False
     ) -> list[dict[str, tuple[Estimate, dict[str, Any]]]]:
         """All metrics of one set of images, in every feature space, each with what it depends on."""
-        wanted = self.wanted & COMPARED
-        if count < KID_BELOW and any(self.official):
-            wanted |= {"kid"}
-        errors = {"errors"} if self.run.halves else set()
+        wanted = (self.wanted & COMPARED) | ({"errors"} if self.run.halves else set())
+        if count < KID_BELOW and any(self.official) and not paired:  # its error takes the sets for independent
+            references = [self.reference_of(shape, space, wanted | {"kid"}) for space in range(len(self.extractors))]
+            wanted |= {"kid"} if all(reference.features is not None for reference in references) else set()
         describers = [
-            Describer(extractor, (wanted if space == 0 else wanted - {"sfid", "inception_score"}) | errors)
+            Describer(extractor, wanted if space == 0 else wanted - {"sfid", "inception_score"})
             for space, extractor in enumerate(self.extractors)
         ]
         for indices, pixels in batches:
@@ -73,7 +73,7 @@ class Judge:
         run, found = self.run, []
         for space, describer in enumerate(describers):
             how = Comparison(
-                describer.metrics, run.halves, run.distance_dtype, run.shuffle, run.seed, self.official[space]
+                describer.metrics, run.halves, run.distance_dtype, run.shuffle, run.seed, self.official[space], paired
             )
             found.append(
                 compare(describer.finish("samples", self.processes), self.reference_of(shape, space, wanted), how)

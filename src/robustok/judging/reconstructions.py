@@ -12,8 +12,8 @@ from robustok.images import from_pixels, to_pixels
 from robustok.judging.by_image import over_images, pixel_lines, pixel_scores
 from robustok.judging.judge import Judge
 from robustok.metrics.codebook import codebook_perplexity, codebook_usage, count_tokens
-from robustok.metrics.comparison import REFERENCE_IMAGES, Describer, honesty
-from robustok.metrics.frechet import Estimate, GaussianStatistics, delete_half_error, frechet_distance
+from robustok.metrics.comparison import REFERENCE_IMAGES, Describer, honesty, paired_error
+from robustok.metrics.frechet import Estimate, frechet_distance
 from robustok.metrics.noise import noise_frechet
 from robustok.metrics.perturbed import perturbed_frechet, perturbed_protocol
 from robustok.metrics.reference import Reference
@@ -56,8 +56,9 @@ def reconstructions(judge: Judge, path: Path) -> list[Measurement]:
         value = Estimate(frechet_distance(fake.statistics, reference.statistics, reference.factor), None)
         facts = honesty(reference.statistics, judge.official[space], paired=True)
         if halves:
-            value = Estimate(value.value, _paired_error(fake.features, reference.features, halves, judge.run.seed))
-            facts["standard_error_from"] = f"{halves} random halves"
+            rng = torch.Generator().manual_seed(judge.run.seed)
+            value = Estimate(value.value, paired_error(fake.features, reference.features, halves, rng))
+            facts["standard_error_from"] = f"{halves} random halves of pairs"
         found.append(line("rfid", value, space=space, **facts))
     for space in range(len(judge.extractors)):
         if "pfid" in wanted and tokenizer.kind == "discrete":
@@ -65,19 +66,6 @@ def reconstructions(judge: Judge, path: Path) -> list[Measurement]:
         elif "noise_fd" in wanted and tokenizer.kind == "continuous":
             found += _noised(judge, tokenizer, latents, judge.described(images, space), space, line)
     return found
-
-
-def _paired_error(fake: Tensor, real: Tensor, halves: int, seed: int) -> float:
-    """Standard error of a Frechet distance between reconstructions and their originals, features (N, F) each.
-
-    Halves are drawn of pairs: an image and its reconstruction vary together, and most of that cancels.
-    """
-
-    def distance(pairs: Tensor) -> float:
-        return frechet_distance(*(GaussianStatistics.of(side) for side in pairs.split(fake.shape[1], dim=1)))
-
-    pairs = torch.cat([fake, real], dim=1)  # (N, 2F)
-    return delete_half_error(pairs, distance, torch.Generator().manual_seed(seed), halves).standard_error
 
 
 def _perturbed(

@@ -66,7 +66,7 @@ def image_set(judge: Judge, name: str, path: Path) -> list[Measurement]:
     if judge.run.paired and set(PIXELS) & judge.wanted:
         found += _paired(judge, images, facts)
     if COMPARED & judge.wanted:
-        for space, one in enumerate(judge.compare_set(batches, len(images), images.shape)):
+        for space, one in enumerate(judge.compare_set(batches, len(images), images.shape, judge.run.paired)):
             reference = judge.reference_name(images.shape, space)
             line = partial(
                 judge.measurement, samples=len(images), reference=reference, space=space, uint8="as stored", **facts

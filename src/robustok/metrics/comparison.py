@@ -7,7 +7,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from robustok.metrics.frechet import Estimate, GaussianStatistics, frechet_bias, frechet_distance, small_sample_note
+from robustok.metrics.frechet import (
+    Estimate,
+    GaussianStatistics,
+    delete_half_error,
+    frechet_bias,
+    frechet_distance,
+    small_sample_note,
+)
 from robustok.metrics.inception import SPATIAL_DIM
 from robustok.metrics.inception_score import inception_score
 from robustok.metrics.kernel import kernel_distance
@@ -109,6 +116,7 @@ class Comparison:
         shuffle: whether the Inception Score shuffles the images before it splits them; ADM's evaluator does not.
         seed: of the halves and of the shuffle.
         inception: whether the features are Inception's, whose small-sample bias is known.
+        paired: whether image i of one set was made from image i of the other.
     """
 
     metrics: Collection[str]
@@ -117,6 +125,7 @@ class Comparison:
     shuffle: bool = True
     seed: int = 0
     inception: bool = False
+    paired: bool = False
 
     def rng(self) -> torch.Generator:
         """The random generator of one metric, always from its beginning."""
@@ -131,14 +140,19 @@ def compare(fake: Reference, real: Reference, how: Comparison) -> dict[str, tupl
     """
     wanted, found = set(how.metrics), {}
     if "gfid" in wanted:
-        if how.halves and fake.features is not None:
+        whole = real.features is not None and len(real.features) == fake.count
+        if how.halves and how.paired and fake.features is not None and whole:
+            value = frechet_distance(fake.statistics, real.statistics, real.factor)
+            estimate = Estimate(value, paired_error(fake.features, real.features, how.halves, how.rng()))
+            error = {"standard_error_from": f"{how.halves} random halves of pairs"}
+        elif how.halves and fake.features is not None:
             estimate = frechet_error(
                 fake.features, real.statistics, rng=how.rng(), repeats=how.halves, factor=real.factor
             )
             error = {"standard_error_from": f"{how.halves} random halves"}
         else:
             estimate, error = Estimate(frechet_distance(fake.statistics, real.statistics, real.factor), None), {}
-        found["gfid"] = estimate, error | honesty(fake.statistics, how.inception)
+        found["gfid"] = estimate, error | honesty(fake.statistics, how.inception, how.paired)
     if "gfid_infinity" in wanted and fake.count >= INFINITY_IMAGES:
         line = frechet_infinity(fake.features, real.statistics, rng=how.rng(), factor=real.factor)
         found["gfid_infinity"] = line.estimate, {"sizes": list(line.sizes), "slope": line.slope}
@@ -162,6 +176,18 @@ def compare(fake: Reference, real: Reference, how: Comparison) -> dict[str, tupl
         spread = {"splits": score.splits, "standard_deviation_over_splits": score.standard_deviation}
         found["inception_score"] = Estimate(score.mean, None), spread | {"shuffled": how.shuffle}
     return found
+
+
+def paired_error(fake: Tensor, real: Tensor, halves: int, rng: torch.Generator) -> float:
+    """Standard error of a Frechet distance between images made from others and these, features (N, F) each.
+
+    Halves are drawn of pairs: an image and what was made of it vary together, and most of that cancels.
+    """
+
+    def distance(pairs: Tensor) -> float:
+        return frechet_distance(*(GaussianStatistics.of(side) for side in pairs.split(fake.shape[1], dim=1)))
+
+    return delete_half_error(torch.cat([fake, real], dim=1), distance, rng, halves).standard_error
 
 
 def honesty(statistics: GaussianStatistics, inception: bool, paired: bool = False) -> dict[str, Any]:
