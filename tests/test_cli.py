@@ -339,3 +339,11 @@ def test_a_verb_is_a_function_however_it_is_imported(name, how, monkeypatch):
     assert isinstance(place["f"], types.FunctionType)
     assert place["f"].__name__ == name
     assert isinstance(sys.modules[f"robustok.{name}"], types.ModuleType)
+
+
+def test_perceptual_losses_of_the_smallest_images_are_estimated(capsys, tmp_path):
+    """VGG's last pooling, which LPIPS does not use, has nothing left to pool at 16 pixels."""
+    small = [*MAIN_TRAIN, f"out={tmp_path / 'x'}", "reconstruction.perceptual=lpips", "tokenizer.image_size=16"]
+    code, text, _ = run(capsys, "main-train", *small, "--dry-run")
+    assert code == 0
+    assert "activations" in text

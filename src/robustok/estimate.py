@@ -312,7 +312,7 @@ def _activations(
         return network.requires_grad_(False)(torch.zeros(count, *judged).requires_grad_())
 
     if judged is not None and run.reconstruction.perceptual == "lpips" and run.reconstruction.perceptual_weight:
-        common += part * count_activations(lambda: vgg16(weights=None).features, see, precision).sample
+        common += part * count_activations(lambda: vgg16(weights=None).features[:30], see, precision).sample
     if judged is not None and run.adversarial.weight:
         common += share * count_activations(lambda: _judge(run.discriminator), see, precision).sample
     return {
