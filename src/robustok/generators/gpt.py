@@ -9,7 +9,7 @@ Parameters carry the released names, so that a released checkpoint loads as it i
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -19,16 +19,8 @@ from torch import Tensor, nn
 
 from robustok.checkpoints import depth_of, settle, shape_of
 from robustok.config import Config, validate
-from robustok.generators.sampling import (
-    Sampling,
-    check_labels,
-    check_preservation,
-    guidance_scales,
-    guide,
-    per_image,
-    token_chooser,
-)
-from robustok.generators.transformer import KeyValueCache, evaluating, initialise, modulate, rotary_table, rotate
+from robustok.generators.sampling import Sampling, guidance_scales, guide
+from robustok.generators.transformer import KeyValueCache, TokenGenerator, initialise, modulate, rotary_table, rotate
 from robustok.types import GeneratorOutput, UserError
 
 QUERY_KEY_NORM_EPSILON = 1e-5
@@ -161,7 +153,7 @@ class Block(nn.Module):
         return x + gate2 * self.feed_forward(modulate(self.ffn_norm(x), shift2, scale2))
 
 
-class GPT(nn.Module):
+class GPT(TokenGenerator):
     """Class-conditional generator of tokens in raster order.
 
     Args:
@@ -279,43 +271,6 @@ class GPT(nn.Module):
         if modulations[-1] is not None:
             x = modulate(x, *modulations[-1].chunk(2, dim=-1))
         return self.output(x)
-
-    # Not inference_mode: its tensors could not be trained on afterwards.
-    @torch.no_grad()
-    def generate(
-        self,
-        labels: Tensor,
-        sampling: Sampling,
-        rng: torch.Generator | Sequence[torch.Generator],
-        reference: Tensor | None = None,
-        preservation: float | None = None,
-    ) -> Tensor:
-        """Sample tokens, or mix them with the tokens of real images.
-
-        For a mixture, each position keeps its real token with probability ``preservation``, drawn once per image before
-        everything else. The mixture is what the model sees as context, so sampled tokens fit the kept ones.
-
-        Args:
-            labels: (N,) int64; ``null_label`` samples without a class.
-            sampling: guidance, temperature, top_k, top_p.
-            rng: one CPU generator per image (:func:`robustok.generators.sampling.image_rngs`), or one that seeds them.
-            reference: tokens (N, L) int64 of real images.
-            preservation: sigma in [0, 1]; 1 returns the reference, 0 or None ignores it.
-
-        Returns:
-            Tokens (N, L) int64 on the model's device.
-
-        Raises:
-            UserError: labels, reference, preservation or the number of generators do not fit.
-        """
-        check_labels(labels, self.classes)
-        check_preservation(preservation, reference, (len(labels), self.length), self.codebook_size)
-        device, rngs = self.output.weight.device, per_image(rng, len(labels))
-        choose = token_chooser(sampling, rngs, self.length, reference, preservation, device)
-        if reference is not None and preservation == 1:
-            return reference.to(device, copy=True)
-        with evaluating(self):
-            return self._sample(labels.to(device), sampling, choose)
 
     def _sample(self, labels: Tensor, sampling: Sampling, choose: Callable[[int, Tensor], Tensor]) -> Tensor:
         """Run the sequence with a cache; ``choose(step, guided logits (N, K))`` gives each token (N,)."""

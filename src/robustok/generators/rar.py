@@ -13,7 +13,7 @@ The sequence is ``[start, condition, token, token, ...]``. Three learned tables 
 Parameters carry the released names, so that a released checkpoint loads as it is.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -23,21 +23,13 @@ from torch import Tensor, nn
 
 from robustok.checkpoints import depth_of, settle, shape_of
 from robustok.config import Config, validate
-from robustok.generators.sampling import (
-    Sampling,
-    check_labels,
-    check_preservation,
-    guidance_scales,
-    guide,
-    per_image,
-    token_chooser,
-)
+from robustok.generators.sampling import Sampling, guidance_scales, guide
 from robustok.generators.transformer import (
     LAYER_NORM_EPSILON,
     MLP,
     Attention,
     KeyValueCache,
-    evaluating,
+    TokenGenerator,
     initialise,
     modulate,
 )
@@ -121,7 +113,7 @@ class FinalNorm(nn.Module):
         return modulate(self.norm(x), shift, scale)
 
 
-class RAR(nn.Module):
+class RAR(TokenGenerator):
     """Class-conditional generator of tokens.
 
     Args:
@@ -243,43 +235,6 @@ class RAR(nn.Module):
         for i, block in enumerate(self.blocks):
             x = block(x, modulations[i], caches[i] if caches else None)
         return self.lm_head(self.adaln_before_head(x, modulations[-1]))
-
-    # Not inference_mode: its tensors could not be trained on afterwards.
-    @torch.no_grad()
-    def generate(
-        self,
-        labels: Tensor,
-        sampling: Sampling,
-        rng: torch.Generator | Sequence[torch.Generator],
-        reference: Tensor | None = None,
-        preservation: float | None = None,
-    ) -> Tensor:
-        """Sample tokens in raster order, or mix them with the tokens of real images.
-
-        For a mixture, each position keeps its real token with probability ``preservation``, drawn once per image before
-        everything else. The mixture is what the model sees as context, so sampled tokens fit the kept ones.
-
-        Args:
-            labels: (N,) int64; ``null_label`` samples without a class.
-            sampling: guidance, temperature, top_k, top_p.
-            rng: one CPU generator per image (:func:`robustok.generators.sampling.image_rngs`), or one that seeds them.
-            reference: tokens (N, L) int64 of real images.
-            preservation: sigma in [0, 1]; 1 returns the reference, 0 or None ignores it.
-
-        Returns:
-            Tokens (N, L) int64 on the model's device.
-
-        Raises:
-            UserError: labels, reference, preservation or the number of generators do not fit.
-        """
-        check_labels(labels, self.classes)
-        check_preservation(preservation, reference, (len(labels), self.length), self.codebook_size)
-        device, rngs = self.cls_token.device, per_image(rng, len(labels))
-        choose = token_chooser(sampling, rngs, self.length, reference, preservation, device)
-        if reference is not None and preservation == 1:
-            return reference.to(device, copy=True)
-        with evaluating(self):
-            return self._sample(labels.to(device), sampling, choose)
 
     def _sample(self, labels: Tensor, sampling: Sampling, choose: Callable[[int, Tensor], Tensor]) -> Tensor:
         """Run the sequence with a cache; ``choose(step, guided logits (N, K) float32)`` gives each token (N,)."""

@@ -1,16 +1,17 @@
-"""What the token transformers share: attention, the static key-value cache, rotary positions and small parts.
+"""What the token transformers share: attention, the static key-value cache, rotary positions, small parts, sampling.
 
 Letters beside those of ``robustok.types``: T positions of a sequence, W width of the transformer.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robustok.generators.sampling import Sampling, check_labels, check_preservation, per_image, token_chooser
 from robustok.types import UserError
 
 LAYER_NORM_EPSILON = 1e-6
@@ -148,3 +149,58 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
+
+
+class TokenGenerator(nn.Module):
+    """What generators of tokens in raster order share: sampling, and mixing with the tokens of real images.
+
+    Attributes:
+        codebook_size: K.
+        length: L, tokens per image.
+        classes: number of classes.
+    """
+
+    codebook_size: int
+    length: int
+    classes: int
+
+    # Not inference_mode: its tensors could not be trained on afterwards.
+    @torch.no_grad()
+    def generate(
+        self,
+        labels: Tensor,
+        sampling: Sampling,
+        rng: torch.Generator | Sequence[torch.Generator],
+        reference: Tensor | None = None,
+        preservation: float | None = None,
+    ) -> Tensor:
+        """Sample tokens in raster order, or mix them with the tokens of real images.
+
+        For a mixture, each position keeps its real token with probability ``preservation``, drawn once per image before
+        everything else. The mixture is what the model sees as context, so sampled tokens fit the kept ones.
+
+        Args:
+            labels: (N,) int64; ``null_label`` samples without a class.
+            sampling: guidance, temperature, top_k, top_p.
+            rng: one CPU generator per image (:func:`robustok.generators.sampling.image_rngs`), or one that seeds them.
+            reference: tokens (N, L) int64 of real images.
+            preservation: sigma in [0, 1]; 1 returns the reference, 0 or None ignores it.
+
+        Returns:
+            Tokens (N, L) int64 on the model's device.
+
+        Raises:
+            UserError: labels, reference, preservation or the number of generators do not fit.
+        """
+        check_labels(labels, self.classes)
+        check_preservation(preservation, reference, (len(labels), self.length), self.codebook_size)
+        device, rngs = next(self.parameters()).device, per_image(rng, len(labels))
+        choose = token_chooser(sampling, rngs, self.length, reference, preservation, device)
+        if reference is not None and preservation == 1:
+            return reference.to(device, copy=True)
+        with evaluating(self):
+            return self._sample(labels.to(device), sampling, choose)
+
+    def _sample(self, labels: Tensor, sampling: Sampling, choose: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """Run the sequence with a cache; ``choose(step, guided logits (N, K))`` gives each token (N,)."""
+        raise NotImplementedError

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from robustok.backbones import pretrained_backbone
 from robustok.config import Config
-from robustok.tokenizers.perturbation import PerturbationConfig, PerturbationDraw, perturb_latents
+from robustok.tokenizers.perturbation import PerturbationConfig, PerturbationDraw, perturbed_pass
 from robustok.tokenizers.quantizer import QuantizerConfig, VectorQuantizer
 from robustok.types import TokenizerOutput, UserError
 
@@ -182,21 +182,8 @@ class RobusTok(nn.Module):
             strength: annealed delta.
             teacher_features: (N, teacher width) of the frozen semantic teacher.
         """
-        quantized = self.quantizer(self.features(images))
-        vectors = quantized.vectors  # (N, L, D)
-        if perturbation is not None and draw is not None:
-            codebook = self.codebook.detach()
-            vectors, _ = perturb_latents(quantized.features, quantized.tokens, codebook, draw, strength, perturbation)
-        seen = vectors if perturbation is not None and perturbation.semantic_on == "perturbed" else quantized.vectors
-        return TokenizerOutput(
-            reconstructions=self.decode_vectors(vectors),
-            tokens=quantized.tokens,
-            features=quantized.features,
-            codebook_loss=quantized.codebook_loss,
-            commitment_loss=quantized.commitment_loss,
-            semantic_latents=seen.mean(1),  # (N, D)
-            semantic_targets=None if teacher_features is None else self._project_teacher(teacher_features),
-        )
+        targets = None if teacher_features is None else self._project_teacher(teacher_features)  # (N, D)
+        return perturbed_pass(self, images, perturbation, draw, strength, targets)
 
     def _project_teacher(self, features: Tensor) -> Tensor:
         # The paper projects the teacher with the tokenizer's own, trainable projection.

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from robustok.tokenizers.conv import GridConfig, check_images, image_problems, to_grid, to_row
-from robustok.tokenizers.perturbation import PerturbationConfig, PerturbationDraw, perturb_latents
+from robustok.tokenizers.perturbation import PerturbationConfig, PerturbationDraw, perturbed_pass
 from robustok.tokenizers.quantizer import QuantizerConfig, VectorQuantizer
 from robustok.types import TokenizerOutput, UserError
 
@@ -118,21 +118,8 @@ class VQTokenizer(nn.Module):
         """
         if teacher_features is not None and self.from_teacher is None:
             raise UserError("got a teacher's features without a projection for them; set the tokenizer's teacher_width")
-        quantized = self.quantizer(self.features(images))
-        vectors = quantized.vectors  # (N, L, D)
-        if perturbation is not None and draw is not None:
-            codebook = self.codebook.detach()
-            vectors, _ = perturb_latents(quantized.features, quantized.tokens, codebook, draw, strength, perturbation)
-        seen = vectors if perturbation is not None and perturbation.semantic_on == "perturbed" else quantized.vectors
-        return TokenizerOutput(
-            reconstructions=self.decode_vectors(vectors),
-            tokens=quantized.tokens,
-            features=quantized.features,
-            codebook_loss=quantized.codebook_loss,
-            commitment_loss=quantized.commitment_loss,
-            semantic_latents=seen.mean(1),  # (N, D)
-            semantic_targets=None if teacher_features is None else self.from_teacher(teacher_features),  # (N, D)
-        )
+        targets = None if teacher_features is None else self.from_teacher(teacher_features)  # (N, D)
+        return perturbed_pass(self, images, perturbation, draw, strength, targets)
 
     @torch.no_grad()
     def check(self, images: Tensor | None = None) -> list[str]:
