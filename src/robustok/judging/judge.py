@@ -42,6 +42,8 @@ class Judge:
     def __init__(self, accelerator: Accelerator, run: "EvaluateRun") -> None:
         self.run, self.device, self.wanted = run, accelerator.device, run.wanted
         self.main = accelerator.is_main_process
+        path = run.reference
+        self.given_statistics = path is not None and path.suffix == ".npz" and "mu" in _keys(path)
         configs = [run.extractor, *run.more_extractors] if run.extractor is not None else []
         self.extractors: list[FeatureExtractor] = [load_extractor(config, self.device) for config in configs]
         self.official = [config.name != "classifier" for config in configs]  # spaces of published values
@@ -83,7 +85,7 @@ class Judge:
     def reference_of(self, shape: int | tuple[int, int], space: int, wanted: Collection[str] = ()) -> Reference:
         """What samples of this size are compared with: the reference, or the train split."""
         path = self.run.reference
-        if path is None or not _is_statistics(path):
+        if not self.given_statistics:
             return self.described(self.real_images(shape), space, wanted)
         extractor, key = self.extractors[space], (str(path), space)
         if key not in self.references:
@@ -101,8 +103,7 @@ class Judge:
     def reference_name(self, shape: int | tuple[int, int], space: int) -> str:
         """What results say they were compared with."""
         reference = self.reference_of(shape, space)
-        statistics = self.run.reference is not None and _is_statistics(self.run.reference)
-        return reference.describe() if statistics else reference.data  # which says all of it already
+        return reference.describe() if self.given_statistics else reference.data  # which says all of it already
 
     def real_images(self, shape: int | tuple[int, int]) -> ImageDataset:
         """Real images of a size: those of the reference, or the train split."""
@@ -203,10 +204,6 @@ class Judge:
         return Measurement(
             metric, estimate.value, estimate.standard_error, samples, self.run.seed, name, reference, facts
         )
-
-
-def _is_statistics(path: Path) -> bool:
-    return path.suffix == ".npz" and "mu" in _keys(path)
 
 
 def _has_images(path: Path) -> bool:

@@ -5,8 +5,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from robustok.images import ImageDataset, data_at, to_pixels
 from robustok.judging.by_image import PIXELS, pixel_lines, pixel_scores
@@ -24,16 +24,15 @@ def decoded_samples(judge: Judge, latents: list[Path], decoders: Mapping[str, Pa
     """Each decoder's metrics on the same latents, differences of gFID, and the gap of the latents themselves."""
     sets = [LatentCache(path) for path in latents]
     judge.check_counts(COMPARED, min(len(cache) for cache in sets))
+    samples, labels = sum(len(cache) for cache in sets), np.concatenate([cache.labels for cache in sets])
+    shared = {"sets": len(sets), "samples_per_set": len(sets[0])} | _sampling_facts(sets) | _balance(labels)
     found: list[Measurement] = []
     values: dict[int, dict[str, list[float]]] = {space: {} for space in range(len(judge.extractors))}
     for name, path in decoders.items():
         tokenizer = load_tokenizer(path).to(judge.device)
         for cache in sets:
             check_cache(cache, encoder_digest(tokenizer))
-        facts = {"decoder": name, "sets": len(sets), "samples_per_set": len(sets[0])}
-        facts |= _post_training_facts(path) | _sampling_facts(sets)
-        facts |= _balance(torch.cat([cache.read(slice(None)).labels for cache in sets]))
-        samples = sum(len(cache) for cache in sets)
+        facts = {"decoder": name} | _post_training_facts(path) | shared
         if COMPARED & judge.wanted:
             compared = [
                 judge.compare_set(judge.decoded(tokenizer, cache), len(cache), tokenizer.image_size) for cache in sets
@@ -51,8 +50,8 @@ def decoded_samples(judge: Judge, latents: list[Path], decoders: Mapping[str, Pa
             for other in list(by_decoder)[:-1] if "gfid" in judge.wanted else []:
                 pairs = zip(by_decoder[name], by_decoder[other], strict=True)
                 change = mean_and_standard_error([a - b for a, b in pairs])
-                shared = {"samples": samples, "reference": reference, "space": space}
-                found.append(judge.measurement("gfid_difference", change, versus=other, **shared, **facts))
+                line = partial(judge.measurement, samples=samples, reference=reference, space=space, **facts)
+                found.append(line("gfid_difference", change, versus=other))
     return found
 
 
@@ -60,7 +59,7 @@ def image_set(judge: Judge, name: str, path: Path) -> list[Measurement]:
     """Finished images, as they are, against the reference; image by image where they are paired."""
     images = judge.open(data_at(path), None, "train")
     judge.check_counts(COMPARED, len(images))
-    facts = {"images": name, "source": images.describe()} | _balance(torch.from_numpy(images.labels), images.classes)
+    facts = {"images": name, "source": images.describe()} | _balance(images.labels, images.classes)
     batches = ((batch.indices, to_pixels(batch.images).to(judge.device)) for batch in judge.batches(images))
     found: list[Measurement] = []
     if judge.run.paired and set(PIXELS) & judge.wanted:
@@ -106,12 +105,12 @@ def _over_sets(
     return found
 
 
-def _balance(labels: Tensor, classes: Collection[str] = ("", "")) -> dict[str, str]:
+def _balance(labels: np.ndarray, classes: Collection[str] = ("", "")) -> dict[str, str]:
     """How many samples each class has, for sets with classes."""
     if len(classes) < 2 or not len(labels):
         return {}
-    counts = labels.unique(return_counts=True)[1]
-    low, high = counts.min().item(), counts.max().item()
+    counts = np.unique(labels, return_counts=True)[1]
+    low, high = int(counts.min()), int(counts.max())
     return {"balance": f"{low} of each class" if low == high else f"{low} to {high} of each class"}
 
 
