@@ -49,6 +49,20 @@ ADVERSARY = (
 )
 
 
+def every_term(classifier: Path) -> tuple[str, ...]:
+    """Words that switch on every term of main training, with annealed perturbation, revival and clipping."""
+    return (
+        *ADVERSARY,
+        "reconstruction.perceptual=classifier",
+        f"reconstruction.perceptual_weights={classifier}",
+        "teacher.name=classifier",
+        f"teacher.path={classifier}",
+        "tokenizer.quantizer.revive_every=2",
+        "clip_norm=1.0",
+        "perturbation.anneal_end=6",
+    )
+
+
 def main_run(out: Path, *words: str) -> MainTrainingRun:
     """Main training of a tokenizer with 16 tokens from 32 codes; perturbed, without adversary."""
     perturbation = ("perturbation.proportion=0.5", "perturbation.strength=4")

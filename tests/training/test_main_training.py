@@ -16,18 +16,7 @@ TERMS = ("pixel", "perceptual", "codebook", "commitment", "semantic", "adversari
 
 def everything(classifier):
     """Every term of the objective, annealed perturbation, revival, stochastic depth and clipping."""
-    return (
-        *tiny.ADVERSARY,
-        "reconstruction.perceptual=classifier",
-        f"reconstruction.perceptual_weights={classifier}",
-        "teacher.name=classifier",
-        f"teacher.path={classifier}",
-        "tokenizer.quantizer.revive_every=2",
-        "clip_norm=1.0",
-        "tokenizer.encoder.depth=2",
-        "tokenizer.encoder.drop_path=0.2",
-        "perturbation.anneal_end=6",
-    )
+    return (*tiny.every_term(classifier), "tokenizer.encoder.depth=2", "tokenizer.encoder.drop_path=0.2")
 
 
 def state(out):

@@ -14,19 +14,7 @@ from robustok.latents import LatentCache
 
 def settings(tokenizer, latents, generator, samples, pairs, classifier):
     """Verb to its configuration in a folder; every verb starts from the same inputs, made by one process."""
-    everything = (
-        *tiny.ADVERSARY,
-        "adversarial.start=2",
-        "reconstruction.perceptual=classifier",
-        f"reconstruction.perceptual_weights={classifier}",
-        "teacher.name=classifier",
-        f"teacher.path={classifier}",
-        "tokenizer.quantizer.revive_every=2",
-        "clip_norm=1.0",
-        "log_every=2",
-        "learning_rate=1e-3",
-        "perturbation.anneal_end=6",
-    )
+    everything = (*tiny.every_term(classifier), "adversarial.start=2", "log_every=2", "learning_rate=1e-3")
     held_out = (f"held_out.latents={samples[0]}", f"held_out.extractor.path={classifier}", "snapshot_every=3")
     judged = (
         *tiny.DATA,
