@@ -23,6 +23,7 @@ from robustok.generators.sampling import guide
 from robustok.types import UserError
 
 DiffusionPath = Literal["linear", "cosine"]
+Strategy = Literal["sdedit", "sdedit_snr", "linear_mix", "noise_only", "token_mix"]
 Velocity = Callable[[Tensor, float], Tensor]
 """State (N, L, D) float64 and time, in the family's own convention, to its derivative (N, L, D) float64."""
 
@@ -53,7 +54,7 @@ class DiffusionSampling(Config):
     path: DiffusionPath | None = Field(
         None, description="path from data to noise; null is the one the model was trained on"
     )
-    strategy: Literal["sdedit", "sdedit_snr", "linear_mix", "noise_only", "token_mix"] = Field(
+    strategy: Strategy = Field(
         "sdedit",
         description="what sigma means for pairs: sdedit: share of sampler steps skipped; sdedit_snr: share of signal; "
         "linear_mix: weighted mean of real and sampled latents; noise_only: no generator, noise of 1 - sigma; "
@@ -328,21 +329,49 @@ def sample_mixture(
     """
     if reference is None or not preservation:
         reference, preservation = None, 0.0
-    strategy = sampling.strategy if reference is not None else None
     plan = plan_preservation(sampling, preservation, noise_time, path)
-    if strategy == "noise_only":
-        return reference + plan.noise_level * noise
 
     def noised(time: float) -> Tensor:
         """The real latents on their straight way from the same noise."""
         return interpolate(reference, noise, noise_level(torch.tensor(time, dtype=torch.float64), noise_time), path)
 
+    def solve(model: Velocity, start: Tensor) -> Iterator[Tensor]:
+        return trajectory(model, start, plan.times, sampling.sampler, noise_time, path, draw)
+
+    strategy = sampling.strategy if reference is not None else None
+    return mix(velocity, solve, noised, plan, strategy, noise, reference, preservation, keep)
+
+
+def mix(
+    model: Velocity,
+    solve: Callable[[Velocity, Tensor], Iterator[Tensor]],
+    noised: Callable[[float], Tensor],
+    plan: PreservationPlan,
+    strategy: Strategy | None,
+    noise: Tensor,
+    reference: Tensor | None,
+    preservation: float,
+    keep: Tensor | None,
+) -> Tensor:
+    """What the strategies have in common whatever the sampler: :func:`sample_mixture` and its sibling for DDPM.
+
+    Args:
+        model: what the sampler asks at each step, guided or not.
+        solve: the sampler: of a model and a start, the states (N, L, D) after each step of the plan.
+        noised: the real latents as noisy as they are at a time.
+        plan: where sampling starts.
+        strategy: None is a free sample.
+        noise: standard normal (N, L, D) float64.
+        reference: normalised real latents (N, L, D) float64.
+        preservation: sigma.
+        keep: for ``token_mix``, which latents (N, L, 1) stay as they are.
+    """
+    if strategy == "noise_only":
+        return reference + plan.noise_level * noise
     # Kept latents are put in place before every look, as noisy as the others: what is sampled fits what is kept.
-    around = (
-        (lambda x, time: velocity(torch.where(keep, noised(time), x), time)) if strategy == "token_mix" else velocity
-    )
+    around = (lambda x, time: model(torch.where(keep, noised(time), x), time)) if strategy == "token_mix" else model
     x = noised(plan.times[0].item()) if strategy in ("sdedit", "sdedit_snr") else noise
-    for state in trajectory(around, x, plan.times, sampling.sampler, noise_time, path, draw):
+    for state in solve(around, x):
         x = state
     if strategy == "token_mix":
         return torch.where(keep, reference, x)
