@@ -13,7 +13,7 @@ FLOORS = (
     {"types"},
     {"config"},
     {"images", "sources", "latents", "snapshots", "checkpoints", "classifier", "discriminators", "losses", "semantics"}
-    | {"backbones", "released", "model_card"}
+    | {"backbones", "released", "diffusers_folders", "model_card"}
     | {"tokenizers", "generators", "metrics", "arrays", "crops"},  # the nouns
     {"training"},
     {"encode", "generate", "evaluate", "judging", "report", "train_classifier", "convert", "pictures", "side_by_side"}

@@ -13,7 +13,7 @@ from robustok.generate import GenerateRun
 from robustok.generators import GENERATORS, build_generator, check_kind, check_sampling, default_sampling
 from robustok.generators.diffusion import DiffusionSampling, noise_level
 from robustok.generators.sampling import Sampling, image_rngs
-from robustok.training.generator_training import flow_matching
+from robustok.training.generator_training import squared_error
 from robustok.types import Generator, GeneratorOutput, UserError
 
 L, D, CLASSES = 9, 3, 5
@@ -312,7 +312,7 @@ def test_overfit_one_batch(name):
             torch.rand(repeats[0], generator=rng),
             torch.randn(repeats, generator=rng),
         )
-        loss = flow_matching(output)["flow_matching"]
+        loss = squared_error(output)["flow_matching"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -327,7 +327,7 @@ def test_overfit_one_batch(name):
 
 def test_flow_matching_by_hand():
     output = GeneratorOutput(torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[0.0, 4.0]]]))
-    assert flow_matching(output)["flow_matching"].item() == 2.5
+    assert squared_error(output)["flow_matching"].item() == 2.5
 
 
 # Settings
@@ -339,7 +339,9 @@ def test_sampling_settings_without_a_name_are_of_tokens():
     assert read({"name": "tokens", "top_k": 3}) == Sampling(top_k=3)
     assert read({"name": "diffusion", "steps": 3}) == DiffusionSampling(steps=3)
     assert read(None) is None
-    with pytest.raises(UserError, match=r"'sampling\.steps' belongs to another variant; set sampling\.name=diffusion"):
+    with pytest.raises(
+        UserError, match=r"'sampling\.steps' belongs to another variant; set sampling\.name=ddpm or diffusion"
+    ):
         read({"steps": 3})
     with pytest.raises(UserError, match=r"sampling\.step"):
         read({"name": "diffusion", "step": 3})
@@ -348,7 +350,7 @@ def test_sampling_settings_without_a_name_are_of_tokens():
 def test_generators_and_what_does_not_fit_them():
     for name, (family, _) in GENERATORS.items():
         continuous = getattr(family, "kind", "discrete") == "continuous"
-        assert continuous == (name in FAMILIES)
+        assert continuous == (name in (*FAMILIES, "dit"))
         check_sampling(name, default_sampling(name))
         with pytest.raises(UserError, match=f"generator {name} takes sampling.name="):
             check_sampling(name, Sampling() if continuous else DiffusionSampling())

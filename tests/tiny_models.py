@@ -35,6 +35,8 @@ TINY_GENERATORS = {  # all model 16 latents; tokens of 16 codes, or vectors of w
     "gpt": VIT,
     "sit": VIT | {"latent_mean": 0.1, "latent_std": 0.5},
     "lightningdit": VIT | {"latent_mean": 0.1, "latent_std": 0.5},
+    "dit": {"settings": {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}}
+    | {"latent_mean": 0.1, "latent_std": 0.5},
 }
 LATENT_SHAPE, CLASSES = (16, 4), 5
 
@@ -48,7 +50,7 @@ def shaken(model, seed=0):
 
 
 def tiny_tokenizer(name, **settings):
-    if name == "diffusers_kl":
+    if name.startswith("diffusers"):
         pytest.importorskip("diffusers")
     family, config = TOKENIZERS[name]
     torch.manual_seed(0)
@@ -56,6 +58,8 @@ def tiny_tokenizer(name, **settings):
 
 
 def tiny_generator(name, **settings):
+    if name == "dit":
+        pytest.importorskip("diffusers")
     family, config = GENERATORS[name]
     torch.manual_seed(0)
     codes = None if getattr(family, "kind", "discrete") == "continuous" else 16

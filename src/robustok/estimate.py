@@ -28,7 +28,7 @@ from robustok.semantics import TeacherConfig
 from robustok.tokenizers import TOKENIZERS, load_tokenizer
 from robustok.train_classifier import TrainClassifierRun
 from robustok.training.activations import count_activations
-from robustok.training.generator_training import GeneratorTrainingRun, cross_entropy, flow_matching
+from robustok.training.generator_training import GeneratorTrainingRun, cross_entropy, squared_error
 from robustok.training.loop import TrainingConfig, has_fast_bf16
 from robustok.training.main_training import MainTrainingRun
 from robustok.training.post_training import LatentDecoder, PostTrainingRun
@@ -138,7 +138,7 @@ def _generator_training(run: GeneratorTrainingRun) -> Facts:
             cross_entropy(output)
         else:
             latents = torch.zeros(count, length, width)
-            flow_matching(model(latents, labels, torch.zeros(count), latents))
+            squared_error(model(latents, labels, torch.zeros(count), latents))
 
     facts |= _training(run, generator, _count(generator.parameters()))
     return facts | _activations(run, build, forward)

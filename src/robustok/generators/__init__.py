@@ -10,7 +10,9 @@ from typing import Annotated, Any
 from pydantic import Discriminator, Field, Tag
 
 from robustok.config import Config, validate
+from robustok.generators.ddpm import DDPMSampling
 from robustok.generators.diffusion import DiffusionSampling
+from robustok.generators.dit import DiT, DiTConfig
 from robustok.generators.gpt import GPT, GPTConfig
 from robustok.generators.lightningdit import LightningDiT, LightningDiTConfig
 from robustok.generators.rar import RAR, RARConfig
@@ -24,8 +26,11 @@ GENERATORS = {
     "gpt": (GPT, GPTConfig),
     "sit": (SiT, SiTConfig),
     "lightningdit": (LightningDiT, LightningDiTConfig),
+    "dit": (DiT, DiTConfig),
 }
-GeneratorConfig = Annotated[RARConfig | GPTConfig | SiTConfig | LightningDiTConfig, Field(discriminator="name")]
+GeneratorConfig = Annotated[
+    RARConfig | GPTConfig | SiTConfig | LightningDiTConfig | DiTConfig, Field(discriminator="name")
+]
 
 
 def _sampling_name(value: Any) -> str | None:
@@ -34,7 +39,10 @@ def _sampling_name(value: Any) -> str | None:
 
 
 SamplingConfig = Annotated[
-    Annotated[Sampling, Tag("tokens")] | Annotated[DiffusionSampling, Tag("diffusion")], Discriminator(_sampling_name)
+    Annotated[Sampling, Tag("tokens")]
+    | Annotated[DiffusionSampling, Tag("diffusion")]
+    | Annotated[DDPMSampling, Tag("ddpm")],
+    Discriminator(_sampling_name),
 ]
 
 
@@ -77,20 +85,20 @@ def check_kind(name: str, kind: str, source: str) -> None:
         )
 
 
-def default_sampling(name: str) -> Sampling | DiffusionSampling:
+def default_sampling(name: str) -> Sampling | DiffusionSampling | DDPMSampling:
     """Sampling settings of a family where nothing else is known: unguided."""
-    return DiffusionSampling() if getattr(GENERATORS[name][0], "kind", "discrete") == "continuous" else Sampling()
+    return getattr(GENERATORS[name][0], "sampling_type", Sampling)()
 
 
-def check_sampling(name: str, sampling: Sampling | DiffusionSampling) -> None:
-    """Refuse the sampling settings of the other kind of generator.
+def check_sampling(name: str, sampling: Sampling | DiffusionSampling | DDPMSampling) -> None:
+    """Refuse the sampling settings of another kind of generator.
 
     Raises:
         UserError: says which name to set.
     """
     expected = default_sampling(name).name
     if sampling.name != expected:
-        raise UserError(f"generator {name} takes sampling.name={expected}, got {sampling.name}; set the other one")
+        raise UserError(f"generator {name} takes sampling.name={expected}, got {sampling.name}; set that one")
 
 
 def load_generator(path: str | Path) -> Generator:

@@ -7,23 +7,19 @@
 The folder holds ``config.json`` and ``diffusion_pytorch_model.safetensors``; that of a pipeline has it as ``vae/``.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from robustok.config import Config
-from robustok.snapshots import atomic_folder
+from robustok.config import Config, validate
+from robustok.diffusers_folders import build_network, component, load_network, write_network
 from robustok.tokenizers.conv import check_images, image_problems, to_grid, to_row
 from robustok.tokenizers.kl import KLOutput, Posterior
 from robustok.types import UserError
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
 
 
 class DiffusersKLConfig(Config):
@@ -55,7 +51,7 @@ class DiffusersKL(nn.Module):
     def __init__(self, config: DiffusersKLConfig, pretrained: bool = False) -> None:
         super().__init__()
         self.config = config
-        self.vae = build_vae(config.settings)
+        self.vae = build_network("AutoencoderKL", config.settings)
         facts = self.vae.config
         self.factor = 2 ** (len(facts.block_out_channels) - 1)
         if config.image_size % self.factor:
@@ -137,22 +133,6 @@ class DiffusersKL(nn.Module):
         return found + image_problems(images, self.decode(latents))
 
 
-def build_vae(settings: Mapping[str, Any]) -> "AutoencoderKL":
-    """An AutoencoderKL with random weights.
-
-    Raises:
-        UserError: diffusers is not installed, or does not take the settings.
-    """
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError:
-        raise UserError("AutoencoderKL needs diffusers; pip install 'robustok[diffusers]'") from None
-    try:
-        return AutoencoderKL.from_config(dict(settings))
-    except Exception as error:  # diffusers validates with errors of many types
-        raise UserError(f"diffusers makes no AutoencoderKL of these settings ({_line(error)}); correct them") from None
-
-
 def from_folder(path: str | Path, image_size: int | None = None) -> DiffusersKL:
     """Load an AutoencoderKL from its folder, or from the folder of a pipeline; in eval mode, frozen, on the CPU.
 
@@ -163,27 +143,12 @@ def from_folder(path: str | Path, image_size: int | None = None) -> DiffusersKL:
     Raises:
         UserError: no such folder, another class, or weights that do not fit.
     """
-    folder = Path(path) / "vae" if (Path(path) / "vae" / "config.json").is_file() else Path(path)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{path} has no config.json; give the folder of a diffusers AutoencoderKL, or of its pipeline")
-    try:
-        settings = json.loads((folder / "config.json").read_text())
-    except ValueError as error:
-        raise UserError(f"{folder}/config.json is no JSON ({_line(error)}); copy it again") from None
-    if settings.get("_class_name") != "AutoencoderKL":
-        raise UserError(f"{folder} is a {settings.get('_class_name')}, expected an AutoencoderKL; give its folder")
-    own = {key: value for key, value in settings.items() if not key.startswith("_")}
-    model = DiffusersKL(DiffusersKLConfig(image_size=image_size or own.get("sample_size") or 256, settings=own))
-    try:
-        loaded, report = type(model.vae).from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
-        )
-    except Exception as error:  # of many types, all of which the user can act on
-        raise UserError(f"{folder} cannot be loaded as AutoencoderKL ({_line(error)}); copy it again") from None
-    problems = [f"{kind.removesuffix('_keys')} {name}" for kind, names in report.items() for name in names]
-    if problems:
-        raise UserError(f"{folder}: the weights do not fit its config.json: {'; '.join(problems[:3])}; copy it again")
-    model.vae.load_state_dict(loaded.state_dict())
+    found = component(path, "AutoencoderKL")
+    size = image_size or found.settings.get("sample_size") or 256
+    model = DiffusersKL(
+        validate(DiffusersKLConfig, {"image_size": size, "settings": found.settings}, str(found.folder))
+    )
+    load_network(model.vae, found)
     return model.eval().requires_grad_(False)
 
 
@@ -193,12 +158,4 @@ def to_folder(model: DiffusersKL, path: Path) -> Path:
     Raises:
         UserError: it exists, or cannot be written.
     """
-    if path.exists():
-        raise UserError(f"{path} exists; choose another folder or remove it first")
-    with atomic_folder(path) as folder:
-        model.vae.save_pretrained(folder)
-    return path
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    return write_network(model.vae, path)

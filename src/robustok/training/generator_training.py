@@ -16,8 +16,8 @@ from robustok.generators import (
     check_sampling,
     default_sampling,
 )
+from robustok.generators.continuous import ContinuousConfig
 from robustok.generators.diffusion import draw_noise_levels
-from robustok.generators.diffusion_transformer import DiffusionTransformerConfig
 from robustok.generators.rar import RARConfig, draw_orders, drop_labels, random_share
 from robustok.images import rank_rows
 from robustok.latents import LatentCache, training_latents
@@ -127,7 +127,7 @@ def train_generator(run: GeneratorTrainingRun) -> Path:
                 if manifest.kind == "discrete":
                     terms, statistics["accuracy"] = cross_entropy(output), accuracy(output)
                 else:
-                    terms = flow_matching(output)
+                    terms = squared_error(output, bare.objective)
                 total = sum(terms.values())
                 check_finite(total, terms, step, folder.path)
                 generator.backward(total / run.gradient_accumulation)
@@ -160,9 +160,9 @@ def cross_entropy(output: GeneratorOutput) -> dict[str, Tensor]:
     return {"cross_entropy": nn.functional.cross_entropy(logits, output.targets.flatten())}
 
 
-def flow_matching(output: GeneratorOutput) -> dict[str, Tensor]:
-    """Mean squared error of the velocity (Lipman et al., arXiv 2210.02747; Liu et al., arXiv 2209.03003)."""
-    return {"flow_matching": nn.functional.mse_loss(output.prediction.float(), output.targets.float())}
+def squared_error(output: GeneratorOutput, objective: str = "flow_matching") -> dict[str, Tensor]:
+    """Mean squared error of a velocity (flow matching, arXiv 2210.02747, 2209.03003) or of noise (2006.11239)."""
+    return {objective: nn.functional.mse_loss(output.prediction.float(), output.targets.float())}
 
 
 def accuracy(output: GeneratorOutput) -> Tensor:
@@ -198,7 +198,7 @@ class Draws:
 def draw_step(run: GeneratorTrainingRun, latent_shape: tuple[int, int], step: int) -> Draws:
     """The draws of a step, a function of the seed and the step."""
     inputs, statistics = (), {}
-    if isinstance(run.generator, DiffusionTransformerConfig):
+    if isinstance(run.generator, ContinuousConfig):
         rng = step_rng(run.seed, step, "noise")
         levels = draw_noise_levels(run.batch_size, run.generator.noise_levels, rng)
         inputs = (levels, torch.randn(run.batch_size, *latent_shape, generator=rng))

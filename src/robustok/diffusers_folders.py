@@ -1,0 +1,159 @@
+"""Models in the folders of the diffusers library: a ``config.json`` beside safetensors, alone or as part of a pipeline.
+
+    DiT-XL-2-256/  model_index.json  vae/  transformer/  scheduler/
+
+Nothing but the library itself makes its models. Pickles are never opened.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from robustok.snapshots import atomic_folder
+from robustok.types import UserError
+
+PARTS = ("vae", "vqvae", "movq", "transformer")  # folders of a pipeline that may hold a model of ours
+
+
+@dataclass(frozen=True)
+class Component:
+    """A model that lies in a folder.
+
+    Attributes:
+        folder: with its config.json.
+        class_name: of the library.
+        settings: what the class is made from.
+    """
+
+    folder: Path
+    class_name: str
+    settings: dict[str, Any]
+
+
+def components(path: str | Path) -> list[Component]:
+    """The models in a folder: the parts of a pipeline, or the one that it is of.
+
+    Raises:
+        UserError: there are none, or a config.json is damaged.
+    """
+    folders = [folder for part in PARTS if ((folder := Path(path) / part) / "config.json").is_file()] or [Path(path)]
+    if not (folders[0] / "config.json").is_file():
+        raise UserError(f"{path} has no config.json; give the folder of a diffusers model, or of its pipeline")
+    found = []
+    for folder in folders:
+        settings = read_json(folder / "config.json")
+        own = {key: value for key, value in settings.items() if not key.startswith("_")}
+        found.append(Component(folder, str(settings.get("_class_name")), own))
+    return found
+
+
+def component(path: str | Path, class_name: str) -> Component:
+    """The one of this class.
+
+    Raises:
+        UserError: the folder has none.
+    """
+    found = components(path)
+    for each in found:
+        if each.class_name == class_name:
+            return each
+    held = (
+        f"{found[0].folder} is a {found[0].class_name}"
+        if len(found) == 1
+        else (f"{path} holds {' and '.join(each.class_name for each in found)}")
+    )
+    article = "an" if class_name[0] in "AEIOU" else "a"
+    raise UserError(f"{held}, expected {article} {class_name}; give its folder")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """What a JSON file says.
+
+    Raises:
+        UserError: it is missing, or no JSON object.
+    """
+    try:
+        content = json.loads(file.read_text())
+    except OSError:
+        raise UserError(f"{file} is missing; copy the whole folder") from None
+    except ValueError as error:
+        raise UserError(f"{file} is no JSON ({_line(error)}); copy it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds no JSON object; copy it again")
+    return content
+
+
+def build_network(class_name: str, settings: Mapping[str, Any]) -> nn.Module:
+    """A model of the library with random weights.
+
+    Raises:
+        UserError: diffusers is not installed, or does not take the settings.
+    """
+    try:
+        import diffusers
+    except ImportError:
+        raise UserError(f"{class_name} needs diffusers; pip install 'robustok[diffusers]'") from None
+    try:
+        return getattr(diffusers, class_name).from_config(dict(settings))
+    except Exception as error:  # diffusers validates with errors of many types
+        raise UserError(f"diffusers makes no {class_name} of these settings ({_line(error)}); correct them") from None
+
+
+def load_network(network: nn.Module, found: Component) -> None:
+    """Fill a model with the weights of its folder, all of them and none besides.
+
+    Raises:
+        UserError: weights are missing, no safetensors, or do not fit.
+    """
+    folder = found.folder
+    try:
+        with _quietly():  # what it would warn of is an error here
+            loaded, report = type(network).from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+            )
+    except Exception as error:  # of many types, all of which the user can act on
+        raise UserError(
+            f"{folder} cannot be loaded as {found.class_name} ({_line(error)}); copy it again, with its .safetensors"
+        ) from None
+    problems = [f"{kind.removesuffix('_keys')} {name}" for kind, names in report.items() for name in names]
+    if problems:
+        raise UserError(f"{folder}: the weights do not fit its config.json: {'; '.join(problems[:3])}; copy it again")
+    weights = loaded.state_dict()
+    if broken := [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]:
+        raise UserError(f"{folder}: {broken[0]} holds infinite values or no numbers; copy it again")
+    network.load_state_dict(weights)
+
+
+def write_network(network: nn.Module, path: Path) -> Path:
+    """Write a folder that ``from_pretrained`` of the model's class loads.
+
+    Raises:
+        UserError: it exists, or cannot be written.
+    """
+    if path.exists():
+        raise UserError(f"{path} exists; choose another folder or remove it first")
+    with atomic_folder(path) as folder:
+        network.save_pretrained(folder)
+    return path
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

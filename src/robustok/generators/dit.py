@@ -1,0 +1,218 @@
+"""DiT, the diffusion transformer that predicts the noise of a DDPM, as the diffusers library has it.
+
+    generator = from_folder("DiT-XL-2-256")
+    generator.set_latent_statistics(0.0, 1.0, 0.18215)  # of its autoencoder
+    latents = generator.generate(labels, generator.sampling, image_rngs(seed, indices))
+
+Source: Peebles & Xie, "Scalable Diffusion Models with Transformers" (arXiv 2212.09748). The network is the library's
+``DiTTransformer2DModel``; the chain of noise levels is that of its pipeline's scheduler. Of a variance that the network
+predicts only ancestral sampling makes use, and training leaves it alone.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from robustok.config import validate
+from robustok.diffusers_folders import build_network, component, load_network, read_json, write_network
+from robustok.generators.continuous import ContinuousConfig, ContinuousGenerator
+from robustok.generators.ddpm import DDPMSampling, add_noise, alpha_bars, plan_ddpm, sample_ddpm
+from robustok.generators.diffusion import guided_velocity
+from robustok.types import GeneratorOutput, UserError
+
+PUBLISHED = DDPMSampling(
+    sampler="ancestral", steps=250, spacing="linspace", variance="learned", guidance_scale=1.5, guided_channels=3
+)
+XL = {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72}
+
+
+class DiTConfig(ContinuousConfig):
+    """A DiT. The default size is DiT-XL/2."""
+
+    name: Literal["dit"] = "dit"
+    settings: dict[str, Any] = Field(
+        {}, description="what its config.json holds, under the names of diffusers, but for sizes of latents and classes"
+    )
+    timesteps: int = Field(1000, ge=2, description="T, timesteps of the chain that training follows")
+    beta_start: float = Field(1e-4, gt=0, lt=1, description="variance of the noise that its first step adds")
+    beta_end: float = Field(0.02, gt=0, lt=1, description="of its last step")
+    beta_schedule: Literal["linear", "scaled_linear"] = Field("linear", description="of the steps in between")
+    clip: float | None = Field(None, gt=0, description="guesses of clean latents are clamped to this; null: never")
+
+
+class DiT(ContinuousGenerator):
+    """Class-conditional noise of a square grid of latents, which are a sequence (N, L, D) in raster order at its edge.
+
+    Raises:
+        UserError: L is no square number or not divisible into patches, the settings say otherwise, or diffusers is not
+            installed.
+    """
+
+    sampling_type = DDPMSampling
+    objective = "noise_prediction"
+    licence = "CC-BY-NC-4.0, that of DiT's code and weights"
+
+    def __init__(self, config: DiTConfig, latent_shape: tuple[int, int], classes: int) -> None:
+        super().__init__(config, latent_shape, classes)
+        length, channels = latent_shape
+        self.side = round(length**0.5)
+        if self.side**2 != length:
+            raise UserError(f"dit models a square grid, got {length} latents per image; sit takes any number")
+        derived = {"sample_size": self.side, "in_channels": channels, "num_embeds_ada_norm": classes}
+        for key, value in derived.items():
+            if config.settings.get(key, value) != value:
+                raise UserError(
+                    f"settings.{key} is {config.settings[key]}, but latents and classes make {value}; drop it"
+                )
+        if self.side % (patch := config.settings.get("patch_size", 2)):
+            raise UserError(
+                f"a grid of side {self.side} does not divide into patches of {patch}; set another patch_size"
+            )
+        self.transformer = build_network("DiTTransformer2DModel", config.settings | derived)
+        if (out := self.transformer.out_channels) not in (channels, 2 * channels):
+            raise UserError(
+                f"settings.out_channels is {out}; accepted is {channels}, or {2 * channels} with a variance"
+            )
+        nn.init.zeros_(self.transformer.proj_out_2.weight)
+        for block in self.transformer.transformer_blocks:
+            nn.init.zeros_(block.norm1.linear.weight)  # every block starts as the identity
+            nn.init.zeros_(block.norm1.linear.bias)
+            block.norm1.emb.class_embedder.dropout_prob = 0.0  # training drops labels itself, from a seed of each step
+
+    @property
+    def bars(self) -> Tensor:
+        """The alpha bar of every timestep and 1 for clean latents: (T + 1,) float64 on the CPU."""
+        config = self.config
+        with torch.device("cpu"):
+            return alpha_bars(config.timesteps, config.beta_start, config.beta_end, config.beta_schedule)
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the network predicts a variance beside the noise."""
+        return self.transformer.out_channels == 2 * self.latent_shape[1]
+
+    def predict(self, latents: Tensor, timesteps: Tensor | int, labels: Tensor) -> Tensor:
+        """What the network says of normalised latents.
+
+        Args:
+            latents: (N, L, D), normalised and noised.
+            timesteps: (N,) in 0 to T - 1, or one for all.
+            labels: (N,) int64; ``null_label`` is "no class".
+
+        Returns:
+            The noise (N, L, D) in the model's precision, (N, L, 2 D) with a variance in [-1, 1] behind it.
+
+        Raises:
+            UserError: latents of another shape.
+        """
+        if latents.shape[1:] != self.latent_shape:
+            raise UserError(f"got latents of shape {tuple(latents.shape)}; this dit models (N, *{self.latent_shape})")
+        timesteps = torch.as_tensor(timesteps, device=latents.device).expand(len(latents))  # (N,)
+        grid = latents.to(self.dtype).transpose(1, 2).unflatten(2, (self.side, self.side))  # (N, D, h, w)
+        predicted = self.transformer(grid, timestep=timesteps, class_labels=labels).sample  # (N, D or 2 D, h, w)
+        return predicted.flatten(2).transpose(1, 2)  # (N, L, D or 2 D)
+
+    def forward(self, latents: Tensor, labels: Tensor, noise_levels: Tensor, noise: Tensor) -> GeneratorOutput:
+        """Predict the noise of noised latents: what training takes the squared error of (DDPM, equation 14).
+
+        Args:
+            latents: (N, L, D) float32 as the tokenizer makes them.
+            labels: (N,) int64; ``null_label`` is "no class".
+            noise_levels: (N,) in [0, 1], the timesteps as a share of all, the noisiest at 1.
+            noise: standard normal (N, L, D).
+
+        Returns:
+            Predicted and true noise (N, L, D).
+        """
+        timesteps = (noise_levels * self.config.timesteps).long().clamp(max=self.config.timesteps - 1)  # (N,)
+        bars = self.bars.to(latents.device)[timesteps][:, None, None]  # (N, 1, 1)
+        noised = add_noise(self.normalise(latents), noise.double(), bars)  # (N, L, D)
+        prediction = self.predict(noised, timesteps, labels)[..., : self.latent_shape[1]]
+        return GeneratorOutput(prediction=prediction, targets=noise.to(self.dtype))
+
+    def _sample(
+        self,
+        labels: Tensor,
+        sampling: DDPMSampling,
+        noise: Tensor,
+        reference: Tensor | None,
+        preservation: float | None,
+        keep: Tensor,
+        draw: Callable[[], Tensor],
+    ) -> Tensor:
+        if sampling.variance == "learned" and not self.learned_variance:
+            raise UserError("this dit predicts no variance; set sampling.variance=small or large")
+        width = self.latent_shape[1]
+        channels = min(sampling.guided_channels or width, width)  # a predicted variance is never guided
+        guidance = sampling.model_copy(update={"guided_channels": channels})
+        model = guided_velocity(self.predict, labels, self.null_label, guidance)
+        return sample_ddpm(model, noise, sampling, self.bars, reference, preservation, keep, draw, self.config.clip)
+
+    def preservation_facts(self, sampling: DDPMSampling, preservation: float) -> dict[str, Any]:
+        """What sigma means here, for the manifest of pairs: strategy, noise level, steps and their guided share."""
+        return {"strategy": sampling.strategy, **plan_ddpm(sampling, preservation, self.bars).facts()}
+
+
+# Folders of the library
+
+
+def from_folder(path: str | Path) -> DiT:
+    """Load a DiT from the folder of its pipeline, or from its own; in eval mode, frozen, on the CPU.
+
+    The latent statistics are in the configuration of the autoencoder; without them it does not sample. A transformer
+    without a scheduler beside it is taken to follow DiT's: 1000 timesteps, linear betas.
+
+    Raises:
+        UserError: no such folder, another class, weights that do not fit, or a chain that we do not have.
+    """
+    found = component(path, "DiTTransformer2DModel")
+    settings = dict(found.settings)
+    try:
+        side, channels = int(settings.pop("sample_size", 32)), int(settings.pop("in_channels", 4))
+        classes = int(settings.pop("num_embeds_ada_norm", 1000))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{found.folder}/config.json: {error}; copy it again") from None
+    file = found.folder.parent / "scheduler" / "scheduler_config.json"
+    scheduler = read_json(file) if file.exists() or found.folder != Path(path) else {}
+    config = validate(DiTConfig, {"settings": settings} | _chain(scheduler, found.folder), source=str(found.folder))
+    model = DiT(config, (side**2, channels), classes)
+    load_network(model.transformer, found)
+    if model.learned_variance and all(settings.get(key, value) == value for key, value in XL.items()):
+        model.sampling = PUBLISHED
+    else:
+        model.sampling = DDPMSampling(spacing=scheduler.get("timestep_spacing", "leading"))
+    return model.eval().requires_grad_(False)
+
+
+def _chain(scheduler: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The settings of the chain that a scheduler of the library describes, under our names."""
+    accepted = {
+        "prediction_type": ("epsilon",),
+        "beta_schedule": ("linear", "scaled_linear"),
+        "trained_betas": (None,),
+        "thresholding": (False,),
+        "rescale_betas_zero_snr": (False,),
+        "set_alpha_to_one": (True,),
+    }
+    for key, values in accepted.items():
+        if key in scheduler and scheduler[key] not in values:
+            raise UserError(
+                f"the scheduler beside {folder} has {key} = {scheduler[key]!r}; accepted is "
+                f"{' or '.join(map(repr, values))}; give the scheduler it was trained with"
+            )
+    names = {"timesteps": "num_train_timesteps", **{key: key for key in ("beta_start", "beta_end", "beta_schedule")}}
+    found = {ours: scheduler[theirs] for ours, theirs in names.items() if theirs in scheduler}
+    return found | {"clip": scheduler.get("clip_sample_range", 1.0) if scheduler.get("clip_sample") else None}
+
+
+def to_folder(model: DiT, path: Path) -> Path:
+    """Write a folder that ``DiTTransformer2DModel.from_pretrained`` loads.
+
+    Raises:
+        UserError: it exists, or cannot be written.
+    """
+    return write_network(model.transformer, path)
