@@ -364,8 +364,8 @@ def test_weights_of_another_family_are_refused_by_name(capsys, tmp_path, family)
 
 
 def test_an_unknown_family_is_named_before_anything_is_read(capsys, tmp_path):
-    words = ["family=dit", f"weights={tmp_path}/gone.pt", f"out={tmp_path}/out"]
-    assert "unknown family 'dit'; known: robustok, rar" in refused(capsys, *words)
+    words = ["family=pixart", f"weights={tmp_path}/gone.pt", f"out={tmp_path}/out"]
+    assert "unknown family 'pixart'; known: robustok, rar" in refused(capsys, *words)
 
 
 def test_nothing_is_overwritten(capsys, tmp_path):

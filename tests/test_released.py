@@ -181,7 +181,15 @@ def test_a_name_that_can_mean_one_thing_is_taken(name, meant):
 
 @pytest.mark.parametrize(
     ("name", "near"),
-    [("dits", "sit"), ("rarity", "rar"), ("llama_gen", "llamagen"), ("vqgan", ""), ("", ""), ("é", "")],
+    [
+        ("dits", "dit"),
+        ("site", "sit"),
+        ("rarity", "rar"),
+        ("llama_gen", "llamagen"),
+        ("vqgan", ""),
+        ("", ""),
+        ("é", ""),
+    ],
 )
 def test_other_names_are_refused_with_the_known_ones(name, near):
     with pytest.raises(UserError, match=f"known: robustok, rar, .*did you mean '{near}") as error:

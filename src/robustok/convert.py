@@ -3,8 +3,10 @@
     robustok convert family=robustok weights=main-train.pt out=runs/tokenizer
     robustok convert family=sit weights=sit-xl.pt tokenizer=runs/maetok out=runs/generator
     robustok convert family=robustok to=released weights=runs/post original=main-train.pt out=post-train.safetensors
+    robustok convert family=diffusers weights=DiT-XL-2-256 out=runs/dit    (its tokenizer and its generator)
+    robustok convert family=diffusers to=released weights=runs/post out=sd-vae-post
 
-The families are those of :mod:`robustok.released`.
+The families are those of :mod:`robustok.released`. Those of diffusers are folders, alone or parts of a pipeline.
 """
 
 import re
@@ -21,15 +23,19 @@ from robustok.config import Config, plain
 from robustok.generators import load_generator
 from robustok.released import (
     FAMILIES,
+    FOLDERS,
     Family,
+    FolderFamily,
     check_all,
     choose_family,
+    families_in,
     families_named,
     load_checkpoint,
+    load_folder,
     load_released,
     to_released,
 )
-from robustok.snapshots import read_header, read_weights, resolve, write_snapshot
+from robustok.snapshots import atomic_folder, read_header, read_weights, resolve, write_snapshot
 from robustok.tokenizers import encoder_digest, load_tokenizer
 from robustok.types import Generator, UserError
 
@@ -39,12 +45,15 @@ __all__ = ["FAMILIES", "ConvertRun", "convert", "load_released", "to_released"]
 class ConvertRun(Config):
     """Released weights to a snapshot, or a snapshot to released weights."""
 
-    family: str = Field(description=f"whose layout the released file has: one of {', '.join(FAMILIES)}")
+    family: str = Field(description=f"whose layout the released file has: one of {', '.join((*FAMILIES, *FOLDERS))}")
     weights: Path = Field(
-        description="released file (.pt, .bin, .ckpt or .safetensors), or hf://ORG/REPO/FILE; "
-        "with to=released, our snapshot or run folder"
+        description="released file (.pt, .bin, .ckpt or .safetensors), or hf://ORG/REPO/FILE; of "
+        "diffusers the folder of a model or a pipeline; with to=released, our snapshot or run folder"
     )
-    out: Path = Field(description="folder of the snapshot; with to=released, the .safetensors file; must not exist yet")
+    out: Path = Field(
+        description="folder of the snapshot; with to=released, the .safetensors file, or "
+        "a folder of diffusers; must not exist yet"
+    )
     to: Literal["snapshot", "released"] = Field(
         "snapshot", description="snapshot: ours; released: the official names in a safetensors file"
     )
@@ -80,24 +89,18 @@ def convert(run: ConvertRun) -> Path:
     """
     if run.out.exists():
         raise UserError(f"{run.out} exists; choose another out=PATH or remove it first")
+    names = families_named(run.family)  # before a long download
+    if names[0] in FOLDERS:
+        return _export_folder(run, names) if run.to == "released" else _convert_folder(run, names)
     if run.to == "released":
         return write_checkpoint(run.out, _export(run))
-    families_named(run.family)  # before a long download
     checkpoint = read_checkpoint(run.weights)
     family = choose_family(run.family, checkpoint.weights)
     room, config = FAMILIES[family], {key: value for key, value in run.config.items() if key != "discriminator"}
     model = load_checkpoint(family, checkpoint, config or None)
     discriminator = _discriminator(room, checkpoint, run)
-    if room.kind == "tokenizer":
-        facts = {"latent_space": encoder_digest(model), "image_range": list(model.image_range)}
-    else:
-        tokenizer = None if run.tokenizer is None else load_tokenizer(run.tokenizer)
-        _take_statistics(model, run, tokenizer)
-        facts = _generator_facts(model, run.tokenizer, tokenizer)
-    if problems := model.check() if hasattr(model, "check") else []:
-        raise UserError(f"{run.weights}: {problems[0]}")
-    header = {"kind": room.kind, "config": plain(model.config), "step": 0}
-    header |= facts | _provenance(room, checkpoint, run, carried=discriminator is not None)
+    tokenizer = None if run.tokenizer is None or room.kind == "tokenizer" else load_tokenizer(run.tokenizer)
+    header = _header(room, model, checkpoint, run, tokenizer, carried=discriminator is not None)
     extra = {}
     if discriminator is not None:
         header["discriminator"] = plain(discriminator.config)
@@ -106,6 +109,62 @@ def convert(run: ConvertRun) -> Path:
         extra["released"] = leftover
     write_snapshot(run.out, header, model.state_dict(), extra)
     return run.out
+
+
+def _convert_folder(run: ConvertRun, names: tuple[str, ...]) -> Path:
+    """A folder of diffusers: one model, or the two of a pipeline, which get folders of their own.
+
+    The autoencoder of a generator's pipeline is the tokenizer whose latents it models, unless another one is given.
+    """
+    if is_remote(run.weights):
+        raise UserError(f"{run.weights} is a folder; download it (hf download ORG/REPO --local-dir FOLDER), give that")
+    held = families_in(run.weights, names)
+    wanted = {kind: name for kind, name in held.items() if name in names}
+    if "tokenizer" in wanted and run.tokenizer is not None:
+        raise UserError(f"{run.weights} holds a tokenizer; drop tokenizer={run.tokenizer}, or set family=dit")
+    words = {word for name in held.values() for word in FOLDERS[name].words}
+    if unknown := [key for key in run.config if key not in words]:
+        raise UserError(f"config.{unknown[0]} is not known; of {run.weights} are {', '.join(sorted(words))}")
+
+    def part(kind: str) -> nn.Module:
+        room = FOLDERS[held[kind]]
+        return load_folder(held[kind], run.weights, {key: v for key, v in run.config.items() if key in room.words})
+
+    tokenizer = None if run.tokenizer is None else load_tokenizer(run.tokenizer)
+    if tokenizer is None and "tokenizer" in held:
+        tokenizer = part("tokenizer")
+    snapshots = {}
+    for kind, name in wanted.items():
+        model = tokenizer if kind == "tokenizer" else part(kind)
+        header = _header(FOLDERS[name], model, Checkpoint({}, FOLDERS[name].class_name), run, tokenizer)
+        snapshots[kind] = header, model.state_dict()
+    if len(snapshots) == 1:
+        write_snapshot(run.out, *snapshots.popitem()[1], {})
+        return run.out
+    with atomic_folder(run.out) as folder:
+        for kind, (header, weights) in snapshots.items():
+            write_snapshot(folder / kind, header, weights, {})
+    return run.out
+
+
+def _header(
+    room: Family | FolderFamily,
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    run: ConvertRun,
+    tokenizer: nn.Module | None,
+    carried: bool = False,
+) -> dict[str, Any]:
+    """What the snapshot of a model says; one that looks wrong gets none."""
+    if room.kind == "tokenizer":
+        facts = {"latent_space": encoder_digest(model), "image_range": list(model.image_range)}
+    else:
+        _take_statistics(model, run, tokenizer)
+        facts = _generator_facts(model, run.tokenizer or run.weights, tokenizer)
+    if problems := model.check() if hasattr(model, "check") else []:
+        raise UserError(f"{run.weights}: {problems[0]}")
+    header = {"kind": room.kind, "config": plain(model.config), "step": 0}
+    return header | facts | _provenance(room, checkpoint, run, carried)
 
 
 def _discriminator(room: Family, checkpoint: Checkpoint, run: ConvertRun) -> nn.Module | None:
@@ -120,7 +179,7 @@ def _discriminator(room: Family, checkpoint: Checkpoint, run: ConvertRun) -> nn.
         ) from None
 
 
-def _provenance(room: Family, checkpoint: Checkpoint, run: ConvertRun, carried: bool) -> dict[str, str]:
+def _provenance(room: Family | FolderFamily, checkpoint: Checkpoint, run: ConvertRun, carried: bool) -> dict[str, str]:
     """Where the weights come from, and under which licence."""
     source = re.sub("^hf:/+", "hf://", run.weights.as_posix()) if is_remote(run.weights) else run.weights.name
     origin = f"converted from {source}, {checkpoint.part}"
@@ -151,8 +210,9 @@ def _take_statistics(model: Generator, run: ConvertRun, tokenizer: nn.Module | N
             raise UserError(f"{run.statistics} holds {', '.join(sorted(found)[:5])}; expected mean and std")
         given["statistics"] = (found["mean"], found["std"], multiplier)
     own = getattr(tokenizer, "latent_mean", 0.0), getattr(tokenizer, "latent_std", 1.0)
-    if own != (0.0, 1.0):  # which says that nobody set them
-        given["tokenizer"] = (*own, getattr(tokenizer, "latent_multiplier", multiplier))
+    scale = getattr(tokenizer, "latent_multiplier", None)
+    if own != (0.0, 1.0) or scale not in (None, 1.0):  # which says that nobody set them
+        given["tokenizer"] = (*own, multiplier if scale is None else scale)
     for source, values in given.items():
         before, old = model.config.latent_multiplier, (model.latent_mean, model.latent_std)
         model.set_latent_statistics(*values)
@@ -202,6 +262,18 @@ def _leftover(room: Family, model: nn.Module, weights: Mapping[str, Tensor]) -> 
     own = {room.released_name(name) for name in model.state_dict()}
     made_up = {name: tensor for name, tensor in to_released(model).items() if name not in own}
     return {name: weights[name] for name, zeros in made_up.items() if not torch.equal(weights[name].to(zeros), zeros)}
+
+
+def _export_folder(run: ConvertRun, names: tuple[str, ...]) -> Path:
+    """A snapshot as a folder that the diffusers library loads."""
+    if run.original is not None:
+        raise UserError(f"original={run.original} is for families of a single file; drop it, a folder lacks nothing")
+    load = load_tokenizer if read_header(run.weights).get("kind") == "tokenizer" else load_generator
+    model = load(run.weights)
+    for name in names:
+        if type(model) is FOLDERS[name].model:
+            return FOLDERS[name].save(model, run.out)
+    raise UserError(f"{run.weights} holds a {type(model).__name__}, which is no {run.family}; give its own family")
 
 
 def _export(run: ConvertRun) -> dict[str, Tensor]:

@@ -72,6 +72,12 @@ def component(path: str | Path, class_name: str) -> Component:
     raise UserError(f"{held}, expected {article} {class_name}; give its folder")
 
 
+def latent_side(path: str | Path) -> int | None:
+    """Height and width of the latents that the transformer of a pipeline models; None where there is none."""
+    sides = [each.settings.get("sample_size") for each in components(path) if each.folder == Path(path) / "transformer"]
+    return sides[0] if sides and isinstance(sides[0], int) else None
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """What a JSON file says.
 

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from robustok.checkpoints import Checkpoint, choose_weights, flatten_config, read_checkpoint
+from robustok.diffusers_folders import components
 from robustok.discriminators import load_heads
-from robustok.generators import gpt, lightningdit, rar, sit
-from robustok.tokenizers import gigatok, kl, llamagen, maetok, maskgit, robustok_release, vq
+from robustok.generators import dit, gpt, lightningdit, rar, sit
+from robustok.tokenizers import diffusers_kl, gigatok, kl, llamagen, maetok, maskgit, robustok_release, vq
 from robustok.tokenizers.robustok import RobusTok
 from robustok.types import UserError
 
@@ -116,6 +117,47 @@ FAMILIES = {
         lightningdit.complete,
     ),
 }
+
+
+@dataclass(frozen=True)
+class FolderFamily:
+    """How a folder of the diffusers library is read and written.
+
+    Attributes:
+        kind: "tokenizer" or "generator".
+        model: our class.
+        class_name: that of the library.
+        load: the folder, and settings that it does not tell, to the model.
+        save: the model and a new folder, which the library loads.
+        words: names of these settings.
+    """
+
+    kind: Literal["tokenizer", "generator"]
+    model: type[nn.Module]
+    class_name: str
+    load: Callable[..., nn.Module]
+    save: Callable[[Any, Path], Path]
+    words: tuple[str, ...]
+
+
+FOLDERS = {
+    "diffusers_kl": FolderFamily(
+        "tokenizer",
+        diffusers_kl.DiffusersKL,
+        "AutoencoderKL",
+        diffusers_kl.from_folder,
+        diffusers_kl.to_folder,
+        ("image_size",),
+    ),
+    "dit": FolderFamily(
+        "generator",
+        dit.DiT,
+        "DiTTransformer2DModel",
+        dit.from_folder,
+        dit.to_folder,
+        ("latent_mean", "latent_std", "latent_multiplier"),
+    ),
+}
 ALIASES = {  # other names; where there are several families, the weights tell which
     "robustok_tokenizer": ("robustok",),
     "rar_generator": ("rar",),
@@ -125,6 +167,7 @@ ALIASES = {  # other names; where there are several families, the weights tell w
     "maetok": ("maetok_tokenizer",),
     "vae": ("vavae",),
     "va_vae": ("vavae",),
+    "diffusers": tuple(FOLDERS),
 }
 
 
@@ -134,13 +177,13 @@ def families_named(name: str) -> tuple[str, ...]:
     Raises:
         UserError: none; lists those known.
     """
-    known = {family: (family,) for family in FAMILIES} | ALIASES
+    known = {family: (family,) for family in (*FAMILIES, *FOLDERS)} | ALIASES
     key = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
     fits = [other for other in known if f"{key}_".startswith(f"{other}_")]
     if fits:
         return known[max(fits, key=len)]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0)
-    raise UserError(f"unknown family {name!r}; known: {', '.join(FAMILIES)}; did you mean {near[0]!r}?")
+    raise UserError(f"unknown family {name!r}; known: {', '.join((*FAMILIES, *FOLDERS))}; did you mean {near[0]!r}?")
 
 
 def recognise(weights: Mapping[str, Tensor]) -> str | None:
@@ -168,6 +211,20 @@ def choose_family(name: str, weights: Mapping[str, Tensor]) -> str:
     raise UserError(f"family {name!r} means {' or '.join(candidates)}, and {shown}; name one of {', '.join(FAMILIES)}")
 
 
+def families_in(path: str | Path, names: tuple[str, ...]) -> dict[str, str]:
+    """What a folder of the diffusers library holds: "tokenizer" and "generator" to their families among ``FOLDERS``.
+
+    Raises:
+        UserError: no such folder, or none of the families ``names`` in it.
+    """
+    held = [each.class_name for each in components(path)]
+    found = {room.kind: name for name, room in FOLDERS.items() if room.class_name in held}
+    if not set(found.values()) & set(names):
+        accepted = " or ".join(FOLDERS[name].class_name for name in names)
+        raise UserError(f"{path} holds {' and '.join(held)}, expected {accepted}; give another folder or family")
+    return found
+
+
 # Loading and the way back
 
 
@@ -182,7 +239,8 @@ def load_released(
         weights: path of a .pt, .bin, .ckpt or .safetensors file, ``hf://ORG/REPO/FILE``, or a mapping of the release's
             names to tensors; either may wrap the tensors as released training does, under ``ema`` (preferred),
             ``model``, ``module`` or ``state_dict``. Every tensor counts, so a mapping holds nothing else; a file may
-            hold more if it says which are the model's (:func:`robustok.checkpoints.read_checkpoint`).
+            hold more if it says which are the model's (:func:`robustok.checkpoints.read_checkpoint`). For ``diffusers``
+            and its families, the folder of a model or a pipeline.
         config: what the shapes do not tell, under the release's names (``num_heads``) or ours (``heads``), nested as
             released configurations are or flat, or such a mapping as JSON. Other keys are ignored unless they look
             like a misspelling, and a value that contradicts the weights is refused. None: what the file, or a JSON
@@ -196,13 +254,28 @@ def load_released(
         UserError: unknown family; an unreadable file; missing, unexpected or misshapen tensors, or those of another
             family; a configuration that is incomplete or contradicts them.
     """
-    checkpoint = choose_weights(weights, "weights") if isinstance(weights, Mapping) else read_checkpoint(weights)
     if isinstance(config, str):
         try:
             config = json.loads(config)
         except ValueError:
             raise UserError(f"config is text but no JSON: {config[:40]!r}; give a mapping") from None
+    if (names := families_named(family))[0] in FOLDERS:
+        if isinstance(weights, Mapping):
+            raise UserError(f"family {family!r} is read from a folder of the diffusers library; give its path")
+        found = [name for name in families_in(weights, names).values() if name in names]
+        if len(found) > 1:
+            raise UserError(f"{weights} holds {' and '.join(found)}; name one of them as the family")
+        return load_folder(found[0], weights, config or {})
+    checkpoint = choose_weights(weights, "weights") if isinstance(weights, Mapping) else read_checkpoint(weights)
     return load_checkpoint(choose_family(family, checkpoint.weights), checkpoint, config)
+
+
+def load_folder(family: str, path: str | Path, config: Mapping[str, Any]) -> nn.Module:
+    """:func:`load_released` of one of the ``FOLDERS``."""
+    room = FOLDERS[family]
+    if unknown := [key for key in config if key not in room.words]:
+        raise UserError(f"config has {unknown[0]!r}, which {family} does not take; known: {', '.join(room.words)}")
+    return room.load(path, **config)
 
 
 def load_checkpoint(family: str, checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> nn.Module:

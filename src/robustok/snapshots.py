@@ -184,7 +184,7 @@ class atomic_folder:  # noqa: N801  (used as a verb in a with statement)
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         try:
             if error is None:
-                for file in self.temporary.iterdir():
+                for file in (path for path in self.temporary.rglob("*") if path.is_file()):
                     with file.open("rb") as handle:
                         os.fsync(handle.fileno())
                 replace_folder(self.temporary, self.path)

@@ -160,11 +160,15 @@ class DiT(ContinuousGenerator):
 # Folders of the library
 
 
-def from_folder(path: str | Path) -> DiT:
+def from_folder(path: str | Path, **statistics: Any) -> DiT:
     """Load a DiT from the folder of its pipeline, or from its own; in eval mode, frozen, on the CPU.
 
-    The latent statistics are in the configuration of the autoencoder; without them it does not sample. A transformer
-    without a scheduler beside it is taken to follow DiT's: 1000 timesteps, linear betas.
+    A transformer without a scheduler beside it is taken to follow DiT's: 1000 timesteps, linear betas.
+
+    Args:
+        path: the folder.
+        statistics: latent_mean, latent_std, latent_multiplier, which stand in the configuration of the autoencoder;
+            without them it does not sample.
 
     Raises:
         UserError: no such folder, another class, weights that do not fit, or a chain that we do not have.
@@ -178,7 +182,9 @@ def from_folder(path: str | Path) -> DiT:
         raise UserError(f"{found.folder}/config.json: {error}; copy it again") from None
     file = found.folder.parent / "scheduler" / "scheduler_config.json"
     scheduler = read_json(file) if file.exists() or found.folder != Path(path) else {}
-    config = validate(DiTConfig, {"settings": settings} | _chain(scheduler, found.folder), source=str(found.folder))
+    config = validate(
+        DiTConfig, _chain(scheduler, found.folder) | statistics | {"settings": settings}, str(found.folder)
+    )
     model = DiT(config, (side**2, channels), classes)
     load_network(model.transformer, found)
     if model.learned_variance and all(settings.get(key, value) == value for key, value in XL.items()):

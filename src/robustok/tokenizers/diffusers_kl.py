@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from robustok.config import Config, validate
-from robustok.diffusers_folders import build_network, component, load_network, write_network
+from robustok.diffusers_folders import build_network, component, latent_side, load_network, write_network
 from robustok.tokenizers.conv import check_images, image_problems, to_grid, to_row
 from robustok.tokenizers.kl import KLOutput, Posterior
 from robustok.types import UserError
@@ -138,16 +138,18 @@ def from_folder(path: str | Path, image_size: int | None = None) -> DiffusersKL:
 
     Args:
         path: the folder.
-        image_size: in pixels; by default the one that its configuration names.
+        image_size: in pixels; by default the one that the pipeline's transformer makes latents of, or its configuration
+            names.
 
     Raises:
         UserError: no such folder, another class, or weights that do not fit.
     """
     found = component(path, "AutoencoderKL")
-    size = image_size or found.settings.get("sample_size") or 256
-    model = DiffusersKL(
-        validate(DiffusersKLConfig, {"image_size": size, "settings": found.settings}, str(found.folder))
-    )
+    size, side = found.settings.get("sample_size") or 256, latent_side(path)
+    if side is not None:
+        size = side * 2 ** (len(found.settings.get("block_out_channels", (64,))) - 1)
+    settings = {"image_size": image_size or size, "settings": found.settings}
+    model = DiffusersKL(validate(DiffusersKLConfig, settings, source=str(found.folder)))
     load_network(model.vae, found)
     return model.eval().requires_grad_(False)
 
