@@ -7,6 +7,7 @@ import pytest
 import robustok.config
 from robustok.config import load, plain
 from robustok.generators import GENERATORS, check_sampling, default_sampling
+from robustok.generators.dit import PUBLISHED as DIT
 from robustok.generators.gpt import GPTConfig
 from robustok.generators.lightningdit import PUBLISHED as LIGHTNINGDIT
 from robustok.generators.rar import PUBLISHED as RAR
@@ -40,7 +41,13 @@ def test_a_recipe_of_a_pair_is_ten_epochs_of_its_pairs(name):
 
 @pytest.mark.parametrize(
     ("name", "sampling"),
-    [("robustok", RAR[4096, 768]), ("maskgit", RAR[1024, 1024]), ("maetok", SIT), ("vavae", LIGHTNINGDIT)],
+    [
+        ("robustok", RAR[4096, 768]),
+        ("maskgit", RAR[1024, 1024]),
+        ("maetok", SIT),
+        ("vavae", LIGHTNINGDIT),
+        ("dit", DIT),
+    ],
 )
 def test_samplers_are_those_that_the_converted_generators_carry(name, sampling):
     assert load(PostTrainRun, PAIRS[name], PLACES).mixture.sampling == sampling
