@@ -29,6 +29,29 @@ TINY_TOKENIZERS = {  # all take images of 8 x 8 and make 16 latents of width 4
             "norm_num_groups": 4,
         }
     },
+    "diffusers_dc": {
+        "settings": {
+            f"{side}_{name}": value
+            for side in ("encoder", "decoder")
+            for name, value in {
+                "block_out_channels": [8, 8],
+                "layers_per_block": [1, 1],
+                "qkv_multiscales": [[], []],
+            }.items()
+        }
+        | {"latent_channels": 4}
+    },
+    "diffusers_vq": {
+        "settings": {
+            "block_out_channels": [8, 8],
+            "down_block_types": ["DownEncoderBlock2D"] * 2,
+            "up_block_types": ["UpDecoderBlock2D"] * 2,
+            "latent_channels": 12,
+            "vq_embed_dim": 4,
+            "num_vq_embeddings": 16,
+            "norm_num_groups": 4,
+        }
+    },
 }
 TINY_GENERATORS = {  # all model 16 latents; tokens of 16 codes, or vectors of width 4
     "rar": VIT,

@@ -21,7 +21,18 @@ from robustok.checkpoints import Checkpoint, choose_weights, flatten_config, rea
 from robustok.diffusers_folders import components
 from robustok.discriminators import load_heads
 from robustok.generators import dit, gpt, lightningdit, rar, sit
-from robustok.tokenizers import diffusers_kl, gigatok, kl, llamagen, maetok, maskgit, robustok_release, vq
+from robustok.tokenizers import (
+    diffusers_dc,
+    diffusers_kl,
+    diffusers_vq,
+    gigatok,
+    kl,
+    llamagen,
+    maetok,
+    maskgit,
+    robustok_release,
+    vq,
+)
 from robustok.tokenizers.robustok import RobusTok
 from robustok.types import UserError
 
@@ -141,14 +152,14 @@ class FolderFamily:
 
 
 FOLDERS = {
-    "diffusers_kl": FolderFamily(
-        "tokenizer",
-        diffusers_kl.DiffusersKL,
-        "AutoencoderKL",
-        diffusers_kl.from_folder,
-        diffusers_kl.to_folder,
-        ("image_size",),
-    ),
+    **{
+        name: FolderFamily("tokenizer", model, model.class_name, module.from_folder, module.to_folder, ("image_size",))
+        for name, model, module in (
+            ("diffusers_kl", diffusers_kl.DiffusersKL, diffusers_kl),
+            ("diffusers_dc", diffusers_dc.DiffusersDC, diffusers_dc),
+            ("diffusers_vq", diffusers_vq.DiffusersVQ, diffusers_vq),
+        )
+    },
     "dit": FolderFamily(
         "generator",
         dit.DiT,

@@ -20,6 +20,7 @@ from robustok.snapshots import write_snapshot
 from robustok.tokenizers import TOKENIZERS, encoder_digest, frozen_weights, load_tokenizer
 from robustok.training.post_training import post_train
 from robustok.types import UserError
+from tiny_models import TINY_TOKENIZERS
 
 SIDES = {side: {"width": 8, "multipliers": [1, 1, 2], "blocks": 1, "groups": 4} for side in ("encoder", "decoder")}
 VIT = {"width": 16, "depth": 1, "heads": 2}
@@ -43,6 +44,8 @@ SIZES = {
             "norm_num_groups": 4,
         }
     },
+    "diffusers_dc": TINY_TOKENIZERS["diffusers_dc"],
+    "diffusers_vq": TINY_TOKENIZERS["diffusers_vq"],
 }
 GENERATOR = ("generator.name=sit", "generator.width=16", "generator.depth=1", "generator.heads=2")
 ADVERSARY = (*tiny.ADVERSARY, "adversary_warmup=3")
@@ -64,7 +67,7 @@ def weights(path, name="model"):
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_decoder_of_every_family_learns_and_nothing_else(tmp_path, name):
-    if name == "diffusers_kl" and importlib.util.find_spec("diffusers") is None:
+    if name.startswith("diffusers") and importlib.util.find_spec("diffusers") is None:
         pytest.skip("needs diffusers")
     tokenizer = snapshot_of(name, tmp_path / "tokenizer")
     pairs = encode(tiny.tokens_run(tmp_path / "pairs", tokenizer))  # real latents are pairs too, those of the control

@@ -10,7 +10,9 @@ from pydantic import Field
 from robustok.config import validate
 from robustok.snapshots import Snapshot, digest, load_weights, read_snapshot, split_strength
 from robustok.tokenizers.deltas import Delta, apply_delta
+from robustok.tokenizers.diffusers_dc import DiffusersDC, DiffusersDCConfig
 from robustok.tokenizers.diffusers_kl import DiffusersKL, DiffusersKLConfig
+from robustok.tokenizers.diffusers_vq import DiffusersVQ, DiffusersVQConfig
 from robustok.tokenizers.gigatok import GigaTok, GigaTokConfig
 from robustok.tokenizers.kl import KL, KLConfig
 from robustok.tokenizers.llamagen import LlamaGen, LlamaGenConfig
@@ -27,6 +29,8 @@ TOKENIZERS = {
     "gigatok": (GigaTok, GigaTokConfig),
     "kl": (KL, KLConfig),
     "diffusers_kl": (DiffusersKL, DiffusersKLConfig),
+    "diffusers_dc": (DiffusersDC, DiffusersDCConfig),
+    "diffusers_vq": (DiffusersVQ, DiffusersVQConfig),
 }
 TokenizerConfig = Annotated[
     RobusTokConfig | LlamaGenConfig | MaskGITConfig | GigaTokConfig | KLConfig | MAETokConfig,
