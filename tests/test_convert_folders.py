@@ -174,14 +174,10 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 ABUSE = {  # what happens to the folder, other words, what is said
     "no such folder": (shutil.rmtree, [], "no config.json"),
     "an empty one": (lambda p: [shutil.rmtree(p), p.mkdir()], [], "no config.json"),
-    "no weights of the autoencoder": (
-        lambda p: (p / "vae" / WEIGHTS).unlink(),
-        [],
-        "cannot be loaded as AutoencoderKL",
-    ),
-    "no weights": (lambda p: (p / "transformer" / WEIGHTS).unlink(), [], "cannot be loaded as DiTTransformer2DModel"),
+    "no weights of the autoencoder": (lambda p: (p / "vae" / WEIGHTS).unlink(), [], "vae has no weights; it needs"),
+    "no weights": (lambda p: (p / "transformer" / WEIGHTS).unlink(), [], "transformer has no weights; it needs"),
     "cut off": (lambda p: cut_off(p / "transformer" / WEIGHTS), [], "cannot be loaded"),
-    "only a pickle": (lambda p: poison(p / "vae"), [], "cannot be loaded as AutoencoderKL"),
+    "only a pickle": (lambda p: poison(p / "vae"), [], "as pickles only, which are not opened"),
     "no scheduler": (lambda p: shutil.rmtree(p / "scheduler"), [], "scheduler_config.json is missing"),
     "damaged settings": (lambda p: cut_off(p / "vae" / "config.json"), [], "is no JSON"),
     "another network": (

@@ -123,7 +123,7 @@ def test_bad_folders_are_one_sentence(tmp_path):
     save_file(weights, file, metadata={"format": "pt"})
     for call, words in (
         (lambda: from_folder(tmp_path / "nothing"), r"no config\.json"),
-        (lambda: from_folder(tmp_path / "class"), "VQModel, expected an AutoencoderKL"),
+        (lambda: from_folder(tmp_path / "class"), "holds VQModel, expected AutoencoderKL"),
         (lambda: from_folder(tmp_path / "sizes"), "cannot be loaded"),
         (lambda: from_folder(tmp_path / "lacks"), r"missing decoder\.conv_in\.bias"),
         (lambda: from_folder(tmp_path / "vae", image_size=9), "divisible by 2"),

@@ -34,7 +34,12 @@ VQ = {
     "norm_num_groups": 4,
     "sample_size": 8,
 }
-VARIANTS = [{}, {"norm_type": "spatial"}, {"lookup_from_codebook": True}, {"vq_embed_dim": None}]
+VARIANTS = [
+    {},
+    {"norm_type": "spatial", "block_out_channels": (32, 32), "vq_embed_dim": 6},
+    {"lookup_from_codebook": True},
+    {"vq_embed_dim": None},
+]
 
 
 def images(side=8):
@@ -73,7 +78,7 @@ def test_the_deep_compression_autoencoder(tmp_path):
 def test_the_vector_quantised_autoencoder(tmp_path, variant):
     network = make(tmp_path / "vq", "VQModel", VQ | variant)
     tokenizer = diffusers_vq.from_folder(tmp_path / "vq")
-    width = 6 if variant == {"vq_embed_dim": None} else 4
+    width = 6 if "vq_embed_dim" in variant else 4
     assert isinstance(tokenizer, DiscreteTokenizer)
     assert (tokenizer.latent_shape, tokenizer.image_size, len(tokenizer.codebook)) == ((16, width), 8, 32)
     tokens = tokenizer.encode(images())

@@ -208,6 +208,25 @@ def test_there_and_back(tmp_path):
         to_folder(model, tmp_path / "back")
 
 
+def test_the_class_of_the_release(tmp_path):
+    """Its folder was written before the transformer had a class of its own, and names a more general one."""
+    torch.manual_seed(0)
+    general = SETTINGS | {"norm_type": "ada_norm_zero", "activation_fn": "gelu-approximate", "attention_bias": True}
+    network = diffusers.Transformer2DModel(**general, patch_size=2, norm_elementwise_affine=False, out_channels=2 * D)
+    network.eval().save_pretrained(tmp_path / "transformer")
+    model = from_folder(tmp_path / "transformer")
+    latents = latents_of(3)
+    grid = latents.transpose(1, 2).unflatten(2, (4, 4))
+    with torch.no_grad():
+        expected = network(grid, timestep=torch.tensor([700] * 3), class_labels=LABELS).sample
+        found = model.predict(latents, 700, LABELS)
+    torch.testing.assert_close(found.transpose(1, 2).unflatten(2, (4, 4)), expected)
+    network = diffusers.Transformer2DModel(**SETTINGS, patch_size=2, norm_type="ada_norm")
+    network.save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="holds Transformer2DModel, expected DiTTransformer2DModel"):
+        from_folder(tmp_path / "other")
+
+
 def test_the_scheduler_beside_it_counts(tmp_path):
     chain = {"num_train_timesteps": 100, "beta_start": 0.001, "beta_end": 0.03, "beta_schedule": "scaled_linear"}
     make(tmp_path, chain | {"clip_sample": True, "clip_sample_range": 2.0, "timestep_spacing": "trailing"})
@@ -251,7 +270,7 @@ def test_bad_folders_are_one_sentence(tmp_path):
     (tmp_path / "json" / scheduler).write_text("[]")
     for name, words in {
         "nothing": r"no config\.json",
-        "class": "is a SiT, expected a DiTTransformer2DModel",
+        "class": "holds SiT, expected DiTTransformer2DModel",
         "width": "cannot be loaded",
         "norm": "diffusers makes no DiTTransformer2DModel",
         "variance": "out_channels is 3; accepted is 4, or 8 with a variance",

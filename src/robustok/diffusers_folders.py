@@ -49,7 +49,10 @@ def components(path: str | Path) -> list[Component]:
     for folder in folders:
         settings = read_json(folder / "config.json")
         own = {key: value for key, value in settings.items() if not key.startswith("_")}
-        found.append(Component(folder, str(settings.get("_class_name")), own))
+        name = str(settings.get("_class_name"))
+        if name == "Transformer2DModel" and settings.get("norm_type") == "ada_norm_zero":
+            name = "DiTTransformer2DModel"  # which had no class of its own when its weights were released
+        found.append(Component(folder, name, own))
     return found
 
 
@@ -63,13 +66,8 @@ def component(path: str | Path, class_name: str) -> Component:
     for each in found:
         if each.class_name == class_name:
             return each
-    held = (
-        f"{found[0].folder} is a {found[0].class_name}"
-        if len(found) == 1
-        else (f"{path} holds {' and '.join(each.class_name for each in found)}")
-    )
-    article = "an" if class_name[0] in "AEIOU" else "a"
-    raise UserError(f"{held}, expected {article} {class_name}; give its folder")
+    held = " and ".join(each.class_name for each in found)
+    raise UserError(f"{path} holds {held}, expected {class_name}; give its folder")
 
 
 def latent_side(path: str | Path) -> int | None:
@@ -106,7 +104,8 @@ def build_network(class_name: str, settings: Mapping[str, Any]) -> nn.Module:
     except ImportError:
         raise UserError(f"{class_name} needs diffusers; pip install 'robustok[diffusers]'") from None
     try:
-        return getattr(diffusers, class_name).from_config(dict(settings))
+        with _quietly():
+            return getattr(diffusers, class_name).from_config(dict(settings))
     except Exception as error:  # diffusers validates with errors of many types
         raise UserError(f"diffusers makes no {class_name} of these settings ({_line(error)}); correct them") from None
 
@@ -118,15 +117,20 @@ def load_network(network: nn.Module, found: Component) -> None:
         UserError: weights are missing, no safetensors, or do not fit.
     """
     folder = found.folder
+    if not [*folder.glob("*.safetensors")]:
+        held = (
+            "holds its weights as pickles only, which are not opened" if [*folder.glob("*.bin")] else "has no weights"
+        )
+        raise UserError(
+            f"{folder} {held}; it needs .safetensors, as {found.class_name}.save_pretrained of diffusers writes them"
+        )
     try:
         with _quietly():  # what it would warn of is an error here
             loaded, report = type(network).from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
             )
     except Exception as error:  # of many types, all of which the user can act on
-        raise UserError(
-            f"{folder} cannot be loaded as {found.class_name} ({_line(error)}); copy it again, with its .safetensors"
-        ) from None
+        raise UserError(f"{folder} cannot be loaded as {found.class_name} ({_line(error)}); copy it again") from None
     problems = [f"{kind.removesuffix('_keys')} {name}" for kind, names in report.items() for name in names]
     if problems:
         raise UserError(f"{folder}: the weights do not fit its config.json: {'; '.join(problems[:3])}; copy it again")
