@@ -1,9 +1,9 @@
 """A post-training step on cached latents against the released procedure: CPU seconds a step, and bytes a pair.
 
-The released code stores each mixture as a PNG file. At every step it reads one, encodes and quantises it again with the
-teacher beside it, and trains all but the encoder's transformer. Ours reads the mixture's latents and trains the decoder.
-Both run at full size with all their losses (recipe ``imagenet256/post.yaml``), through the same training loop, on one
-image and in one process. Backbones are random, so nothing is downloaded. Run it with
+The released code stores each mixture as a PNG file. At every step it reads one, encodes and quantises it again with
+the teacher beside it, and trains all but the encoder's transformer. Ours reads the latents and trains the decoder. Both
+run at full size with all their losses (recipe ``imagenet256/post.yaml``), through the same training loop, on one image
+and in one process. Backbones are random, so nothing is downloaded. Run it with
 ``python benchmarks/post_training.py [PHOTOGRAPHS.parquet]``; the photographs serve to weigh PNG files. Needs 9 GB.
 Goals: 2 times faster, 1/200 of the disk.
 """

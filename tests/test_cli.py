@@ -347,3 +347,10 @@ def test_perceptual_losses_of_the_smallest_images_are_estimated(capsys, tmp_path
     code, text, _ = run(capsys, "main-train", *small, "--dry-run")
     assert code == 0
     assert "activations" in text
+
+
+def test_perceptual_losses_of_images_too_small_for_them(capsys, tmp_path):
+    small = [*MAIN_TRAIN, f"out={tmp_path / 'x'}", "reconstruction.perceptual=lpips", "tokenizer.image_size=8"]
+    code, _, err = run(capsys, "main-train", *small, "tokenizer.patch_size=4", "--dry-run")
+    assert code == 2
+    assert "8x8 pixels, lpips_vgg needs 16 a side; set reconstruction.perceptual=classifier or none" in err

@@ -116,6 +116,8 @@ def test_lpips_from_a_local_file(tmp_path):
     assert torch.equal(found, loss(images, other))  # no dropout
     found.backward()
     assert other.grad.abs().sum() > 0
+    with pytest.raises(UserError, match=r"8x32 pixels, lpips_vgg needs 16 a side"):
+        loss(images[:, :, :8], images[:, :, :8])
 
     # The package's own linear heads on torchvision's network, written out: every layer has the file's weights.
     shift, scale = (

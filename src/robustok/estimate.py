@@ -23,6 +23,8 @@ from robustok.generate import GenerateRun, MakePairsRun
 from robustok.generators import GENERATORS, build_generator, check_kind, load_generator
 from robustok.images import open_images
 from robustok.latents import LatentCache
+from robustok.losses import LPIPSLoss
+from robustok.metrics.perceptual import check_sides
 from robustok.post_train import PostTrainRun
 from robustok.semantics import TeacherConfig
 from robustok.tokenizers import TOKENIZERS, load_tokenizer
@@ -312,6 +314,7 @@ def _activations(
         return network.requires_grad_(False)(torch.zeros(count, *judged).requires_grad_())
 
     if judged is not None and run.reconstruction.perceptual == "lpips" and run.reconstruction.perceptual_weight:
+        check_sides("vgg", judged, LPIPSLoss.REMEDY)
         common += part * count_activations(lambda: vgg16(weights=None).features[:30], see, precision).sample
     if judged is not None and run.adversarial.weight:
         common += share * count_activations(lambda: _judge(run.discriminator), see, precision).sample

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 
 from robustok.config import Config
-from robustok.metrics.perceptual import load_lpips
+from robustok.metrics.perceptual import check_sides, load_lpips
 
 
 class ReconstructionConfig(Config):
@@ -84,8 +84,10 @@ class LPIPSLoss(nn.Module):
         weights: local file with torchvision's vgg16 state dict; None uses torchvision's cache or download.
 
     Raises:
-        UserError: the package or the weights are missing.
+        UserError: the package or the weights are missing; images of fewer than 16 pixels a side.
     """
+
+    REMEDY = "set reconstruction.perceptual=classifier or none"
 
     def __init__(self, weights: str | None = None) -> None:
         super().__init__()
@@ -94,6 +96,7 @@ class LPIPSLoss(nn.Module):
 
     def forward(self, images: Tensor, reconstructions: Tensor) -> Tensor:
         """Mean LPIPS of images (N, 3, H, W) in [-1, 1]."""
+        check_sides("vgg", images.shape, self.REMEDY)
         return self.network(reconstructions, images).mean()
 
 

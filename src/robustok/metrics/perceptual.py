@@ -1,6 +1,7 @@
 """LPIPS of reconstructions, image by image (Zhang et al. 2018, arXiv 1801.03924), through the lpips package."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -54,7 +55,7 @@ class LPIPS:
     """
 
     def __init__(self, net: Backbone = "alex", path: str | Path | None = None, device: torch.device | str = "cpu"):
-        self.name, self.device, self.least = f"lpips_{net}", torch.device(device), BACKBONES[net].least
+        self.net, self.name, self.device = net, f"lpips_{net}", torch.device(device)
         network, self.extractor = load_lpips(net, path, setting="lpips_weights")
         self.network = network.to(self.device)
 
@@ -73,13 +74,22 @@ class LPIPS:
             UserError: not uint8 pixels of one shape, or too small for the network.
         """
         check_pair(pixels, reference)
-        if min(pixels.shape[2:]) < self.least:
-            found = "x".join(str(side) for side in pixels.shape[2:])
-            raise UserError(f"got images of {found} pixels, {self.name} needs {self.least} a side; leave it out here")
+        check_sides(self.net, pixels.shape, "leave it out here")
         self.network.eval()  # the linear layers have dropout before them
         with exact_float32(self.device):
             a, b = (from_pixels(x.to(self.device)) for x in (pixels, reference))
             return self.network(a, b).flatten()  # (N, 1, 1, 1) -> (N,)
+
+
+def check_sides(net: Backbone, shape: Sequence[int], remedy: str) -> None:
+    """Refuse images, whose shape ends in height and width, that are too small for the network.
+
+    Raises:
+        UserError: says how large they are and have to be, and the remedy.
+    """
+    height, width = shape[-2:]
+    if min(height, width) < (least := BACKBONES[net].least):
+        raise UserError(f"got images of {height}x{width} pixels, lpips_{net} needs {least} a side; {remedy}")
 
 
 def load_lpips(net: Backbone, path: str | Path | None, setting: str) -> tuple[nn.Module, str]:
