@@ -227,7 +227,7 @@ def test_defaults_know_perturbed_tokenizers(tmp_path, tokenizer):
 def test_what_does_not_fit_is_said(tmp_path, run_of, tokenizer):
     for words, said in (
         (("pairs=somewhere",), "pairs are given, and so is generator"),
-        (("generator=null",), r"no pairs: give pairs=PATH, or generator, latents and sigma \(generator missing\)"),
+        (("generator=null",), r"no pairs: give pairs=PATH, or generator and sigma \(generator missing\)"),
         (("sigma=1.2",), "sigma 1.2 is to be a share from 0 to 1, or auto"),
         (("held_out=null",), r"sigma=auto judges on held-out samples; set held_out\.extractor\.path"),
         (("sweep.sigmas=[0.5,2]",), r"sweep\.sigmas .* shares from 0 to 1"),

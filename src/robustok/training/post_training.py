@@ -20,7 +20,7 @@ from robustok.images import Data, ImageDataset, open_images
 from robustok.latents import LatentCache, LatentRecords, check_cache, training_latents
 from robustok.losses import AdversarialConfig, ReconstructionConfig
 from robustok.semantics import TeacherConfig
-from robustok.snapshots import digest, read_header, read_snapshot, write_snapshot
+from robustok.snapshots import digest, read_header, read_snapshot, read_weights, resolve, write_snapshot
 from robustok.tokenizers import encoder_digest, load_tokenizer
 from robustok.training.held_out import HeldOut, HeldOutJudge
 from robustok.training.loop import (
@@ -166,7 +166,7 @@ def post_train(run: PostTrainingRun) -> Path:
         if accelerator.is_main_process:
             header = _header(run, step, average, adversary, pairs)
             if step:
-                _write_snapshot(folder.path / "snapshot" / f"{step:08d}", header, average, adversary)
+                _write_snapshot(folder.path / "snapshot" / f"{step:08d}", header, average, adversary, run.tokenizer)
             if judge is not None:
                 value = judge(average.decode)
                 folder.log(step, {"held_out": value})
@@ -174,7 +174,7 @@ def post_train(run: PostTrainingRun) -> Path:
                 if value < best["value"]:
                     best.update(step=step, value=value)
                     header |= {"held_out": {"distance": value, "at_the_start": best["first"]["value"]}}
-                    _write_snapshot(folder.path / "snapshot" / "best", header, average, adversary)
+                    _write_snapshot(folder.path / "snapshot" / "best", header, average, adversary, run.tokenizer)
         accelerator.wait_for_everyone()
 
     records = training_latents(pairs, run.batch_size, run.seed, first, run.steps - first, rank, world)
@@ -354,7 +354,11 @@ def _header(
     return header if adversary is None else header | {"discriminator": plain(adversary.settings)}
 
 
-def _write_snapshot(path: Path, header: dict[str, Any], average: nn.Module, adversary: Adversary | None) -> None:
+def _write_snapshot(
+    path: Path, header: dict[str, Any], average: nn.Module, adversary: Adversary | None, original: Path
+) -> None:
     """EMA weights for users: the same tokenizer, another decoder."""
     extra = {} if adversary is None else {"discriminator": adversary.network.state_dict()}
+    if (released := resolve(original) / "released.safetensors").exists():  # for the way back to the release's layout
+        extra["released"] = read_weights(released)
     write_snapshot(path, header, average.state_dict(), extra)
