@@ -5,7 +5,7 @@
 Before: both become snapshots in the run folder and are held against each other, against the latents and the images.
 After: the decoder goes back into a file of the original's layout, with a card that says how it was made:
 
-    runs/post/  tokenizer/  generator/  latents/  ...  snapshot/best/  released/vq_ds16_c2i.safetensors  released/README.md
+    runs/post/  tokenizer/  generator/  latents/  ...  snapshot/best/  released/  README.md  vq_ds16_c2i.safetensors
 """
 
 import re
@@ -98,15 +98,20 @@ def check_given(sources: Sources) -> None:
 
 
 @contextmanager
-def refused_as_a_whole(out: Path) -> Iterator[None]:
+def refused_as_a_whole(sources: Sources, out: Path) -> Iterator[None]:
     """Context: a run that is refused in it leaves no run folder behind, if there was none before."""
     fresh = not (out / "config.yaml").exists()
     try:
         yield
-    except UserError:
-        if fresh:
-            shutil.rmtree(out, ignore_errors=True)
-        raise
+    except UserError as error:
+        if not fresh:
+            raise
+        shutil.rmtree(out, ignore_errors=True)
+        reason = str(error)
+        for name, source in sources.items():
+            if isinstance(source, Released):  # its snapshot is gone
+                reason = reason.replace(str(out / name), str(source.weights))
+        raise UserError(reason) from None
 
 
 def convert_sources(sources: Sources, out: Path) -> dict[str, Path]:
@@ -136,13 +141,21 @@ def _convert(name: str, source: Released, out: Path, tokenizer: Path | None) -> 
     try:
         convert(ConvertRun(out=out, **own, **({"tokenizer": tokenizer} if name == "generator" else {})))
     except UserError as error:
-        raise UserError(f"{name}: {error} (here these settings are {name}.KEY=VALUE)") from None
+        raise UserError(f"{name}: {error} (its settings are written {name}.KEY=VALUE here)") from None
     if (kind := read_header(out)["kind"]) != name:
         raise UserError(f"{name}.weights={source.weights} holds a {kind}; give the file of the {name}")
 
 
-def check_together(paths: Mapping[str, Path], latents: Path | None, data: Data) -> None:
+def check_together(paths: Mapping[str, Path], latents: Path | None, data: Data) -> int:
     """Refuse, before the long work, a generator or latents of another tokenizer, and images that are not there.
+
+    Args:
+        paths: of the snapshots, "tokenizer" and perhaps "generator".
+        latents: cache of the images' latents, if there is one already.
+        data: the images.
+
+    Returns:
+        How many latents pairs can be made of.
 
     Raises:
         UserError: names what does not fit.
@@ -150,29 +163,37 @@ def check_together(paths: Mapping[str, Path], latents: Path | None, data: Data) 
     tokenizer = load_tokenizer(paths["tokenizer"])
     space, images = encoder_digest(tokenizer), open_images(data, tokenizer.image_size, split="train")
     if "generator" in paths:
-        _check_generator(read_header(paths["generator"]), tokenizer, space, paths)
-    if latents is not None:
-        cache = LatentCache(latents)
-        check_center_crops(cache)
-        check_cache(cache, space)
-        if cache.manifest.data != images.fingerprint:
-            raise UserError(
-                f"{latents} holds latents of other images than {images.describe()}; give the data they were encoded "
-                "from, or latents=null, which encodes them"
-            )
+        _check_generator(paths, tokenizer, space, len(images.classes))
+    if latents is None:
+        return len(images)
+    cache = LatentCache(latents)
+    check_center_crops(cache)
+    check_cache(cache, space)
+    if cache.manifest.data != images.fingerprint:
+        raise UserError(
+            f"{latents} holds latents of other images than {images.describe()}; give the data they were encoded from, "
+            "or latents=null, which encodes them"
+        )
+    return len(cache)
 
 
-def _check_generator(header: dict[str, Any], tokenizer: Tokenizer, space: str, paths: Mapping[str, Path]) -> None:
+def _check_generator(paths: Mapping[str, Path], tokenizer: Tokenizer, space: str, classes: int) -> None:
+    """Hold a generator's facts against its tokenizer, which makes latents of this space, and the data's classes."""
+    path, header = paths["generator"], read_header(paths["generator"])
     if header.get("kind") != "generator":
-        raise UserError(f"{paths['generator']} holds a {header.get('kind')}, expected a generator; give another path")
-    check_kind(header["config"].get("name"), tokenizer.kind, str(paths["tokenizer"]))
+        raise UserError(f"{path} is a snapshot of a {header.get('kind')}, expected a generator; give another path")
+    check_kind(header["config"]["name"], tokenizer.kind, str(paths["tokenizer"]))
     codes = len(tokenizer.codebook) if tokenizer.kind == "discrete" else None
     found = header.get("latent_space"), tuple(header["latent_shape"]), header["codebook_size"]
     expected = space if found[0] else None, tuple(tokenizer.latent_shape), codes  # not all say whose latents they model
     if found != expected:
         raise UserError(
-            f"{paths['generator']} models the latents of another tokenizer: (latent space, shape, codes) are {found}, "
-            f"those of {paths['tokenizer']} {expected}; give the tokenizer that it was trained with"
+            f"{path} models the latents of another tokenizer: (latent space, shape, codes) are {found}, those of "
+            f"{paths['tokenizer']} {expected}; give the tokenizer that it was trained with"
+        )
+    if classes > header["classes"]:
+        raise UserError(
+            f"the images have {classes} classes, {path} knows {header['classes']}; give the images it was trained on"
         )
 
 

@@ -5,8 +5,8 @@
     robustok post-train tokenizer=runs/tok generator=runs/gen latents=runs/latents sigma=0.9 ...
     robustok post-train tokenizer=runs/tok generator=runs/gen latents=runs/latents sigma=auto held_out.extractor... ...
 
-The training itself is ``training/post_training.py``, what released weights need is ``from_release.py``. Where pairs have
-to be made, these and each training have folders inside of the run folder, and what came out is copied to its
+The training itself is ``training/post_training.py``; what released weights need is ``from_release.py``. Where pairs are
+made, these and each training have folders inside of the run folder, and what came out is copied to its
 ``snapshot/best``, the snapshot that users load:
 
     runs/post/  latents/  pairs/  held-out/  candidate-0.8/  candidate-0.9/  post-0.9/  snapshot/best/  metrics.jsonl
@@ -34,13 +34,13 @@ from robustok.from_release import (
 )
 from robustok.generate import GenerateRun, MakePairsRun, generate, make_pairs
 from robustok.generators import SamplingConfig
-from robustok.images import open_images
+from robustok.images import batch_indices, open_images
 from robustok.latents import LatentCache, LatentType
 from robustok.snapshots import read_header, read_weights, resolve, write_snapshot
 from robustok.tokenizers import load_tokenizer
 from robustok.training.held_out import HeldOutJudge
 from robustok.training.loop import RunFolder, console, start_accelerator, step_rng
-from robustok.training.post_training import PostTrainingRun
+from robustok.training.post_training import PostTrainingRun, check_networks
 from robustok.training.post_training import post_train as train_decoder
 
 
@@ -119,7 +119,7 @@ class PostTrainRun(PostTrainingRun):
 
 
 def post_train(run: PostTrainRun | PostTrainingRun) -> Path:
-    """Post-train a decoder; convert, encode, make pairs and choose sigma where asked to. The same command again goes on.
+    """Post-train a decoder; convert, encode, make pairs, choose sigma where asked to. The same command again goes on.
 
     With ``sigma=auto`` the result is never worse on the held-out samples than the decoder it started from. A decoder
     of released weights is also written in their own layout, to ``out/released``.
@@ -154,10 +154,14 @@ def _prepare(run: PostTrainRun, accelerator: Accelerator) -> PostTrainRun:
     check_given(sources)
     folder = RunFolder(run, accelerator.is_main_process)
     accelerator.wait_for_everyone()  # all have looked at what is there
-    with refused_as_a_whole(run.out):
+    with refused_as_a_whole(sources, run.out):
         if accelerator.is_main_process:
             folder.start()
-            check_together(convert_sources(sources, run.out), run.latents, run.data)
+            paths = convert_sources(sources, run.out)
+            available = check_together(paths, run.latents, run.data)
+            check_networks(run.training(tokenizer=paths["tokenizer"], pairs=run.pairs or run.out / "pairs"))
+            if run.pairs is None:
+                batch_indices(min(_needed(run), available), run.batch_size, run.seed, 0)  # complains of too few
     accelerator.wait_for_everyone()
     ready = run.model_copy(update=convert_sources(sources, run.out))
     if run.pairs is not None or run.latents is not None:
@@ -174,9 +178,9 @@ def _prepare(run: PostTrainRun, accelerator: Accelerator) -> PostTrainRun:
     return ready.model_copy(update={"latents": encode(latents)})
 
 
-def _needed(run: PostTrainRun) -> int:
-    """Pairs that the longest training sees, if there are as many images."""
-    return min(run.mixture.count, run.steps * run.batch_size)
+def _needed(run: PostTrainRun, steps: int | None = None) -> int:
+    """Pairs that so many steps see, or all of them, if there are as many images."""
+    return min(run.mixture.count, (steps or run.steps) * run.batch_size)
 
 
 def _choose(run: PostTrainRun, accelerator: Accelerator) -> Path:
@@ -184,7 +188,7 @@ def _choose(run: PostTrainRun, accelerator: Accelerator) -> Path:
     judgements = _judgements(run, accelerator)
     judgements.add("untouched", None, 0, run.tokenizer)
     steps = min(run.sweep.steps or max(1, run.steps // 10), run.steps)
-    sigmas = run.sweep.sigmas or default_sigmas(run.tokenizer)
+    sigmas = run.sweep.sigmas or default_sigmas(read_header(run.tokenizer)["config"].get("name"))
     for sigma in sigmas:
         judgements.add("candidate", sigma, steps, _candidate(run, sigma, steps))
     best = judgements.best()
@@ -222,7 +226,7 @@ def _candidate(run: PostTrainRun, sigma: float, steps: int) -> Path:
 
 def _pairs(run: PostTrainRun, sigma: float, steps: int) -> Path:
     """The cache of pairs for so many steps: of the same bank of images and random numbers whatever sigma is."""
-    count = min(run.mixture.count, steps * run.batch_size, len(LatentCache(run.latents)))
+    count = min(_needed(run, steps), len(LatentCache(run.latents)))
     return make_pairs(
         MakePairsRun(
             out=run.out / "pairs" / f"sigma-{sigma:g}-{count}",
