@@ -188,6 +188,16 @@ def test_a_carried_discriminator_goes_on_and_the_card_says_so(capsys, tmp_path, 
     assert best(tmp_path / "fresh")["protocol"]["adversary"] == "reinit_warmup, 1 steps"
 
 
+def test_sigma_can_be_chosen_too(capsys, tmp_path, images, classifier):
+    words, out = command("llamagen", tmp_path, images), tmp_path / "post"
+    sweep = ["sigma=auto", "sweep.sigmas=[0.5,1]", "sweep.steps=1", "sweep.sets=2", "sweep.samples=10"]
+    run(capsys, [*words, *sweep, f"held_out.extractor.path={classifier}", f"out={out}"])
+    assert [row["sigma"] for row in best(out)["sweep"]][:3] == [None, 0.5, 1.0]
+    assert "All that was tried:" in (out / "released" / "README.md").read_text()
+    found = load_released("llamagen", out / "released" / "tokenizer.safetensors", RELEASES["llamagen_tokenizer"][1])
+    assert not changed(load_tokenizer(out).state_dict(), found.state_dict())
+
+
 def test_the_configuration_beside_a_file_comes_along(capsys, tmp_path, images):
     words, out = command("maetok", tmp_path, images), tmp_path / "post"
     save_file(released("maetok_tokenizer")[0], tmp_path / "model.safetensors")

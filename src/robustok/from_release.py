@@ -251,7 +251,9 @@ def _family_of(source: Path) -> str | None:
 
 
 def _file_of(header: Mapping[str, Any]) -> Path | None:
-    """Name of the released file that a snapshot was converted from."""
+    """Name of the released file that a snapshot was converted from; None where it was not, or not as a whole."""
+    if "delta" in header:
+        return None
     found = re.match(r"converted from (.+?), ", str(header.get("trained_on", "")))
     return Path(Path(found[1]).name) if found else None
 
