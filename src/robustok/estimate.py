@@ -174,7 +174,8 @@ def _post_training(run: PostTrainingRun | PostTrainRun) -> Facts:
     facts = {"tokenizer_parameters": size, "trained_parameters": trained}
     facts |= _pairs(run, tokenizer) if run.pairs is None else {"pairs": len(LatentCache(run.pairs))}
     if given := [source.weights for source in sources.values() if isinstance(source, Released)]:
-        facts["converted_bytes"] = sum(path.stat().st_size for path in given if path.is_file())
+        files = [file for path in given for file in (path, *path.rglob("*")) if file.is_file()]
+        facts["converted_bytes"] = sum(file.stat().st_size for file in files)
     # The release decodes with an untouched copy, and has the teacher.
     frozen = _frozen(run) + (size + _teacher(run.teacher, tokenizer.config) if released else 0)
     facts |= _training(run, model, trained, _discriminator(run), frozen)

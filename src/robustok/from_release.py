@@ -142,6 +142,8 @@ def _convert(name: str, source: Released, out: Path, tokenizer: Path | None) -> 
         convert(ConvertRun(out=out, **own, **({"tokenizer": tokenizer} if name == "generator" else {})))
     except UserError as error:
         raise UserError(f"{name}: {error} (its settings are written {name}.KEY=VALUE here)") from None
+    if not (out / "config.yaml").exists():
+        raise UserError(f"{name}.family={source.family} is more than a {name} in {source.weights}; name it alone")
     if (kind := read_header(out)["kind"]) != name:
         raise UserError(f"{name}.weights={source.weights} holds a {kind}; give the file of the {name}")
 
@@ -225,22 +227,28 @@ def write_released(snapshot: Path, source: Path | ReleasedTokenizer, out: Path) 
         UserError: as ``convert`` raises it.
     """
     if isinstance(source, Released):
-        family, original, name = source.family, source.weights, source.weights
+        family, name = source.family, source.weights
+        original = None if name.is_dir() else name
     else:
-        family, original, name = _family_of(source), None, _file_of(read_header(source))
+        family, name, original = _family_of(source), _file_of(read_header(source)), None
         if family is None or name is None:
             return None
-    target = out / (f"{name.stem}.safetensors" if name.suffix in SUFFIXES else name.name)
+    target = out / (f"{name.stem}.safetensors" if name.suffix in SUFFIXES else _part(name))
     if target.exists():
         return target
     convert(ConvertRun(family=family, to="released", weights=snapshot, original=original, out=target))
     header = read_header(snapshot)
     (out / "README.md").write_text(model_card(header, use=_use(header, name, target, family)))
-    if original is not None and target.is_file():  # its official loader, and ours, may need the configuration beside it
+    if original is not None:  # its official loader, and ours, may need the configuration beside it
         notes = file_beside(download(original) if is_remote(original) else original)
         if notes is not None:
             shutil.copy(notes, out / notes.name)
     return target
+
+
+def _part(folder: Path) -> str:
+    """What to call the folder of an autoencoder: as a pipeline of diffusers calls it, or as it was called."""
+    return next((part for part in ("vae", "vqvae", "movq") if (folder / part).is_dir()), folder.name)
 
 
 def _family_of(source: Path) -> str | None:
@@ -261,7 +269,8 @@ def _file_of(header: Mapping[str, Any]) -> Path | None:
 def _use(header: Mapping[str, Any], name: Path, target: Path, family: str) -> str:
     """How the weights are put back into the project that they came from, in Markdown."""
     if target.is_dir():
-        return f"Put `{target.name}` in the place of the original's folder."
+        place = f"the folder `{target.name}` of `{name.name}`" if target.name != name.name else f"`{name.name}`"
+        return f"Put `{target.name}` in the place of {place}, and load it as before."
     if name.suffix == ".safetensors":
         return f"Put `{target.name}` in the place of the original `{name.name}`."
     part = re.match(r"converted from .+?, ([^,;]+)", str(header.get("trained_on", "")))
