@@ -13,10 +13,13 @@ from safetensors.torch import load_file, save_file
 
 import robustok.from_release
 from robustok.cli import main
+from robustok.config import plain
 from robustok.discriminators import DinoConfig, DinoHeads
 from robustok.discriminators.dino import DinoBackbone
+from robustok.from_release import ReleasedTokenizer, write_released
 from robustok.latents import LatentCache
 from robustok.released import FAMILIES, load_released, to_released
+from robustok.snapshots import write_snapshot
 from robustok.tokenizers import encoder_digest, frozen_weights, load_tokenizer
 from tiny_models import CLASSES, RELEASES, released, shaken, tiny_tokenizer
 
@@ -205,6 +208,25 @@ def test_the_configuration_beside_a_file_comes_along(capsys, tmp_path, images):
     run(capsys, [*words, f"out={out}", f"tokenizer.weights={tmp_path}/model.safetensors", "tokenizer.config={}"])
     assert load_released("maetok", out / "released" / "model.safetensors").config.latent_mean == 0.1
     assert "Put `model.safetensors` in the place of the original" in (out / "released" / "README.md").read_text()
+
+
+def test_a_released_folder_becomes_a_folder(tmp_path, monkeypatch):
+    """As those of diffusers, whose pipelines hold more than the autoencoder."""
+    model, asked = tiny_tokenizer("kl"), []
+    write_snapshot(tmp_path / "best", {"kind": "tokenizer", "config": plain(model.config)}, model.state_dict(), {})
+    (tmp_path / "DiT" / "vae").mkdir(parents=True)
+
+    def convert(wanted):
+        asked.append(wanted)
+        wanted.out.mkdir(parents=True)
+
+    monkeypatch.setattr(robustok.from_release, "convert", convert)
+    source = ReleasedTokenizer(family="some", weights=tmp_path / "DiT")
+    for _ in range(2):
+        assert write_released(tmp_path / "best", source, tmp_path / "released") == tmp_path / "released" / "vae"
+    (wanted,) = asked
+    assert (wanted.to, wanted.original, wanted.weights) == ("released", None, tmp_path / "best")
+    assert "in the place of the folder `vae` of `DiT`" in (tmp_path / "released" / "README.md").read_text()
 
 
 # Paths instead of files

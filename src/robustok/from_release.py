@@ -143,7 +143,7 @@ def _convert(name: str, source: Released, out: Path, tokenizer: Path | None) -> 
     except UserError as error:
         raise UserError(f"{name}: {error} (its settings are written {name}.KEY=VALUE here)") from None
     if not (out / "config.yaml").exists():
-        raise UserError(f"{name}.family={source.family} is more than a {name} in {source.weights}; name it alone")
+        raise UserError(f"{source.weights} holds more than a {name}; set {name}.family to that of the {name} alone")
     if (kind := read_header(out)["kind"]) != name:
         raise UserError(f"{name}.weights={source.weights} holds a {kind}; give the file of the {name}")
 
@@ -234,9 +234,8 @@ def write_released(snapshot: Path, source: Path | ReleasedTokenizer, out: Path) 
         if family is None or name is None:
             return None
     target = out / (f"{name.stem}.safetensors" if name.suffix in SUFFIXES else _part(name))
-    if target.exists():
-        return target
-    convert(ConvertRun(family=family, to="released", weights=snapshot, original=original, out=target))
+    if not target.exists():
+        convert(ConvertRun(family=family, to="released", weights=snapshot, original=original, out=target))
     header = read_header(snapshot)
     (out / "README.md").write_text(model_card(header, use=_use(header, name, target, family)))
     if original is not None:  # its official loader, and ours, may need the configuration beside it
