@@ -3,7 +3,7 @@ from typing import Annotated, Literal
 
 import pytest
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from robustok.config import Config, differences, list_settings, load, plain, recipe, save, validate
 from robustok.types import UserError
@@ -179,6 +179,36 @@ def test_settings_list_every_key_with_its_default_and_description():
         ("shape.colour", "red", "of the line", ()),
         ("shape.path", None, "where it stands", ("box",)),
     ]
+
+
+class Release(Config):
+    weights: Path = Field(description="the file")
+    kind: str | None = Field(None, description="of what")
+
+
+class Source(Config):
+    tokenizer: Annotated[
+        Annotated[Path, Tag("path")] | Annotated[Release, Tag("group")],
+        Discriminator(lambda value: "group" if isinstance(value, dict | Release) else "path"),
+    ] = Field(description="a path, or")
+
+
+def test_a_path_may_stand_for_a_group(tmp_path):
+    recipe = write(tmp_path / "a.yaml", {"tokenizer": {"kind": "new"}})
+    assert load(Source, recipe, ["tokenizer.weights=a.pt"]).tokenizer == Release(weights=Path("a.pt"), kind="new")
+    assert load(Source, recipe, ["tokenizer=runs/a"]).tokenizer == Path("runs/a")
+    assert load(Source, write(tmp_path / "b.yaml", {"tokenizer": "b"}), ["tokenizer.weights=a"]).tokenizer.kind is None
+    run = load(Source, recipe, ["tokenizer.weights=a.pt"])
+    assert validate(Source, plain(run)) == run
+    keys = [(s.key, s.default) for s in list_settings(Source)]
+    assert keys == [("tokenizer", None), ("tokenizer.weights", None), ("tokenizer.kind", "null")]
+    for words, said in (
+        (["tokenizer.weihgts=a"], r"unknown key 'tokenizer\.weihgts'; did you mean 'tokenizer\.weights'"),
+        ([], r"'tokenizer\.weights' is missing; the file"),
+        (["tokenizer=4"], r"tokenizer = 4: .*path"),
+    ):
+        with pytest.raises(UserError, match=said):
+            load(Source, recipe, words)
 
 
 # Several files

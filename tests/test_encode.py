@@ -110,6 +110,23 @@ def test_an_interruption_and_workers_change_nothing(tmp_path, tokenizer, photos,
     assert sum(calls) <= 25 + 18  # images are not encoded ahead
 
 
+def test_a_part_of_the_images_is_a_part_of_the_whole_cache(tmp_path, tokenizer, photos):
+    whole = LatentCache(encode(run(tmp_path / "whole", tokenizer, photos, "crops=center-flip")))
+    for seed, count in ((0, 5), (1, 5), (1, COUNT)):
+        words = ("crops=center-flip", f"count={count}", f"seed={seed}", "batch_size=3", "shard_size=4")
+        part = LatentCache(encode(run(tmp_path / f"{seed}-{count}", tokenizer, photos, *words)))
+        assert part.manifest.data == whole.manifest.data  # so that pairs may name images of the whole set
+        found, everything = part.read(slice(None)), whole.read(slice(None))
+        rows = [2 * i + flip for i, flip in zip(found.indices.tolist(), found.flips.tolist(), strict=True)]
+        assert len(set(rows)) == 2 * count
+        assert torch.equal(found.latents, everything.latents[rows])
+        assert torch.equal(found.labels, everything.labels[rows])
+    draws = [tuple(LatentCache(tmp_path / f"{seed}-5").indices) for seed in (0, 1)]
+    assert draws[0] != draws[1]
+    with pytest.raises(UserError, match=r"holds other latents .*source\.seed: 0 -> 1"):
+        encode(run(tmp_path / "0-5", tokenizer, photos, "crops=center-flip", "count=5", "seed=1", "shard_size=4"))
+
+
 @pytest.mark.filterwarnings("ignore:skipping")
 def test_a_broken_image_is_replaced_in_all_its_crops(tmp_path, tokenizer, photos):
     truncate(sorted(photos.rglob("*.png"))[4])

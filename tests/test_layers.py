@@ -17,7 +17,7 @@ FLOORS = (
     | {"tokenizers", "generators", "metrics", "arrays", "crops"},  # the nouns
     {"training"},
     {"encode", "generate", "evaluate", "judging", "report", "train_classifier", "convert", "pictures", "side_by_side"}
-    | {"image_files", "make_delta", "post_train", "choose_sigma"},  # verbs
+    | {"image_files", "make_delta", "post_train", "choose_sigma", "from_release"},  # verbs
     {"demo", "estimate"},  # what uses all verbs
     {"cli", "__init__"},
     {"__main__"},

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 import robustok.config
+from robustok.checkpoints import is_remote
 from robustok.config import load, plain
 from robustok.generators import GENERATORS, check_sampling, default_sampling
 from robustok.generators.dit import PUBLISHED as DIT
@@ -13,6 +14,7 @@ from robustok.generators.lightningdit import PUBLISHED as LIGHTNINGDIT
 from robustok.generators.rar import PUBLISHED as RAR
 from robustok.generators.sit import PUBLISHED as SIT
 from robustok.post_train import PostTrainRun
+from robustok.released import FAMILIES, families_named
 from robustok.tokenizers import TOKENIZERS
 from robustok.training.generator_training import GeneratorTrainingRun
 from robustok.training.main_training import MainTrainingRun
@@ -37,6 +39,22 @@ def test_a_recipe_of_a_pair_is_ten_epochs_of_its_pairs(name):
     assert run.ema_decay**run.steps < 0.2  # little of the untouched decoder is left in the average
     chosen = load(PostTrainRun, PAIRS[name], (*PLACES, "sigma=auto", "held_out.extractor.name=inception"))
     assert chosen.sigma == "auto"
+
+
+@pytest.mark.parametrize("name", ["gigatok", "llamagen", "maetok", "maskgit", "robustok", "vavae"])
+def test_the_command_in_a_recipe_is_all_that_its_files_need(name):
+    lines = [line[1:].strip() for line in PAIRS[name].read_text().splitlines() if line.startswith("#   ")]
+    program, verb, file, *words = " ".join(lines).replace("\\ ", "").split()
+    assert (program, verb, file) == ("robustok", "post-train", f"pairs/{name}.yaml")
+    run = load(PostTrainRun, file, words)
+    for source, kind in ((run.tokenizer, "tokenizer"), (run.generator, "generator")):
+        assert kind in {FAMILIES[family].kind for family in families_named(source.family)}
+        assert source.weights.suffix in (".pt", ".bin", ".safetensors")
+    bare = load(PostTrainRun, file, words[:2])
+    for source, given in ((bare.tokenizer, run.tokenizer), (bare.generator, run.generator)):
+        where = str(source.weights) if source.published is None else source.published
+        assert given.weights.name in where or name == "maetok"  # whose generator's file has no name that is known
+        assert source.weights is None or is_remote(source.weights)
 
 
 @pytest.mark.parametrize(

@@ -109,8 +109,7 @@ def _notes(path: Path) -> tuple[list[str] | None, dict[str, Any] | None]:
 
 def _notes_beside(path: Path) -> tuple[list[str] | None, dict[str, Any] | None]:
     """The same from a JSON file beside the weights."""
-    names = [path.with_suffix(".json"), *([path.with_name("config.json")] if path.stem in HUB_STEMS else [])]
-    file = next((name for name in names if name.is_file()), None)
+    file = file_beside(path)
     if file is None:
         return None, None
     try:
@@ -119,6 +118,12 @@ def _notes_beside(path: Path) -> tuple[list[str] | None, dict[str, Any] | None]:
         raise UserError(f"{file}, which stands beside the weights, is no JSON; correct or move it") from None
     content = _of_type(content, dict) or {}
     return _of_type(content.get("state_dict_keys"), list), _of_type(content.get("config", content), dict)
+
+
+def file_beside(path: Path) -> Path | None:
+    """The JSON file beside weights on disk that says how the model is configured, if there is one."""
+    names = [path.with_suffix(".json"), *([path.with_name("config.json")] if path.stem in HUB_STEMS else [])]
+    return next((name for name in names if name.is_file()), None)
 
 
 def _of_type(value: Any, kind: type) -> Any:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Tag, ValidationError
 
 from robustok.types import UserError
 
@@ -126,7 +126,8 @@ def list_settings(model: type[Config], defaults: Config | None = None, prefix: s
         required = defaults is None and info.is_required()
         default = None if required else info.get_default() if defaults is None else getattr(defaults, name)
         variants, key = _models(info.annotation), prefix + name
-        if not variants or (default is None and not required):  # an optional group is off until one of its keys is set
+        optional = default is None and not required  # such a group is off until one of its keys is set
+        if not variants or optional or Path in _types(info.annotation):  # a path may stand for the group
             found.append(Setting(key, None if required else _text(default), info.description or ""))
         if len(variants) > 1:
             names = sorted(_tags(info.annotation))
@@ -230,7 +231,7 @@ def _explain(model: type[Config], error: ValidationError, source: str) -> str:
     errors = error.errors()
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     known = dict(_keys(model))
-    # A discriminated union puts the variant's name into the location; it is not a key that the user wrote.
+    # A discriminated union puts the variant's tag into the location; it is not a key that the user wrote.
     location = [str(part) for part in first["loc"]]
     key = ".".join(part for i, part in enumerate(location) if i == 0 or not _is_variant(model, location[:i], part))
     owners = sorted({variant for s in list_settings(model) if s.key == key for variant in s.variants})
@@ -265,7 +266,7 @@ def _nearest(key: str, known: Sequence[str]) -> str | None:
 def _is_variant(model: type[Config], path: list[str], part: str) -> bool:
     """Whether ``part`` of an error's location is the tag of a union rather than a key."""
     fields = [annotation for name, annotation in _annotations(model, path) if name == path[-1]]
-    return any(part in _tags(annotation) for annotation in fields)
+    return any(part in _tags(annotation) or part in _marks(annotation) for annotation in fields)
 
 
 def _annotations(model: type[Config], path: list[str]) -> Iterator[tuple[str, Any]]:
@@ -280,11 +281,26 @@ def _annotations(model: type[Config], path: list[str]) -> Iterator[tuple[str, An
 
 def _models(annotation: Any) -> list[type[Config]]:
     """All configuration classes inside a type annotation."""
-    if isinstance(annotation, type) and issubclass(annotation, Config):
-        return [annotation]
+    return [t for t in _types(annotation) if issubclass(t, Config)]
+
+
+def _types(annotation: Any) -> list[type]:
+    """All classes inside a type annotation."""
+    return [part for part in _parts(annotation) if isinstance(part, type)]
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    """What a type annotation consists of, down to classes and what stands beside them in an ``Annotated``."""
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
-        return [m for argument in typing.get_args(annotation) for m in _models(argument)]
-    return []
+        for part in typing.get_args(annotation):
+            yield from _parts(part)
+    else:
+        yield annotation
+
+
+def _marks(annotation: Any) -> set[str]:
+    """The tags of a union whose variants are not told apart by their ``name``."""
+    return {part.tag for part in _parts(annotation) if isinstance(part, Tag)}
 
 
 def _tags(annotation: Any) -> set[str]:

@@ -36,6 +36,13 @@ class EncodeRun(Config):
         description="records of each image: its centre crop; that and its mirror image; or ten-crop, for generators "
         "alone: corners and middle of a centre crop a tenth larger, each also mirrored",
     )
+    count: int | None = Field(
+        None,
+        ge=1,
+        description="encode only so many images, a random subset for pairs alone; unlike data.limit it leaves the data "
+        "set as it is; null, or more than there are, is all",
+    )
+    seed: int = Field(0, ge=0, description="seed of that subset")
     batch_size: int = Field(64, ge=1, description="images at a time")
     shard_size: int = Field(10_000, ge=1, description="records in a shard")
     precision: Literal["auto", "bf16", "float32"] = Field("float32", description="autocast dtype")
@@ -62,23 +69,27 @@ def encode(run: EncodeRun) -> Path:
     size, variants = tokenizer.image_size, run.variants
     # The fingerprint of the data tells crop sizes apart, so ten-crop cannot pass for the centre crops of post-training.
     data = open_images(run.data, enlarged(size) if run.crops == "ten" else size, run.split)
+    chosen = _chosen(run, len(data))
+    source = {"made_by": "encode", "data": data.describe(), "crops": run.crops, "precision": run.precision}
+    source |= {"seed": run.seed} if len(chosen) < len(data) else {}
     manifest = Manifest(
         kind=tokenizer.kind,
         latent_shape=tokenizer.latent_shape,
         codebook_size=len(tokenizer.codebook) if tokenizer.kind == "discrete" else None,
         classes=len(data.classes),
-        count=len(data) * variants,
+        count=len(chosen) * variants,
         shard_size=run.shard_size,
         tokenizer=encoder_digest(tokenizer),
         data=data.fingerprint,
-        source={"made_by": "encode", "data": data.describe(), "crops": run.crops, "precision": run.precision},
+        source=source,
         dtype=run.latent_dtype,
     )
 
     def read_ahead(stream: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, Batch]]:
         """Record numbers with their images, each of which is decoded once for all its records."""
         records, draws = tee(stream)
-        return zip(records, batches_of(data, (np.unique(r // variants) for r in draws), run.workers), strict=True)
+        images = (chosen[np.unique(r // variants)] for r in draws)
+        return zip(records, batches_of(data, images, run.workers), strict=True)
 
     def make(drawn: tuple[np.ndarray, Batch]) -> dict[str, Tensor]:
         records, batch = drawn
@@ -97,6 +108,14 @@ def encode(run: EncodeRun) -> Path:
 
     fill_cache(run.out, manifest, make, run.batch_size, accelerator, "encode", read_ahead)
     return run.out
+
+
+def _chosen(run: EncodeRun, images: int) -> np.ndarray:
+    """Places (N,) int64 of the images that are encoded, ascending."""
+    if run.count is None or run.count >= images:
+        return np.arange(images)
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(run.seed)).numpy()
+    return np.sort(order[: run.count])
 
 
 def _variants(crops: str, variant: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,11 +14,13 @@ import yaml
 from torch import Tensor, nn
 from torchvision.models import vgg16
 
+from robustok.choose_sigma import default_sigmas
 from robustok.classifier import SmallClassifier
 from robustok.config import Config, plain
 from robustok.discriminators import DISCRIMINATORS, DiscriminatorConfig
 from robustok.discriminators.dino import DinoBackbone
 from robustok.encode import EncodeRun
+from robustok.from_release import Released, check_given, look_at
 from robustok.generate import GenerateRun, MakePairsRun
 from robustok.generators import GENERATORS, build_generator, check_kind, load_generator
 from robustok.images import open_images
@@ -55,6 +57,9 @@ NOTES = {
     "snapshot_bytes": "each",
     "disk_bytes": "states and snapshots; logs and pictures come on top",
     "cache_bytes": "the whole cache",
+    "pairs_bytes": "of all sigmas that are tried",
+    "latents_bytes": "of the images, which are encoded first",
+    "converted_bytes": "at most, of snapshots of the released files",
 }
 
 
@@ -146,8 +151,10 @@ def _generator_training(run: GeneratorTrainingRun) -> Facts:
     return facts | _activations(run, build, forward)
 
 
-def _post_training(run: PostTrainingRun) -> Facts:
-    tokenizer = load_tokenizer(run.tokenizer)
+def _post_training(run: PostTrainingRun | PostTrainRun) -> Facts:
+    sources = {"tokenizer": run.tokenizer, "generator": getattr(run, "generator", None)}
+    check_given(sources)
+    tokenizer = look_at(run.tokenizer, run.out)
     size, shape = _count(tokenizer.parameters()), (3, tokenizer.image_size, tokenizer.image_size)
     released = run.trainable == "release"
 
@@ -166,12 +173,30 @@ def _post_training(run: PostTrainingRun) -> Facts:
 
     model = _meta(build)
     trained = _count(p for p in model.parameters() if p.requires_grad)
-    pairs = len(LatentCache(run.pairs)) if run.pairs is not None else min(run.mixture.count, run.steps * run.batch_size)
-    facts = {"tokenizer_parameters": size, "trained_parameters": trained, "pairs": pairs}
+    facts = {"tokenizer_parameters": size, "trained_parameters": trained}
+    facts |= _pairs(run, tokenizer) if run.pairs is None else {"pairs": len(LatentCache(run.pairs))}
+    if given := [source.weights for source in sources.values() if isinstance(source, Released)]:
+        files = [file for path in given for file in (path, *path.rglob("*")) if file.is_file()]
+        facts["converted_bytes"] = sum(file.stat().st_size for file in files)
     # The release decodes with an untouched copy, and has the teacher.
     frozen = _frozen(run) + (size + _teacher(run.teacher, tokenizer.config) if released else 0)
     facts |= _training(run, model, trained, _discriminator(run), frozen)
     return facts | _activations(run, build, forward, shape)
+
+
+def _pairs(run: PostTrainRun, tokenizer: Tokenizer) -> Facts:
+    """What is made before a training: latents where there are none, and pairs, of each sigma that is tried."""
+    record, facts = _latent_bytes(tokenizer, run.mixture.latent_dtype) + RECORD, {}
+    count = min(run.mixture.count, run.steps * run.batch_size)
+    if run.latents is None:
+        count = min(count, len(open_images(run.data, tokenizer.image_size, "train")))
+        facts["latents_bytes"] = count * record
+    records = count
+    if run.sigma == "auto":
+        steps = min(run.sweep.steps or max(1, run.steps // 10), run.steps)
+        tried = len(run.sweep.sigmas or default_sigmas(tokenizer.config.name))
+        records = tried * min(count, steps * run.batch_size) + (count if steps < run.steps else 0)
+    return {"pairs": count, "pairs_bytes": records * record, **facts}
 
 
 def _training(run: TrainingConfig, model: nn.Module, trained: int, discriminator: int = 0, frozen: int = 0) -> Facts:
@@ -209,6 +234,7 @@ def _training(run: TrainingConfig, model: nn.Module, trained: int, discriminator
 def _encode(run: EncodeRun) -> Facts:
     tokenizer = load_tokenizer(run.tokenizer)
     images = len(open_images(run.data, tokenizer.image_size, run.split))
+    images = min(images, run.count or images)
     return {"images": images, **_cache(tokenizer, images * run.variants, run)}
 
 

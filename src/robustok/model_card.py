@@ -7,15 +7,17 @@ import yaml
 TOLD = ("config", "kind", "licence", "post_trained", "protocol", "held_out", "sweep", "delta", "discriminator")
 
 
-def model_card(header: dict[str, Any]) -> str:
+def model_card(header: dict[str, Any], use: str | None = None) -> str:
     """A README.md for a snapshot, with the protocol and the licence of a post-trained one.
 
     Args:
         header: what config.yaml holds; ``kind`` and ``config`` at least.
+        use: how the weights beside the card are loaded, in Markdown; None is for a snapshot.
     """
     config, kind = header["config"], header["kind"]
     facts = "\n".join(f"- {key}: {value}" for key, value in header.items() if key not in TOLD)
     load = {"tokenizer": "load_tokenizer", "generator": "load_generator"}.get(kind, "load")
+    loading = f'```python\nimport robustok\nmodel = robustok.{load}("path/to/this/folder")\n```'
     parts = [
         f"---\nlibrary_name: robustok\ntags: [image-{kind}]\n---\n# {config.get('name')} {kind}",
         "Made by robustok.",
@@ -24,7 +26,7 @@ def model_card(header: dict[str, Any]) -> str:
         *(_post_training(header) if "post_trained" in header else ()),
         *(_held_out(header) if "held_out" in header else ()),
         *(["## Licence", f"Of the original weights: {header['licence']}."] if "licence" in header else ()),
-        f'## Use\n\n```python\nimport robustok\nmodel = robustok.{load}("path/to/this/folder")\n```',
+        f"## Use\n\n{use or loading}",
         f"```yaml\n{yaml.safe_dump(config, sort_keys=False)}```",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

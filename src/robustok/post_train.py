@@ -1,13 +1,15 @@
 """The verb `post-train`: on given pairs, or on pairs of a generator at a given sigma, or at the best one.
 
+    robustok post-train pairs/llamagen.yaml tokenizer.weights=vq_ds16_c2i.pt generator.weights=c2i_L_256.pt ...
     robustok post-train tokenizer=runs/tok pairs=runs/pairs ...
     robustok post-train tokenizer=runs/tok generator=runs/gen latents=runs/latents sigma=0.9 ...
     robustok post-train tokenizer=runs/tok generator=runs/gen latents=runs/latents sigma=auto held_out.extractor... ...
 
-The training itself is ``training/post_training.py``. Where pairs have to be made, these and each training have folders
-inside of the run folder, and what came out is copied to its ``snapshot/best``, the snapshot that users load:
+The training itself is ``training/post_training.py``; what released weights need is ``from_release.py``. Where pairs are
+made, these and each training have folders inside of the run folder, and what came out is copied to its
+``snapshot/best``, the snapshot that users load:
 
-    runs/post/  pairs/  held-out/  candidate-0.8/  candidate-0.9/  post-0.9/  snapshot/best/  metrics.jsonl
+    runs/post/  latents/  pairs/  held-out/  candidate-0.8/  candidate-0.9/  post-0.9/  snapshot/best/  metrics.jsonl
 """
 
 import shutil
@@ -19,15 +21,26 @@ from pydantic import Field, model_validator
 
 from robustok.choose_sigma import Judged, Judgements, default_sigmas
 from robustok.config import Config
+from robustok.encode import EncodeRun, encode
+from robustok.from_release import (
+    GeneratorSource,
+    Released,
+    TokenizerSource,
+    check_given,
+    check_together,
+    convert_sources,
+    refused_as_a_whole,
+    write_released,
+)
 from robustok.generate import GenerateRun, MakePairsRun, generate, make_pairs
 from robustok.generators import SamplingConfig
-from robustok.images import open_images
+from robustok.images import batch_indices, open_images
 from robustok.latents import LatentCache, LatentType
-from robustok.snapshots import read_header, read_snapshot, read_weights, resolve, write_snapshot
+from robustok.snapshots import read_header, read_weights, resolve, write_snapshot
 from robustok.tokenizers import load_tokenizer
 from robustok.training.held_out import HeldOutJudge
 from robustok.training.loop import RunFolder, console, start_accelerator, step_rng
-from robustok.training.post_training import PostTrainingRun
+from robustok.training.post_training import PostTrainingRun, check_networks
 from robustok.training.post_training import post_train as train_decoder
 
 
@@ -66,9 +79,14 @@ class Sweep(Config):
 class PostTrainRun(PostTrainingRun):
     """Everything about post-training, and about the pairs where they are not given."""
 
+    tokenizer: TokenizerSource = Field(description="tokenizer snapshot, or run folder; or released weights, as below")
     pairs: Path | None = Field(None, description="cache of pairs, made by `robustok make-pairs`; null makes them")
-    generator: Path | None = Field(None, description="whose samples are mixed with real latents, where pairs is null")
-    latents: Path | None = Field(None, description="cache of the real images' latents, where pairs is null")
+    generator: GeneratorSource | None = Field(
+        None, description="whose samples are mixed with real latents, where pairs is null: a path or released weights"
+    )
+    latents: Path | None = Field(
+        None, description="cache of the real images' latents, where pairs is null; null encodes as many as pairs need"
+    )
     sigma: float | Literal["auto"] | None = Field(
         None, description="share of the real latents that is kept; auto tries a few; only where pairs is null"
     )
@@ -80,10 +98,11 @@ class PostTrainRun(PostTrainingRun):
         makers = {"generator": self.generator, "latents": self.latents, "sigma": self.sigma}
         given = [name for name, value in makers.items() if value is not None]
         if self.pairs is not None and given:
-            raise ValueError(f"pairs are given, and so is {given[0]}, which would make them; drop one")
-        if self.pairs is None and len(given) < 3:
-            missing = ", ".join(name for name in makers if name not in given)
-            raise ValueError(f"no pairs: give pairs=PATH, or generator, latents and sigma ({missing} missing)")
+            raise ValueError(
+                f"pairs are given, and so is {given[0]}, which would make them; drop one ({given[0]}=null drops it)"
+            )
+        if self.pairs is None and (missing := [name for name in ("generator", "sigma") if name not in given]):
+            raise ValueError(f"no pairs: give pairs=PATH, or generator and sigma ({', '.join(missing)} missing)")
         if isinstance(self.sigma, float) and not 0 <= self.sigma <= 1:
             raise ValueError(f"sigma {self.sigma} is to be a share from 0 to 1, or auto")
         if self.sigma == "auto" and self.held_out is None:
@@ -100,30 +119,68 @@ class PostTrainRun(PostTrainingRun):
 
 
 def post_train(run: PostTrainRun | PostTrainingRun) -> Path:
-    """Post-train a decoder; make the pairs, and choose sigma, where asked to. The same command again goes on.
+    """Post-train a decoder; convert, encode, make pairs, choose sigma where asked to. The same command again goes on.
 
-    With ``sigma=auto`` the result is never worse on the held-out samples than the decoder it started from.
+    With ``sigma=auto`` the result is never worse on the held-out samples than the decoder it started from. A decoder
+    of released weights is also written in their own layout, to ``out/released``.
 
     Returns:
         The folder of the best snapshot.
 
     Raises:
-        UserError: as ``make_pairs`` and the training raise it.
+        UserError: released weights, tokenizer, generator, latents and images do not belong together; or as ``encode``,
+            ``make_pairs`` and the training raise it.
     """
-    if run.pairs is not None:
-        return train_decoder(run.training() if isinstance(run, PostTrainRun) else run)
     accelerator = start_accelerator(run.batch_size)
-    for path, kind in ((run.tokenizer, "tokenizer"), (run.generator, "generator")):
-        read_snapshot(path, kind)  # what is missing is said before there is a folder
-    LatentCache(run.latents)
+    if run.pairs is not None and not isinstance(run.tokenizer, Released):
+        best = train_decoder(run.training() if isinstance(run, PostTrainRun) else run)
+    else:
+        ready = _prepare(run, accelerator)
+        if run.sigma == "auto":
+            best = _choose(ready, accelerator)
+        else:
+            pairs = run.pairs or _pairs(ready, run.sigma, run.steps)
+            out = run.out / ("post" if run.pairs else f"post-{run.sigma:g}")
+            best = _publish(run, accelerator, train_decoder(ready.training(out=out, pairs=pairs)), {})
+    if accelerator.is_main_process and (file := write_released(best, run.tokenizer, run.out / "released")):
+        console.print(f"in the layout of the release: {file}", soft_wrap=True)
+    accelerator.wait_for_everyone()
+    return best
+
+
+def _prepare(run: PostTrainRun, accelerator: Accelerator) -> PostTrainRun:
+    """The run with paths of snapshots and latents that belong together; starts its folder once nothing is missing."""
+    sources = {"tokenizer": run.tokenizer, "generator": run.generator}
+    check_given(sources)
     folder = RunFolder(run, accelerator.is_main_process)
     accelerator.wait_for_everyone()  # all have looked at what is there
-    folder.start()
+    with refused_as_a_whole(sources, run.out):
+        if accelerator.is_main_process:
+            folder.start()
+            paths = convert_sources(sources, run.out)
+            available = check_together(paths, run.latents, run.data)
+            check_networks(run.training(tokenizer=paths["tokenizer"], pairs=run.pairs or run.out / "pairs"))
+            if run.pairs is None:
+                batch_indices(min(_needed(run), available), run.batch_size, run.seed, 0)  # complains of too few
     accelerator.wait_for_everyone()
-    if run.sigma == "auto":
-        return _choose(run, accelerator)
-    made = train_decoder(run.training(out=run.out / f"post-{run.sigma:g}", pairs=_pairs(run, run.sigma, run.steps)))
-    return _publish(run, accelerator, made, {})
+    ready = run.model_copy(update=convert_sources(sources, run.out))
+    if run.pairs is not None or run.latents is not None:
+        return ready
+    latents = EncodeRun(
+        out=run.out / "latents",
+        tokenizer=ready.tokenizer,
+        data=run.data,
+        count=_needed(run),
+        seed=run.seed,
+        workers=run.workers,
+        **{name: getattr(run.mixture, name) for name in ("batch_size", "latent_dtype")},
+    )
+    return ready.model_copy(update={"latents": encode(latents)})
+
+
+def _needed(run: PostTrainRun, steps: int | None = None) -> int:
+    """Pairs that so many steps see, or all of them, if there are as many images."""
+    return min(run.mixture.count, (steps or run.steps) * run.batch_size)
 
 
 def _choose(run: PostTrainRun, accelerator: Accelerator) -> Path:
@@ -131,7 +188,7 @@ def _choose(run: PostTrainRun, accelerator: Accelerator) -> Path:
     judgements = _judgements(run, accelerator)
     judgements.add("untouched", None, 0, run.tokenizer)
     steps = min(run.sweep.steps or max(1, run.steps // 10), run.steps)
-    sigmas = run.sweep.sigmas or default_sigmas(run.tokenizer)
+    sigmas = run.sweep.sigmas or default_sigmas(read_header(run.tokenizer)["config"].get("name"))
     for sigma in sigmas:
         judgements.add("candidate", sigma, steps, _candidate(run, sigma, steps))
     best = judgements.best()
@@ -169,7 +226,7 @@ def _candidate(run: PostTrainRun, sigma: float, steps: int) -> Path:
 
 def _pairs(run: PostTrainRun, sigma: float, steps: int) -> Path:
     """The cache of pairs for so many steps: of the same bank of images and random numbers whatever sigma is."""
-    count = min(run.mixture.count, steps * run.batch_size, len(LatentCache(run.latents)))
+    count = min(_needed(run, steps), len(LatentCache(run.latents)))
     return make_pairs(
         MakePairsRun(
             out=run.out / "pairs" / f"sigma-{sigma:g}-{count}",
@@ -222,6 +279,8 @@ def _publish(run: PostTrainRun, accelerator: Accelerator, path: Path, facts: dic
         header = {key: value for key, value in read_header(path).items() if key != "delta"} | facts
         discriminator = resolve(path) / "discriminator.safetensors"
         extra = {"discriminator": read_weights(discriminator)} if discriminator.exists() else {}
+        if (released := resolve(path) / "released.safetensors").exists():
+            extra["released"] = read_weights(released)
         write_snapshot(target, header, load_tokenizer(path).state_dict(), extra)
         for candidate in run.out.glob("candidate-*"):
             shutil.rmtree(candidate / "state", ignore_errors=True)

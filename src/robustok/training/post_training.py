@@ -15,12 +15,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from robustok.config import load, plain
-from robustok.discriminators import DiscriminatorConfig, PatchConfig, carried_config
+from robustok.discriminators import DiscriminatorConfig, PatchConfig, carried_config, frozen_features
 from robustok.images import Data, ImageDataset, open_images
 from robustok.latents import LatentCache, LatentRecords, check_cache, training_latents
 from robustok.losses import AdversarialConfig, ReconstructionConfig
+from robustok.metrics.features import load_extractor
 from robustok.semantics import TeacherConfig
-from robustok.snapshots import digest, read_header, read_snapshot, write_snapshot
+from robustok.snapshots import digest, read_header, read_weights, resolve, write_snapshot
 from robustok.tokenizers import encoder_digest, load_tokenizer
 from robustok.training.held_out import HeldOut, HeldOutJudge
 from robustok.training.loop import (
@@ -166,7 +167,7 @@ def post_train(run: PostTrainingRun) -> Path:
         if accelerator.is_main_process:
             header = _header(run, step, average, adversary, pairs)
             if step:
-                _write_snapshot(folder.path / "snapshot" / f"{step:08d}", header, average, adversary)
+                _write_snapshot(folder.path / "snapshot" / f"{step:08d}", header, average, adversary, run.tokenizer)
             if judge is not None:
                 value = judge(average.decode)
                 folder.log(step, {"held_out": value})
@@ -174,7 +175,7 @@ def post_train(run: PostTrainingRun) -> Path:
                 if value < best["value"]:
                     best.update(step=step, value=value)
                     header |= {"held_out": {"distance": value, "at_the_start": best["first"]["value"]}}
-                    _write_snapshot(folder.path / "snapshot" / "best", header, average, adversary)
+                    _write_snapshot(folder.path / "snapshot" / "best", header, average, adversary, run.tokenizer)
         accelerator.wait_for_everyone()
 
     records = training_latents(pairs, run.batch_size, run.seed, first, run.steps - first, rank, world)
@@ -277,20 +278,37 @@ def _policy(run: PostTrainingRun) -> str:
     return run.adversary
 
 
+def check_networks(run: PostTrainingRun) -> None:
+    """Load what judges images, and drop it again: before hours of making pairs, not after them.
+
+    Raises:
+        UserError: a perceptual network, a discriminator or an extractor is missing or unusable.
+    """
+    device = torch.device("cpu")
+    ReconstructionTerms(run.reconstruction, device)
+    if _policy(run) != "none":
+        frozen_features(_discriminator(run)[0], device)
+    if run.held_out is not None:
+        load_extractor(run.held_out.extractor, device)
+
+
 def _adversary(run: PostTrainingRun, accelerator: Any) -> Adversary | None:
     """The discriminator that main training left in the snapshot, or a new one, or none."""
-    policy = _policy(run)
-    if policy == "none":
+    if _policy(run) == "none":
         return None
-    if policy != "carried":
-        return Adversary(run, run.adversarial, run.discriminator, accelerator)
-    snapshot = read_snapshot(run.tokenizer, kind="tokenizer")
-    if "discriminator" not in snapshot.header:
-        raise UserError(
-            f"{snapshot.path} holds no discriminator to carry over; set adversary=fresh, or adversarial.weight=0"
-        )
-    config = carried_config(snapshot.header["discriminator"], run.discriminator, source=str(snapshot.path))
-    return Adversary(run, run.adversarial, config, accelerator, weights=snapshot.path / "discriminator.safetensors")
+    config, weights = _discriminator(run)
+    return Adversary(run, run.adversarial, config, accelerator, weights)
+
+
+def _discriminator(run: PostTrainingRun) -> tuple[DiscriminatorConfig, Path | None]:
+    """Its settings, and the file of its weights where it is carried over."""
+    if _policy(run) != "carried":
+        return run.discriminator, None
+    folder, header = resolve(run.tokenizer), read_header(run.tokenizer)
+    if "discriminator" not in header:
+        raise UserError(f"{folder} holds no discriminator to carry over; set adversary=fresh, or adversarial.weight=0")
+    config = carried_config(header["discriminator"], run.discriminator, source=str(folder))
+    return config, folder / "discriminator.safetensors"
 
 
 def _warm_up(
@@ -354,7 +372,11 @@ def _header(
     return header if adversary is None else header | {"discriminator": plain(adversary.settings)}
 
 
-def _write_snapshot(path: Path, header: dict[str, Any], average: nn.Module, adversary: Adversary | None) -> None:
+def _write_snapshot(
+    path: Path, header: dict[str, Any], average: nn.Module, adversary: Adversary | None, original: Path
+) -> None:
     """EMA weights for users: the same tokenizer, another decoder."""
     extra = {} if adversary is None else {"discriminator": adversary.network.state_dict()}
+    if (released := resolve(original) / "released.safetensors").exists():  # for the way back to the release's layout
+        extra["released"] = read_weights(released)
     write_snapshot(path, header, average.state_dict(), extra)
