@@ -137,6 +137,14 @@ def test_the_velocity_by_hand(name, settings):
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)  # fixed tables are float32
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_time_keeps_the_precision_of_the_model(name):
+    """A plain number in float64 as much as a tensor."""
+    model, latents, labels = build(name).double(), latents_of(2).double(), torch.tensor([0, 3])
+    found = model.velocity(latents, 0.3, labels)
+    assert torch.equal(found, model.velocity(latents, torch.tensor([0.3, 0.3], dtype=torch.float64), labels))
+
+
 def test_the_grid_is_internal():
     """LightningDiT answers in the layout in which it is asked."""
     model, latents, labels = build("lightningdit"), latents_of(2), torch.tensor([0, 3])

@@ -100,7 +100,7 @@ class DiffusionTransformer(ContinuousGenerator):
                 f"got latents of shape {tuple(latents.shape)}; this {self.config.name} models (N, *{self.latent_shape})"
             )
         dtype = self.pos_embed.dtype
-        times = torch.as_tensor(times, device=latents.device).to(dtype).expand(len(latents))  # (N,)
+        times = torch.as_tensor(times, dtype=dtype, device=latents.device).expand(len(latents))  # (N,)
         condition = self.t_embedder(times) + self.y_embedder["embedding_table"](labels)  # (N, W)
         condition = condition[:, None]  # (N, 1, W)
         x = self.x_embedder(latents.to(dtype)) + self.pos_embed  # (N, L, W)
