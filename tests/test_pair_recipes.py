@@ -14,7 +14,7 @@ from robustok.generators.lightningdit import PUBLISHED as LIGHTNINGDIT
 from robustok.generators.rar import PUBLISHED as RAR
 from robustok.generators.sit import PUBLISHED as SIT
 from robustok.post_train import PostTrainRun
-from robustok.released import FAMILIES, families_named
+from robustok.released import FAMILIES, FOLDERS, families_named
 from robustok.tokenizers import TOKENIZERS
 from robustok.training.generator_training import GeneratorTrainingRun
 from robustok.training.main_training import MainTrainingRun
@@ -41,15 +41,15 @@ def test_a_recipe_of_a_pair_is_ten_epochs_of_its_pairs(name):
     assert chosen.sigma == "auto"
 
 
-@pytest.mark.parametrize("name", ["gigatok", "llamagen", "maetok", "maskgit", "robustok", "vavae"])
+@pytest.mark.parametrize("name", PAIRS)
 def test_the_command_in_a_recipe_is_all_that_its_files_need(name):
     lines = [line[1:].strip() for line in PAIRS[name].read_text().splitlines() if line.startswith("#   ")]
     program, verb, file, *words = " ".join(lines).replace("\\ ", "").split()
     assert (program, verb, file) == ("robustok", "post-train", f"pairs/{name}.yaml")
     run = load(PostTrainRun, file, words)
     for source, kind in ((run.tokenizer, "tokenizer"), (run.generator, "generator")):
-        assert kind in {FAMILIES[family].kind for family in families_named(source.family)}
-        assert source.weights.suffix in (".pt", ".bin", ".safetensors")
+        assert kind in {(FAMILIES | FOLDERS)[family].kind for family in families_named(source.family)}
+        assert source.weights.suffix in (".pt", ".bin", ".safetensors") or source.family in FOLDERS
     bare = load(PostTrainRun, file, words[:2])
     for source, given in ((bare.tokenizer, run.tokenizer), (bare.generator, run.generator)):
         where = str(source.weights) if source.published is None else source.published

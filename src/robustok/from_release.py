@@ -24,7 +24,7 @@ from robustok.generators import check_kind
 from robustok.images import Data, open_images
 from robustok.latents import LatentCache, check_cache, check_center_crops
 from robustok.model_card import model_card
-from robustok.released import FAMILIES, load_released
+from robustok.released import FAMILIES, FOLDERS, load_released
 from robustok.snapshots import read_header
 from robustok.tokenizers import TOKENIZERS, encoder_digest, load_tokenizer
 from robustok.types import Tokenizer, UserError
@@ -253,7 +253,8 @@ def _part(folder: Path) -> str:
 def _family_of(source: Path) -> str | None:
     """The family whose file can be written from a snapshot alone: it has none of the parts that we drop on reading."""
     model = TOKENIZERS.get(read_header(source)["config"].get("name"), (None,))[0]
-    fits = (name for name, room in FAMILIES.items() if room.model is model and not room.dropped)
+    whole = {name: room for name, room in FAMILIES.items() if not room.dropped} | FOLDERS
+    fits = (name for name, room in whole.items() if room.model is model)
     return next(fits, None)
 
 

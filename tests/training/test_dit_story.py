@@ -13,6 +13,7 @@ from robustok.latents import LatentCache
 
 diffusers = pytest.importorskip("diffusers")
 
+SOURCES = {"tokenizer": "diffusers_kl", "generator": "dit"}
 SHORT = [word for word in tiny.TRAINING if not word.startswith("steps")]
 
 
@@ -111,3 +112,28 @@ def test_a_dit_learns_from_a_cache_and_goes_back(tmp_path):
     assert LatentCache(pairs).manifest.source["sampler_steps"] == 2
     back = verb("convert", tmp_path / "back", "family=dit", "to=released", f"weights={generator}")
     assert diffusers.DiTTransformer2DModel.from_pretrained(back).config.num_embeds_ada_norm == 10
+
+
+def test_one_command_turns_a_pipeline_into_a_folder_of_its_autoencoder(tmp_path):
+    given = pipeline(tmp_path / "DiT")
+    sources = [f"{name}={{family: {family}, weights: {given}}}" for name, family in SOURCES.items()]
+    words = [
+        *sources,
+        "sigma=0.8",
+        "steps=4",
+        "mixture.count=64",
+        "mixture.sampling.name=ddpm",
+        "mixture.sampling.steps=5",
+    ]
+    words += ["reconstruction.perceptual=none", *tiny.DATA, *SHORT, *tiny.ADVERSARY, "adversary_warmup=2"]
+    post = verb("post-train", tmp_path / "post", *words)
+    before = diffusers.AutoencoderKL.from_pretrained(given / "vae").state_dict()
+    after = diffusers.AutoencoderKL.from_pretrained(post / "released" / "vae").state_dict()
+    changed = {name.split(".")[0] for name, weight in after.items() if not torch.equal(weight, before[name])}
+    assert changed == {"decoder", "post_quant_conv"}
+    assert "CC-BY-NC" not in (post / "released" / "README.md").read_text()  # that is DiT's, not its autoencoder's
+
+    snapshots = [f"{name}={post / name}" for name in SOURCES]
+    again = verb("post-train", tmp_path / "again", *snapshots, *words[2:])
+    written = diffusers.AutoencoderKL.from_pretrained(next((again / "released").glob("*/"))).state_dict()
+    assert all(torch.equal(written[name], after[name]) for name in after)
