@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from robustok.checkpoints import depth_of, settle, shape_of
 from robustok.config import Config, validate
 from robustok.generators.sampling import Sampling, guidance_scales, guide
-from robustok.generators.transformer import KeyValueCache, TokenGenerator, initialise, modulate, rotary_table, rotate
+from robustok.generators.transformer import (
+    KeyValueCache,
+    TokenGenerator,
+    initialise,
+    modulate,
+    project,
+    rotary_table,
+    rotate,
+)
 from robustok.types import GeneratorOutput, UserError
 
 QUERY_KEY_NORM_EPSILON = 1e-5
@@ -97,7 +105,7 @@ class Attention(nn.Module):
         With a cache, ``x`` is one new position (T = 1) that attends to itself and to all the cache holds.
         ``rotation`` (2, T, head width / 2) holds the cosines and sines of the positions.
         """
-        x = self.wqkv(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)  # (N, all heads, T, head width)
+        x = project(self.wqkv, x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)  # (N, all heads, T, head width)
         queries, keys, values = x.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         queries, keys = self.q_norm(queries), self.k_norm(keys)
         if rotation is not None:
@@ -110,7 +118,7 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(
             queries, keys, values, is_causal=cache is None, enable_gqa=self.kv_heads != self.heads
         )
-        x = self.wo(x.transpose(1, 2).flatten(2))  # (N, T, W)
+        x = project(self.wo, x.transpose(1, 2).flatten(2))  # (N, T, W)
         return F.dropout(x, self.dropout, self.training)
 
 
@@ -126,7 +134,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, T, W) to (N, T, W)."""
-        return F.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)), self.dropout, self.training)
+        x = F.silu(project(self.w1, x)) * project(self.w3, x)  # (N, T, hidden)
+        return F.dropout(project(self.w2, x), self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -270,7 +279,7 @@ class GPT(TokenGenerator):
         x = self.norm(x)
         if modulations[-1] is not None:
             x = modulate(x, *modulations[-1].chunk(2, dim=-1))
-        return self.output(x)
+        return project(self.output, x)
 
     def _sample(self, labels: Tensor, sampling: Sampling, choose: Callable[[int, Tensor], Tensor]) -> Tensor:
         """Run the sequence with a cache; ``choose(step, guided logits (N, K))`` gives each token (N,)."""
