@@ -252,7 +252,7 @@ class RAR(TokenGenerator):
         values = max(1, len(classes)) * len(self.blocks) * 6 * self.config.width
         ahead = max(1, MODULATION_VALUES // values)
         places = self._places(None)  # (1, L + 2, W)
-        caches = [KeyValueCache(self.length + 1) for _ in self.blocks]
+        caches = self._caches(len(self.blocks), self.length + 1)
         tokens = torch.empty(count, self.length, dtype=torch.int64, device=labels.device)
         x = self.cls_token[0].expand(len(labels), -1)  # (N or 2N, W)
         for position in range(self.length + 1):
@@ -260,7 +260,8 @@ class RAR(TokenGenerator):
                 times = self.timesteps_embeddings[0, position : min(position + ahead, self.length + 1), None]
                 class_modulations = self._modulations(class_conditions + times)  # each (ahead, classes, 6W or 2W)
             modulations = [m[position % ahead, rows, None] for m in class_modulations]  # each (N or 2N, 1, 6W or 2W)
-            logits = self._transform((x + places[:, position])[:, None], modulations, caches)[:, 0].float()
+            x = (x + places[:, position])[:, None]  # (N or 2N, 1, W)
+            logits = self._step(position, x, modulations, caches)[:, 0].float()  # (N or 2N, K)
             if position == 0:  # the start predicts nothing
                 x = condition
                 continue
