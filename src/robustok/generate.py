@@ -44,6 +44,7 @@ class GenerateRun(Config):
     batch_size: int = Field(64, ge=1, description="samples at a time")
     shard_size: int = Field(10_000, ge=1, description="records in a shard")
     precision: Literal["auto", "bf16", "float32"] = Field("float32", description="autocast dtype")
+    compile: bool = Field(False, description="compile the sampling step of a token generator (CPU: needs g++)")
     latent_dtype: LatentType = Field("float32", description="type of continuous latents on disk")
 
     @model_validator(mode="after")
@@ -80,6 +81,7 @@ class MakePairsRun(Config):
     batch_size: int = Field(64, ge=1, description="samples at a time")
     shard_size: int = Field(10_000, ge=1, description="records in a shard")
     precision: Literal["auto", "bf16", "float32"] = Field("float32", description="autocast dtype")
+    compile: bool = Field(False, description="compile the sampling step of a token generator (CPU: needs g++)")
     latent_dtype: LatentType = Field("float32", description="type of continuous latents on disk")
 
     @model_validator(mode="after")
@@ -99,7 +101,7 @@ def generate(run: GenerateRun) -> Path:
         UserError: generator, classes or tokenizer do not fit, or the folder holds other latents.
     """
     accelerator = start_accelerator()
-    generator = load_generator(run.generator).to(accelerator.device)
+    generator = _load_generator(run, accelerator.device)
     sampling = run.sampling or generator.sampling
     check_sampling(generator.config.name, sampling)
     wrong = [c for c in run.classes or [] if not 0 <= c < generator.classes]
@@ -153,7 +155,7 @@ def make_pairs(run: MakePairsRun) -> Path:
         UserError: generator, latents and tokenizer do not belong together, or the folder holds other latents.
     """
     accelerator = start_accelerator()
-    generator = load_generator(run.generator).to(accelerator.device)
+    generator = _load_generator(run, accelerator.device)
     cache = LatentCache(run.latents)
     check_center_crops(cache)
     check_kind(generator.config.name, cache.manifest.kind, str(run.latents))
@@ -199,6 +201,15 @@ def make_pairs(run: MakePairsRun) -> Path:
 def reencode(tokenizer: Tokenizer, latents: Tensor) -> Tensor:
     """Decode latents, round to uint8 as a PNG would, and encode again (the released procedure)."""
     return tokenizer.encode(from_pixels(to_pixels(tokenizer.decode(latents))))
+
+
+def _load_generator(run: GenerateRun | MakePairsRun, device: torch.device) -> Generator:
+    generator = load_generator(run.generator).to(device)
+    if run.compile:
+        if generator.codebook_size is None:
+            raise UserError(f"compile=true is for generators of tokens, {run.generator} is none; set compile=false")
+        generator.compile_sampling()
+    return generator
 
 
 def _fields(latents: Tensor, labels: Tensor, indices: Tensor, records: np.ndarray) -> dict[str, Tensor]:

@@ -55,6 +55,7 @@ class Mixture(Config):
     sampling: SamplingConfig | None = Field(None, description="null takes the settings stored with the generator")
     batch_size: int = Field(64, ge=1, description="samples at a time")
     precision: Literal["auto", "bf16", "float32"] = Field("float32", description="autocast dtype")
+    compile: bool = Field(False, description="compile the sampling step of a token generator (CPU: needs g++)")
     latent_dtype: LatentType = Field("float32", description="type of continuous latents on disk")
 
 
@@ -250,7 +251,7 @@ def _judgements(run: PostTrainRun, accelerator: Accelerator) -> Judgements:
             generator=run.generator,
             count=sweep.sets * sweep.samples,
             seed=step_rng(run.seed, 0, "held-out samples").initial_seed(),
-            **{name: getattr(run.mixture, name) for name in ("sampling", "batch_size", "precision", "latent_dtype")},
+            **{name: getattr(run.mixture, name) for name in Mixture.model_fields if name not in ("count", "mode")},
         )
         held_out = held_out.model_copy(update={"latents": generate(samples)})
     tokenizer = load_tokenizer(run.tokenizer)

@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from robustok.checkpoints import depth_of, settle, shape_of
 from robustok.config import Config, validate
 from robustok.generators.sampling import Sampling, guidance_scales, guide
-from robustok.generators.transformer import KeyValueCache, TokenGenerator, initialise, modulate, rotary_table, rotate
+from robustok.generators.transformer import (
+    KeyValueCache,
+    TokenGenerator,
+    initialise,
+    modulate,
+    project,
+    rotary_table,
+    rotate,
+)
 from robustok.types import GeneratorOutput, UserError
 
 QUERY_KEY_NORM_EPSILON = 1e-5
@@ -97,20 +105,21 @@ class Attention(nn.Module):
         With a cache, ``x`` is one new position (T = 1) that attends to itself and to all the cache holds.
         ``rotation`` (2, T, head width / 2) holds the cosines and sines of the positions.
         """
-        x = self.wqkv(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)  # (N, all heads, T, head width)
+        x = project(self.wqkv, x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)  # (N, all heads, T, head width)
         queries, keys, values = x.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         queries, keys = self.q_norm(queries), self.k_norm(keys)
         if rotation is not None:
             queries, keys = rotate(queries, rotation), rotate(keys, rotation)
         # Norms and tables are float32 under autocast; back to one dtype for the cache and for the attention kernel.
         queries, keys = queries.to(values.dtype), keys.to(values.dtype)
+        mask = None
         if cache is not None:
-            keys, values = cache.append(keys, values)
+            keys, values, mask = cache.append(keys, values)
         # is_causal instead of a mask, so that the fused kernels apply. The one query of a cached step sees all.
         x = F.scaled_dot_product_attention(
-            queries, keys, values, is_causal=cache is None, enable_gqa=self.kv_heads != self.heads
+            queries, keys, values, mask, is_causal=cache is None, enable_gqa=self.kv_heads != self.heads
         )
-        x = self.wo(x.transpose(1, 2).flatten(2))  # (N, T, W)
+        x = project(self.wo, x.transpose(1, 2).flatten(2))  # (N, T, W)
         return F.dropout(x, self.dropout, self.training)
 
 
@@ -126,7 +135,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, T, W) to (N, T, W)."""
-        return F.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)), self.dropout, self.training)
+        x = F.silu(project(self.w1, x)) * project(self.w3, x)  # (N, T, hidden)
+        return F.dropout(project(self.w2, x), self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -240,7 +250,7 @@ class GPT(TokenGenerator):
         condition = self._condition(labels)  # (N, 1, W)
         x = torch.cat([condition, self._embed(tokens)], dim=1)  # (N, T + 1, W)
         x = F.dropout(x, self.config.dropout, self.training)
-        return self._transform(x, self._modulations(condition))
+        return self._transform(x, self._modulations(condition), self._rotation(0, x.shape[1]))
 
     def _condition(self, labels: Tensor) -> Tensor:
         """Labels (N,) to the first input of the sequence (N, 1, W)."""
@@ -260,17 +270,24 @@ class GPT(TokenGenerator):
             return [None] * (len(self.layers) + 1)
         return [*(layer.adaLN_modulation(condition) for layer in self.layers), self.final_adaLN(condition)]
 
+    def _rotation(self, first: int, end: int) -> Tensor | None:
+        """Cosines and sines (2, T, head width / 2) of the positions from ``first`` to ``end``."""
+        return None if self.rotation is None else self.rotation[:, first:end]
+
     def _transform(
-        self, x: Tensor, modulations: list[Tensor | None], first: int = 0, caches: list[KeyValueCache] | None = None
+        self,
+        x: Tensor,
+        modulations: list[Tensor | None],
+        rotation: Tensor | None,
+        caches: list[KeyValueCache] | None = None,
     ) -> Tensor:
-        """Inputs (N, T, W) from position ``first`` on through the blocks and the head to logits (N, T, K)."""
-        rotation = None if self.rotation is None else self.rotation[:, first : first + x.shape[1]]
+        """Inputs (N, T, W) through the blocks and the head to logits (N, T, K)."""
         for i, layer in enumerate(self.layers):
             x = layer(x, modulations[i], rotation, caches[i] if caches else None)
         x = self.norm(x)
         if modulations[-1] is not None:
             x = modulate(x, *modulations[-1].chunk(2, dim=-1))
-        return self.output(x)
+        return project(self.output, x)
 
     def _sample(self, labels: Tensor, sampling: Sampling, choose: Callable[[int, Tensor], Tensor]) -> Tensor:
         """Run the sequence with a cache; ``choose(step, guided logits (N, K))`` gives each token (N,)."""
@@ -278,14 +295,15 @@ class GPT(TokenGenerator):
         scales = guidance_scales(self.length, sampling).tolist()
         if sampling.guided:  # both halves in one batch
             labels = torch.cat([labels, torch.full_like(labels, self.null_label)])  # (2N,)
-        caches = [KeyValueCache(self.length) for _ in self.layers]
+        caches = self._caches(len(self.layers), self.length)
         tokens = torch.empty(count, self.length, dtype=torch.int64, device=labels.device)
         x = self._condition(labels)  # (N or 2N, 1, W)
         modulations = self._modulations(x)
         for step in range(self.length):
             if step:
                 x = self._embed(tokens[:, step - 1 : step], first=step - 1).repeat(len(labels) // max(1, count), 1, 1)
-            logits = self._transform(x, modulations, step, caches)[:, 0]  # (N or 2N, K)
+            rotation = self._rotation(step, step + 1)
+            logits = self._step(step, x, modulations, rotation, caches)[:, 0]  # (N or 2N, K)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # guidance amplifies rounding
             if sampling.guided:
                 logits = guide(logits[:count], logits[count:], scales[step])  # (N, K)

@@ -32,6 +32,7 @@ from robustok.generators.transformer import (
     TokenGenerator,
     initialise,
     modulate,
+    project,
 )
 from robustok.types import GeneratorOutput, UserError
 
@@ -228,13 +229,14 @@ class RAR(TokenGenerator):
 
     def _modulations(self, conditions: Tensor) -> list[Tensor]:
         """What the conditions (N, T, W) do to each block (N, T, 6W) and, last, to the final norm (N, T, 2W)."""
-        return [module.adaLN_modulation(conditions) for module in (*self.blocks, self.adaln_before_head)]
+        conditions = F.silu(conditions)  # once for all
+        return [module.adaLN_modulation[1](conditions) for module in (*self.blocks, self.adaln_before_head)]
 
     def _transform(self, x: Tensor, modulations: list[Tensor], caches: list[KeyValueCache] | None = None) -> Tensor:
         """Inputs (N, T, W) through the blocks and the head to logits (N, T, K)."""
         for i, block in enumerate(self.blocks):
             x = block(x, modulations[i], caches[i] if caches else None)
-        return self.lm_head(self.adaln_before_head(x, modulations[-1]))
+        return project(self.lm_head, self.adaln_before_head(x, modulations[-1]))
 
     def _sample(self, labels: Tensor, sampling: Sampling, choose: Callable[[int, Tensor], Tensor]) -> Tensor:
         """Run the sequence with a cache; ``choose(step, guided logits (N, K) float32)`` gives each token (N,)."""
@@ -246,19 +248,20 @@ class RAR(TokenGenerator):
         # The modulation depends on class and position only. So it is computed once per class, not per image, and for
         # many positions at once: step by step it would read a third of all parameters again for every token.
         classes, rows = labels.unique(return_inverse=True)
-        class_conditions = self._condition(classes)[:, None]  # (classes, 1, W)
+        class_conditions = self._condition(classes)  # (classes, W)
         values = max(1, len(classes)) * len(self.blocks) * 6 * self.config.width
         ahead = max(1, MODULATION_VALUES // values)
         places = self._places(None)  # (1, L + 2, W)
-        caches = [KeyValueCache(self.length + 1) for _ in self.blocks]
+        caches = self._caches(len(self.blocks), self.length + 1)
         tokens = torch.empty(count, self.length, dtype=torch.int64, device=labels.device)
         x = self.cls_token[0].expand(len(labels), -1)  # (N or 2N, W)
         for position in range(self.length + 1):
             if position % ahead == 0:
-                times = self.timesteps_embeddings[:, position : min(position + ahead, self.length + 1)]
-                class_modulations = self._modulations(class_conditions + times)  # each (classes, ahead, 6W or 2W)
-            modulations = [m[:, position % ahead][rows, None] for m in class_modulations]  # each (N or 2N, 1, 6W or 2W)
-            logits = self._transform((x + places[:, position])[:, None], modulations, caches)[:, 0].float()
+                times = self.timesteps_embeddings[0, position : min(position + ahead, self.length + 1), None]
+                class_modulations = self._modulations(class_conditions + times)  # each (ahead, classes, 6W or 2W)
+            modulations = [m[position % ahead, rows, None] for m in class_modulations]  # each (N or 2N, 1, 6W or 2W)
+            x = (x + places[:, position])[:, None]  # (N or 2N, 1, W)
+            logits = self._step(position, x, modulations, caches)[:, 0].float()  # (N or 2N, K)
             if position == 0:  # the start predicts nothing
                 x = condition
                 continue

@@ -4,8 +4,11 @@ Letters beside those of ``robustok.types``: T positions of a sequence, W width o
 """
 
 import math
+import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +18,7 @@ from robustok.generators.sampling import Sampling, check_labels, check_preservat
 from robustok.types import UserError
 
 LAYER_NORM_EPSILON = 1e-6
+COLUMN_ROWS = 8  # rows from which on `project` pays
 
 
 class KeyValueCache:
@@ -32,17 +36,59 @@ class KeyValueCache:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the keys and values (N, heads, T, head width) of new positions; return all so far as views."""
-        if self.keys is None or self.values is None:  # the first call brings shape, dtype (autocast) and device
-            count, heads, _, head_width = keys.shape
-            self.keys = keys.new_empty(count, heads, self.capacity, head_width)
-            self.values = torch.empty_like(self.keys)
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Store the keys and values (N, heads, T, head width) of new positions.
+
+        Returns:
+            Keys and values of all positions so far as views, and no mask: the new one sees them all.
+        """
+        self._allocate(keys)
         end = self.length + keys.shape[2]
         self.keys[:, :, self.length : end] = keys
         self.values[:, :, self.length : end] = values
         self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return self.keys[:, :, :end], self.values[:, :, :end], None
+
+    def _allocate(self, keys: Tensor) -> bool:
+        """Take memory for keys like these (autocast decides their dtype) unless it is there; True if it was not."""
+        count, heads, _, head_width = keys.shape
+        shape = (count, heads, self.capacity, head_width)
+        wanted = (shape, keys.dtype, keys.device)
+        if self.keys is not None and (self.keys.shape, self.keys.dtype, self.keys.device) == wanted:
+            return False
+        self.keys = keys.new_zeros(shape)
+        self.values = torch.zeros_like(self.keys)
+        return True
+
+
+class StaticCache(KeyValueCache):
+    """The same for a compiled step, whose shapes and addresses must not change: it counts in a tensor and is kept.
+
+    It costs attention to the places that are still empty. The first step of a sample must run uncompiled, because it
+    takes the memory.
+    """
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Store the keys and values (N, heads, 1, head width) of one new position.
+
+        Returns:
+            Keys and values of all places, and a mask (1, capacity) of those that are filled.
+        """
+        if self._allocate(keys):
+            self.position = torch.zeros(1, dtype=torch.int64, device=keys.device)
+            for memory in (self.keys, self.values, self.position):  # a CUDA graph then writes to it without a copy
+                torch._dynamo.mark_static_address(memory)
+        self.keys.index_copy_(2, self.position, keys)
+        self.values.index_copy_(2, self.position, values)
+        filled = torch.arange(self.capacity, device=keys.device)[None] <= self.position  # (1, capacity)
+        self.position += 1
+        return self.keys, self.values, filled
+
+    def restart(self) -> None:
+        """Forget all positions, in the same memory."""
+        if self.keys is not None:
+            for memory in (self.keys, self.values, self.position):
+                memory.zero_()  # the values too: a NaN would come through the mask
 
 
 class Attention(nn.Module):
@@ -69,17 +115,18 @@ class Attention(nn.Module):
         With a cache, ``x`` is one new position (T = 1) that attends to itself and to all the cache holds.
         """
         count, positions, width = x.shape
-        qkv = self.qkv(x).view(count, positions, 3, self.heads, width // self.heads)
+        qkv = project(self.qkv, x).view(count, positions, 3, self.heads, width // self.heads)
         queries, keys, values = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, T, head width)
         # Autocast runs layer norms in float32; back to one dtype for the cache and for the attention kernel.
         queries = self.q_norm(queries).to(values.dtype)
         keys = self.k_norm(keys).to(values.dtype)
+        mask = None
         if cache is not None:
-            keys, values = cache.append(keys, values)
+            keys, values, mask = cache.append(keys, values)
         dropout = self.dropout if self.training else 0.0
         # is_causal instead of a mask, so that the fused kernels apply. The one query of a cached step sees all.
-        x = F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout, is_causal=cache is None)
-        x = self.proj(x.transpose(1, 2).reshape(count, positions, width))  # (N, T, W)
+        x = F.scaled_dot_product_attention(queries, keys, values, mask, dropout, is_causal=cache is None)
+        x = project(self.proj, x.transpose(1, 2).reshape(count, positions, width))  # (N, T, W)
         return F.dropout(x, self.dropout, self.training)
 
 
@@ -94,8 +141,24 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, T, W) to (N, T, W)."""
-        x = F.dropout(F.gelu(self.fc1(x)), self.dropout, self.training)  # (N, T, hidden)
-        return F.dropout(self.fc2(x), self.dropout, self.training)  # (N, T, W)
+        x = F.dropout(F.gelu(project(self.fc1, x)), self.dropout, self.training)  # (N, T, hidden)
+        return F.dropout(project(self.fc2, x), self.dropout, self.training)  # (N, T, W)
+
+
+def project(layer: nn.Linear, x: Tensor) -> Tensor:
+    """``layer(x)`` for ``x`` (N, T, in), the fast way where a CPU samples: one new position of several images.
+
+    ``nn.Linear`` asks the BLAS for ``x @ W.T``, which makes it rearrange the weights at every call. ``W @ x.T`` takes
+    them as they lie, without a copy that could go stale. In float32 at width 768 that saves 15 % of the time at 8 rows,
+    30 % at 12, 11 % at 16 and 6 % at 128, and costs time below ``COLUMN_ROWS``.
+    """
+    count, positions, _ = x.shape
+    if x.device.type != "cpu" or positions > 1 or count < COLUMN_ROWS:
+        return layer(x)
+    columns = x[:, 0].t()  # (in, N)
+    if layer.bias is None:
+        return torch.mm(layer.weight, columns).t()[:, None]  # (N, 1, out)
+    return torch.addmm(layer.bias[:, None], layer.weight, columns).t()[:, None]  # (N, 1, out)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -163,6 +226,42 @@ class TokenGenerator(nn.Module):
     codebook_size: int
     length: int
     classes: int
+    _compiled: Callable[..., Tensor] | None = None
+    _static_caches: list[StaticCache] | None = None
+
+    def compile_sampling(self) -> None:
+        """Compile the step of sampling from now on, on CUDA into a CUDA graph (not measured there yet).
+
+        The first batch of a size takes longer for it, and the key-value cache of the last batch stays in memory. The
+        weights may change afterwards: nothing of them is kept.
+
+        Raises:
+            UserError: the model is on a CPU and there is no C++ compiler.
+        """
+        compiler = os.environ.get("CXX", "g++")
+        if next(self.parameters()).device.type == "cpu" and shutil.which(compiler) is None:
+            raise UserError(
+                f"compile=true needs a C++ compiler and {compiler} is none; install g++ or set compile=false"
+            )
+        self._compiled = torch.compile(self._transform, mode="reduce-overhead", dynamic=False)
+
+    def _caches(self, layers: int, capacity: int) -> list[KeyValueCache]:
+        """Empty caches of a sample: new ones, or always the same ones for a compiled step."""
+        if self._compiled is None:
+            return [KeyValueCache(capacity) for _ in range(layers)]
+        if self._static_caches is None:
+            self._static_caches = [StaticCache(capacity) for _ in range(layers)]
+        for cache in self._static_caches:
+            cache.restart()
+        return self._static_caches
+
+    def _transform(self, *inputs: Any) -> Tensor:
+        """Inputs (N, T, W) and what goes with them through the blocks and the head to logits (N, T, K)."""
+        raise NotImplementedError
+
+    def _step(self, position: int, *inputs: Any) -> Tensor:
+        """``_transform`` of one position, compiled if asked for: not the first one, which takes the caches' memory."""
+        return (self._compiled if self._compiled and position else self._transform)(*inputs)
 
     # Not inference_mode: its tensors could not be trained on afterwards.
     @torch.no_grad()
