@@ -44,7 +44,9 @@ class GenerateRun(Config):
     batch_size: int = Field(64, ge=1, description="samples at a time")
     shard_size: int = Field(10_000, ge=1, description="records in a shard")
     precision: Literal["auto", "bf16", "float32"] = Field("float32", description="autocast dtype")
-    compile: bool = Field(False, description="compile the sampling step of a token generator (CPU: needs g++)")
+    compile: bool = Field(
+        False, description="compile the sampling step of a token generator; no gain on a CPU, where it needs g++"
+    )
     latent_dtype: LatentType = Field("float32", description="type of continuous latents on disk")
 
     @model_validator(mode="after")
@@ -81,7 +83,9 @@ class MakePairsRun(Config):
     batch_size: int = Field(64, ge=1, description="samples at a time")
     shard_size: int = Field(10_000, ge=1, description="records in a shard")
     precision: Literal["auto", "bf16", "float32"] = Field("float32", description="autocast dtype")
-    compile: bool = Field(False, description="compile the sampling step of a token generator (CPU: needs g++)")
+    compile: bool = Field(
+        False, description="compile the sampling step of a token generator; no gain on a CPU, where it needs g++"
+    )
     latent_dtype: LatentType = Field("float32", description="type of continuous latents on disk")
 
     @model_validator(mode="after")

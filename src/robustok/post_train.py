@@ -55,7 +55,9 @@ class Mixture(Config):
     sampling: SamplingConfig | None = Field(None, description="null takes the settings stored with the generator")
     batch_size: int = Field(64, ge=1, description="samples at a time")
     precision: Literal["auto", "bf16", "float32"] = Field("float32", description="autocast dtype")
-    compile: bool = Field(False, description="compile the sampling step of a token generator (CPU: needs g++)")
+    compile: bool = Field(
+        False, description="compile the sampling step of a token generator; no gain on a CPU, where it needs g++"
+    )
     latent_dtype: LatentType = Field("float32", description="type of continuous latents on disk")
 
 
