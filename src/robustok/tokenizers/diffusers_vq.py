@@ -12,7 +12,7 @@ from torch import Tensor
 
 from robustok.tokenizers.conv import check_images, image_problems, to_grid
 from robustok.tokenizers.diffusers_base import DiffusersConfig, DiffusersTokenizer, read_tokenizer, to_folder
-from robustok.types import UserError
+from robustok.tokenizers.vq import VQTokenizer
 
 __all__ = ["DiffusersVQ", "DiffusersVQConfig", "from_folder", "to_folder"]
 
@@ -53,22 +53,7 @@ class DiffusersVQ(DiffusersTokenizer):
         """Tokens (N, L) to code vectors (N, L, D)."""
         return self.vae.quantize.embedding(tokens)
 
-    def decode(self, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Tokens (N, L) to images (N, 3, H, W), nominally in [-1, 1], not clamped.
-
-        Args:
-            latents: tokens, row by row.
-            grid: (rows, columns); a square where it is not given.
-
-        Raises:
-            UserError: no tokens (N, L), or not as many as the grid has places.
-        """
-        if latents.ndim != 2 or latents.is_floating_point():
-            raise UserError(
-                f"got latents of shape {tuple(latents.shape)} and type {latents.dtype}, "
-                "this tokenizer decodes tokens (N, L) int64"
-            )
-        return self.decode_vectors(self.embed(latents), grid)
+    decode = VQTokenizer.decode  # which embeds the tokens and decodes their vectors, as below
 
     def decode_vectors(self, vectors: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Code vectors (N, L, D) to images (N, 3, H, W). Norms of the kind "spatial" (MoVQ) see the vectors too."""
