@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from robustok.config import Config
-from robustok.generators.diffusion import DiffusionSampling, check_reference, image_normals
+from robustok.generators.diffusion import DiffusionSampling, PreservationPlan, check_reference, image_normals
 from robustok.generators.sampling import check_labels, image_uniforms, per_image
 from robustok.types import UserError
 
@@ -32,7 +32,7 @@ class ContinuousConfig(Config):
 
 
 class ContinuousGenerator(nn.Module):
-    """Frame of a class-conditional model of continuous latents. Families give ``_sample`` and ``preservation_facts``.
+    """Frame of a class-conditional model of continuous latents. Families give ``_sampler`` and ``_plan``.
 
     Args:
         config: size, training, latent statistics.
@@ -167,24 +167,30 @@ class ContinuousGenerator(nn.Module):
         draw = lambda: image_normals(rngs, self.latent_shape).to(device)  # noqa: E731
         clean = None if reference is None else self.normalise(reference.to(device))
         noise = draw().double()  # (N, L, D)
-        latents = self._sample(labels.to(device), sampling, noise, clean, preservation, keep[..., None], draw)
+        sample = self._sampler(labels.to(device), sampling)
+        latents = sample(noise=noise, reference=clean, preservation=preservation, keep=keep[..., None], draw=draw)
         latents = self.denormalise(latents).to(dtype)  # (N, L, D)
         if clean is not None and preservation and sampling.strategy == "token_mix":
             return torch.where(keep[..., None], reference.to(device, dtype), latents)  # kept bit for bit
         return latents
 
-    def _sample(
-        self,
-        labels: Tensor,
-        sampling: Any,
-        noise: Tensor,
-        reference: Tensor | None,
-        preservation: float | None,
-        keep: Tensor,
-        draw: Callable[[], Tensor],
-    ) -> Tensor:
-        """Normalised latents (N, L, D) float64, from and to such; the arguments are those of ``sample_mixture``."""
+    def _sampler(self, labels: Tensor, sampling: Any) -> Callable[..., Tensor]:
+        """``sample_mixture``, or its sibling, but for noise, reference, preservation, keep and draw."""
         raise NotImplementedError
+
+    def _plan(self, sampling: Any, preservation: float) -> PreservationPlan:
+        """Where sampling starts so that this share of real latents is kept."""
+        raise NotImplementedError
+
+    def preservation_facts(self, sampling: Any, preservation: float) -> dict[str, Any]:
+        """What sigma means here, for the manifest of pairs: strategy, noise level, steps and their guided share."""
+        return {"strategy": sampling.strategy, **self._plan(sampling, preservation).facts()}
+
+    def _check_shape(self, latents: Tensor) -> None:
+        if latents.shape[1:] != self.latent_shape:
+            raise UserError(
+                f"got latents of shape {tuple(latents.shape)}; this {self.config.name} models (N, *{self.latent_shape})"
+            )
 
     def check(self, latents: Tensor | None = None) -> list[str]:
         """Plain sentences on what is wrong with the latent statistics or layout; empty where all is well.

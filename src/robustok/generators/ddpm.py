@@ -243,5 +243,4 @@ def sample_ddpm(
     def solve(model: Velocity, start: Tensor) -> Iterator[Tensor]:
         return chain(model, start, plan.times, bars, sampling, draw, clip)
 
-    strategy = sampling.strategy if reference is not None else None
-    return mix(model, solve, noised, plan, strategy, noise, reference, preservation, keep)
+    return mix(model, solve, noised, plan, sampling.strategy, noise, reference, preservation, keep)

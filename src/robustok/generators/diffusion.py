@@ -338,8 +338,7 @@ def sample_mixture(
     def solve(model: Velocity, start: Tensor) -> Iterator[Tensor]:
         return trajectory(model, start, plan.times, sampling.sampler, noise_time, path, draw)
 
-    strategy = sampling.strategy if reference is not None else None
-    return mix(velocity, solve, noised, plan, strategy, noise, reference, preservation, keep)
+    return mix(velocity, solve, noised, plan, sampling.strategy, noise, reference, preservation, keep)
 
 
 def mix(
@@ -347,7 +346,7 @@ def mix(
     solve: Callable[[Velocity, Tensor], Iterator[Tensor]],
     noised: Callable[[float], Tensor],
     plan: PreservationPlan,
-    strategy: Strategy | None,
+    strategy: Strategy,
     noise: Tensor,
     reference: Tensor | None,
     preservation: float,
@@ -360,12 +359,13 @@ def mix(
         solve: the sampler: of a model and a start, the states (N, L, D) after each step of the plan.
         noised: the real latents as noisy as they are at a time.
         plan: where sampling starts.
-        strategy: None is a free sample.
+        strategy: counts where there is a reference.
         noise: standard normal (N, L, D) float64.
-        reference: normalised real latents (N, L, D) float64.
+        reference: normalised real latents (N, L, D) float64; None is a free sample.
         preservation: sigma.
         keep: for ``token_mix``, which latents (N, L, 1) stay as they are.
     """
+    strategy = None if reference is None else strategy
     if strategy == "noise_only":
         return reference + plan.noise_level * noise
     # Kept latents are put in place before every look, as noisy as the others: what is sampled fits what is kept.

@@ -5,6 +5,7 @@ gate every block (adaLN-zero). Parameters carry the released names. Letters besi
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from robustok.generators.continuous import ContinuousConfig, ContinuousGenerator
 from robustok.generators.diffusion import (
     DiffusionPath,
     DiffusionSampling,
+    PreservationPlan,
     guided_velocity,
     interpolate,
     noise_level,
@@ -95,10 +97,7 @@ class DiffusionTransformer(ContinuousGenerator):
         Raises:
             UserError: latents of another shape.
         """
-        if latents.shape[1:] != self.latent_shape:
-            raise UserError(
-                f"got latents of shape {tuple(latents.shape)}; this {self.config.name} models (N, *{self.latent_shape})"
-            )
+        self._check_shape(latents)
         dtype = self.pos_embed.dtype
         times = torch.as_tensor(times, dtype=dtype, device=latents.device).expand(len(latents))  # (N,)
         condition = self.t_embedder(times) + self.y_embedder["embedding_table"](labels)  # (N, W)
@@ -132,24 +131,13 @@ class DiffusionTransformer(ContinuousGenerator):
 
     # Sampling
 
-    def _sample(
-        self,
-        labels: Tensor,
-        sampling: DiffusionSampling,
-        noise: Tensor,
-        reference: Tensor | None,
-        preservation: float | None,
-        keep: Tensor,
-        draw: Callable[[], Tensor],
-    ) -> Tensor:
+    def _sampler(self, labels: Tensor, sampling: DiffusionSampling) -> Callable[..., Tensor]:
         velocity = guided_velocity(self.velocity, labels, self.null_label, sampling)
         path = sampling.path or self.config.path
-        return sample_mixture(velocity, noise, sampling, self.noise_time, path, reference, preservation, keep, draw)
+        return partial(sample_mixture, velocity, sampling=sampling, noise_time=self.noise_time, path=path)
 
-    def preservation_facts(self, sampling: DiffusionSampling, preservation: float) -> dict[str, Any]:
-        """What sigma means here, for the manifest of pairs: strategy, noise level, steps and their guided share."""
-        plan = plan_preservation(sampling, preservation, self.noise_time, sampling.path or self.config.path)
-        return {"strategy": sampling.strategy, **plan.facts()}
+    def _plan(self, sampling: DiffusionSampling, preservation: float) -> PreservationPlan:
+        return plan_preservation(sampling, preservation, self.noise_time, sampling.path or self.config.path)
 
 
 # Released checkpoints

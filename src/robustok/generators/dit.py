@@ -10,6 +10,7 @@ predicts only ancestral sampling makes use, and training leaves it alone.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from robustok.config import validate
 from robustok.diffusers_folders import build_network, component, load_network, read_json, write_network
 from robustok.generators.continuous import ContinuousConfig, ContinuousGenerator
 from robustok.generators.ddpm import DDPMSampling, add_noise, alpha_bars, plan_ddpm, sample_ddpm
-from robustok.generators.diffusion import guided_velocity
+from robustok.generators.diffusion import PreservationPlan, guided_velocity
 from robustok.types import GeneratorOutput, UserError
 
 PUBLISHED = DDPMSampling(
@@ -46,6 +47,9 @@ class DiTConfig(ContinuousConfig):
 
 class DiT(ContinuousGenerator):
     """Class-conditional noise of a square grid of latents, which are a sequence (N, L, D) in raster order at its edge.
+
+    Attributes:
+        bars: the alpha bar of every timestep and 1 for clean latents: (T + 1,) float64 on the CPU.
 
     Raises:
         UserError: L is no square number or not divisible into patches, the settings say otherwise, or diffusers is not
@@ -82,13 +86,8 @@ class DiT(ContinuousGenerator):
             nn.init.zeros_(block.norm1.linear.weight)  # every block starts as the identity
             nn.init.zeros_(block.norm1.linear.bias)
             block.norm1.emb.class_embedder.dropout_prob = 0.0  # training drops labels itself, from a seed of each step
-
-    @property
-    def bars(self) -> Tensor:
-        """The alpha bar of every timestep and 1 for clean latents: (T + 1,) float64 on the CPU."""
-        config = self.config
         with torch.device("cpu"):
-            return alpha_bars(config.timesteps, config.beta_start, config.beta_end, config.beta_schedule)
+            self.bars = alpha_bars(config.timesteps, config.beta_start, config.beta_end, config.beta_schedule)
 
     @property
     def learned_variance(self) -> bool:
@@ -109,8 +108,7 @@ class DiT(ContinuousGenerator):
         Raises:
             UserError: latents of another shape.
         """
-        if latents.shape[1:] != self.latent_shape:
-            raise UserError(f"got latents of shape {tuple(latents.shape)}; this dit models (N, *{self.latent_shape})")
+        self._check_shape(latents)
         timesteps = torch.as_tensor(timesteps, device=latents.device).expand(len(latents))  # (N,)
         grid = latents.to(self.dtype).transpose(1, 2).unflatten(2, (self.side, self.side))  # (N, D, h, w)
         predicted = self.transformer(grid, timestep=timesteps, class_labels=labels).sample  # (N, D or 2 D, h, w)
@@ -134,27 +132,17 @@ class DiT(ContinuousGenerator):
         prediction = self.predict(noised, timesteps, labels)[..., : self.latent_shape[1]]
         return GeneratorOutput(prediction=prediction, targets=noise.to(self.dtype))
 
-    def _sample(
-        self,
-        labels: Tensor,
-        sampling: DDPMSampling,
-        noise: Tensor,
-        reference: Tensor | None,
-        preservation: float | None,
-        keep: Tensor,
-        draw: Callable[[], Tensor],
-    ) -> Tensor:
+    def _sampler(self, labels: Tensor, sampling: DDPMSampling) -> Callable[..., Tensor]:
         if sampling.variance == "learned" and not self.learned_variance:
             raise UserError("this dit predicts no variance; set sampling.variance=small or large")
         width = self.latent_shape[1]
         channels = min(sampling.guided_channels or width, width)  # a predicted variance is never guided
         guidance = sampling.model_copy(update={"guided_channels": channels})
         model = guided_velocity(self.predict, labels, self.null_label, guidance)
-        return sample_ddpm(model, noise, sampling, self.bars, reference, preservation, keep, draw, self.config.clip)
+        return partial(sample_ddpm, model, sampling=sampling, bars=self.bars, clip=self.config.clip)
 
-    def preservation_facts(self, sampling: DDPMSampling, preservation: float) -> dict[str, Any]:
-        """What sigma means here, for the manifest of pairs: strategy, noise level, steps and their guided share."""
-        return {"strategy": sampling.strategy, **plan_ddpm(sampling, preservation, self.bars).facts()}
+    def _plan(self, sampling: DDPMSampling, preservation: float) -> PreservationPlan:
+        return plan_ddpm(sampling, preservation, self.bars)
 
 
 # Folders of the library
