@@ -12,7 +12,7 @@ The families are those of :mod:`robustok.released`. Those of diffusers are folde
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import Field
@@ -35,9 +35,11 @@ from robustok.released import (
     load_released,
     to_released,
 )
-from robustok.snapshots import atomic_folder, read_header, read_weights, resolve, write_snapshot
+from robustok.snapshots import atomic_folder, read_extra, read_header, write_snapshot
 from robustok.tokenizers import encoder_digest, load_tokenizer
 from robustok.types import Generator, UserError
+
+R = TypeVar("R", Family, FolderFamily)
 
 __all__ = ["FAMILIES", "ConvertRun", "convert", "load_released", "to_released"]
 
@@ -264,28 +266,32 @@ def _leftover(room: Family, model: nn.Module, weights: Mapping[str, Tensor]) -> 
     return {name: weights[name] for name, zeros in made_up.items() if not torch.equal(weights[name].to(zeros), zeros)}
 
 
+def _load_snapshot(path: Path) -> nn.Module:
+    """A tokenizer or a generator of ours, whichever it is."""
+    return (load_tokenizer if read_header(path).get("kind") == "tokenizer" else load_generator)(path)
+
+
+def _room_of(model: nn.Module, run: ConvertRun, rooms: Mapping[str, R], names: tuple[str, ...]) -> R:
+    """How the model's release is written, which has to be one of those that ``run.family`` names."""
+    for name in names:
+        if type(model) is rooms[name].model:
+            return rooms[name]
+    raise UserError(f"{run.weights} holds a {type(model).__name__}, which is no {run.family}; give its own family")
+
+
 def _export_folder(run: ConvertRun, names: tuple[str, ...]) -> Path:
     """A snapshot as a folder that the diffusers library loads."""
     if run.original is not None:
         raise UserError(f"original={run.original} is for families of a single file; drop it, a folder lacks nothing")
-    load = load_tokenizer if read_header(run.weights).get("kind") == "tokenizer" else load_generator
-    model = load(run.weights)
-    for name in names:
-        if type(model) is FOLDERS[name].model:
-            return FOLDERS[name].save(model, run.out)
-    raise UserError(f"{run.weights} holds a {type(model).__name__}, which is no {run.family}; give its own family")
+    model = _load_snapshot(run.weights)
+    return _room_of(model, run, FOLDERS, names).save(model, run.out)
 
 
 def _export(run: ConvertRun) -> dict[str, Tensor]:
     """A snapshot's weights in the released layout, with what else the release stores where that is known."""
-    load = load_tokenizer if read_header(run.weights).get("kind") == "tokenizer" else load_generator
-    model, names = load(run.weights), families_named(run.family)
-    room = next((FAMILIES[name] for name in names if type(model) is FAMILIES[name].model), None)
-    weights = to_released(model)
-    if room is None:
-        raise UserError(f"{run.weights} holds a {type(model).__name__}, which is no {run.family}; give its own family")
-    if (leftover := resolve(run.weights) / "released.safetensors").exists():
-        weights |= read_weights(leftover)
+    model, names = _load_snapshot(run.weights), families_named(run.family)
+    weights, room = to_released(model), _room_of(model, run, FAMILIES, names)
+    weights |= read_extra(run.weights, "released").get("released", {})
     if run.original is not None:
         official = read_checkpoint(run.original).weights
         bare = {name: tensor for name, tensor in official.items() if not name.startswith(room.dropped)}

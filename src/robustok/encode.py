@@ -69,7 +69,7 @@ def encode(run: EncodeRun) -> Path:
     size, variants = tokenizer.image_size, run.variants
     # The fingerprint of the data tells crop sizes apart, so ten-crop cannot pass for the centre crops of post-training.
     data = open_images(run.data, enlarged(size) if run.crops == "ten" else size, run.split)
-    chosen = _chosen(run, len(data))
+    chosen = np.sort(random_subset(len(data), run.count, run.seed))  # places of the images that are encoded
     source = {"made_by": "encode", "data": data.describe(), "crops": run.crops, "precision": run.precision}
     source |= {"seed": run.seed} if len(chosen) < len(data) else {}
     manifest = Manifest(
@@ -110,12 +110,9 @@ def encode(run: EncodeRun) -> Path:
     return run.out
 
 
-def _chosen(run: EncodeRun, images: int) -> np.ndarray:
-    """Places (N,) int64 of the images that are encoded, ascending."""
-    if run.count is None or run.count >= images:
-        return np.arange(images)
-    order = torch.randperm(images, generator=torch.Generator().manual_seed(run.seed)).numpy()
-    return np.sort(order[: run.count])
+def random_subset(size: int, count: int | None, seed: int) -> np.ndarray:
+    """``count`` of the numbers below ``size`` in random order: (count,) int64; all where count is None or more."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).numpy()[:count]
 
 
 def _variants(crops: str, variant: Tensor) -> tuple[Tensor, Tensor]:

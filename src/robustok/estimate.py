@@ -14,7 +14,6 @@ import yaml
 from torch import Tensor, nn
 from torchvision.models import vgg16
 
-from robustok.choose_sigma import default_sigmas
 from robustok.classifier import SmallClassifier
 from robustok.config import Config, plain
 from robustok.discriminators import DISCRIMINATORS, DiscriminatorConfig
@@ -187,15 +186,14 @@ def _post_training(run: PostTrainingRun | PostTrainRun) -> Facts:
 def _pairs(run: PostTrainRun, tokenizer: Tokenizer) -> Facts:
     """What is made before a training: latents where there are none, and pairs, of each sigma that is tried."""
     record, facts = _latent_bytes(tokenizer, run.mixture.latent_dtype) + RECORD, {}
-    count = min(run.mixture.count, run.steps * run.batch_size)
+    count = run.pairs_seen()
     if run.latents is None:
         count = min(count, len(open_images(run.data, tokenizer.image_size, "train")))
         facts["latents_bytes"] = count * record
     records = count
     if run.sigma == "auto":
-        steps = min(run.sweep.steps or max(1, run.steps // 10), run.steps)
-        tried = len(run.sweep.sigmas or default_sigmas(tokenizer.config.name))
-        records = tried * min(count, steps * run.batch_size) + (count if steps < run.steps else 0)
+        steps, tried = run.candidate_steps, len(run.candidates(tokenizer.config.name))
+        records = tried * min(count, run.pairs_seen(steps)) + (count if steps < run.steps else 0)
     return {"pairs": count, "pairs_bytes": records * record, **facts}
 
 

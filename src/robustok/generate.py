@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from robustok.config import Config, plain
-from robustok.encode import fill_cache
+from robustok.encode import fill_cache, random_subset
 from robustok.generators import SamplingConfig, check_kind, check_sampling, load_generator
 from robustok.generators.sampling import image_rngs
 from robustok.image_files import write_images
@@ -169,8 +169,7 @@ def make_pairs(run: MakePairsRun) -> Path:
         check_cache(cache, encoder_digest(tokenizer))
     sampling = run.sampling or generator.sampling
     check_sampling(generator.config.name, sampling)
-    order = torch.randperm(len(cache), generator=torch.Generator().manual_seed(run.seed)).numpy()
-    rows = order[: run.count]
+    rows = random_subset(len(cache), run.count, run.seed)
 
     def make(records: np.ndarray) -> dict[str, Tensor]:
         real = cache.read(rows[records])

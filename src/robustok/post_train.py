@@ -36,7 +36,7 @@ from robustok.generate import GenerateRun, MakePairsRun, generate, make_pairs
 from robustok.generators import SamplingConfig
 from robustok.images import batch_indices, open_images
 from robustok.latents import LatentCache, LatentType
-from robustok.snapshots import read_header, read_weights, resolve, write_snapshot
+from robustok.snapshots import read_extra, read_header, write_snapshot
 from robustok.tokenizers import load_tokenizer
 from robustok.training.held_out import HeldOutJudge
 from robustok.training.loop import RunFolder, console, start_accelerator, step_rng
@@ -115,6 +115,19 @@ class PostTrainRun(PostTrainingRun):
             )
         return self
 
+    @property
+    def candidate_steps(self) -> int:
+        """Training steps of a candidate of sigma=auto."""
+        return min(self.sweep.steps or max(1, self.steps // 10), self.steps)
+
+    def candidates(self, family: str | None) -> list[float]:
+        """The values of sigma that sigma=auto tries, for a tokenizer of this family."""
+        return self.sweep.sigmas or default_sigmas(family)
+
+    def pairs_seen(self, steps: int | None = None) -> int:
+        """Pairs that so many steps see, by default all of them, if there are as many images."""
+        return min(self.mixture.count, (steps or self.steps) * self.batch_size)
+
     def training(self, **changes: Any) -> PostTrainingRun:
         """The settings of a training alone, with changes."""
         own = {name: getattr(self, name) for name in PostTrainingRun.model_fields}
@@ -164,7 +177,7 @@ def _prepare(run: PostTrainRun, accelerator: Accelerator) -> PostTrainRun:
             available = check_together(paths, run.latents, run.data)
             check_networks(run.training(tokenizer=paths["tokenizer"], pairs=run.pairs or run.out / "pairs"))
             if run.pairs is None:
-                batch_indices(min(_needed(run), available), run.batch_size, run.seed, 0)  # complains of too few
+                batch_indices(min(run.pairs_seen(), available), run.batch_size, run.seed, 0)  # complains of too few
     accelerator.wait_for_everyone()
     ready = run.model_copy(update=convert_sources(sources, run.out))
     if run.pairs is not None or run.latents is not None:
@@ -173,7 +186,7 @@ def _prepare(run: PostTrainRun, accelerator: Accelerator) -> PostTrainRun:
         out=run.out / "latents",
         tokenizer=ready.tokenizer,
         data=run.data,
-        count=_needed(run),
+        count=run.pairs_seen(),
         seed=run.seed,
         workers=run.workers,
         **{name: getattr(run.mixture, name) for name in ("batch_size", "latent_dtype")},
@@ -181,18 +194,12 @@ def _prepare(run: PostTrainRun, accelerator: Accelerator) -> PostTrainRun:
     return ready.model_copy(update={"latents": encode(latents)})
 
 
-def _needed(run: PostTrainRun, steps: int | None = None) -> int:
-    """Pairs that so many steps see, or all of them, if there are as many images."""
-    return min(run.mixture.count, (steps or run.steps) * run.batch_size)
-
-
 def _choose(run: PostTrainRun, accelerator: Accelerator) -> Path:
     """A short training at each sigma, a long one at the best, the best of all that for the user."""
     judgements = _judgements(run, accelerator)
     judgements.add("untouched", None, 0, run.tokenizer)
-    steps = min(run.sweep.steps or max(1, run.steps // 10), run.steps)
-    sigmas = run.sweep.sigmas or default_sigmas(read_header(run.tokenizer)["config"].get("name"))
-    for sigma in sigmas:
+    steps = run.candidate_steps
+    for sigma in run.candidates(read_header(run.tokenizer)["config"].get("name")):
         judgements.add("candidate", sigma, steps, _candidate(run, sigma, steps))
     best = judgements.best()
     if best is judgements.untouched:
@@ -229,7 +236,7 @@ def _candidate(run: PostTrainRun, sigma: float, steps: int) -> Path:
 
 def _pairs(run: PostTrainRun, sigma: float, steps: int) -> Path:
     """The cache of pairs for so many steps: of the same bank of images and random numbers whatever sigma is."""
-    count = min(_needed(run, steps), len(LatentCache(run.latents)))
+    count = min(run.pairs_seen(steps), len(LatentCache(run.latents)))
     return make_pairs(
         MakePairsRun(
             out=run.out / "pairs" / f"sigma-{sigma:g}-{count}",
@@ -280,10 +287,7 @@ def _publish(run: PostTrainRun, accelerator: Accelerator, path: Path, facts: dic
     target = run.out / "snapshot" / "best"
     if accelerator.is_main_process:
         header = {key: value for key, value in read_header(path).items() if key != "delta"} | facts
-        discriminator = resolve(path) / "discriminator.safetensors"
-        extra = {"discriminator": read_weights(discriminator)} if discriminator.exists() else {}
-        if (released := resolve(path) / "released.safetensors").exists():
-            extra["released"] = read_weights(released)
+        extra = read_extra(path, "discriminator", "released")
         write_snapshot(target, header, load_tokenizer(path).state_dict(), extra)
         for candidate in run.out.glob("candidate-*"):
             shutil.rmtree(candidate / "state", ignore_errors=True)

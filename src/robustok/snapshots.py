@@ -119,6 +119,17 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         raise UserError(f"{file} cannot be read as safetensors ({error}); copy or train it again") from None
 
 
+def read_extra(path: str | Path, *names: str) -> dict[str, dict[str, Tensor]]:
+    """Those of the files NAME.safetensors that a snapshot has beside its weights, as ``write_snapshot`` takes them.
+
+    Raises:
+        UserError: no snapshot, or a damaged file.
+    """
+    folder = resolve(path)
+    files = {name: folder / f"{name}.safetensors" for name in names}
+    return {name: read_weights(file) for name, file in files.items() if file.exists()}
+
+
 def resolve(path: str | Path) -> Path:
     """The snapshot folder that a path means: itself, or the best of a run folder (the newest, where none was judged).
 

@@ -21,7 +21,7 @@ from robustok.latents import LatentCache, LatentRecords, check_cache, training_l
 from robustok.losses import AdversarialConfig, ReconstructionConfig
 from robustok.metrics.features import load_extractor
 from robustok.semantics import TeacherConfig
-from robustok.snapshots import digest, read_header, read_weights, resolve, write_snapshot
+from robustok.snapshots import digest, read_extra, read_header, resolve, write_snapshot
 from robustok.tokenizers import encoder_digest, load_tokenizer
 from robustok.training.held_out import HeldOut, HeldOutJudge
 from robustok.training.loop import (
@@ -377,6 +377,5 @@ def _write_snapshot(
 ) -> None:
     """EMA weights for users: the same tokenizer, another decoder."""
     extra = {} if adversary is None else {"discriminator": adversary.network.state_dict()}
-    if (released := resolve(original) / "released.safetensors").exists():  # for the way back to the release's layout
-        extra["released"] = read_weights(released)
+    extra |= read_extra(original, "released")  # for the way back to the release's layout
     write_snapshot(path, header, average.state_dict(), extra)
