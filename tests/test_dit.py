@@ -1,7 +1,6 @@
 """DiT through its folder: built from diffusers' own classes with random weights, nothing is downloaded."""
 
 import json
-from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +13,7 @@ from robustok.generators.dit import PUBLISHED, DiTConfig, from_folder, to_folder
 from robustok.generators.sampling import image_rngs
 from robustok.training.generator_training import squared_error
 from robustok.types import Generator, UserError
+from tiny_models import hold_sigma
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -112,19 +112,9 @@ def test_guidance_by_hand(tmp_path, channels):
 @pytest.mark.parametrize("sampler", ["ddim", "ancestral"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_sigma(tmp_path, strategy, sampler):
-    """1 is the reference bit for bit, 0 and None are free samples, and in between more sigma is nearer."""
     model = load(tmp_path, out_channels=2 * D)
     sampling = DDPMSampling(steps=20, strategy=strategy, sampler=sampler, guidance_scale=1.5)
-    labels, reference = torch.arange(20) % CLASSES, latents_of(20, seed=3)
-    make = lambda sigma: model.generate(labels, sampling, image_rngs(0, range(20)), reference, sigma)  # noqa: E731
-    assert torch.equal(make(1.0), reference)
-    free = model.generate(labels, sampling, image_rngs(0, range(20)))
-    assert torch.equal(make(0.0), free)
-    assert torch.equal(make(None), free)
-    distances = [(make(sigma) - reference).square().mean().item() for sigma in (0.1, 0.3, 0.5, 0.7, 0.9)]
-    assert all(a > b for a, b in pairwise(distances)), distances
-    if strategy == "token_mix":
-        assert abs((make(0.7) == reference).all(-1).float().mean().item() - 0.7) < 0.15
+    hold_sigma(model, sampling, latents_of(20, seed=3))
     assert model.preservation_facts(sampling, 0.9)["strategy"] == strategy
 
 

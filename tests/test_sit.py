@@ -1,7 +1,6 @@
 """SiT and LightningDiT: the velocity by hand, latents and their statistics, mixtures, released layouts."""
 
 import math
-from itertools import pairwise
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from robustok.generators.diffusion import DiffusionSampling, noise_level
 from robustok.generators.sampling import Sampling, image_rngs
 from robustok.training.generator_training import squared_error
 from robustok.types import Generator, GeneratorOutput, UserError
+from tiny_models import hold_sigma
 
 L, D, CLASSES = 9, 3, 5
 FAMILIES = ["sit", "lightningdit"]
@@ -236,21 +236,8 @@ def test_an_image_is_the_same_in_any_batch(name, sampler):
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("strategy", ["sdedit", "sdedit_snr", "linear_mix", "noise_only", "token_mix"])
 def test_sigma_in_each_familys_time(name, strategy):
-    """1 is the reference bit for bit, 0 and None are free samples, and in between more sigma is nearer."""
-    model = build(name, **STATISTICS)
     sampling = DiffusionSampling(steps=10, strategy=strategy, guidance_scale=1.5)
-    labels, reference = torch.arange(20) % CLASSES, latents_of(20, seed=3)
-    make = lambda sigma: model.generate(labels, sampling, image_rngs(0, range(20)), reference, sigma)  # noqa: E731
-    assert torch.equal(make(1.0), reference)
-    assert torch.equal(make(1), reference)
-    free = model.generate(labels, sampling, image_rngs(0, range(20)))
-    assert torch.equal(make(0.0), free)
-    assert torch.equal(make(None), free)
-    distances = [(make(sigma) - reference).square().mean().item() for sigma in (0.1, 0.3, 0.5, 0.7, 0.9)]
-    assert all(a > b for a, b in pairwise(distances)), distances
-    if strategy == "token_mix":
-        kept = (make(0.7) == reference).all(-1).float().mean().item()
-        assert abs(kept - 0.7) < 0.15
+    hold_sigma(build(name, **STATISTICS), sampling, latents_of(20, seed=3))
 
 
 def test_facts_of_a_mixture():

@@ -1,10 +1,13 @@
 """Every family of tokenizers, generators and releases at tiny size with random weights, built without any file."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
 from robustok.config import validate
 from robustok.generators import GENERATORS, build_generator
+from robustok.generators.sampling import image_rngs
 from robustok.released import FAMILIES, to_released
 from robustok.tokenizers import TOKENIZERS
 
@@ -12,6 +15,11 @@ VIT = {"width": 16, "depth": 1, "heads": 2}
 SIDES = {side: {"width": 8, "multipliers": [1, 2], "blocks": 1, "groups": 4} for side in ("encoder", "decoder")}
 PLAIN = {side: sizes | {"attention": [], "middle_attention": False} for side, sizes in SIDES.items()}
 CODES = {"size": 16, "dim": 4}
+TWO_LEVELS = {  # of diffusers' convolutional autoencoders
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "norm_num_groups": 4,
+}
 TINY_TOKENIZERS = {  # all take images of 8 x 8 and make 16 latents of width 4
     "robustok": {"patch_size": 2, "encoder": VIT, "decoder": VIT, "quantizer": CODES},
     "maetok": {"patch_size": 4, "latents": 16, "latent_dim": 4, "encoder": VIT, "decoder": VIT}
@@ -23,11 +31,9 @@ TINY_TOKENIZERS = {  # all take images of 8 x 8 and make 16 latents of width 4
     "diffusers_kl": {
         "settings": {
             "block_out_channels": [8, 8],
-            "down_block_types": ["DownEncoderBlock2D"] * 2,
-            "up_block_types": ["UpDecoderBlock2D"] * 2,
             "latent_channels": 4,
-            "norm_num_groups": 4,
         }
+        | TWO_LEVELS
     },
     "diffusers_dc": {
         "settings": {
@@ -44,13 +50,11 @@ TINY_TOKENIZERS = {  # all take images of 8 x 8 and make 16 latents of width 4
     "diffusers_vq": {
         "settings": {
             "block_out_channels": [8, 8],
-            "down_block_types": ["DownEncoderBlock2D"] * 2,
-            "up_block_types": ["UpDecoderBlock2D"] * 2,
             "latent_channels": 12,
             "vq_embed_dim": 4,
             "num_vq_embeddings": 16,
-            "norm_num_groups": 4,
         }
+        | TWO_LEVELS
     },
 }
 TINY_GENERATORS = {  # all model 16 latents; tokens of 16 codes, or vectors of width 4
@@ -116,3 +120,20 @@ def released(family):
     if type(model) is not FAMILIES[family].model:
         raise TypeError(f"RELEASES has a {type(model).__name__} as {family}")
     return {name: tensor.clone() for name, tensor in to_released(model).items()}, model
+
+
+def hold_sigma(model, sampling, reference):
+    """1 is the reference bit for bit, 0 and None are free samples, and in between more sigma is nearer."""
+    count = len(reference)
+    labels = torch.arange(count) % model.classes
+    make = lambda sigma: model.generate(labels, sampling, image_rngs(0, range(count)), reference, sigma)  # noqa: E731
+    assert torch.equal(make(1.0), reference)
+    assert torch.equal(make(1), reference)
+    free = model.generate(labels, sampling, image_rngs(0, range(count)))
+    assert torch.equal(make(0.0), free)
+    assert torch.equal(make(None), free)
+    distances = [(make(sigma) - reference).square().mean().item() for sigma in (0.1, 0.3, 0.5, 0.7, 0.9)]
+    assert all(a > b for a, b in pairwise(distances)), distances
+    if sampling.strategy == "token_mix":
+        kept = (make(0.7) == reference).all(-1).float().mean().item()
+        assert abs(kept - 0.7) < 0.15

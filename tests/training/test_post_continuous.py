@@ -20,7 +20,7 @@ from robustok.snapshots import write_snapshot
 from robustok.tokenizers import TOKENIZERS, encoder_digest, frozen_weights, load_tokenizer
 from robustok.training.post_training import post_train
 from robustok.types import UserError
-from tiny_models import TINY_TOKENIZERS
+from tiny_models import TINY_TOKENIZERS, TWO_LEVELS
 
 SIDES = {side: {"width": 8, "multipliers": [1, 1, 2], "blocks": 1, "groups": 4} for side in ("encoder", "decoder")}
 VIT = {"width": 16, "depth": 1, "heads": 2}
@@ -36,13 +36,7 @@ SIZES = {
     "kl": SIDES | {"z_channels": 12, "dim": 5},
     "maetok": {"encoder": VIT, "decoder": VIT, "patch_size": 4, "latents": 6, "latent_dim": 5},
     "diffusers_kl": {
-        "settings": {
-            "block_out_channels": [8, 16],
-            "down_block_types": ["DownEncoderBlock2D"] * 2,
-            "up_block_types": ["UpDecoderBlock2D"] * 2,
-            "latent_channels": 3,
-            "norm_num_groups": 4,
-        }
+        "settings": {"block_out_channels": [8, 16], "latent_channels": 3} | TWO_LEVELS,
     },
     "diffusers_dc": TINY_TOKENIZERS["diffusers_dc"],
     "diffusers_vq": TINY_TOKENIZERS["diffusers_vq"],
