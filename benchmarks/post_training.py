@@ -24,6 +24,7 @@ from PIL import Image
 from full_size import prepare, random_backbone
 from robustok import semantics
 from robustok.discriminators import dino
+from robustok.estimate import RECORD
 from robustok.images import from_pixels, open_images, to_pixels
 from robustok.latents import LatentCache
 from robustok.sources import data_at
@@ -93,7 +94,7 @@ def main() -> None:
     print(f"full size, batch 1, {torch.get_num_threads()} threads: ratio {ratio:.2f} (goal >= 2)")
     print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.1f} GB, both in one process")
     if len(sys.argv) > 1:
-        record, png = 256 * 2 + 21, png_bytes(sys.argv[1])
+        record, png = 256 * 2 + RECORD, png_bytes(sys.argv[1])
         print(f"{png:,.0f} bytes a PNG file, {record} bytes a record of tokens: {png / record:.0f} times (goal >= 200)")
 
 
