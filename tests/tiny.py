@@ -17,6 +17,7 @@ from robustok.encode import EncodeRun, encode
 from robustok.evaluate import EvaluateRun, evaluate
 from robustok.generate import GenerateRun, MakePairsRun, generate, make_pairs
 from robustok.training.generator_training import GeneratorTrainingRun, train_generator
+from robustok.training.loop import leave_processes
 from robustok.training.main_training import MainTrainingRun, main_train
 from robustok.training.post_training import PostTrainingRun, post_train
 
@@ -129,3 +130,4 @@ if __name__ == "__main__":
     for verb, file in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
         function, model = VERBS[verb]
         function(load(model, file))
+    leave_processes()

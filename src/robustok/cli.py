@@ -158,6 +158,10 @@ def _run(name: str, verb: Verb, words: list[str], dry_run: bool, as_json: bool) 
             text = show(run, estimate(run), as_json)
         else:
             result = function(run)
+            if "RANK" in os.environ:
+                from robustok.training.loop import leave_processes
+
+                leave_processes()
             text = json.dumps(_plain(result), indent=2) if as_json else _text(result)
     except UserError as error:
         return _complain(str(error))
