@@ -281,12 +281,14 @@ def test_the_term_reaches_images_but_no_weight_and_the_step_only_the_heads(tmp_p
     judge = adversary(tmp_path, backbone_file)
     layer = torch.nn.Parameter(torch.ones(1))
     images = some_images(16, 16)
-    loss, _ = judge.term(images * layer, (images * layer).square().mean(), layer, 0)
+    reconstructions = images * layer
+    fake = judge.see(reconstructions, 0, "fake")
+    loss, _ = judge.term(fake, reconstructions, reconstructions.square().mean(), layer)
     loss.backward()
     assert layer.grad.abs() > 0
     before = {k: v.clone() for k, v in judge.features.vit.state_dict().items()}
     assert all(p.grad is None for p in [*judge.network.parameters(), *judge.features.parameters()])
-    found = judge.step(images, some_images(16, 16, seed=1), 0, tmp_path)
+    found = judge.step(images, fake, 0, tmp_path)
     assert all(p.grad is not None for p in judge.network.parameters())
     assert not any(p.requires_grad for p in judge.features.parameters())
     assert all(torch.equal(v, before[k]) for k, v in judge.features.vit.state_dict().items())
@@ -297,13 +299,15 @@ def test_the_term_reaches_images_but_no_weight_and_the_step_only_the_heads(tmp_p
 def test_heads_learn_to_tell_noise_from_stripes(tmp_path, backbone_file):
     judge = adversary(tmp_path, backbone_file, learning_rate=3e-2)
     stripes = torch.arange(16).remainder(4).sub(1.5).expand(16, 3, 16, 16)
-    hinge = [judge.step(stripes, some_images(16, 16, seed), 0, tmp_path)["d_hinge"].item() for seed in range(30)]
+    noise = [judge.see(some_images(16, 16, seed), 0, "fake") for seed in range(30)]
+    hinge = [judge.step(stripes, fake, 0, tmp_path)["d_hinge"].item() for fake in noise]
     assert hinge[-1] < 0.75 * hinge[0]
 
 
 def test_the_state_holds_heads_power_iteration_and_averages(tmp_path, backbone_file):
     images, fakes = some_images(16, 16), some_images(16, 16, seed=1)
     judge, other = adversary(tmp_path, backbone_file), adversary(tmp_path, backbone_file)
+    fakes = judge.see(fakes, 0, "fake")
     for step in range(2):
         judge.step(images, fakes, step, tmp_path)
     other.load_state(copy.deepcopy(judge.state()))
@@ -333,7 +337,7 @@ def test_neither_backbone_nor_heads_run_before_the_start(tmp_path, backbone_file
     main_train(tiny.main_run(tmp_path / "early", *settings, "steps=2"))
     assert calls == []
     main_train(tiny.main_run(tmp_path / "late", *settings, "steps=3"))
-    assert calls == ["see", "judge", "see", "see", "judge"]  # for the decoder; then real and fake
+    assert calls == ["see", "judge", "see", "judge"]  # fakes for the decoder; then the real images
 
 
 def test_post_training_carries_the_heads_over_and_finds_the_backbone(tmp_path, backbone_file):

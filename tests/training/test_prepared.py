@@ -71,6 +71,26 @@ def test_parts_of_a_batch_give_the_gradients_of_the_whole(parts):
         torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-9, msg=name)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_term_goes_back_through_its_network_once_however_often_it_is_differentiated(parts):
+    network, backward = nn.Linear(3, 1).double(), []
+    network.requires_grad_(False).register_full_backward_hook(lambda *_: backward.append(1))
+    images = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    layer = nn.Parameter(torch.eye(3, dtype=torch.float64))
+    prepared = PreparedInParts(nn.Linear(1, 1), run_with(f"gradient_accumulation={parts}"), start_accelerator(), layer)
+
+    def score(a, b):
+        return {"score": (network(a) - network(b).square()).square().mean()}
+
+    expected = 3 * torch.autograd.grad(score(images, images @ layer)["score"], layer)[0]
+    backward.clear()
+    term = prepared.means(score, images, images @ layer)["score"]
+    first = torch.autograd.grad(term, layer, retain_graph=True)[0]
+    (2 * term).backward()
+    torch.testing.assert_close(first + layer.grad, expected)
+    assert len(backward) == parts
+
+
 def test_losses_of_the_parts_alone_would_be_others():
     """What the second pass is for: negatives from a half of the batch are another loss."""
     rng = torch.Generator().manual_seed(0)

@@ -158,8 +158,9 @@ def main_train(run: MainTrainingRun) -> Path:
             terms |= latent_terms(run, output)
             statistics: dict[str, Tensor | float] = {"lr": learning_rate(run, step)}
             if adversary is not None and adversary.started(step):
+                fake = adversary.see(output.reconstructions, step, "fake")
                 terms["adversarial"], statistics["adaptive_weight"] = adversary.term(
-                    output.reconstructions, reconstruction_loss, layer, step
+                    fake, output.reconstructions, reconstruction_loss, layer
                 )
 
             # 2. One step of the tokenizer: what is trained is the sum of what is logged.
@@ -174,7 +175,7 @@ def main_train(run: MainTrainingRun) -> Path:
 
             # 3. One step of the discriminator, on the same reconstructions.
             if adversary is not None and adversary.started(step):
-                statistics |= adversary.step(images, output.reconstructions, step, folder.path)
+                statistics |= adversary.step(images, fake, step, folder.path)
 
             # 4. Codes in use; log, picture, snapshot, state.
             done = step + 1

@@ -6,7 +6,7 @@ learn.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -35,6 +35,7 @@ from robustok.losses import (
     pixel_loss,
 )
 from robustok.training.loop import TrainingConfig, autocast, check_finite, learning_rate, set_learning_rate, step_rng
+from robustok.training.prepared import differentiated
 from robustok.types import UserError
 
 
@@ -110,22 +111,39 @@ class Adversary:
         """Nothing of the adversary runs before its start step."""
         return step >= self.config.start
 
+    def see(self, images: Tensor, step: int, side: Literal["real", "fake"]) -> Tensor:
+        """What the network judges of these images (N, 3, H, W): augmented, then through the frozen features.
+
+        Args:
+            images: in [-1, 1].
+            step: with the side, decides the augmentation.
+            side: real images, or reconstructions.
+        """
+        rng = step_rng(self.run.seed, step, f"augment/{side}")
+        images = images.float()
+        if self.settings.augment:
+            draw = augmentation_draw(self.run.batch_size, rng)  # (7, batch, 1, 1)
+            images = augment(images, draw[:, self.rows])
+        with autocast(images.device, self.run.precision):
+            return self.features(images, rng)
+
     def term(
-        self, reconstructions: Tensor, reconstruction_loss: Tensor, layer: nn.Parameter, step: int
+        self, fake: Tensor, reconstructions: Tensor, reconstruction_loss: Tensor, layer: nn.Parameter
     ) -> tuple[Tensor, Tensor]:
         """The decoder's adversarial term, weighted, and its adaptive weight.
 
         Args:
+            fake: what :meth:`see` made of the reconstructions. Its graph is used up.
             reconstructions: (N, 3, H, W) with gradients.
             reconstruction_loss: pixel plus perceptual terms, for the adaptive weight.
             layer: weight of the decoder's last layer.
-            step: training step, decides the augmentation.
         """
         # The bare network: its weights take no gradient here, so there is nothing for DDP to average.
         self.network.requires_grad_(False)
         with autocast(reconstructions.device, self.run.precision):
-            loss = generator_loss(self.network(self._seen(reconstructions, step, "fake")))
+            loss = generator_loss(self.network(fake))
         self.network.requires_grad_(True)
+        loss = differentiated(loss, reconstructions)
         weight = torch.ones((), device=loss.device)
         if self.config.adaptive:
             gradients = [torch.autograd.grad(part, layer, retain_graph=True)[0] for part in (reconstruction_loss, loss)]
@@ -133,15 +151,24 @@ class Adversary:
             weight = adaptive_weight(*averaged, self.config.max_adaptive)
         return self.config.weight * weight * loss, weight
 
-    def step(self, images: Tensor, reconstructions: Tensor, step: int, out: Path) -> dict[str, Tensor]:
-        """One step of the discriminator on images and the same reconstructions; returns what to log.
+    def step(self, images: Tensor, fake: Tensor, step: int, out: Path) -> dict[str, Tensor]:
+        """One step of the discriminator on images and the reconstructions that the decoder was judged by.
 
         Steps below 0 come before the training; they have the peak learning rate.
+
+        Args:
+            images: (N, 3, H, W).
+            fake: what :meth:`see` made of the reconstructions.
+            step: of the training.
+            out: run folder, for the error.
+
+        Returns:
+            What to log.
         """
         set_learning_rate(self.optimizer, self._learning_rate(step) if step >= 0 else self.config.learning_rate)
+        seen = self.see(images, step, "real")
         with autocast(images.device, self.run.precision):
-            both = self._seen(images, step, "real"), self._seen(reconstructions.detach(), step, "fake")
-            real, fake = self.prepared(*both).float().chunk(2)  # (N, places) each
+            real, fake = self.prepared(seen, fake.detach()).float().chunk(2)  # (N, places) each
         means = self.accelerator.reduce(torch.stack([real.detach().mean(), fake.detach().mean()]), "mean")
         self.lecam.update(*means.tolist(), self.config.lecam_decay)
         terms = {
@@ -161,15 +188,6 @@ class Adversary:
             return learning_rate(self.run, step, self.config.learning_rate)
         own = {"steps": self.run.steps - self.config.start, "warmup_steps": self.config.warmup_steps}
         return learning_rate(self.run.model_copy(update=own), step - self.config.start, self.config.learning_rate)
-
-    def _seen(self, images: Tensor, step: int, side: str) -> Tensor:
-        """What the network judges of these images (N, 3, H, W): augmented, then through the frozen features."""
-        rng = step_rng(self.run.seed, step, f"augment/{side}")
-        images = images.float()
-        if self.settings.augment:
-            draw = augmentation_draw(self.run.batch_size, rng)  # (7, batch, 1, 1)
-            images = augment(images, draw[:, self.rows])
-        return self.features(images, rng)
 
     def state(self) -> dict[str, Any]:
         """Everything that resume needs."""

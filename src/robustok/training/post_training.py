@@ -201,8 +201,9 @@ def post_train(run: PostTrainingRun) -> Path:
             reconstruction_loss, statistics = sum(terms.values()), {"lr": learning_rate(run, step)}
             terms |= {} if released is None else released.terms(output)
             if adversary is not None and adversary.started(step):
+                fake = adversary.see(decoded, step, "fake")
                 terms["adversarial"], statistics["adaptive_weight"] = adversary.term(
-                    decoded, reconstruction_loss, layer, step
+                    fake, decoded, reconstruction_loss, layer
                 )
 
             # 2. One step of the decoder, one of the discriminator.
@@ -215,7 +216,7 @@ def post_train(run: PostTrainingRun) -> Path:
             optimizer.step()
             update_average(average, bare, run.ema_decay)
             if adversary is not None and adversary.started(step):
-                statistics |= adversary.step(images, decoded, step, folder.path)
+                statistics |= adversary.step(images, fake, step, folder.path)
 
             # 3. Log, judge, snapshot, state.
             done = step + 1
@@ -327,7 +328,7 @@ def _warm_up(
         images = targets(batch)  # (N, 3, H, W)
         with torch.no_grad(), autocast(images.device, run.precision):
             decoded = untouched.decode(batch.latents.to(images.device))
-        last = adversary.step(images, decoded, step, run.out)
+        last = adversary.step(images, adversary.see(decoded, step, "fake"), step, run.out)
     return {"adversary_warmup": run.adversary_warmup} | {name: value.item() for name, value in last.items()}
 
 

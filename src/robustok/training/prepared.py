@@ -154,14 +154,15 @@ class PreparedInParts(Prepared):
         self._output = _map(_join, *outputs)
         return self._output
 
-    def means(self, terms: Callable[..., dict[str, Tensor]], *inputs: Tensor) -> dict[str, Tensor]:
-        """``terms(*inputs)``, means over samples, under autocast; with the memory of one part at a time."""
-        with autocast(self.accelerator.device, self.run.precision):
-            if self.run.gradient_accumulation == 1:
-                return terms(*inputs)
-            size = len(inputs[0]) // self.run.gradient_accumulation
-            parts = zip(*(x.split(size) for x in inputs), strict=True)
-            found = [checkpoint(terms, *part, use_reentrant=False) for part in parts]
+    def means(
+        self, terms: Callable[[Tensor, Tensor], dict[str, Tensor]], images: Tensor, outputs: Tensor
+    ) -> dict[str, Tensor]:
+        """``terms(images, outputs)``, means over samples, :func:`differentiated`; one part at a time is in memory."""
+        size, found = len(images) // self.run.gradient_accumulation, []
+        for targets, part in zip(images.split(size), outputs.split(size), strict=True):
+            with autocast(self.accelerator.device, self.run.precision):
+                computed = terms(targets, part)
+            found.append({name: differentiated(term, part) for name, term in computed.items()})
         return {name: torch.stack([part[name] for part in found]).mean(0) for name in found[0]}
 
     def backward(self, loss: Tensor) -> None:
@@ -191,6 +192,28 @@ class PreparedInParts(Prepared):
     def _rows_and_seeds(self) -> Iterator[tuple[slice, int]]:
         size = len(self._inputs[0]) // len(self._seeds)
         return ((slice(i * size, (i + 1) * size), seed) for i, seed in enumerate(self._seeds))
+
+
+class _Differentiated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return outer * gradient, None, None
+
+
+def differentiated(term: Tensor, inputs: Tensor) -> Tensor:
+    """The same scalar, with its gradient with respect to ``inputs`` in hand and the way there forgotten.
+
+    The adaptive weight asks for the gradients of terms before they are trained. So their networks (VGG, the
+    discriminator's backbone) go back once instead of twice, and what they keep for it is freed at once.
+    """
+    (gradient,) = torch.autograd.grad(term, inputs)
+    return _Differentiated.apply(inputs, term.detach(), gradient)
 
 
 # Blocks
