@@ -4,10 +4,13 @@ import json
 import os
 import pickle
 import shutil
+from fnmatch import fnmatch
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 import robustok
 from robustok.cli import main
@@ -144,6 +147,68 @@ def test_statistics_of_its_latents_may_be_told(capsys, tmp_path):
     assert found.config.latent_multiplier == 0.18215
 
 
+def pickled(folder, rename=lambda name: name):
+    """Weights as they were released before safetensors."""
+    weights = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    torch.save({rename(name): tensor for name, tensor in weights.items()}, folder / PICKLED)
+
+
+def old_name(name):
+    """How Stable Diffusion's autoencoder called the layers of its attention when its weights were released."""
+    for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+        name = name.replace(new, old)
+    return name
+
+
+def test_weights_of_before_safetensors_are_the_same_weights(capsys, tmp_path):
+    pipeline(tmp_path / "new")
+    shutil.copytree(tmp_path / "new", tmp_path / "old")
+    pickled(tmp_path / "old" / "vae", old_name)
+    pickled(tmp_path / "old" / "transformer")
+    for folder in ("new", "old"):
+        words = ["family=diffusers", f"weights={tmp_path / folder}", f"out={tmp_path}/{folder}-snapshot"]
+        assert run(capsys, *words)[0] == 0
+    for part in ("tokenizer", "generator"):
+        new, old = (load_file(tmp_path / f"{f}-snapshot" / part / "model.safetensors") for f in ("new", "old"))
+        assert same(new, old)
+    assert [*tmp_path.glob("old/*/*.safetensors")] == []
+
+
+def test_a_folder_comes_from_the_hub_with_no_more_of_it_than_needed(capsys, tmp_path, monkeypatch):
+    there, cache, asked = pipeline(tmp_path / "there"), tmp_path / "cache", []
+    pickled(there / "transformer")
+    for extra in ("vae/diffusion_pytorch_model.fp16.safetensors", f"vae/{PICKLED}", "DiT-XL-2-256x256.pt"):
+        (there / extra).write_bytes(b"large")
+
+    def fetch(repository, allow_patterns, revision=None, token=None):
+        asked.append((repository, revision, token))
+        for file in there.rglob("*.*"):
+            if any(fnmatch(str(name := file.relative_to(there)), pattern) for pattern in allow_patterns):
+                (cache / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, cache / name)
+        return str(cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    words = ["family=diffusers", f"out={tmp_path}/snapshot", "weights=hf://facebook/DiT-XL-2-256@v1"]
+    assert run(capsys, *words)[0] == 0
+    assert asked == [("facebook/DiT-XL-2-256", "v1", False)] * 2
+    assert sorted(str(file.relative_to(cache)) for file in cache.rglob("*.*")) == [
+        "scheduler/scheduler_config.json",
+        "transformer/config.json",
+        f"transformer/{PICKLED}",
+        "vae/config.json",
+        f"vae/{WEIGHTS}",
+    ]
+    header = yaml.safe_load((tmp_path / "snapshot" / "tokenizer" / "config.yaml").read_text())
+    assert header["trained_on"].startswith("converted from hf://facebook/DiT-XL-2-256@v1, ")
+    shutil.rmtree(cache)
+    alone = robustok.load_released("diffusers_kl", "hf://facebook/DiT-XL-2-256/vae")
+    assert same(alone.state_dict(), load_tokenizer(tmp_path / "snapshot" / "tokenizer").state_dict())
+    assert not (cache / "transformer").exists()
+
+
 # Abuse
 
 
@@ -163,21 +228,24 @@ def cut_off(file):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-def poison(folder):
-    """Weights that no one should open, in place of the good ones."""
-    (folder / "diffusion_pytorch_model.safetensors").unlink()
-    content = pickle.dumps(Payload(f"touch {folder}/executed"))
-    (folder / "diffusion_pytorch_model.bin").write_bytes(content)
+def poison(folder, write):
+    """Weights that run a command when a pickle is trusted, in place of the good ones."""
+    weights = load_file(folder / WEIGHTS) | {"payload": Payload(f"touch {folder}/executed")}
+    (folder / WEIGHTS).unlink()
+    with (folder / PICKLED).open("wb") as file:
+        write(weights, file)
 
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+WEIGHTS, PICKLED = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
 ABUSE = {  # what happens to the folder, other words, what is said
     "no such folder": (shutil.rmtree, [], "no config.json"),
     "an empty one": (lambda p: [shutil.rmtree(p), p.mkdir()], [], "no config.json"),
     "no weights of the autoencoder": (lambda p: (p / "vae" / WEIGHTS).unlink(), [], "vae has no weights; it needs"),
     "no weights": (lambda p: (p / "transformer" / WEIGHTS).unlink(), [], "transformer has no weights; it needs"),
     "cut off": (lambda p: cut_off(p / "transformer" / WEIGHTS), [], "cannot be loaded"),
-    "only a pickle": (lambda p: poison(p / "vae"), [], "as pickles only, which are not opened"),
+    "a pickle that runs a command": (lambda p: poison(p / "vae", torch.save), [], "'payload' is a"),
+    "a bare pickle": (lambda p: poison(p / "vae", pickle.dump), [], "neither a PyTorch file"),
+    "a pickle of other weights": (lambda p: pickled(p / "vae", lambda name: f"x.{name}"), [], "the weights do not fit"),
     "no scheduler": (lambda p: shutil.rmtree(p / "scheduler"), [], "scheduler_config.json is missing"),
     "damaged settings": (lambda p: cut_off(p / "vae" / "config.json"), [], "is no JSON"),
     "another network": (
@@ -234,7 +302,6 @@ def test_wrong_words(capsys, tmp_path):
     assert "holds a tokenizer; drop tokenizer=" in refuse("family=diffusers", f"tokenizer={tmp_path}/kl")
     assert "expected DiTTransformer2DModel" in refuse("family=dit", f"weights={tmp_path}/DiT/vae")
     assert "expected AutoencoderKL" in refuse("family=diffusers_kl", f"weights={tmp_path}/DiT/transformer")
-    assert "is a folder; download it" in refuse("family=diffusers", "weights=hf://facebook/DiT-XL-2-256")
     assert "holds a KL, which is no diffusers" in refuse("family=diffusers", "to=released", f"weights={tmp_path}/kl")
     assert "drop it" in refuse("family=diffusers", "to=released", f"weights={tmp_path}/kl", "original=a.pt")
     with pytest.raises(UserError, match="name one of them"):

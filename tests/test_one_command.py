@@ -221,12 +221,18 @@ def test_a_released_folder_becomes_a_folder(tmp_path, monkeypatch):
         wanted.out.mkdir(parents=True)
 
     monkeypatch.setattr(robustok.from_release, "convert", convert)
-    source = ReleasedTokenizer(family="some", weights=tmp_path / "DiT")
+    source = ReleasedTokenizer(family="diffusers_kl", weights=tmp_path / "DiT")
     for _ in range(2):
         assert write_released(tmp_path / "best", source, tmp_path / "released") == tmp_path / "released" / "vae"
     (wanted,) = asked
     assert (wanted.to, wanted.original, wanted.weights) == ("released", None, tmp_path / "best")
     assert "in the place of the folder `vae` of `DiT`" in (tmp_path / "released" / "README.md").read_text()
+
+    monkeypatch.setattr(robustok.from_release, "fetch", lambda path: tmp_path / "best")
+    source = ReleasedTokenizer(family="diffusers_kl", weights="hf://stabilityai/sd-vae-ft-mse@v1")
+    alone = tmp_path / "alone" / "sd-vae-ft-mse"
+    assert write_released(tmp_path / "best", source, alone.parent) == alone
+    assert asked[-1].original is None
 
 
 # Paths instead of files

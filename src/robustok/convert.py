@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from robustok.checkpoints import Checkpoint, is_remote, read_checkpoint, write_checkpoint
 from robustok.config import Config, plain
+from robustok.diffusers_folders import fetch
 from robustok.generators import load_generator
 from robustok.released import (
     FAMILIES,
@@ -49,8 +50,8 @@ class ConvertRun(Config):
 
     family: str = Field(description=f"whose layout the released file has: one of {', '.join((*FAMILIES, *FOLDERS))}")
     weights: Path = Field(
-        description="released file (.pt, .bin, .ckpt or .safetensors), or hf://ORG/REPO/FILE; of "
-        "diffusers the folder of a model or a pipeline; with to=released, our snapshot or run folder"
+        description="released file (.pt, .bin, .ckpt or .safetensors), or hf://ORG/REPO/FILE; of diffusers the folder "
+        "of a model or a pipeline, or hf://ORG/REPO; with to=released, our snapshot or run folder"
     )
     out: Path = Field(
         description="folder of the snapshot; with to=released, the .safetensors file, or "
@@ -118,9 +119,8 @@ def _convert_folder(run: ConvertRun, names: tuple[str, ...]) -> Path:
 
     The autoencoder of a generator's pipeline is the tokenizer whose latents it models, unless another one is given.
     """
-    if is_remote(run.weights):
-        raise UserError(f"{run.weights} is a folder; download it (hf download ORG/REPO --local-dir FOLDER), give that")
-    held = families_in(run.weights, names)
+    source = fetch(run.weights)
+    held = families_in(source, names)
     wanted = {kind: name for kind, name in held.items() if name in names}
     if "tokenizer" in wanted and run.tokenizer is not None:
         raise UserError(f"{run.weights} holds a tokenizer; drop tokenizer={run.tokenizer}, or set family=dit")
@@ -130,7 +130,7 @@ def _convert_folder(run: ConvertRun, names: tuple[str, ...]) -> Path:
 
     def part(kind: str) -> nn.Module:
         room = FOLDERS[held[kind]]
-        return load_folder(held[kind], run.weights, {key: v for key, v in run.config.items() if key in room.words})
+        return load_folder(held[kind], source, {key: v for key, v in run.config.items() if key in room.words})
 
     tokenizer = None if run.tokenizer is None else load_tokenizer(run.tokenizer)
     if tokenizer is None and "tokenizer" in held:

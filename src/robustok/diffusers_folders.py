@@ -1,11 +1,14 @@
-"""Models in the folders of the diffusers library: a ``config.json`` beside safetensors, alone or as part of a pipeline.
+"""Models in the folders of the diffusers library: a ``config.json`` beside weights, alone or as part of a pipeline.
 
     DiT-XL-2-256/  model_index.json  vae/  transformer/  scheduler/
 
-Nothing but the library itself makes its models. Pickles are never opened.
+Nothing but the library itself makes its models. Weights that older releases hold as pickles are read by us, so that
+nothing in them is executed.
 """
 
 import json
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from robustok.checkpoints import download_folder, is_remote, read_checkpoint, write_checkpoint
 from robustok.snapshots import atomic_folder
 from robustok.types import UserError
 
 PARTS = ("vae", "vqvae", "movq", "transformer")  # folders of a pipeline that may hold a model of ours
+STEM = "diffusion_pytorch_model"  # of files of weights
+FILES = ("config.json", f"{STEM}.safetensors", f"{STEM}-*.safetensors", f"{STEM}.safetensors.index.json")
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,22 @@ class Component:
     folder: Path
     class_name: str
     settings: dict[str, Any]
+
+
+def fetch(path: str | Path) -> Path:
+    """A folder on disk: the one given, or for ``hf://ORG/REPO`` and ``hf://ORG/REPO/FOLDER`` what is needed of it.
+
+    Raises:
+        UserError: it cannot be downloaded.
+    """
+    if not is_remote(path):
+        return Path(path)
+    places = ("", *(f"{part}/" for part in PARTS))
+    folder = download_folder(path, ["scheduler/scheduler_config.json", *(p + file for p in places for file in FILES)])
+    held = [place for place in places if (folder / place / "config.json").is_file()]
+    if pickled := [f"{place}{STEM}.bin" for place in held if not [*(folder / place).glob("*.safetensors")]]:
+        folder = download_folder(path, pickled)
+    return folder
 
 
 def components(path: str | Path) -> list[Component]:
@@ -114,23 +136,18 @@ def load_network(network: nn.Module, found: Component) -> None:
     """Fill a model with the weights of its folder, all of them and none besides.
 
     Raises:
-        UserError: weights are missing, no safetensors, or do not fit.
+        UserError: weights are missing, cannot be read, or do not fit.
     """
     folder = found.folder
-    if not [*folder.glob("*.safetensors")]:
-        held = (
-            "holds its weights as pickles only, which are not opened" if [*folder.glob("*.bin")] else "has no weights"
-        )
-        raise UserError(
-            f"{folder} {held}; it needs .safetensors, as {found.class_name}.save_pretrained of diffusers writes them"
-        )
-    try:
-        with _quietly():  # what it would warn of is an error here
-            loaded, report = type(network).from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
-            )
-    except Exception as error:  # of many types, all of which the user can act on
-        raise UserError(f"{folder} cannot be loaded as {found.class_name} ({_line(error)}); copy it again") from None
+    with _safetensors(found) as safe:
+        try:
+            with _quietly():  # what it would warn of is an error here
+                loaded, report = type(network).from_pretrained(
+                    safe, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+                )
+        except Exception as error:  # of many types, all of which the user can act on
+            reason = f"cannot be loaded as {found.class_name} ({_line(error)})"
+            raise UserError(f"{folder} {reason}; copy it again") from None
     problems = [f"{kind.removesuffix('_keys')} {name}" for kind, names in report.items() for name in names]
     if problems:
         raise UserError(f"{folder}: the weights do not fit its config.json: {'; '.join(problems[:3])}; copy it again")
@@ -138,6 +155,24 @@ def load_network(network: nn.Module, found: Component) -> None:
     if broken := [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]:
         raise UserError(f"{folder}: {broken[0]} holds infinite values or no numbers; copy it again")
     network.load_state_dict(weights)
+
+
+@contextmanager
+def _safetensors(found: Component) -> Iterator[Path]:
+    """A folder with the same model as safetensors: its own, or a temporary one if it holds a pickle."""
+    folder, pickled = found.folder, found.folder / f"{STEM}.bin"
+    if [*folder.glob("*.safetensors")]:
+        yield folder
+        return
+    if not pickled.is_file():
+        raise UserError(
+            f"{folder} has no weights; it needs {STEM}.safetensors or .bin, as {found.class_name}.save_pretrained of "
+            "diffusers writes them"
+        )
+    with tempfile.TemporaryDirectory() as temporary:
+        write_checkpoint(Path(temporary) / f"{STEM}.safetensors", read_checkpoint(pickled).weights)
+        shutil.copy(folder / "config.json", temporary)
+        yield Path(temporary)
 
 
 def write_network(network: nn.Module, path: Path) -> Path:

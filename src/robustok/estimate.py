@@ -14,6 +14,7 @@ import yaml
 from torch import Tensor, nn
 from torchvision.models import vgg16
 
+from robustok.checkpoints import is_remote
 from robustok.classifier import SmallClassifier
 from robustok.config import Config, plain
 from robustok.discriminators import DISCRIMINATORS, DiscriminatorConfig
@@ -174,7 +175,8 @@ def _post_training(run: PostTrainingRun | PostTrainRun) -> Facts:
     trained = _count(p for p in model.parameters() if p.requires_grad)
     facts = {"tokenizer_parameters": size, "trained_parameters": trained}
     facts |= _pairs(run, tokenizer) if run.pairs is None else {"pairs": len(LatentCache(run.pairs))}
-    if given := [source.weights for source in sources.values() if isinstance(source, Released)]:
+    given = [source.weights for source in sources.values() if isinstance(source, Released)]
+    if given and not any(map(is_remote, given)):  # whose sizes are known once they are fetched
         files = [file for path in given for file in (path, *path.rglob("*")) if file.is_file()]
         facts["converted_bytes"] = sum(file.stat().st_size for file in files)
     # The release decodes with an untouched copy, and has the teacher.

@@ -20,11 +20,12 @@ from pydantic import Discriminator, Field, Tag
 from robustok.checkpoints import download, file_beside, is_remote
 from robustok.config import Config
 from robustok.convert import ConvertRun, convert
+from robustok.diffusers_folders import fetch
 from robustok.generators import check_kind
 from robustok.images import Data, open_images
 from robustok.latents import LatentCache, check_cache, check_center_crops
 from robustok.model_card import model_card
-from robustok.released import FAMILIES, FOLDERS, load_released
+from robustok.released import FAMILIES, FOLDERS, families_named, load_released
 from robustok.snapshots import read_header
 from robustok.tokenizers import TOKENIZERS, encoder_digest, load_tokenizer
 from robustok.types import Tokenizer, UserError
@@ -37,7 +38,9 @@ class Released(Config):
 
     family: str = Field(description="whose layout the released file has, as robustok convert takes it")
     weights: Path | None = Field(
-        None, description="released file, or hf://ORG/REPO/FILE; KEY=PATH alone takes a snapshot or run folder instead"
+        None,
+        description="released file or folder, or where it is on the Hub (hf://ORG/REPO/FILE, hf://ORG/REPO); KEY=PATH "
+        "alone takes a snapshot or run folder instead",
     )
     published: str | None = Field(None, description="where the weights are to be had, for whoever has none yet")
     config: dict[str, Any] = Field({}, description="what the shapes do not tell, as robustok convert takes it")
@@ -228,7 +231,7 @@ def write_released(snapshot: Path, source: Path | ReleasedTokenizer, out: Path) 
     """
     if isinstance(source, Released):
         family, name = source.family, source.weights
-        original = None if name.is_dir() else name
+        original = None if families_named(family)[0] in FOLDERS else name
     else:
         family, name, original = _family_of(source), _file_of(read_header(source)), None
         if family is None or name is None:
@@ -245,9 +248,10 @@ def write_released(snapshot: Path, source: Path | ReleasedTokenizer, out: Path) 
     return target
 
 
-def _part(folder: Path) -> str:
+def _part(source: Path) -> str:
     """What to call the folder of an autoencoder: as a pipeline of diffusers calls it, or as it was called."""
-    return next((part for part in ("vae", "vqvae", "movq") if (folder / part).is_dir()), folder.name)
+    folder, name = fetch(source), source.name.partition("@")[0]
+    return next((part for part in ("vae", "vqvae", "movq") if (folder / part).is_dir()), name)
 
 
 def _family_of(source: Path) -> str | None:

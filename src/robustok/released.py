@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from robustok.checkpoints import Checkpoint, choose_weights, flatten_config, read_checkpoint
-from robustok.diffusers_folders import components
+from robustok.diffusers_folders import components, fetch
 from robustok.discriminators import load_heads
 from robustok.generators import dit, gpt, lightningdit, rar, sit
 from robustok.tokenizers import (
@@ -251,7 +251,7 @@ def load_released(
             names to tensors; either may wrap the tensors as released training does, under ``ema`` (preferred),
             ``model``, ``module`` or ``state_dict``. Every tensor counts, so a mapping holds nothing else; a file may
             hold more if it says which are the model's (:func:`robustok.checkpoints.read_checkpoint`). For ``diffusers``
-            and its families, the folder of a model or a pipeline.
+            and its families, the folder of a model or a pipeline, or ``hf://ORG/REPO``.
         config: what the shapes do not tell, under the release's names (``num_heads``) or ours (``heads``), nested as
             released configurations are or flat, or such a mapping as JSON. Other keys are ignored unless they look
             like a misspelling, and a value that contradicts the weights is refused. None: what the file, or a JSON
@@ -273,6 +273,7 @@ def load_released(
     if (names := families_named(family))[0] in FOLDERS:
         if isinstance(weights, Mapping):
             raise UserError(f"family {family!r} is read from a folder of the diffusers library; give its path")
+        weights = fetch(weights)
         found = [name for name in families_in(weights, names).values() if name in names]
         if len(found) > 1:
             raise UserError(f"{weights} holds {' and '.join(found)}; name one of them as the family")
