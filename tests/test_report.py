@@ -264,8 +264,9 @@ def test_seeds_are_averaged_and_compared_in_pairs(tmp_path):
 
 def test_estimates():
     seeds = {0: Estimate(1.0, 0.1), 1: Estimate(math.nan, 0.1), 2: Estimate(3.0, 0.1)}
-    assert over_seeds(seeds) == Estimate(2.0, 1.0, (), 2)
-    assert over_seeds({0: Estimate(1.0, 0.1)}) == Estimate(1.0, 0.1)
+    # As text: an estimate without a baseline has NaN there, which from Python 3.13 on makes it unequal to itself.
+    assert str(over_seeds(seeds)) == str(Estimate(2.0, 1.0, (), 2))
+    assert str(over_seeds({0: Estimate(1.0, 0.1)})) == str(Estimate(1.0, 0.1))
     assert math.isnan(over_seeds({}).value)
     one = difference({0: Estimate(5.0, 0.3)}, {0: Estimate(4.0, 0.4)})
     assert (one.value, one.standard_error) == pytest.approx((1.0, 0.5))
