@@ -191,9 +191,10 @@ class RAR(TokenGenerator):
         Args:
             tokens: (N, T) int64: all tokens (T = L; the last row then predicts nothing) or a prefix in raster order.
             labels: (N,) int64.
-            orders: (N, L) int64, needs T = L; None is raster.
+            orders: (N, L) int64, or one for all images (L,); needs T = L; None is raster.
         """
         if orders is not None:
+            orders = orders.expand(len(tokens), -1)  # (N, L)
             tokens = tokens.gather(1, orders)  # (N, L), now in visiting order
         positions = tokens.shape[1] + 2
         condition = self._condition(labels)[:, None]  # (N, 1, W)
@@ -239,7 +240,7 @@ class RAR(TokenGenerator):
         return project(self.lm_head, self.adaln_before_head(x, modulations[-1]))
 
     def _sample(self, labels: Tensor, sampling: Sampling, choose: Callable[[int, Tensor], Tensor]) -> Tensor:
-        """Run the sequence with a cache; ``choose(step, guided logits (N, K) float32)`` gives each token (N,)."""
+        """Run the sequence with a cache; ``choose(step, guided logits (N, K))`` gives each token (N,)."""
         count = len(labels)
         scales = guidance_scales(self.length, sampling).tolist()
         if sampling.guided:  # both halves in one batch
@@ -261,7 +262,8 @@ class RAR(TokenGenerator):
                 class_modulations = self._modulations(class_conditions + times)  # each (ahead, classes, 6W or 2W)
             modulations = [m[position % ahead, rows, None] for m in class_modulations]  # each (N or 2N, 1, 6W or 2W)
             x = (x + places[:, position])[:, None]  # (N or 2N, 1, W)
-            logits = self._step(position, x, modulations, caches)[:, 0].float()  # (N or 2N, K)
+            logits = self._step(position, x, modulations, caches)[:, 0]  # (N or 2N, K)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # guidance amplifies rounding
             if position == 0:  # the start predicts nothing
                 x = condition
                 continue
