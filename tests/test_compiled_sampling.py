@@ -12,6 +12,7 @@ from robustok.generate import generate
 from robustok.generators.sampling import image_rngs
 from robustok.latents import LatentCache
 from robustok.types import UserError
+from test_token_generators import GUIDED, forced_logits, full_logits
 from tiny_models import tiny_generator
 
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
@@ -26,7 +27,7 @@ def uncompiled(monkeypatch):
 
 
 def sample(model, module, count=4):
-    return model.generate(module.batch(4)[1][:count], module.GUIDED, image_rngs(0, range(count)))
+    return model.generate(module.batch(4)[1][:count], GUIDED, image_rngs(0, range(count)))
 
 
 @torch.no_grad()
@@ -35,9 +36,9 @@ def compiled(name):
     module, settings = MODELS[name]
     model, other = module.build(**settings), module.build(**settings, seed=1)
     tokens, labels, _ = module.batch(4)
-    full, plain = module.full_logits(model, tokens, labels, module.GUIDED), sample(model, module)
+    full, plain = full_logits(model, tokens, labels, GUIDED), sample(model, module)
     model.compile_sampling()
-    static = module.forced_logits(model, tokens, labels, module.GUIDED)
+    static = forced_logits(model, tokens, labels, GUIDED)
     assert full.std() > 0.3
     assert (static - full).abs().max() < 1e-5 * max(1, full.abs().max())
     assert torch.equal(sample(model, module), plain)

@@ -46,7 +46,7 @@ def test_same_numbers_as_the_library(tmp_path):
         posterior = vae.encode(images).latent_dist
         latents = tokenizer.encode(images)
         assert torch.equal(latents[1, 4 * 2 + 3], posterior.mean[1, :, 2, 3])  # row by row
-        assert torch.equal(tokenizer.decode(latents), vae.decode(posterior.mean).sample)
+        assert torch.equal(tokenizer.decode(latents), vae.decode(posterior.mean.contiguous()).sample)
         sample = tokenizer.encode(images, torch.Generator().manual_seed(0))
         noise = torch.randn(2, 16, 3, generator=torch.Generator().manual_seed(0))
         torch.testing.assert_close(sample, latents + posterior.std.flatten(2).transpose(1, 2) * noise)
@@ -84,7 +84,7 @@ def test_post_trained_folder_differs_in_its_decoder_alone(tmp_path):
     old, new = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("vae", "post"))
     assert {k: v for k, v in old.items() if k not in ignored} == {k: v for k, v in new.items() if k not in ignored}
     with torch.no_grad():
-        grid = latents.transpose(1, 2).reshape(2, 3, 4, 4)
+        grid = latents.transpose(1, 2).reshape(2, 3, 4, 4).contiguous()
         assert torch.equal(again.decode(grid).sample, tokenizer.decode(latents))
     with pytest.raises(UserError, match="exists"):
         to_folder(tokenizer, tmp_path / "post")

@@ -12,7 +12,7 @@ from robustok.generators.sampling import Sampling, image_rngs
 from robustok.released import ALIASES, FAMILIES, choose_family, families_named, load_released, recognise, to_released
 from robustok.tokenizers.robustok import RobusTok, RobusTokConfig
 from robustok.types import UserError
-from tiny_models import RELEASES, released, tiny_tokenizer
+from tiny_models import PLAIN, RELEASES, VIT, released, tiny_generator, tiny_tokenizer
 
 # The release's form of a configuration, with much that is of no concern to the weights.
 TOKENIZER_CONFIG = {
@@ -27,6 +27,14 @@ TOKENIZER_CONFIG = {
     "clip_norm": False,
 }
 RAR_CONFIG = {"model": {"vq_model": {"codebook_size": 16}, "generator": {"num_attention_heads": 2, "dropout": 0.2}}}
+
+
+def slim():
+    return tiny_tokenizer("robustok", encoder=VIT | {"mlp_ratio": 2.7})
+
+
+def middle(blocks):
+    return {side: sizes | {"middle_blocks": blocks} for side, sizes in PLAIN.items()}
 
 
 def same(a, b):
@@ -109,6 +117,7 @@ def test_orders_are_visited_as_they_were(every):
     orders = torch.stack([torch.arange(16), torch.arange(15, -1, -1)])
     loaded = load_released("rar", every["rar"], RAR_CONFIG)
     assert torch.equal(loaded.logits(tokens, labels, orders), model.logits(tokens, labels, orders))
+    assert torch.equal(loaded.logits(tokens, labels, orders[1]), model.logits(tokens, labels, orders[1].repeat(2, 1)))
     assert (loaded.config.heads, loaded.config.dropout, loaded.sampling) == (2, 0.2, Sampling())
 
 
@@ -271,6 +280,27 @@ def test_a_configuration_that_does_not_fit_is_refused(every, family, config, sai
     with pytest.raises(UserError, match=said) as error:
         load_released(family, every[family], config)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "model", "config"),
+    [
+        ("robustok", slim, {"num_heads": 2}),
+        ("robustok", slim, {"num_heads": 2, "mlp_ratio": 2.7}),
+        ("sit", lambda: tiny_generator("sit", mlp_width=42), {"num_heads": 2, "mlp_ratio": 8 / 3}),
+        ("maskgit_vqgan", lambda: tiny_tokenizer("maskgit", **middle(3)), {"norm_groups": 4}),
+        ("maskgit_vqgan", lambda: tiny_tokenizer("maskgit", **middle(1)), {"norm_groups": 4}),
+        ("maskgit_vqgan", lambda: tiny_tokenizer("maskgit"), {"norm_groups": 4, "channel_mult": (1, 2)}),
+        ("llamagen_gpt", lambda: tiny_generator("gpt"), {"n_head": 2, "block_size": 16.0}),
+    ],
+)
+def test_sizes_and_forms_that_no_release_has_but_another_may(family, model, config):
+    weights = to_released(model())
+    wrapped = {f"_orig_mod.module.{name}": tensor for name, tensor in weights.items()}
+    assert same(to_released(load_released(family, wrapped, config)), weights)
+    key = "block_size" if "block_size" in config else "mlp_ratio" if family in ("robustok", "sit") else "channel_mult"
+    with pytest.raises(UserError, match=key):
+        load_released(family, weights, config | {key: {"channel_mult": (1, 4)}.get(key, 3.5)})
 
 
 def test_the_number_of_heads_matters(every):

@@ -235,8 +235,8 @@ def _tensors_of(content: Any) -> dict[str, Tensor] | None:
 
 
 def _bare_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names without what wrappers of modules put before all of them."""
-    for prefix in PREFIXES:
+    """Names without what wrappers of modules put before all of them, in whatever order they wrapped."""
+    for prefix in PREFIXES * 2:
         if all(name.startswith(prefix) for name in weights):
             weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
     return dict(weights)
@@ -269,12 +269,12 @@ def write_checkpoint(path: Path, weights: dict[str, Tensor]) -> Path:
 
 
 def flatten_config(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The innermost keys of a released configuration with their values; None says nothing."""
+    """The innermost keys of a released configuration with their values, tuples as lists; None says nothing."""
     for key, value in config.items():
         if isinstance(value, Mapping):
             yield from flatten_config(value)
         elif value is not None:
-            yield key, value
+            yield key, list(value) if isinstance(value, tuple) else value
 
 
 def settle(facts: dict[str, Any], config: dict[str, Any], names: dict[str, str], **defaults: Any) -> dict[str, Any]:
@@ -303,6 +303,17 @@ def shape_of(weights: Mapping[str, Tensor], name: str, dimensions: int) -> tuple
         what = "is missing" if found is None else f"is {found}, expected {dimensions} dimensions"
         raise UserError(f"{name} {what}; is this a checkpoint of another family?")
     return found
+
+
+def ratio_of(weights: Mapping[str, Tensor], name: str, width: int, configured: Any = None) -> float:
+    """Hidden width of an MLP in widths, by the bias (hidden,) of its first layer.
+
+    Releases round the hidden width down, so a configured ratio that leads to it counts as it is.
+    """
+    hidden = shape_of(weights, name, 1)[0]
+    if isinstance(configured, int | float) and int(configured * width) == hidden:
+        return configured
+    return hidden / width
 
 
 def depth_of(weights: Mapping[str, Tensor], prefix: str) -> int:

@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from robustok.backbones import ImageNetRange, pretrained_backbone
-from robustok.checkpoints import depth_of, flatten_config, settle, shape_of
+from robustok.checkpoints import depth_of, flatten_config, ratio_of, settle, shape_of
 from robustok.config import Config, validate
 from robustok.types import UserError
 
@@ -345,12 +345,13 @@ def load_dino(weights: Mapping[str, Tensor], config: Mapping[str, Any] | None = 
             parts[prefix][rest] = tensor
     dino = parts["dino"]
     width, patch = shape_of(dino, "cls_token", 3)[-1], shape_of(dino, "patch_embed.proj.weight", 4)[-1]
+    settings = dict(flatten_config(config or {}))
     facts = {
         "width": width,
         "depth": depth_of(dino, "blocks."),
         "patch_size": patch,
         "image_size": round((shape_of(dino, "pos_embed", 3)[1] - 1) ** 0.5) * patch,
-        "mlp_ratio": shape_of(dino, "blocks.0.mlp.fc1.weight", 2)[0] / width,
+        "mlp_ratio": ratio_of(dino, "blocks.0.mlp.fc1.bias", width, settings.get("mlp_ratio")),
     }
-    heads = load_heads(parts["disc"], settle(facts, dict(flatten_config(config or {})), NAMES))
+    heads = load_heads(parts["disc"], settle(facts, settings, NAMES))
     return DinoDiscriminator(DinoBackbone(heads.config).load(dino), heads).eval()

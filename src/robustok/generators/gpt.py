@@ -365,6 +365,9 @@ def from_llamagen(weights: Mapping[str, Tensor], config: dict[str, Any]) -> GPT:
     settings = settle(facts, config, NAMES, norm_epsilon=1e-5, rotary_base=10_000.0, label_dropout=0.1, codebook_dim=8)
     if "length" not in settings:
         raise UserError("config lacks block_size, the tokens per image; give 256 for 256-pixel models, 576 for 384")
+    if not isinstance(length := settings["length"], int | float) or length != int(length):
+        raise UserError(f"config gives block_size = {length!r}, expected a whole number of tokens")
+    settings["length"] = int(length)
     scale = LLAMAGEN_SCALES.get(facts["width"], 1.5)
     return _model(weights, settings, "rotary", Sampling(guidance_scale=scale, guidance_power=0))
 

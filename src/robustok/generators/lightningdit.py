@@ -59,7 +59,7 @@ class LightningDiT(DiffusionTransformer):
     """Velocity field of a square grid of latents, which are a sequence (N, L, D) in raster order at its edge.
 
     Raises:
-        UserError: L is no square number, or a head's width does not divide by 4.
+        UserError: L is no square number, or rotary positions with heads whose width does not divide by 4.
     """
 
     noise_time = 0.0
@@ -71,7 +71,7 @@ class LightningDiT(DiffusionTransformer):
         if self.side**2 != length:
             raise UserError(f"lightningdit models a square grid, got {length} latents per image; sit takes any number")
         head_width = config.width // config.heads
-        if head_width % 4:
+        if config.rope and head_width % 4:
             raise UserError(f"a width of {config.width} gives {config.heads} heads of {head_width}, no multiple of 4")
         norm = partial(nn.LayerNorm, eps=NORM_EPSILON, elementwise_affine=False)
         head_norm = nn.LayerNorm

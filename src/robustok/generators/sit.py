@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from robustok.checkpoints import settle, shape_of
+from robustok.checkpoints import ratio_of, settle, shape_of
 from robustok.generators.diffusion import DiffusionSampling
 from robustok.generators.diffusion_blocks import MLP, NORM_EPSILON, Attention, Block, FinalLayer
 from robustok.generators.diffusion_transformer import (
@@ -102,8 +102,8 @@ def from_released(weights: Mapping[str, Tensor], config: dict[str, Any]) -> SiT:
     width, channels = shape_of(weights, "x_embedder.weight", 2)
     length = shape_of(weights, "pos_embed", 3)[1]
     facts = released_facts(weights, channels) | {
-        "mlp_width": (hidden := shape_of(weights, "blocks.0.mlp.fc1.weight", 2)[0]),
-        "mlp_ratio": hidden / width,
+        "mlp_width": shape_of(weights, "blocks.0.mlp.fc1.weight", 2)[0],
+        "mlp_ratio": ratio_of(weights, "blocks.0.mlp.fc1.bias", width, config.get("mlp_ratio")),
         "input_size": length,
         "sequence": True,
     }

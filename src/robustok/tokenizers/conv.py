@@ -33,7 +33,8 @@ class ConvConfig(Config):
     attention: tuple[int, ...] | None = Field(
         None, description="levels with attention, 0 is the full resolution; null is the lowest one alone"
     )
-    middle_attention: bool = Field(True, description="attention between the two blocks at the lowest resolution")
+    middle_blocks: int = Field(2, ge=1, description="residual blocks at the lowest resolution, between the levels")
+    middle_attention: bool = Field(True, description="attention after the first of these")
     groups: int = Field(32, ge=1, description="groups of the group norms; must divide the channels of every level")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout inside residual blocks, in training")
 
@@ -180,7 +181,8 @@ def middle(config: ConvConfig, block: Block) -> nn.Sequential:
     """What works at the lowest resolution, between the levels and the latents."""
     width = config.widths[-1]
     attention = [Attention(width, config)] if config.middle_attention else []
-    return nn.Sequential(block(width, width, config), *attention, block(width, width, config))
+    first, *others = (block(width, width, config) for _ in range(config.middle_blocks))
+    return nn.Sequential(first, *attention, *others)
 
 
 class Encoder(nn.Module):
@@ -204,7 +206,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images to features."""
-        x = self.conv_in(x)  # (N, width, H, W)
+        x = self.conv_in(x.contiguous())  # (N, width, H, W); in this order, as in to_grid
         for level in self.levels:
             x = level.downsample(level(x))  # (N, widths[level], half, half)
         return self.conv_out(F.silu(self.norm_out(self.middle(x))))
@@ -286,7 +288,8 @@ def to_grid(latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
             f"got {length} latents an image, which fill no grid of {rows} x {columns}; "
             "give latents of whole images, and grid=(rows, columns) unless these are square"
         )
-    return latents.transpose(1, 2).reshape(len(latents), -1, rows, columns)  # (N, D, h, w)
+    # In this order in memory: where channels come last, the CPU's group norm cancels up to three digits away.
+    return latents.transpose(1, 2).reshape(len(latents), -1, rows, columns).contiguous()  # (N, D, h, w)
 
 
 def image_problems(images: Tensor, reconstructions: Tensor) -> list[str]:

@@ -57,7 +57,8 @@ CONFIG_NAMES = {  # the release's, ours
     "dropout": "dropout",
     "downsample": "factor",
 }
-DROPPED = ("foundation_model.", "loss.")  # VA-VAE's training checkpoints hold them; encoding and decoding need neither
+# What VA-VAE's training checkpoints hold besides, and encoding and decoding do not need.
+DROPPED = ("foundation_model.", "linear_proj.", "loss.")
 
 
 class KLConfig(GridConfig):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustok.checkpoints import settle, shape_of
+from robustok.checkpoints import depth_of, settle, shape_of
 from robustok.config import validate
 from robustok.tokenizers.conv import (
     NORM_EPSILON,
@@ -127,7 +127,10 @@ def from_released(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> M
     Raises:
         UserError: weights of another family, or a configuration that contradicts them.
     """
-    encoder, decoder = (conv_sizes(weights, side, NAMES) for side in ("encoder", "decoder"))
+    encoder, decoder = (
+        conv_sizes(weights, side, NAMES) | {"middle_blocks": depth_of(weights, f"{side}.mid.")}
+        for side in ("encoder", "decoder")
+    )
     size, dim = shape_of(weights, "quantize.embedding.weight", 2)
     facts = {
         "width": encoder["width"],

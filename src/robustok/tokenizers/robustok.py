@@ -28,6 +28,7 @@ class ViTConfig(Config):
     width: int = Field(768, ge=1, description="width of the residual stream")
     depth: int = Field(12, ge=1, description="number of blocks")
     heads: int = Field(12, ge=1, description="attention heads; must divide width")
+    mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the MLPs, in widths")
     layer_scale: float | None = Field(
         None, description="initial LayerScale; DINOv2 backbones have it (1e-5), null is none"
     )
@@ -249,6 +250,8 @@ def vision_transformer(config: ViTConfig, tokenizer: RobusTokConfig, pretrained:
     """
     size = dict(img_size=tokenizer.image_size, patch_size=tokenizer.patch_size)
     shape = dict(embed_dim=config.width, depth=config.depth, num_heads=config.heads, init_values=config.layer_scale)
+    # timm rounds the hidden width down: half an element more keeps it where a ratio is not exact.
+    shape |= dict(mlp_ratio=(int(config.width * config.mlp_ratio + 1e-6) + 0.5) / config.width)
     vit = VisionTransformer(**size, **shape, drop_path_rate=config.drop_path, num_classes=0)
     if config.init == "local":
         _start_local(vit)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustok.checkpoints import depth_of, settle, shape_of
+from robustok.checkpoints import depth_of, ratio_of, settle, shape_of
 from robustok.config import validate
 from robustok.tokenizers.robustok import RobusTok, RobusTokConfig
 from robustok.types import UserError
@@ -23,6 +23,7 @@ NAMES = {
     "drop_path_rate": "drop_path",
     "embed_dim": "width",
     "depth": "depth",
+    "mlp_ratio": "mlp_ratio",
     "num_latent_tokens": "latents",
     "product_quant": "product_quant",
     "lfq": "lfq",
@@ -50,14 +51,16 @@ def from_released(weights: Mapping[str, Tensor], config: dict[str, Any]) -> Robu
     """
     positions = shape_of(weights, "encoder.model.pos_embed", 3)[1]
     patch = shape_of(weights, "encoder.model.patch_embed.proj.weight", 4)[-1]
+    width = shape_of(weights, "encoder.model.cls_token", 3)[-1]
     facts = {
         "image_size": round((positions - 1) ** 0.5) * patch,
         "patch_size": patch,
         "latents": shape_of(weights, "encoder.latent_tokens", 3)[1],
         "codebook_size": shape_of(weights, "quantize.embedding.weight", 2)[0],
         "codebook_dim": shape_of(weights, "quant_conv.weight", 4)[0],
-        "width": shape_of(weights, "encoder.model.cls_token", 3)[-1],
+        "width": width,
         "depth": depth_of(weights, "encoder.model.blocks."),
+        "mlp_ratio": ratio_of(weights, "encoder.model.blocks.0.mlp.fc1.bias", width, config.get("mlp_ratio")),
         # Variants of the released code that this family does not have.
         "product_quant": 1,
         "lfq": False,
@@ -69,9 +72,11 @@ def from_released(weights: Mapping[str, Tensor], config: dict[str, Any]) -> Robu
         raise UserError(f"config lacks num_heads, which the shapes of a width of {facts['width']} do not tell; give it")
 
     def vit(side: str) -> dict[str, Any]:
+        width = shape_of(weights, f"{side}.model.cls_token", 3)[-1]
         return {
-            "width": shape_of(weights, f"{side}.model.cls_token", 3)[-1],
+            "width": width,
             "depth": depth_of(weights, f"{side}.model.blocks."),
+            "mlp_ratio": ratio_of(weights, f"{side}.model.blocks.0.mlp.fc1.bias", width, config.get("mlp_ratio")),
             "heads": settings["heads"],
             "layer_scale": 1e-5 if f"{side}.model.blocks.0.ls1.gamma" in weights else None,
             "drop_path": settings["drop_path"],
