@@ -5,18 +5,15 @@ from importlib import import_module
 import pytest
 import torch
 
-import test_gpt
-import test_rar
 import tiny
 from robustok.generate import generate
 from robustok.generators.sampling import image_rngs
 from robustok.latents import LatentCache
 from robustok.types import UserError
-from test_token_generators import GUIDED, forced_logits, full_logits
+from test_token_generators import GUIDED, MODELS, batch, build, forced_logits, full_logits
 from tiny_models import tiny_generator
 
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
-MODELS = {"rar": (test_rar, {})} | {variant: (test_gpt, {"variant": variant}) for variant in test_gpt.VARIANTS}
 
 
 @pytest.fixture
@@ -26,41 +23,40 @@ def uncompiled(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: name)
 
 
-def sample(model, module, count=4):
-    return model.generate(module.batch(4)[1][:count], GUIDED, image_rngs(0, range(count)))
+def sample(model, count=4):
+    return model.generate(batch(4)[1][:count], GUIDED, image_rngs(0, range(count)))
 
 
 @torch.no_grad()
 def compiled(name):
     """A model told to compile, after its logits and tokens have been those of one that was not, with any weights."""
-    module, settings = MODELS[name]
-    model, other = module.build(**settings), module.build(**settings, seed=1)
-    tokens, labels, _ = module.batch(4)
-    full, plain = full_logits(model, tokens, labels, GUIDED), sample(model, module)
+    model, other = build(name), build(name, seed=1)
+    tokens, labels, _ = batch(4)
+    full, plain = full_logits(model, tokens, labels, GUIDED), sample(model)
     model.compile_sampling()
     static = forced_logits(model, tokens, labels, GUIDED)
     assert full.std() > 0.3
     assert (static - full).abs().max() < 1e-5 * max(1, full.abs().max())
-    assert torch.equal(sample(model, module), plain)
+    assert torch.equal(sample(model), plain)
     model.load_state_dict(other.state_dict())
-    changed = sample(model, module)
-    assert torch.equal(changed, sample(other, module))
+    changed = sample(model)
+    assert torch.equal(changed, sample(other))
     assert not torch.equal(changed, plain)
-    return model, module, changed
+    return model, changed
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_static_step_gives_the_same_tokens_in_memory_that_is_kept(name, uncompiled):
-    model, module, expected = compiled(name)
+    model, expected = compiled(name)
     cache = model._static_caches[0]
     memory = cache.keys.data_ptr()
     cache.values.fill_(torch.nan)  # of an earlier run
-    assert torch.equal(sample(model, module), expected)
+    assert torch.equal(sample(model), expected)
     assert cache.keys.data_ptr() == memory  # a CUDA graph remembers it
     with torch.autocast("cpu", torch.bfloat16):
-        sample(model, module)
+        sample(model)
     assert cache.keys.dtype == torch.bfloat16
-    assert torch.equal(sample(model, module, count=3), expected[:3])
+    assert torch.equal(sample(model, count=3), expected[:3])
 
 
 @pytest.mark.skipif(COMPILER is None, reason="torch.compile needs a C++ compiler on a CPU")

@@ -22,7 +22,8 @@ from robustok.checkpoints import download_folder, is_remote, read_checkpoint, wr
 from robustok.snapshots import atomic_folder
 from robustok.types import UserError
 
-PARTS = ("vae", "vqvae", "movq", "transformer")  # folders of a pipeline that may hold a model of ours
+AUTOENCODERS = ("vae", "vqvae", "movq")  # folders of a pipeline that may hold a tokenizer
+PARTS = (*AUTOENCODERS, "transformer")  # or another model of ours
 STEM = "diffusion_pytorch_model"  # of files of weights
 FILES = ("config.json", f"{STEM}.safetensors", f"{STEM}-*.safetensors", f"{STEM}.safetensors.index.json")
 

@@ -20,7 +20,7 @@ from pydantic import Discriminator, Field, Tag
 from robustok.checkpoints import download, file_beside, is_remote
 from robustok.config import Config
 from robustok.convert import ConvertRun, convert
-from robustok.diffusers_folders import fetch
+from robustok.diffusers_folders import AUTOENCODERS, fetch
 from robustok.generators import check_kind
 from robustok.images import Data, open_images
 from robustok.latents import LatentCache, check_cache, check_center_crops
@@ -251,7 +251,7 @@ def write_released(snapshot: Path, source: Path | ReleasedTokenizer, out: Path) 
 def _part(source: Path) -> str:
     """What to call the folder of an autoencoder: as a pipeline of diffusers calls it, or as it was called."""
     folder, name = fetch(source), source.name.partition("@")[0]
-    return next((part for part in ("vae", "vqvae", "movq") if (folder / part).is_dir()), name)
+    return next((part for part in AUTOENCODERS if (folder / part).is_dir()), name)
 
 
 def _family_of(source: Path) -> str | None:
