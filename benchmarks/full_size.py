@@ -20,16 +20,21 @@ import timm
 import torch
 from torchvision.models import vgg16
 
-from robustok import estimate, semantics
+from robustok import runs
+from robustok.commands import dry_run as estimate
 from robustok.config import load, plain
-from robustok.discriminators import dino
-from robustok.images import open_images
-from robustok.latents import Manifest, create_cache, write_shard
+from robustok.data.dataset import open_images
+from robustok.data.latent_cache import Manifest, create_cache, write_shard
+from robustok.losses import semantic
+from robustok.losses.discriminators import dino
 from robustok.snapshots import write_snapshot
 from robustok.tokenizers import encoder_digest
 from robustok.tokenizers import robustok as tokenizers
 from robustok.tokenizers.robustok import RobusTok
-from robustok.training import generator_training, loop, main_training, post_training
+from robustok.training import common
+from robustok.training import decoder as post_training
+from robustok.training import generator as generator_training
+from robustok.training import tokenizer as main_training
 
 COMMON = ["batch_size=1", "steps=2", "warmup_steps=0", "log_every=1", "precision=float32", "snapshot_every=0"]
 LOSSES = ["adversarial.start=0", "adversarial.warmup_steps=null"]
@@ -63,7 +68,7 @@ def make_tokenizer(folder: Path, data: main_training.Data) -> list[str]:
     return [f"tokenizer={folder / 'tokenizer'}", f"pairs={folder / 'pairs'}"]
 
 
-def prepare(name: str, folder: Path, words: list[str]) -> tuple[str, loop.TrainingConfig]:
+def prepare(name: str, folder: Path, words: list[str]) -> tuple[str, common.TrainingConfig]:
     """The verb and its configuration; what it starts from is made in ``folder``."""
     np.save(folder / "image.npy", np.random.default_rng(0).integers(0, 256, (1, 256, 256, 3), dtype=np.uint8))
     image = ["data.name=npz", f"data.path={folder / 'image.npy'}", "data.holdout=0"]
@@ -84,9 +89,9 @@ def prepare(name: str, folder: Path, words: list[str]) -> tuple[str, loop.Traini
 
 def measure(name: str, words: list[str]) -> dict[str, float]:
     """Run two steps in this process."""
-    for module in (tokenizers, semantics, dino):
+    for module in (tokenizers, semantic, dino):
         module.pretrained_backbone = random_backbone
-    loop.RunFolder.save_state = lambda *_: None
+    runs.RunFolder.save_state = lambda *_: None
     moments, start = [], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with tempfile.TemporaryDirectory() as folder:
         verb, run = prepare(name, Path(folder), words)

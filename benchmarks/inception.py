@@ -21,9 +21,12 @@ from torchvision.io import decode_jpeg, encode_jpeg
 from torchvision.models import inception_v3
 from torchvision.transforms.functional import gaussian_blur
 
-from robustok.images import Digits, Folder, Parquet, batches_in_order, open_images, to_pixels
+from robustok.data.dataset import open_images
+from robustok.data.loader import batches_in_order
+from robustok.data.pixels import to_pixels
+from robustok.data.sources import Digits, Folder, Parquet
 from robustok.metrics import GaussianStatistics, frechet_distance
-from robustok.metrics.inception import INPUT_SIZE, InceptionExtractor, resize_like_tensorflow
+from robustok.metrics.features.inception import INPUT_SIZE, InceptionExtractor, resize_like_tensorflow
 
 BATCH = 16
 REPEATS = 3

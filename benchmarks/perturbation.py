@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from robustok.tokenizers.perturbation import PerturbationConfig, draw_perturbation, perturb_latents, straight_through
 from robustok.tokenizers.quantizer import QuantizerConfig
 from robustok.tokenizers.robustok import RobusTok, RobusTokConfig, ViTConfig
-from robustok.training.loop import average_copy, update_average
+from robustok.training.common import average_copy, update_average
 
 IMAGES, TOKENS, CODES, WIDTH = 32, 256, 4096, 64
 CONFIG = PerturbationConfig(rate=1.0, proportion=0.1, strength=100)

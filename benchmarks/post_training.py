@@ -24,16 +24,19 @@ import torchvision
 from PIL import Image
 
 from full_size import prepare, random_backbone
-from robustok import semantics
-from robustok.discriminators import dino
-from robustok.estimate import RECORD
-from robustok.images import from_pixels, open_images, to_pixels
-from robustok.latents import LatentCache
-from robustok.sources import data_at
+from robustok import runs
+from robustok.commands.dry_run import RECORD
+from robustok.data.dataset import open_images
+from robustok.data.latent_cache import LatentCache
+from robustok.data.pixels import from_pixels, to_pixels
+from robustok.data.sources import data_at
+from robustok.losses import semantic
+from robustok.losses.discriminators import dino
 from robustok.tokenizers import load_tokenizer
 from robustok.tokenizers import robustok as tokenizers
-from robustok.training import loop, objective, post_training, prepared
-from robustok.training.released_pass import ReleasedPass
+from robustok.training import adversary, prepared
+from robustok.training import decoder as post_training
+from robustok.training.authors import ReleasedPass
 
 STEPS = 4  # the first is not timed
 
@@ -67,10 +70,10 @@ def seconds_a_step(name: str, folder: Path, twice: bool) -> list[float]:
     differentiated = (lambda term, _inputs: term) if twice else prepared.differentiated
     with (
         mock.patch.object(prepared, "differentiated", differentiated),
-        mock.patch.object(objective, "differentiated", differentiated),
+        mock.patch.object(adversary, "differentiated", differentiated),
         mock.patch.object(post_training, "check_finite", lambda *a: moments.append(time.process_time()) or check(*a)),
         mock.patch.object(post_training, "_write_snapshot"),
-        mock.patch.object(loop.RunFolder, "save_state"),
+        mock.patch.object(runs.RunFolder, "save_state"),
         mock.patch.object(ReleasedPass, "inputs", from_png(png)),
     ):
         post_training.post_train(run)
@@ -88,7 +91,7 @@ def png_bytes(photographs: str) -> float:
 
 
 def main() -> None:
-    for module in (tokenizers, semantics, dino):
+    for module in (tokenizers, semantic, dino):
         module.pretrained_backbone = random_backbone
     found = {}
     for title, name, twice in (("ours", "post", False), ("released", "released", False), ("twice", "released", True)):

@@ -9,9 +9,9 @@ import time
 import torch
 import torch.nn.functional as F
 
+from robustok.devices import autocast, has_fast_bf16
 from robustok.tokenizers.quantizer import QuantizerConfig
 from robustok.tokenizers.robustok import RobusTok, RobusTokConfig, ViTConfig
-from robustok.training.loop import autocast, has_fast_bf16
 
 REPEATS = 3
 # (name, image size, patch size, width, depth, heads, images)

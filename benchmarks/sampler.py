@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robustok.generators.rar import RAR, RAR_SIZES, Block
-from robustok.generators.sampling import Sampling, draw_tokens, guidance_scales, guide, image_rngs, image_uniforms
-from robustok.generators.transformer import modulate
+from robustok.generators.sampling import Sampling, draw_tokens, guidance_scales, guide
+from robustok.generators.tokens import modulate
+from robustok.randomness import image_rngs, image_uniforms
 
 SAMPLING = Sampling(guidance_scale=6.0, guidance_power=1.15, temperature=1.02)
 IMAGES, TOKENS, CODES, CLASSES = 8, 256, 4096, 1000

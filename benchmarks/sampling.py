@@ -9,7 +9,8 @@ import time
 import torch
 
 from robustok.generators.rar import RAR, RARConfig
-from robustok.generators.sampling import Sampling, draw_tokens, guidance_scales, guide, image_rngs, image_uniforms
+from robustok.generators.sampling import Sampling, draw_tokens, guidance_scales, guide
+from robustok.randomness import image_rngs, image_uniforms
 
 SAMPLING = Sampling(guidance_scale=4.0, guidance_power=1.15)
 IMAGES, TOKENS, CODEBOOK_SIZE, CLASSES = 2, 256, 4096, 1000

@@ -13,12 +13,16 @@ os.environ["ROBUSTOK_PROGRESS"] = "0"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small are slower with more
 
 import tiny
-from robustok.classifier import ClassifierConfig, save_classifier, train_classifier
-from robustok.encode import encode
-from robustok.generate import generate, make_pairs
-from robustok.images import Digits, open_images, to_pixels
-from robustok.training.generator_training import train_generator
-from robustok.training.main_training import main_train
+from robustok.commands.encode import encode
+from robustok.commands.generate import generate
+from robustok.commands.make_pairs import make_pairs
+from robustok.data.dataset import open_images
+from robustok.data.pixels import to_pixels
+from robustok.data.sources import Digits
+from robustok.metrics.features.classifier import ClassifierConfig, save_classifier
+from robustok.training.classifier import train_classifier
+from robustok.training.generator import train_generator
+from robustok.training.tokenizer import main_train
 
 DATA = ["data.name=digits", "data.limit=48"]
 VIT = [f"tokenizer.{side}.{size}" for side in ("encoder", "decoder") for size in ("width=16", "depth=1", "heads=2")]

@@ -8,9 +8,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from robustok.backbones import ImageNetRange, pretrained_backbone
-from robustok.semantics import Teacher, TeacherConfig
+from robustok.errors import UserError
+from robustok.losses.semantic import Teacher, TeacherConfig
 from robustok.tokenizers.robustok import RobusTok, RobusTokConfig, ViTConfig
-from robustok.types import UserError
 
 DINOV2 = "vit_small_patch14_dinov2.lvd142m"
 VIT = {"width": 384, "heads": 6, "layer_scale": 1e-5, "pretrained": DINOV2}

@@ -376,18 +376,18 @@ def test_a_loss_that_is_not_finite(refused, story, tmp_path, verb):
 
 
 def test_after_a_broken_loss_the_run_goes_on_from_the_last_good_state(refused, story, tmp_path, monkeypatch):
-    from robustok.training import objective
+    from robustok.losses import reconstruction
 
     arguments = [*words("main-train", story, str(tmp_path / "run")), "steps=6"]
-    real, calls = objective.pixel_loss, []
+    real, calls = reconstruction.pixel_loss, []
 
     def break_down(*things):
         calls.append(things)
         return real(*things) * (float("nan") if len(calls) == 5 else 1)
 
-    monkeypatch.setattr(objective, "pixel_loss", break_down)
+    monkeypatch.setattr(reconstruction, "pixel_loss", break_down)
     refused(*arguments, said=("not finite at step 4 (pixel = nan", "00000004, is kept"), writes=True)
-    monkeypatch.setattr(objective, "pixel_loss", real)
+    monkeypatch.setattr(reconstruction, "pixel_loss", real)
     assert main(arguments) == 0
     assert main([*arguments, f"out={tmp_path / 'whole'}"]) == 0
     snapshots = [tmp_path / run / "snapshot" / "00000006" for run in ("run", "whole")]
@@ -415,10 +415,10 @@ def test_a_disk_that_is_full_from_the_start(refused, story, tmp_path, verb):
 
 
 def test_a_disk_that_fills_up_while_a_state_is_saved(refused, story, tmp_path, monkeypatch):
-    from robustok.training import loop
+    from robustok import runs
 
     arguments = [*words("main-train", story, str(tmp_path / "run")), "steps=6"]
-    real, calls = loop.save_file, []
+    real, calls = runs.save_file, []
 
     def fill_up(tensors, file):
         calls.append(file)
@@ -427,11 +427,11 @@ def test_a_disk_that_fills_up_while_a_state_is_saved(refused, story, tmp_path, m
             raise OSError(errno.ENOSPC, "No space left on device")
         real(tensors, file)
 
-    monkeypatch.setattr(loop, "save_file", fill_up)
+    monkeypatch.setattr(runs, "save_file", fill_up)
     said = ("No space left on device", "free some space", "last good state is kept")
     refused(*arguments, said=said, writes=True)
     assert sorted(p.name for p in (tmp_path / "run" / "state").iterdir()) == ["00000002", "00000003"]
-    monkeypatch.setattr(loop, "save_file", real)
+    monkeypatch.setattr(runs, "save_file", real)
     assert main(arguments) == 0
     assert main([*arguments, f"out={tmp_path / 'whole'}"]) == 0
     snapshots = [tmp_path / run / "snapshot" / "00000006" for run in ("run", "whole")]

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from robustok.checkpoints import choose_weights, read_checkpoint, settle
-from robustok.types import UserError
+from robustok.errors import UserError
 
 
 class Arguments(UserList):

@@ -12,7 +12,7 @@ import robustok
 from conftest import MAIN_TRAIN, STORY, words
 from robustok import cli
 from robustok.cli import VERBS, main
-from robustok.types import UserError
+from robustok.errors import UserError
 
 
 def run(capsys, *arguments):
@@ -339,28 +339,6 @@ def test_every_public_name_is_there():
         assert name in dir(robustok)
     with pytest.raises(AttributeError, match="nothing"):
         robustok.nothing  # noqa: B018
-
-
-@pytest.mark.parametrize("name", ["encode", "generate", "evaluate", "report"])
-@pytest.mark.parametrize(
-    "how",
-    [
-        "import robustok.{n}; f = robustok.{n}",
-        "import robustok.{n} as f",
-        "from robustok import {n} as f",
-        "from robustok.{n} import {n} as f",
-        "import robustok; robustok.{n}; import robustok.{n}; f = robustok.{n}",
-        "from robustok.cli import VERBS; VERBS['{n}'].load(); import robustok; f = robustok.{n}",
-    ],
-)
-def test_a_verb_is_a_function_however_it_is_imported(name, how, monkeypatch):
-    for module in [m for m in sys.modules if m == "robustok" or m.startswith(f"robustok.{name}")]:
-        monkeypatch.delitem(sys.modules, module)  # as in a fresh process
-    place = {}
-    exec(how.format(n=name), place)
-    assert isinstance(place["f"], types.FunctionType)
-    assert place["f"].__name__ == name
-    assert isinstance(sys.modules[f"robustok.{name}"], types.ModuleType)
 
 
 def test_perceptual_losses_of_the_smallest_images_are_estimated(capsys, tmp_path):

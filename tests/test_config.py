@@ -6,7 +6,7 @@ import yaml
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from robustok.config import Config, differences, list_settings, load, plain, recipe, save, validate
-from robustok.types import UserError
+from robustok.errors import UserError
 
 
 class Circle(Config):

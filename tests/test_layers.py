@@ -1,4 +1,4 @@
-"""The plan of the house, enforced: imports point down, and what belongs in one place stays there."""
+"""The layers of the design: imports point down, and what belongs in one place stays there."""
 
 import ast
 from collections.abc import Iterator
@@ -8,82 +8,98 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src"
 
-# From the bottom up; a module may import from its own floor and from those beneath it.
-FLOORS = (
-    {"types"},
-    {"config"},
-    {"images", "sources", "latents", "snapshots", "checkpoints", "classifier", "discriminators", "losses", "semantics"}
-    | {"backbones", "released", "diffusers_folders", "model_card"}
-    | {"tokenizers", "generators", "metrics", "arrays", "crops"},  # the nouns
-    {"training"},
-    {"encode", "generate", "evaluate", "judging", "report", "train_classifier", "convert", "pictures", "side_by_side"}
-    | {"image_files", "make_delta", "post_train", "choose_sigma", "from_release"},  # verbs
-    {"demo", "estimate"},  # what uses all verbs
+# From the bottom up. A module may import from its own layer and from those below, and imports make no circle.
+LAYERS = (
+    {"types", "errors", "config", "randomness", "files", "hub", "devices", "console"},
+    {"data", "snapshots", "model_card", "checkpoints", "backbones", "runs"},
+    {"metrics", "tokenizers", "generators"},
+    {"pretrained", "losses"},
+    {"training", "evaluation", "report"},
+    {"commands"},
     {"cli", "__init__"},
     {"__main__"},
 )
+# Packages of one layer that know nothing of each other, with what they may import from a sibling all the same.
+APART = {
+    "metrics": {"tokenizers.perturbation"},
+    "tokenizers": set(),
+    "generators": set(),
+    "pretrained": set(),
+    "losses": set(),
+    "evaluation": set(),
+    "report": set(),
+}
+# Violations that are being mended; the test also fails where one of them is gone.
+MOVING = {"evaluation/evaluator", "generators/dit", "pretrained/families", "tokenizers/diffusers_base"}
+WITH_PROCESSES = {"devices", "commands", "training"}  # may import accelerate
+WITHOUT_TORCH = {"report", "cli", "errors", "__init__", "__main__"}
+HEAVY = {"torch", "torchvision", "timm", "accelerate"}
 OPTIONAL = {"lpips", "torch_fidelity", "diffusers", "sklearn", "pyarrow", "tensorboard"}  # imported where they are used
 
 
 def problems(source: Path) -> list[str]:
     """All violations in the package ``robustok`` beneath ``source``."""
-    found = []
+    found, graph = [], {}
     for file in sorted((source / "robustok").rglob("*.py")):
         parts = file.relative_to(source / "robustok").with_suffix("").parts
         tree = ast.parse(file.read_text())
         found += [f"{'/'.join(parts)}: {problem}" for problem in module_problems(parts, tree)]
-    return found
+        module = ".".join(parts).removesuffix(".__init__")
+        own = (target for target, _ in imports(tree) if target.startswith("robustok."))
+        graph[module] = {target.removeprefix("robustok.") for target in own}
+    edges = {
+        m: {known for t in targets if (known := longest(t, graph)) not in (None, m)} for m, targets in graph.items()
+    }
+    return found + [f"{' -> '.join(circle)}: a circle of imports" for circle in circles(edges)]
 
 
 def module_problems(parts: tuple[str, ...], tree: ast.Module) -> Iterator[str]:
-    room = parts[0]
-    if not any(room in floor for floor in FLOORS):
-        yield "stands on no floor; give it one in FLOORS"
+    package = parts[0]
+    if not any(package in layer for layer in LAYERS):
+        yield "is in no layer; name it in LAYERS"
         return
-    floor = floor_of(room)
     for target, top in imports(tree):
         library, *inner = target.split(".")
         if library == "":
             yield "imports relatively; write robustok.MODULE"
         if library == "robustok":
-            inner_room = inner[0] if inner else "__init__"
-            if not (inner_room != "__init__" and floor_of(inner_room) <= floor):
-                yield f"imports {target}, which stands on a higher floor"
-            if room == "metrics" and inner_room in ("tokenizers", "generators") and inner[1:2] != ["perturbation"]:
-                yield f"imports {target}; a metric knows no model"
-            if room == "report" and inner_room not in ("report", "types", "config"):
-                yield f"imports {target}; a report reads files"
-            if room in ("cli", "__init__") and top:
-                yield f"imports {target} at the top; that would make help and `import robustok` slow"
-            if any(part.startswith("_") for part in inner):
-                yield f"imports the private {target}"
-        if room in ("report", "cli", "__init__", "__main__") and library in (
-            "torch",
-            "torchvision",
-            "timm",
-            "accelerate",
-        ):
-            yield f"imports {target}"
-        if library == "accelerate" and floor < floor_of("training"):
-            yield "imports accelerate; only verbs and training know of processes"
+            yield from own_problems(package, target, inner, top)
+        if package in WITHOUT_TORCH and library in HEAVY:
+            yield f"imports {target}; it has to start without"
+        if library == "accelerate" and package not in WITH_PROCESSES | WITHOUT_TORCH:
+            yield "imports accelerate; use robustok.devices"
         if library in OPTIONAL and top:
             yield f"imports {target} at the top; import it where it is used"
-    if room != "images":
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id == "TYPE_CHECKING":
+            yield "imports for type checkers only, which hides a circle; move what both need below both"
+            break
+    if parts != ("data", "pixels"):
         yield from crossings(tree)
 
 
-def floor_of(room: str) -> int:
-    return next((i for i, floor in enumerate(FLOORS) if room in floor), len(FLOORS))
+def own_problems(package: str, target: str, inner: list[str], top: bool) -> Iterator[str]:
+    """What is wrong with importing ``target``, which is of this library."""
+    other = inner[0] if inner else "__init__"
+    if other == "__init__" or layer_of(other) > layer_of(package):
+        yield f"imports {target}, which is of a higher layer"
+    elif other != package and other in APART and package in APART and layer_of(other) == layer_of(package):
+        if not any(".".join(inner).startswith(allowed) for allowed in APART[package]):
+            yield f"imports {target}; {package} and {other} know nothing of each other"
+    elif package == "report" and other not in ("report", "errors", "config", "files", "console"):
+        yield f"imports {target}; a report reads files"
+    if package in ("cli", "__init__") and top:
+        yield f"imports {target} at the top; that would make help and `import robustok` slow"
+    if any(part.startswith("_") for part in inner):
+        yield f"imports the private {target}"
+
+
+def layer_of(package: str) -> int:
+    return next((i for i, layer in enumerate(LAYERS) if package in layer), len(LAYERS))
 
 
 def imports(tree: ast.Module) -> Iterator[tuple[str, bool]]:
-    """Every imported name as (dotted target, whether it is imported with the module). Type checkers' do not count."""
-    ignored = {
-        child
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        for child in ast.walk(node)
-    }
+    """Every imported name as (dotted target, whether it is imported with the module)."""
     late = {
         child
         for node in ast.walk(tree)
@@ -91,44 +107,69 @@ def imports(tree: ast.Module) -> Iterator[tuple[str, bool]]:
         for child in ast.walk(node)
     }
     for node in ast.walk(tree):
-        if node in ignored:
-            continue
         if isinstance(node, ast.Import):
             yield from ((alias.name, node not in late) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             prefix = "." * node.level + (node.module or "")
-            # `from robustok import images` imports a module, `from robustok.images import to_pixels` a name of one.
-            names = [f"{prefix}.{alias.name}" for alias in node.names]
-            yield from ((name, node not in late) for name in names)
+            # `from robustok import data` imports a module, `from robustok.data.pixels import to_pixels` a name of one.
+            yield from ((f"{prefix}.{alias.name}", node not in late) for alias in node.names)
+
+
+def longest(target: str, modules: dict[str, set[str]]) -> str | None:
+    """The module that an imported dotted name belongs to."""
+    parts = target.split(".")
+    names = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+    return next((name for name in names if name in modules), None)
+
+
+def circles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """One circle of imports from each module that is on one and comes first in it by name."""
+    found = []
+    for start in sorted(edges):
+        paths, seen = [[start]], {start}
+        while paths:
+            path = paths.pop(0)
+            if start in edges[path[-1]] and start == min(path):
+                found.append([*path, start])
+                break
+            for follower in sorted(edges[path[-1]] - seen):
+                seen.add(follower)
+                paths.append([*path, follower])
+    return found
 
 
 def crossings(tree: ast.Module) -> Iterator[str]:
-    """Changes of value range between uint8 pixels and images in [-1, 1], which are the business of images.py."""
+    """Changes of value range between uint8 pixels and images in [-1, 1], which data/pixels.py alone makes."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and node.value == 127.5:
-            yield "computes with 127.5; use images.to_pixels or from_pixels"
+            yield "computes with 127.5; use data.pixels.to_pixels or from_pixels"
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             to_uint8 = node.func.attr == "to" and "torch.uint8" in [ast.unparse(a) for a in node.args]
             if to_uint8 or node.func.attr == "byte":
-                yield "rounds to torch.uint8; use images.to_pixels"
+                yield "rounds to torch.uint8; use data.pixels.to_pixels"
 
 
-def test_the_house_stands():
-    assert problems(SOURCE) == []
+def test_imports_point_down():
+    found = problems(SOURCE)
+    assert [problem for problem in found if problem.partition(":")[0] not in MOVING] == []
+    assert {problem.partition(":")[0] for problem in found} == MOVING
 
 
 CLEAN = {
-    "__init__.py": "def __getattr__(name):\n    from robustok.types import UserError\n    return UserError",
+    "__init__.py": "def __getattr__(name):\n    from robustok.errors import UserError\n    return UserError",
     "__main__.py": "from robustok.cli import main",
-    "cli.py": "import typer\ndef run():\n    from robustok.evaluate import evaluate",
-    "demo.py": "from robustok.evaluate import evaluate",
-    "evaluate.py": "import accelerate\nfrom robustok.training.loop import track",
-    "training/loop.py": "import accelerate\nfrom robustok.tokenizers import load_tokenizer",
-    "tokenizers/__init__.py": "from robustok.types import UserError",
-    "metrics/perturbed.py": "from robustok.tokenizers.perturbation import perturb",
-    "report/page.py": "from robustok.types import UserError\nfrom robustok.report.plot import curve",
-    "images.py": "def from_pixels(pixels):\n    return pixels.float() / 127.5 - 1",
-    "types.py": "import torch\nif TYPE_CHECKING:\n    from robustok.generators.sampling import Sampling",
+    "cli.py": "import typer\ndef run():\n    from robustok.commands.evaluate import evaluate",
+    "config.py": "from robustok.errors import UserError",
+    "errors.py": "",
+    "types.py": "import torch\nfrom robustok.config import Config",
+    "commands/evaluate.py": "import accelerate\nfrom robustok.training.common import learning_rate",
+    "training/common.py": "import accelerate\nfrom robustok.tokenizers import load_tokenizer",
+    "tokenizers/__init__.py": "from robustok.tokenizers.vq import VQ",
+    "tokenizers/vq.py": "from robustok.errors import UserError",
+    "metrics/pfid.py": "from robustok.tokenizers.perturbation import perturb",
+    "report/page.py": "from robustok.errors import UserError\nfrom robustok.report.plot import curve",
+    "report/plot.py": "",
+    "data/pixels.py": "def from_pixels(pixels):\n    return pixels.float() / 127.5 - 1",
 }
 
 
@@ -145,35 +186,38 @@ def test_a_clean_tree_passes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("file", "text", "said"),
+    ("file", "text", "message"),
     [
-        ("tokenizers/vit.py", "from robustok.training.loop import track", "higher floor"),
-        ("tokenizers/vit.py", "def f():\n    from robustok.training.main_training import main_train", "higher floor"),
-        ("types.py", "from robustok.config import Config", "higher floor"),
-        ("training/loop.py", "from robustok.evaluate import evaluate", "higher floor"),
-        ("training/loop.py", "import robustok.cli", "higher floor"),
-        ("evaluate.py", "from robustok import load_tokenizer", "higher floor"),
-        ("evaluate.py", "from robustok.demo import demo", "higher floor"),
-        ("metrics/gap.py", "from robustok.tokenizers import load_tokenizer", "knows no model"),
-        ("metrics/gap.py", "import robustok.generators.rar", "knows no model"),
+        ("tokenizers/vit.py", "from robustok.training.common import learning_rate", "higher layer"),
+        ("tokenizers/vit.py", "def f():\n    from robustok.training.common import learning_rate", "higher layer"),
+        ("tokenizers/vit.py", "from robustok.pretrained.load import load_pretrained", "higher layer"),
+        ("tokenizers/vit.py", "import robustok.generators.rar", "know nothing of each other"),
+        ("randomness.py", "from robustok.data.pixels import from_pixels", "higher layer"),
+        ("training/loop.py", "from robustok.commands.evaluate import evaluate", "higher layer"),
+        ("training/loop.py", "import robustok.cli", "higher layer"),
+        ("commands/encode.py", "from robustok import load_tokenizer", "higher layer"),
+        ("metrics/gap.py", "from robustok.tokenizers import load_tokenizer", "know nothing of each other"),
+        ("metrics/gap.py", "import robustok.generators.rar", "know nothing of each other"),
         ("metrics/gap.py", "from accelerate import Accelerator", "accelerate"),
-        ("latents.py", "import accelerate", "accelerate"),
-        ("report/plot.py", "import torch.nn", "imports torch.nn"),
-        ("report/plot.py", "from robustok.images import to_pixels", "reads files"),
-        ("cli.py", "from robustok.types import UserError", "at the top"),
+        ("data/loader.py", "import accelerate", "accelerate"),
+        ("losses/terms.py", "from robustok.pretrained.load import load", "know nothing of each other"),
+        ("report/curves.py", "import torch.nn", "imports torch.nn"),
+        ("report/curves.py", "from robustok.data.pixels import to_pixels", "reads files"),
+        ("cli.py", "from robustok.errors import UserError", "at the top"),
         ("cli.py", "def f():\n    import torch", "imports torch"),
         ("__init__.py", "from robustok.tokenizers import load_tokenizer", "at the top"),
-        ("losses.py", "import lpips", "where it is used"),
-        ("losses.py", "from .images import to_pixels", "relatively"),
-        ("losses.py", "from robustok.images import _shuffle", "private"),
-        ("losses.py", "def f(x):\n    return x.to(torch.uint8)", "to_pixels"),
-        ("losses.py", "def f(x):\n    return x.byte()", "to_pixels"),
-        ("losses.py", "def f(x):\n    return x / 127.5 - 1", "from_pixels"),
-        ("kitchen.py", "", "no floor"),
+        ("losses/terms.py", "import lpips", "where it is used"),
+        ("losses/terms.py", "from .pixels import to_pixels", "relatively"),
+        ("losses/terms.py", "from robustok.data.pixels import _round", "private"),
+        ("losses/terms.py", "def f(x):\n    return x.to(torch.uint8)", "to_pixels"),
+        ("losses/terms.py", "def f(x):\n    return x.byte()", "to_pixels"),
+        ("losses/terms.py", "def f(x):\n    return x / 127.5 - 1", "from_pixels"),
+        ("losses/terms.py", "from typing import Any\nif TYPE_CHECKING:\n    pass", "hides a circle"),
+        ("tokenizers/vq.py", "from robustok.tokenizers import load_tokenizer", "a circle of imports"),
+        ("helpers.py", "", "in no layer"),
     ],
 )
-def test_a_planted_violation_is_found(tmp_path, file, text, said):
+def test_a_planted_violation_is_found(tmp_path, file, text, message):
     found = problems(build(tmp_path, CLEAN | {file: text}))
     assert len(found) == 1, found
-    assert found[0].startswith(file.removesuffix(".py"))
-    assert said in found[0]
+    assert message in found[0]

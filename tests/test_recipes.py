@@ -5,14 +5,14 @@ import torch
 import torch.nn.functional as F
 
 from robustok.cli import VERBS
+from robustok.commands.dry_run import estimate
+from robustok.commands.post_train import PostTrainRun
 from robustok.config import load, read_yaml, recipe
-from robustok.estimate import estimate
-from robustok.post_train import PostTrainRun
 from robustok.tokenizers.perturbation import draw_perturbation, perturb_latents
 from robustok.tokenizers.robustok import RobusTok
-from robustok.training.generator_training import GeneratorTrainingRun
-from robustok.training.loop import learning_rate
-from robustok.training.main_training import MainTrainingRun
+from robustok.training.common import learning_rate
+from robustok.training.generator import GeneratorTrainingRun
+from robustok.training.tokenizer import MainTrainingRun
 
 EPOCH = 1251
 

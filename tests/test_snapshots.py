@@ -6,10 +6,11 @@ import torch
 import yaml
 from torch import nn
 
-from robustok import snapshots
-from robustok.snapshots import atomic_folder, digest, load_weights, read_snapshot, read_weights, resolve, write_snapshot
+from robustok import files, snapshots
+from robustok.errors import UserError
+from robustok.files import atomic_folder, tensor_digest
+from robustok.snapshots import load_weights, read_snapshot, read_weights, resolve, write_snapshot
 from robustok.tokenizers import load_tokenizer
-from robustok.types import UserError
 
 
 def header(kind="tokenizer", **more):
@@ -69,7 +70,7 @@ def test_a_full_disk_leaves_the_old_one(tmp_path, monkeypatch, place):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(snapshots, place, full)
+    monkeypatch.setattr(snapshots if place == "save_file" else files, place, full)
     with pytest.raises(UserError, match=r"cannot write .*No space left on device; free some space"):
         write(tmp_path / "a", seed=2)
     assert names(tmp_path) == ["a"]
@@ -157,7 +158,7 @@ def test_the_digest_sees_names_shapes_types_and_values():
         {"a": torch.zeros(2, 3).double(), "b": torch.ones(())},
         {"a": torch.full((2, 3), 1e-30), "b": torch.ones(())},
     ]
-    assert len({digest(tensors) for tensors in (base, *others)}) == 5
-    assert digest(base) == digest(
+    assert len({tensor_digest(tensors) for tensors in (base, *others)}) == 5
+    assert tensor_digest(base) == tensor_digest(
         {"b": torch.ones(()), "a": torch.zeros(3, 2).T}
     )  # order and memory layout do not matter

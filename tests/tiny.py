@@ -12,14 +12,16 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from robustok.commands.encode import EncodeRun, encode
+from robustok.commands.evaluate import evaluate
+from robustok.commands.generate import GenerateRun, generate
+from robustok.commands.make_pairs import MakePairsRun, make_pairs
 from robustok.config import Config, load, save
-from robustok.encode import EncodeRun, encode
-from robustok.evaluate import EvaluateRun, evaluate
-from robustok.generate import GenerateRun, MakePairsRun, generate, make_pairs
-from robustok.training.generator_training import GeneratorTrainingRun, train_generator
-from robustok.training.loop import leave_processes
-from robustok.training.main_training import MainTrainingRun, main_train
-from robustok.training.post_training import PostTrainingRun, post_train
+from robustok.devices import leave_processes
+from robustok.evaluation.settings import EvaluateRun
+from robustok.training.decoder import PostTrainingRun, post_train
+from robustok.training.generator import GeneratorTrainingRun, train_generator
+from robustok.training.tokenizer import MainTrainingRun, main_train
 
 VERBS = {
     "main-train": (main_train, MainTrainingRun),

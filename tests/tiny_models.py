@@ -7,8 +7,9 @@ import torch
 
 from robustok.config import validate
 from robustok.generators import GENERATORS, build_generator
-from robustok.generators.sampling import image_rngs
-from robustok.released import FAMILIES, to_released
+from robustok.pretrained.export import to_released
+from robustok.pretrained.families import FAMILIES
+from robustok.randomness import image_rngs
 from robustok.tokenizers import TOKENIZERS
 
 VIT = {"width": 16, "depth": 1, "heads": 2}

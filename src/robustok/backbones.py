@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from robustok.checkpoints import read_checkpoint
-from robustok.types import UserError
+from robustok.errors import UserError
 
 
 class ImageNetRange(nn.Module):

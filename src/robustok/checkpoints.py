@@ -8,12 +8,10 @@ import difflib
 import json
 import os
 import pickle
-import re
 import types
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +21,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from robustok.errors import UserError
+from robustok.hub import HUB_STEMS, download, is_remote, one_line_of
 from robustok.snapshots import read_weights
-from robustok.types import UserError
 
 WRAPPERS = ("ema", "model", "module", "state_dict")  # what training puts around a state dict; the first is preferred
+
+
 PREFIXES = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
-HUB_STEMS = ("model", "pytorch_model", "diffusion_pytorch_model")  # such files have their config.json beside them
+
+
 ARCHIVE, OLD_FILE = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch's files begin
 
 
@@ -92,7 +94,7 @@ def _read_pickle(path: Path) -> Any:
     except UserError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
-        reason = _line(error) or type(error).__name__
+        reason = one_line_of(error) or type(error).__name__
         raise UserError(f"{path} cannot be read as a PyTorch checkpoint ({reason}); download it again") from None
 
 
@@ -128,75 +130,6 @@ def file_beside(path: Path) -> Path | None:
 
 def _of_type(value: Any, kind: type) -> Any:
     return value if isinstance(value, kind) else None
-
-
-def is_remote(path: str | Path) -> bool:
-    """Whether a path names a file on the Hugging Face Hub: ``hf://...``, or what pathlib makes of it."""
-    return re.match(r"hf:/", str(path)) is not None
-
-
-def download(address: str | Path) -> Path:
-    """Fetch ``hf://ORG/REPO/FILE`` or ``hf://ORG/REPO@REVISION/FILE`` into the cache of huggingface_hub.
-
-    A token is taken from the environment variable HF_TOKEN alone.
-
-    Raises:
-        UserError: another form of address; no network, no such file, or no access.
-    """
-    repository, options, file = _address(address)
-    if not file:
-        raise UserError(f"got {address}, expected hf://ORG/REPO/FILE such as hf://yucornetto/RAR/rar_b.bin")
-    from huggingface_hub import hf_hub_download
-
-    with _one_line(f"{file} of {repository}"):
-        path = Path(hf_hub_download(repository, file, **options))
-    if path.stem in HUB_STEMS:
-        with suppress(Exception):  # not every repository has one
-            hf_hub_download(repository, str(Path(file).with_name("config.json").as_posix()), **options)
-    return path
-
-
-def download_folder(address: str | Path, patterns: Sequence[str]) -> Path:
-    """Fetch those files of ``hf://ORG/REPO``, or of its folder ``hf://ORG/REPO/FOLDER``, whose paths in it fit.
-
-    Args:
-        address: as for :func:`download`, of a repository or of a folder in it.
-        patterns: such as ``vae/*.safetensors``.
-
-    Returns:
-        The folder in the cache of huggingface_hub.
-
-    Raises:
-        UserError: another form of address; no network, no such repository, or no access.
-    """
-    repository, options, folder = _address(address)
-    from huggingface_hub import snapshot_download
-
-    with _one_line(f"{folder or 'the folder'} of {repository}"):
-        wanted = [f"{folder}/{pattern}" if folder else pattern for pattern in patterns]
-        return Path(snapshot_download(repository, allow_patterns=wanted, **options)) / folder
-
-
-def _address(address: str | Path) -> tuple[str, dict[str, Any], str]:
-    """Repository, options of a download and path in the repository, which is empty for all of it."""
-    found = re.fullmatch(r"hf:/+([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.*))?", str(address).replace(os.sep, "/"))
-    if found is None:
-        raise UserError(f"got {address}, expected hf://ORG/REPO/FILE such as hf://yucornetto/RAR/rar_b.bin")
-    repository, revision, path = found.groups()
-    return repository, {"revision": revision, "token": os.environ.get("HF_TOKEN") or False}, (path or "").rstrip("/")
-
-
-@contextmanager
-def _one_line(what: str) -> Iterator[None]:
-    """Context of a download."""
-    try:
-        yield
-    except Exception as error:  # of many kinds, all of which the user can act on
-        reason = _line(error).partition(". ")[0][:160] or type(error).__name__
-        raise UserError(
-            f"cannot download {what} ({type(error).__name__}: {reason}); "
-            "check address and network, or download it yourself and give its path"
-        ) from None
 
 
 def choose_weights(content: Any, source: str) -> Checkpoint:
@@ -242,10 +175,6 @@ def _bare_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(weights)
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
-
-
 def write_checkpoint(path: Path, weights: dict[str, Tensor]) -> Path:
     """Write a safetensors file, all of it or nothing.
 
@@ -261,7 +190,7 @@ def write_checkpoint(path: Path, weights: dict[str, Tensor]) -> Path:
         os.replace(temporary, path)
     except Exception as error:  # safetensors wraps the operating system's errors in its own
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {_line(error)}; free some space or choose another") from None
+        raise UserError(f"cannot write {path}: {one_line_of(error)}; free some space or choose another") from None
     return path
 
 

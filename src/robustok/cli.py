@@ -47,34 +47,41 @@ class Verb:
 
 
 VERBS = {
-    "demo": Verb("tell the whole story on handwritten digits, in minutes", "robustok.demo", "demo", "DemoRun"),
+    "demo": Verb("tell the whole story on handwritten digits, in minutes", "robustok.commands.demo", "demo", "DemoRun"),
     "train-classifier": Verb(
         "train a small classifier, whose features others use",
-        "robustok.train_classifier",
+        "robustok.commands.train_classifier",
         "train",
         "TrainClassifierRun",
     ),
     "main-train": Verb(
-        "train a tokenizer with latent perturbation", "robustok.training.main_training", "main_train", "MainTrainingRun"
+        "train a tokenizer with latent perturbation", "robustok.training.tokenizer", "main_train", "MainTrainingRun"
     ),
-    "encode": Verb("turn images into a cache of latents", "robustok.encode", "encode", "EncodeRun"),
+    "encode": Verb("turn images into a cache of latents", "robustok.commands.encode", "encode", "EncodeRun"),
     "train-generator": Verb(
         "train a generator on latents",
-        "robustok.training.generator_training",
+        "robustok.training.generator",
         "train_generator",
         "GeneratorTrainingRun",
     ),
-    "generate": Verb("sample latents, and images if wanted", "robustok.generate", "generate", "GenerateRun"),
+    "generate": Verb("sample latents, and images if wanted", "robustok.commands.generate", "generate", "GenerateRun"),
     "make-pairs": Verb(
-        "mix real latents with samples, for post-training", "robustok.generate", "make_pairs", "MakePairsRun"
+        "mix real latents with samples, for post-training", "robustok.commands.make_pairs", "make_pairs", "MakePairsRun"
     ),
-    "post-train": Verb("fine-tune the decoder on such pairs", "robustok.post_train", "post_train", "PostTrainRun"),
+    "post-train": Verb(
+        "fine-tune the decoder on such pairs", "robustok.commands.post_train", "post_train", "PostTrainRun"
+    ),
     "make-delta": Verb(
-        "keep what post-training changed as a small delta or LoRA", "robustok.make_delta", "save_delta", "MakeDeltaRun"
+        "keep what post-training changed as a small delta or LoRA",
+        "robustok.commands.make_delta",
+        "save_delta",
+        "MakeDeltaRun",
     ),
-    "evaluate": Verb("measure rFID, pFID, gFID and others", "robustok.evaluate", "evaluate", "EvaluateRun"),
+    "evaluate": Verb("measure rFID, pFID, gFID and others", "robustok.commands.evaluate", "evaluate", "EvaluateRun"),
     "report": Verb("make one HTML page of run folders", "robustok.report", "report", "ReportRun"),
-    "convert": Verb("turn released checkpoints into ours, and back", "robustok.convert", "convert", "ConvertRun"),
+    "convert": Verb(
+        "turn released checkpoints into ours, and back", "robustok.commands.convert", "convert", "ConvertRun"
+    ),
 }
 
 app = typer.Typer(
@@ -146,20 +153,20 @@ for _name, _verb in VERBS.items():
 def _run(name: str, verb: Verb, words: list[str], dry_run: bool, as_json: bool) -> int:
     """Read the settings, call the function, print the result; returns the exit code."""
     from robustok.config import load
-    from robustok.types import UserError
+    from robustok.errors import UserError
 
     files = list(takewhile(lambda word: word.endswith((".yaml", ".yml")) and "=" not in word, words))
     try:
         function, config = verb.load()
         run = load(config, files, words[len(files) :], verb=name)
         if dry_run:
-            from robustok.estimate import estimate, show
+            from robustok.commands.dry_run import estimate, show
 
             text = show(run, estimate(run), as_json)
         else:
             result = function(run)
             if "RANK" in os.environ:
-                from robustok.training.loop import leave_processes
+                from robustok.devices import leave_processes
 
                 leave_processes()
             text = json.dumps(_plain(result), indent=2) if as_json else _text(result)

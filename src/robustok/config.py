@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Tag, ValidationError
 
-from robustok.types import UserError
+from robustok.errors import UserError
 
 
 class Config(BaseModel):

@@ -7,20 +7,12 @@ Images inside the library are float32 in [-1, 1]; at the borders (disk, metrics)
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from robustok.generators.sampling import Sampling
-
-
-class UserError(Exception):
-    """Something the user can fix. The command line prints it as one line and exits with code 2.
-
-    The message says what was found, what is accepted and what to do.
-    """
+from robustok.config import Config
 
 
 @runtime_checkable
@@ -108,7 +100,7 @@ class Generator(Protocol):
     def generate(
         self,
         labels: Tensor,
-        sampling: "Sampling",
+        sampling: Config,
         rng: torch.Generator | Sequence[torch.Generator],
         reference: Tensor | None = None,
         preservation: float | None = None,

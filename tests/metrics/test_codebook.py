@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from robustok.errors import UserError
 from robustok.metrics import codebook_perplexity, codebook_usage, count_tokens, token_agreement, token_divergence
-from robustok.types import UserError
 
 
 def test_counts_add_up_and_are_exact():

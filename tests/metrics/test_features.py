@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from robustok.classifier import ClassifierConfig, SmallClassifier
+from robustok.errors import UserError
 from robustok.metrics import ClassifierExtractor, compute_features
-from robustok.types import FeatureExtractor, UserError
+from robustok.metrics.features.classifier import ClassifierConfig, SmallClassifier
+from robustok.types import FeatureExtractor
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from robustok.errors import UserError
 from robustok.metrics import (
     GaussianStatistics,
     covariance_factor,
@@ -14,7 +15,6 @@ from robustok.metrics import (
     mean_and_standard_error,
     small_sample_note,
 )
-from robustok.types import UserError
 
 
 def rng(seed=0):

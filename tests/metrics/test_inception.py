@@ -8,21 +8,19 @@ import pytest
 import torch
 
 import tiny
+from robustok.commands.evaluate import evaluate
+from robustok.commands.generate import generate
 from robustok.config import load
-from robustok.evaluate import EvaluateRun, evaluate
-from robustok.generate import generate
-from robustok.images import Digits, open_images, to_pixels
-from robustok.latents import LatentCache
-from robustok.metrics import (
-    InceptionExtractor,
-    inception,
-    inception_score,
-    kernel_distance,
-    precision_recall,
-)
-from robustok.metrics.features import SPATIAL_DIM, ExtractorConfig, load_extractor
+from robustok.data.dataset import open_images
+from robustok.data.latent_cache import LatentCache
+from robustok.data.pixels import to_pixels
+from robustok.data.sources import Digits
+from robustok.errors import UserError
+from robustok.evaluation.settings import EvaluateRun
+from robustok.metrics import InceptionExtractor, inception_score, kernel_distance, precision_recall
+from robustok.metrics.features import SPATIAL_DIM, ExtractorConfig, inception, load_extractor
 from robustok.tokenizers import load_tokenizer
-from robustok.types import FeatureExtractor, UserError
+from robustok.types import FeatureExtractor
 
 pytest.importorskip("torch_fidelity")
 

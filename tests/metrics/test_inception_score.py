@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch_fidelity import metric_isc
 
+from robustok.errors import UserError
 from robustok.metrics.inception_score import inception_score
-from robustok.types import UserError
 
 
 def rng(seed=0):

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
+from robustok.errors import UserError
 from robustok.metrics import kernel_distance
 from robustok.metrics.kernel import _sums
-from robustok.types import UserError
 
 
 def normal(n, f, seed):

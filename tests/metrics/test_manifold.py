@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch_fidelity import metric_prc
 
+from robustok.errors import UserError
 from robustok.metrics import manifold
 from robustok.metrics.manifold import precision_recall
-from robustok.types import UserError
 
 
 def normal(count, dim=6, seed=0, shift=0.0):

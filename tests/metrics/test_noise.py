@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 
+from robustok.errors import UserError
 from robustok.metrics.frechet import GaussianStatistics, frechet_distance
 from robustok.metrics.noise import NoiseGrid, latent_scale, noise_frechet, noised_latents
-from robustok.types import UserError
 
 IMAGES, LENGTH, WIDTH = 30, 5, 3
 CHANNELS = torch.tensor([0.1, 1.0, 20.0])  # channels of very different size

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
+from robustok.errors import UserError
 from robustok.metrics import psnr, ssim
-from robustok.types import UserError
 
 
 def noise(*shape, seed=0):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from robustok.errors import UserError
 from robustok.metrics.frechet import GaussianStatistics, covariance_factor, frechet_distance
 from robustok.metrics.reference import (
     Reference,
@@ -16,7 +17,6 @@ from robustok.metrics.reference import (
     save_reference,
     save_statistics,
 )
-from robustok.types import UserError
 
 
 def normal(n, f, seed=0):

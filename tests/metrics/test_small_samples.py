@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from robustok.errors import UserError
 from robustok.metrics import small_samples
 from robustok.metrics.frechet import (
     GaussianStatistics,
@@ -11,7 +12,6 @@ from robustok.metrics.frechet import (
     frechet_distance,
 )
 from robustok.metrics.small_samples import frechet_error, frechet_infinity
-from robustok.types import UserError
 
 SCALES = torch.linspace(1.5, 0.3, 16, dtype=torch.float64)
 

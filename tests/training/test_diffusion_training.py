@@ -6,13 +6,14 @@ import torch
 import yaml
 
 import tiny
-from robustok.estimate import estimate
-from robustok.generate import generate, make_pairs
+from robustok.commands.dry_run import estimate
+from robustok.commands.generate import generate
+from robustok.commands.make_pairs import make_pairs
+from robustok.data.latent_cache import LatentCache, Manifest, create_cache, write_shard
+from robustok.errors import UserError
 from robustok.generators import load_generator
-from robustok.latents import LatentCache, Manifest, create_cache, write_shard
-from robustok.training import generator_training
-from robustok.training.generator_training import draw_step, latent_statistics, train_generator
-from robustok.types import UserError
+from robustok.training import generator as generator_training
+from robustok.training.generator import draw_step, latent_statistics, train_generator
 
 L, D, CLASSES, COUNT = 4, 3, 3, 90
 MEAN, STD = np.array([5.0, -2.0, 0.1]), np.array([0.03, 1.0, 20.0])  # as different as the channels of VA-VAE may be

@@ -7,12 +7,13 @@ import yaml
 from safetensors.torch import load_file
 
 import tiny
+from robustok.data.latent_cache import LatentCache, Manifest, create_cache, write_shard
+from robustok.errors import UserError
 from robustok.generators import load_generator
 from robustok.generators.rar import RAR, RARConfig
-from robustok.latents import LatentCache, Manifest, create_cache, write_shard
 from robustok.tokenizers import encoder_digest, load_tokenizer
-from robustok.training.generator_training import accuracy, cross_entropy, parameter_groups, train_generator
-from robustok.types import GeneratorOutput, UserError
+from robustok.training.generator import accuracy, cross_entropy, parameter_groups, train_generator
+from robustok.types import GeneratorOutput
 
 
 def test_a_few_steps_lower_the_loss(generator):

@@ -7,16 +7,16 @@ import torch
 import yaml
 
 import tiny
+from robustok.commands.dry_run import estimate
+from robustok.commands.encode import EncodeRun, encode
 from robustok.config import load
-from robustok.encode import EncodeRun, encode
-from robustok.estimate import estimate
-from robustok.latents import LatentCache
+from robustok.data.latent_cache import LatentCache
+from robustok.errors import UserError
 from robustok.tokenizers import TOKENIZERS, encoder_digest, load_tokenizer
 from robustok.tokenizers.kl import KL, KLConfig, KLOutput
-from robustok.training import main_training
-from robustok.training.main_training import MainTrainingRun, main_train
-from robustok.training.tokenizer_pass import ContinuousPass, draw_inputs
-from robustok.types import UserError
+from robustok.training import tokenizer as main_training
+from robustok.training.latent_inputs import ContinuousPass, draw_inputs
+from robustok.training.tokenizer import MainTrainingRun, main_train
 
 CONV = {"width": 8, "multipliers": [1, 1, 2], "blocks": 1, "attention": [], "middle_attention": False, "groups": 4}
 CODES = {"size": 32, "dim": 4, "revive_every": 3}

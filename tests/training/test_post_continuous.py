@@ -12,14 +12,15 @@ from safetensors.torch import load_file
 
 import tiny
 from robustok.cli import main
+from robustok.commands.encode import encode
 from robustok.config import plain, validate
-from robustok.encode import encode
-from robustok.images import Digits, open_images
-from robustok.latents import LatentCache, Manifest, create_cache, write_shard
+from robustok.data.dataset import open_images
+from robustok.data.latent_cache import LatentCache, Manifest, create_cache, write_shard
+from robustok.data.sources import Digits
+from robustok.errors import UserError
 from robustok.snapshots import write_snapshot
 from robustok.tokenizers import TOKENIZERS, encoder_digest, frozen_weights, load_tokenizer
-from robustok.training.post_training import post_train
-from robustok.types import UserError
+from robustok.training.decoder import post_train
 from tiny_models import TINY_TOKENIZERS, TWO_LEVELS
 
 SIDES = {side: {"width": 8, "multipliers": [1, 1, 2], "blocks": 1, "groups": 4} for side in ("encoder", "decoder")}

@@ -10,17 +10,19 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import tiny
+from robustok.devices import start_accelerator
+from robustok.errors import UserError
 from robustok.generators.rar import RAR, RARConfig
-from robustok.losses import adaptive_weight, contrastive_loss
+from robustok.losses.adversarial import adaptive_weight
+from robustok.losses.semantic import contrastive_loss
+from robustok.runs import RunFolder
 from robustok.tokenizers.perturbation import PerturbationConfig, draw_perturbation
 from robustok.tokenizers.robustok import RobusTok
-from robustok.training.generator_training import cross_entropy, train_generator
-from robustok.training.loop import RunFolder, start_accelerator
-from robustok.training.main_training import main_train
-from robustok.training.objective import last_layer
-from robustok.training.post_training import post_train
+from robustok.training.adversary import last_layer
+from robustok.training.decoder import post_train
+from robustok.training.generator import cross_entropy, train_generator
 from robustok.training.prepared import Prepared, PreparedInParts, adapt_blocks, blocks_of
-from robustok.types import UserError
+from robustok.training.tokenizer import main_train
 
 
 def run_with(*words):

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import tiny
-from robustok.training import generator_training, main_training, post_training
+from robustok.training import decoder as post_training
+from robustok.training import generator as generator_training
+from robustok.training import tokenizer as main_training
 
 MAIN = (
     *tiny.ADVERSARY,

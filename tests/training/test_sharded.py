@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import tiny
-from robustok.training import generator_training
+from robustok.training import generator as generator_training
 
 SETTINGS = ("fsdp=true", "gradient_accumulation=2", "gradient_checkpointing=true", "learning_rate=1e-3", "clip_norm=1")
 

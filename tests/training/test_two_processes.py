@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import tiny
-from robustok.latents import LatentCache
+from robustok.data.latent_cache import LatentCache
 
 
 def settings(tokenizer, latents, generator, samples, pairs, classifier):

@@ -10,16 +10,17 @@ from typing import Annotated, Any
 from pydantic import Discriminator, Field, Tag
 
 from robustok.config import Config, validate
+from robustok.errors import UserError
 from robustok.generators.ddpm import DDPMSampling
-from robustok.generators.diffusion import DiffusionSampling
 from robustok.generators.dit import DiT, DiTConfig
+from robustok.generators.flow import DiffusionSampling
 from robustok.generators.gpt import GPT, GPTConfig
 from robustok.generators.lightningdit import LightningDiT, LightningDiTConfig
 from robustok.generators.rar import RAR, RARConfig
 from robustok.generators.sampling import Sampling
 from robustok.generators.sit import SiT, SiTConfig
 from robustok.snapshots import load_weights, read_snapshot
-from robustok.types import Generator, UserError
+from robustok.types import Generator
 
 GENERATORS = {
     "rar": (RAR, RARConfig),

@@ -11,9 +11,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from robustok.config import Config
-from robustok.generators.diffusion import DiffusionSampling, PreservationPlan, check_reference, image_normals
-from robustok.generators.sampling import check_labels, image_uniforms, per_image
-from robustok.types import UserError
+from robustok.errors import UserError
+from robustok.generators.flow import DiffusionSampling, PreservationPlan, check_reference, image_normals
+from robustok.generators.sampling import check_labels
+from robustok.randomness import image_uniforms, per_image
 
 
 class ContinuousConfig(Config):
@@ -143,7 +144,7 @@ class ContinuousGenerator(nn.Module):
         Args:
             labels: (N,) int64; ``null_label`` samples without a class.
             sampling: sampler, guidance, strategy.
-            rng: one CPU generator per image (:func:`robustok.generators.sampling.image_rngs`), or one that seeds them.
+            rng: one CPU generator per image (:func:`robustok.randomness.image_rngs`), or one that seeds them.
             reference: latents (N, L, D) of real images, as the tokenizer makes them.
             preservation: sigma in [0, 1]; 1 returns the reference, 0 or None ignores it.
 

@@ -17,8 +17,8 @@ from pydantic import Field
 from torch import Tensor
 
 from robustok.config import Config
-from robustok.generators.diffusion import PreservationPlan, Strategy, Velocity, mix
-from robustok.types import UserError
+from robustok.errors import UserError
+from robustok.generators.flow import PreservationPlan, Strategy, Velocity, mix
 
 
 class DDPMSampling(Config):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustok.generators.transformer import modulate
+from robustok.generators.tokens import modulate
 
 NORM_EPSILON = 1e-6
 TIME_FEATURES = 256

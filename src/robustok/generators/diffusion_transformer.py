@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from robustok.checkpoints import depth_of, shape_of
 from robustok.config import validate
+from robustok.errors import UserError
 from robustok.generators.continuous import ContinuousConfig, ContinuousGenerator
-from robustok.generators.diffusion import (
+from robustok.generators.diffusion_blocks import NORM_EPSILON, TimeEmbedder
+from robustok.generators.flow import (
     DiffusionPath,
     DiffusionSampling,
     PreservationPlan,
@@ -26,8 +28,7 @@ from robustok.generators.diffusion import (
     sample_mixture,
     target_velocity,
 )
-from robustok.generators.diffusion_blocks import NORM_EPSILON, TimeEmbedder
-from robustok.types import GeneratorOutput, UserError
+from robustok.types import GeneratorOutput
 
 
 class DiffusionTransformerConfig(ContinuousConfig):
@@ -117,7 +118,7 @@ class DiffusionTransformer(ContinuousGenerator):
             latents: (N, L, D) float32 as the tokenizer makes them.
             labels: (N,) int64; ``null_label`` is "no class".
             noise_levels: (N,) in [0, 1], 1 is pure noise whatever the family's time
-                (:func:`robustok.generators.diffusion.draw_noise_levels`).
+                (:func:`robustok.generators.flow.draw_noise_levels`).
             noise: standard normal (N, L, D).
 
         Returns:

@@ -19,11 +19,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from robustok.config import validate
-from robustok.diffusers_folders import build_network, component, load_network, read_json, write_network
+from robustok.errors import UserError
 from robustok.generators.continuous import ContinuousConfig, ContinuousGenerator
 from robustok.generators.ddpm import DDPMSampling, add_noise, alpha_bars, plan_ddpm, sample_ddpm
-from robustok.generators.diffusion import PreservationPlan, guided_velocity
-from robustok.types import GeneratorOutput, UserError
+from robustok.generators.flow import PreservationPlan, guided_velocity
+from robustok.pretrained.diffusers_folders import build_network, component, load_network, read_json, write_network
+from robustok.types import GeneratorOutput
 
 PUBLISHED = DDPMSampling(
     sampler="ancestral", steps=250, spacing="linspace", variance="learned", guidance_scale=1.5, guided_channels=3

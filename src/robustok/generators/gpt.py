@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from robustok.checkpoints import depth_of, settle, shape_of
 from robustok.config import Config, validate
+from robustok.errors import UserError
 from robustok.generators.sampling import Sampling, guidance_scales, guide
-from robustok.generators.transformer import (
+from robustok.generators.tokens import (
     KeyValueCache,
     TokenGenerator,
     initialise,
@@ -29,7 +30,7 @@ from robustok.generators.transformer import (
     rotary_table,
     rotate,
 )
-from robustok.types import GeneratorOutput, UserError
+from robustok.types import GeneratorOutput
 
 QUERY_KEY_NORM_EPSILON = 1e-5
 

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from robustok.checkpoints import settle, shape_of
-from robustok.generators.diffusion import DiffusionSampling
+from robustok.errors import UserError
 from robustok.generators.diffusion_blocks import MLP, NORM_EPSILON, Attention, Block, FinalLayer, SwiGLU
 from robustok.generators.diffusion_transformer import (
     DiffusionTransformer,
@@ -22,7 +22,7 @@ from robustok.generators.diffusion_transformer import (
     check_tables,
     released_facts,
 )
-from robustok.types import UserError
+from robustok.generators.flow import DiffusionSampling
 
 
 class LightningDiTConfig(DiffusionTransformerConfig):

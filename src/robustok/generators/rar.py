@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from robustok.checkpoints import depth_of, settle, shape_of
 from robustok.config import Config, validate
+from robustok.errors import UserError
 from robustok.generators.sampling import Sampling, guidance_scales, guide
-from robustok.generators.transformer import (
+from robustok.generators.tokens import (
     LAYER_NORM_EPSILON,
     MLP,
     Attention,
@@ -34,7 +35,7 @@ from robustok.generators.transformer import (
     modulate,
     project,
 )
-from robustok.types import GeneratorOutput, UserError
+from robustok.types import GeneratorOutput
 
 # Sampling computes the modulation of many positions at once; this many values (256 MB in float32) bound its memory.
 MODULATION_VALUES = 2**26

@@ -4,7 +4,6 @@ Every image has a random generator of its own and spends exactly one uniform num
 therefore the same in whatever batch, on whatever process it is sampled (up to the rounding of the logits).
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -14,7 +13,8 @@ from pydantic import Field
 from torch import Tensor
 
 from robustok.config import Config
-from robustok.types import UserError
+from robustok.errors import UserError
+from robustok.randomness import image_uniforms
 
 # GigaTok's step schedule multiplies by this, not by 1, where it does not guide.
 FAINT_GUIDANCE = 1.0001
@@ -123,43 +123,6 @@ def sample_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
 def draw_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
     """Temperature, truncation and the draw: guided logits (N, K) and uniforms (N,) to tokens (N,) int64."""
     return sample_tokens(truncate(logits.float() / sampling.temperature, sampling.top_k, sampling.top_p), uniforms)
-
-
-def image_rngs(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
-    """One random generator per image, a function of the run's seed and the image's index alone.
-
-    The pair is hashed, because ``seed + index`` would repeat the images of one seed, shifted, under the next.
-
-    Args:
-        seed: seed of the whole sample set.
-        indices: place of each image in the sample set.
-    """
-    rngs = []
-    for index in indices:
-        digest = hashlib.sha256(f"{int(seed)}:{int(index)}".encode()).digest()
-        rngs.append(torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1))  # 63 bits
-    return rngs
-
-
-def per_image(rng: torch.Generator | Sequence[torch.Generator], count: int) -> list[torch.Generator]:
-    """One CPU random generator per image: those given, or as many seeded in turn by a single one.
-
-    Raises:
-        UserError: the sequence has another length than the batch.
-    """
-    if isinstance(rng, torch.Generator):
-        seeds = torch.randint(2**63 - 1, (count,), generator=rng)
-        return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
-    if len(rng) != count:
-        raise UserError(f"got {len(rng)} random generators for {count} images; give one per image, or a single one")
-    return list(rng)
-
-
-def image_uniforms(rngs: Sequence[torch.Generator], length: int) -> Tensor:
-    """The next ``length`` uniform numbers in [0, 1) of each image: (N, L) float32 on the CPU."""
-    if not rngs:
-        return torch.empty(0, length)
-    return torch.stack([torch.rand(length, generator=rng) for rng in rngs])
 
 
 def token_chooser(

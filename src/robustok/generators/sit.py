@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from robustok.checkpoints import ratio_of, settle, shape_of
-from robustok.generators.diffusion import DiffusionSampling
 from robustok.generators.diffusion_blocks import MLP, NORM_EPSILON, Attention, Block, FinalLayer
 from robustok.generators.diffusion_transformer import (
     DiffusionTransformer,
@@ -23,6 +22,7 @@ from robustok.generators.diffusion_transformer import (
     check_tables,
     released_facts,
 )
+from robustok.generators.flow import DiffusionSampling
 
 
 class SiTConfig(DiffusionTransformerConfig):

@@ -10,8 +10,9 @@ from robustok.metrics.codebook import (
     token_agreement,
     token_divergence,
 )
-from robustok.metrics.dinov2 import DINOv2Extractor
-from robustok.metrics.features import ClassifierExtractor, compute_features
+from robustok.metrics.features.classifier import ClassifierExtractor, compute_features
+from robustok.metrics.features.dinov2 import DINOv2Extractor
+from robustok.metrics.features.inception import InceptionExtractor, InceptionFeatures
 from robustok.metrics.frechet import (
     Estimate,
     GaussianStatistics,
@@ -23,7 +24,9 @@ from robustok.metrics.frechet import (
     mean_and_standard_error,
     small_sample_note,
 )
-from robustok.metrics.gap import (
+from robustok.metrics.inception_score import InceptionScore, inception_score
+from robustok.metrics.kernel import kernel_distance
+from robustok.metrics.latent_gap import (
     Figure,
     LatentGap,
     ReencodingGap,
@@ -33,13 +36,10 @@ from robustok.metrics.gap import (
     reencoding_gap,
     teacher_forcing,
 )
-from robustok.metrics.inception import InceptionExtractor, InceptionFeatures
-from robustok.metrics.inception_score import InceptionScore, inception_score
-from robustok.metrics.kernel import kernel_distance
+from robustok.metrics.lpips import LPIPS
 from robustok.metrics.manifold import PrecisionRecall, precision_recall
 from robustok.metrics.noise import NoiseCell, NoiseGrid, noise_frechet
-from robustok.metrics.perceptual import LPIPS
-from robustok.metrics.perturbed import (
+from robustok.metrics.pfid import (
     ExplicitGrid,
     PerturbedCell,
     PerturbedGrid,

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from robustok.types import UserError
+from robustok.errors import UserError
 
 
 def count_tokens(tokens: Tensor, codebook_size: int) -> Tensor:

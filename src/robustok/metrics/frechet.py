@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustok.types import UserError
+from robustok.errors import UserError
 
 # Rows turned into float64 at a time, so that 50,000 features take no second copy of twice their size.
 ROWS = 4096

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from robustok.types import UserError
+from robustok.errors import UserError
 
 
 def check_pixels(pixels: Tensor) -> None:

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from robustok.types import UserError
+from robustok.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import math
 import torch
 from torch import Tensor
 
+from robustok.errors import UserError
 from robustok.metrics.frechet import Estimate
-from robustok.types import UserError
 
 
 def kernel_distance(features: Tensor, reference: Tensor) -> Estimate:

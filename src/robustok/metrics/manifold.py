@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from robustok.types import UserError
+from robustok.errors import UserError
 
 DistanceDtype = Literal["float64", "float32", "float16"]
 # Squared distances below this share of both squared norms are rounding errors.

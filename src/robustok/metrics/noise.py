@@ -1,6 +1,6 @@
 """``noise_fd``: Frechet distance of reconstructions decoded from noised continuous latents, over a grid of levels.
 
-What :mod:`robustok.metrics.perturbed` is to tokens: the images are encoded once, each cell of the grid adds Gaussian
+What :mod:`robustok.metrics.pfid` is to tokens: the images are encoded once, each cell of the grid adds Gaussian
 noise to the latents, decodes and compares with the *original* images. It is no pFID, which replaces tokens by codes.
 """
 
@@ -17,9 +17,10 @@ from pydantic import Field
 from torch import Tensor
 
 from robustok.config import Config
+from robustok.errors import UserError
 from robustok.metrics.frechet import GaussianStatistics
-from robustok.metrics.perturbed import PerturbedSummary, distances, image_draws, over_seeds
-from robustok.types import FeatureExtractor, UserError
+from robustok.metrics.pfid import PerturbedSummary, distances, image_draws, over_seeds
+from robustok.types import FeatureExtractor
 
 
 class NoiseGrid(Config):

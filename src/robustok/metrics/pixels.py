@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from robustok.errors import UserError
 from robustok.metrics.guards import check_pair
-from robustok.types import UserError
 
 
 def psnr(pixels: Tensor, reference: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robustok.errors import UserError
 from robustok.metrics.frechet import GaussianStatistics, covariance_factor
-from robustok.types import UserError
 
 # What a damaged or foreign file makes numpy and zipfile raise.
 UNREADABLE = (OSError, ValueError, TypeError, EOFError, KeyError, RuntimeError, MemoryError, BadZipFile, zlib.error)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robustok.errors import UserError
 from robustok.metrics.frechet import (
     Estimate,
     GaussianStatistics,
@@ -19,7 +20,6 @@ from robustok.metrics.frechet import (
     factor_of_features,
     frechet_distance,
 )
-from robustok.types import UserError
 
 
 def frechet_error(

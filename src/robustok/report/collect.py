@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from robustok.types import UserError
+from robustok.errors import UserError
 
 SETTINGS = (
     *("sigma", "strategy", "mode", "steps", "guidance_scale", "guidance_power", "guidance_from", "guidance_until"),

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from robustok.errors import UserError
 from robustok.report import plot
 from robustok.report.collect import Report, Run, collect, natural
 from robustok.report.style import SCRIPT, STYLE
 from robustok.report.sweeps import HELD_OUT, sweep_section
 from robustok.report.table import Column, Estimate, Row, Seeds, Table, headline, over_seeds
 from robustok.report.words import DISTANCES, LATENTS, capital, decoder_name, label, settings, summary, tokenizer_name
-from robustok.types import UserError
 
 PIXELS = 2_000_000  # of all pictures together: keeps the page at a few MB
 HIGHER = {"psnr", "ssim", "inception_score", "precision", "recall", "codebook_usage", "codebook_perplexity", "accuracy"}

@@ -8,7 +8,9 @@ import torch
 from pydantic import Field
 
 from robustok.config import validate
-from robustok.snapshots import Snapshot, digest, load_weights, read_snapshot, split_strength
+from robustok.errors import UserError
+from robustok.files import tensor_digest
+from robustok.snapshots import Snapshot, load_weights, read_snapshot, split_strength
 from robustok.tokenizers.deltas import Delta, apply_delta
 from robustok.tokenizers.diffusers_dc import DiffusersDC, DiffusersDCConfig
 from robustok.tokenizers.diffusers_kl import DiffusersKL, DiffusersKLConfig
@@ -19,7 +21,7 @@ from robustok.tokenizers.llamagen import LlamaGen, LlamaGenConfig
 from robustok.tokenizers.maetok import MAETok, MAETokConfig
 from robustok.tokenizers.maskgit import MaskGIT, MaskGITConfig
 from robustok.tokenizers.robustok import RobusTok, RobusTokConfig
-from robustok.types import Tokenizer, UserError
+from robustok.types import Tokenizer
 
 TOKENIZERS = {
     "robustok": (RobusTok, RobusTokConfig),
@@ -95,4 +97,4 @@ def frozen_weights(tokenizer: Tokenizer) -> dict[str, torch.Tensor]:
 
 def encoder_digest(tokenizer: Tokenizer) -> str:
     """Names the latent space: equal for a tokenizer and its post-trained self, whose decoder alone differs."""
-    return getattr(tokenizer, "latent_space", None) or digest(frozen_weights(tokenizer))
+    return getattr(tokenizer, "latent_space", None) or tensor_digest(frozen_weights(tokenizer))

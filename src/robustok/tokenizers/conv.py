@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from robustok.checkpoints import depth_of, shape_of
 from robustok.config import Config
-from robustok.types import UserError
+from robustok.errors import UserError
 
 NORM_EPSILON = 1e-6
 
@@ -297,7 +297,8 @@ def image_problems(images: Tensor, reconstructions: Tensor) -> list[str]:
     found, low, high = [], images.min().item(), images.max().item()
     if low < -1.001 or high > 1.001:
         found.append(
-            f"The images lie in [{low:.3g}, {high:.3g}], but a tokenizer takes [-1, 1]; open them with robustok.images."
+            f"The images lie in [{low:.3g}, {high:.3g}], but a tokenizer takes [-1, 1]; "
+            "open them with robustok.open_images."
         )
     elif low >= 0:
         found.append(

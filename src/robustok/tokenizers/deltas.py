@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from robustok.snapshots import digest
-from robustok.types import UserError
+from robustok.errors import UserError
+from robustok.files import tensor_digest
 
 UP, DOWN = ":up", ":down"  # factors of a difference: up (rows, rank) times down (rank, columns)
 PLACES, VALUES = ":places", ":values"  # where original + difference rounds to another float than it should, and which
@@ -76,7 +76,7 @@ def make_delta(
             lost += (difference - _difference(name, kept, old.shape).double()).square().sum().item()
         whole += difference.square().sum().item()
         tensors |= kept
-    return Delta(digest(before), tensors, (lost / whole) ** 0.5 if whole else 0.0)
+    return Delta(tensor_digest(before), tensors, (lost / whole) ** 0.5 if whole else 0.0)
 
 
 @torch.no_grad()
@@ -95,7 +95,7 @@ def apply_delta(tokenizer: nn.Module, delta: Delta, strength: float = 1.0) -> nn
         UserError: it is not the original of this delta.
     """
     weights = tokenizer.state_dict()
-    if (found := digest(weights)) != delta.base:
+    if (found := tensor_digest(weights)) != delta.base:
         raise UserError(
             f"the delta belongs to the tokenizer with the digest {delta.base}, this one has {found}; "
             "give the very tokenizer that was post-trained"

@@ -9,9 +9,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from robustok.config import Config, validate
-from robustok.diffusers_folders import build_network, component, latent_side, load_network, write_network
+from robustok.errors import UserError
+from robustok.pretrained.diffusers_folders import build_network, component, latent_side, load_network, write_network
 from robustok.tokenizers.conv import image_problems, to_grid
-from robustok.types import UserError
 
 T = TypeVar("T", bound="DiffusersTokenizer")
 

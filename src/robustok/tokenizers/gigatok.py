@@ -16,20 +16,10 @@ from torch import Tensor, nn
 
 from robustok.checkpoints import depth_of, settle, shape_of
 from robustok.config import Config, validate
+from robustok.errors import UserError
 from robustok.tokenizers import llamagen
-from robustok.tokenizers.conv import (
-    NORM_EPSILON,
-    ConvConfig,
-    Decoder,
-    Encoder,
-    Upsample,
-    conv,
-    rename,
-    to_grid,
-    to_row,
-)
+from robustok.tokenizers.conv import NORM_EPSILON, ConvConfig, Decoder, Encoder, Upsample, conv, rename, to_grid, to_row
 from robustok.tokenizers.vq import VQConfig, VQTokenizer
-from robustok.types import UserError
 
 NAMES = (  # ours, the release's
     *llamagen.NAMES,

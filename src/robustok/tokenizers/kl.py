@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from robustok.checkpoints import settle, shape_of
 from robustok.config import validate
+from robustok.errors import UserError
 from robustok.tokenizers.conv import (
     NORM_EPSILON,
     Decoder,
@@ -28,7 +29,6 @@ from robustok.tokenizers.conv import (
     to_grid,
     to_row,
 )
-from robustok.types import UserError
 
 NAMES = (  # ours, the release's
     (r"encoder\.levels", "encoder.down"),

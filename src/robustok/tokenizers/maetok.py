@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from robustok.checkpoints import depth_of, settle, shape_of
 from robustok.config import Config, validate
+from robustok.errors import UserError
 from robustok.tokenizers.robustok import unpatchify
-from robustok.types import UserError
 
 LAYER_NORM_EPSILON = 1e-6
 

@@ -16,7 +16,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from robustok.config import Config
-from robustok.types import TokenizerOutput, UserError
+from robustok.errors import UserError
+from robustok.types import TokenizerOutput
 
 Selection = Literal["exact", "bernoulli"]
 ImageSelection = Literal["stochastic", "floor"]

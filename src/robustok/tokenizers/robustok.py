@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from robustok.backbones import pretrained_backbone
 from robustok.config import Config
+from robustok.errors import UserError
 from robustok.tokenizers.perturbation import PerturbationConfig, PerturbationDraw, perturbed_pass
 from robustok.tokenizers.quantizer import QuantizerConfig, VectorQuantizer
-from robustok.types import TokenizerOutput, UserError
+from robustok.types import TokenizerOutput
 
 
 class ViTConfig(Config):

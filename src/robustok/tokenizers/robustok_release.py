@@ -8,8 +8,8 @@ from torch import Tensor
 
 from robustok.checkpoints import depth_of, ratio_of, settle, shape_of
 from robustok.config import validate
+from robustok.errors import UserError
 from robustok.tokenizers.robustok import RobusTok, RobusTokConfig
-from robustok.types import UserError
 
 DROPPED = ("semantic_model.",)  # the frozen teacher, which nothing that encodes or decodes uses
 NAMES = {

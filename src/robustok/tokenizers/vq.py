@@ -9,10 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from robustok.errors import UserError
 from robustok.tokenizers.conv import GridConfig, check_images, image_problems, to_grid, to_row
 from robustok.tokenizers.perturbation import PerturbationConfig, PerturbationDraw, perturbed_pass
 from robustok.tokenizers.quantizer import QuantizerConfig, VectorQuantizer
-from robustok.types import TokenizerOutput, UserError
+from robustok.types import TokenizerOutput
 
 
 class VQConfig(GridConfig):

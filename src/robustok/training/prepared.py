@@ -1,6 +1,6 @@
 """A model made ready for training: on its devices, its blocks compiled, checkpointed or sharded, its batch in parts.
 
-All of that is settings of :class:`robustok.training.loop.TrainingConfig`; a training step reads the same with any of
+All of that is settings of :class:`robustok.training.common.TrainingConfig`; a training step reads the same with any of
 them. Weights keep their names, so states and snapshots do not tell how they were trained.
 """
 
@@ -19,8 +19,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.checkpoint import checkpoint
 
-from robustok.training.loop import TrainingConfig, autocast
-from robustok.types import UserError
+from robustok.devices import autocast
+from robustok.errors import UserError
+from robustok.training.common import TrainingConfig
 
 
 class Prepared:

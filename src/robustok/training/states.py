@@ -8,30 +8,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def pack(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """Move the tensors of a tree of dicts, lists and scalars into ``tensors``; return the rest, ready for JSON."""
-    if isinstance(tree, Tensor):
-        # a clone: safetensors refuses tensors that share memory, as tied or sliced weights do
-        tensors[name] = tree.detach().cpu().contiguous().clone()
-        return {"__tensor__": name}
-    if isinstance(tree, Mapping):
-        return {"__dict__": [[key, pack(value, f"{name}/{key}", tensors)] for key, value in tree.items()]}
-    if isinstance(tree, list | tuple):
-        return [pack(value, f"{name}/{i}", tensors) for i, value in enumerate(tree)]
-    return tree
-
-
-def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Undo :func:`pack`."""
-    if isinstance(tree, list):
-        return [unpack(value, tensors) for value in tree]
-    if isinstance(tree, dict) and "__tensor__" in tree:
-        return tensors[tree["__tensor__"]]
-    if isinstance(tree, dict) and "__dict__" in tree:
-        return {key: unpack(value, tensors) for key, value in tree["__dict__"]}
-    return tree
-
-
 def whole(tree: Any, keep: bool = True) -> Any:
     """The tree with its shards gathered from all processes, all of which must call this.
 

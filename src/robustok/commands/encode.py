@@ -1,0 +1,186 @@
+"""The `encode` verb: images to a cache of latents, once, so that generators train on integers instead of images."""
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice, tee
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from pydantic import Field
+from torch import Tensor
+
+from robustok.config import Config
+from robustok.console import console, track
+from robustok.data.crops import enlarged, five_crops
+from robustok.data.dataset import open_images
+from robustok.data.latent_cache import LatentType, Manifest, create_cache, missing_shards, shard_rows, write_shard
+from robustok.data.loader import batches_of
+from robustok.data.sources import Data
+from robustok.devices import autocast, start_accelerator
+from robustok.errors import UserError
+from robustok.tokenizers import encoder_digest, load_tokenizer
+from robustok.types import Batch
+
+WORTH_A_LINE = 10**8  # bytes
+VARIANTS = {"center": 1, "center-flip": 2, "ten": 10}  # records of an image
+
+
+class EncodeRun(Config):
+    """Encode a data set, in float32 by default: bf16 changes about one token in a hundred."""
+
+    out: Path = Field(description="folder of the cache; an unfinished one is completed")
+    tokenizer: Path = Field(description="tokenizer snapshot, or run folder")
+    data: Data = Field(description="images to encode")
+    split: Literal["train", "test"] = Field("train", description="split of the data")
+    crops: Literal["center", "center-flip", "ten"] = Field(
+        "center",
+        description="records of each image: its centre crop; that and its mirror image; or ten-crop, for generators "
+        "alone: corners and middle of a centre crop a tenth larger, each also mirrored",
+    )
+    count: int | None = Field(
+        None,
+        ge=1,
+        description="encode only so many images, a random subset for pairs alone; unlike data.limit it leaves the data "
+        "set as it is; null, or more than there are, is all",
+    )
+    seed: int = Field(0, ge=0, description="seed of that subset")
+    batch_size: int = Field(64, ge=1, description="images at a time")
+    shard_size: int = Field(10_000, ge=1, description="records in a shard")
+    precision: Literal["auto", "bf16", "float32"] = Field("float32", description="autocast dtype")
+    latent_dtype: LatentType = Field("float32", description="type of continuous latents on disk")
+    workers: int = Field(0, ge=0, description="processes that decode images ahead; 0 decodes in the process itself")
+
+    @property
+    def variants(self) -> int:
+        """Records of an image, which lie beside each other in the cache."""
+        return VARIANTS[self.crops]
+
+
+def encode(run: EncodeRun) -> Path:
+    """Encode a data set to a cache of latents; a second call completes what the first left.
+
+    Returns:
+        The folder of the cache.
+
+    Raises:
+        UserError: tokenizer or data are not usable, or the folder holds other latents.
+    """
+    accelerator = start_accelerator()
+    tokenizer = load_tokenizer(run.tokenizer).to(accelerator.device)
+    size, variants = tokenizer.image_size, run.variants
+    # The fingerprint of the data tells crop sizes apart, so ten-crop cannot pass for the centre crops of post-training.
+    data = open_images(run.data, enlarged(size) if run.crops == "ten" else size, run.split)
+    chosen = np.sort(random_subset(len(data), run.count, run.seed))  # places of the images that are encoded
+    source = {"made_by": "encode", "data": data.describe(), "crops": run.crops, "precision": run.precision}
+    source |= {"seed": run.seed} if len(chosen) < len(data) else {}
+    manifest = Manifest(
+        kind=tokenizer.kind,
+        latent_shape=tokenizer.latent_shape,
+        codebook_size=len(tokenizer.codebook) if tokenizer.kind == "discrete" else None,
+        classes=len(data.classes),
+        count=len(chosen) * variants,
+        shard_size=run.shard_size,
+        tokenizer=encoder_digest(tokenizer),
+        data=data.fingerprint,
+        source=source,
+        dtype=run.latent_dtype,
+    )
+
+    def read_ahead(stream: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, Batch]]:
+        """Record numbers with their images, each of which is decoded once for all its records."""
+        records, draws = tee(stream)
+        images = (chosen[np.unique(r // variants)] for r in draws)
+        return zip(records, batches_of(data, images, run.workers), strict=True)
+
+    def make(drawn: tuple[np.ndarray, Batch]) -> dict[str, Tensor]:
+        records, batch = drawn
+        image, variant = np.divmod(records, variants)
+        rows = torch.from_numpy(image - image[0])  # of the batch
+        crops, flips = _variants(run.crops, torch.from_numpy(variant))
+        images = batch.images.to(accelerator.device)
+        images = five_crops(images, size)[rows, crops - 1] if run.crops == "ten" else images[rows]  # (n, 3, H, W)
+        images = torch.where(flips.bool().to(images.device)[:, None, None, None], images.flip(-1), images)
+        with autocast(accelerator.device, run.precision):
+            latents = tokenizer.encode(images)
+        labels, indices = batch.labels[rows], batch.indices[rows]
+        seeds = torch.zeros_like(indices)
+        fields = dict(latents=latents, labels=labels, indices=indices, seeds=seeds, flips=flips)
+        return fields | ({"crops": crops} if run.crops == "ten" else {})
+
+    fill_cache(run.out, manifest, make, run.batch_size, accelerator, "encode", read_ahead)
+    return run.out
+
+
+def random_subset(size: int, count: int | None, seed: int) -> np.ndarray:
+    """``count`` of the numbers below ``size`` in random order: (count,) int64; all where count is None or more."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).numpy()[:count]
+
+
+def _variants(crops: str, variant: Tensor) -> tuple[Tensor, Tensor]:
+    """Crop and flip, as ``LatentRecords`` counts them, of the variants 0, 1, ... (n,) of an image."""
+    if crops == "ten":
+        return variant % 5 + 1, variant // 5
+    return variant * 0, variant
+
+
+@torch.no_grad()
+def fill_cache(
+    out: Path,
+    manifest: Manifest,
+    make: Callable[[Any], Mapping[str, Tensor]],
+    batch_size: int,
+    accelerator: Accelerator,
+    description: str,
+    prepare: Callable[[Iterator[np.ndarray]], Iterator[Any]] = iter,
+) -> None:
+    """Write the missing shards of a cache, each process its own.
+
+    Args:
+        out: folder.
+        manifest: what the cache holds.
+        make: record numbers (n,), or what ``prepare`` makes of them, to the fields of these records.
+        batch_size: records at a time.
+        accelerator: which shards are this process's.
+        description: of the progress bar.
+        prepare: turns the stream of record numbers that are to be made into what ``make`` takes; may work ahead.
+
+    Raises:
+        UserError: the folder holds other latents, or the disk has less space than the missing shards need.
+    """
+    if accelerator.is_main_process:
+        create_cache(out, manifest)
+        _show_space(out, manifest, description)
+    accelerator.wait_for_everyone()
+    missing = missing_shards(out, accelerator.process_index, accelerator.num_processes)
+
+    def batches(k: int) -> list[np.ndarray]:
+        rows = np.asarray(shard_rows(manifest, k))
+        return [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+
+    prepared = prepare(records for k in missing for records in batches(k))
+    total = sum(len(batches(k)) for k in missing)
+    bar = track(range(total), f"{description} {out.name}", accelerator.is_main_process)  # one for all, with time left
+    for k in missing:
+        parts = [make(next(prepared)) for _ in islice(bar, len(batches(k)))]
+        write_shard(out, k, {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]})
+    next(bar, None)  # closes it
+    accelerator.wait_for_everyone()
+
+
+def _show_space(out: Path, manifest: Manifest, description: str) -> None:
+    """Say how much disk the missing shards will take if it is much, and refuse to begin what cannot end."""
+    records = sum(len(shard_rows(manifest, k)) for k in missing_shards(out))
+    if not records:
+        return
+    need, free = records * manifest.record_bytes, shutil.disk_usage(out).free
+    if need >= WORTH_A_LINE:
+        size = f"{need / 1e9:.3g} GB in {out} ({free / 1e9:.3g} GB are free)"
+        console.print(f"{description}: {records:,} records of {manifest.record_bytes:,} bytes, {size}", soft_wrap=True)
+    if need > free:
+        raise UserError(
+            f"{out} needs {need / 1e9:.3g} GB for {records:,} records, {free / 1e9:.3g} GB are free; free some space, "
+            "choose another out=FOLDER, or lower count"
+        )

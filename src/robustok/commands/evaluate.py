@@ -1,0 +1,60 @@
+"""The `evaluate` command."""
+
+from pathlib import Path
+
+from robustok.commands.generate import GenerateRun, generate
+from robustok.devices import start_accelerator
+from robustok.errors import UserError
+from robustok.evaluation.comparison import COMPARED
+from robustok.evaluation.evaluator import Judge
+from robustok.evaluation.reconstructions import reconstructions
+from robustok.evaluation.samples import decoded_samples, image_set
+from robustok.evaluation.settings import EvaluateRun
+from robustok.files import append_line
+from robustok.types import Measurement
+
+
+def evaluate(run: EvaluateRun) -> list[Measurement]:
+    """Measure everything that was asked for and applies; append the lines to metrics.jsonl.
+
+    Raises:
+        UserError: tokenizers, latents, images or data are missing or do not belong together; a published protocol is
+            asked for with fewer images than it has, without ``allow_fewer``.
+    """
+    accelerator = start_accelerator()
+    judge = Judge(accelerator, run)
+    found: list[Measurement] = []
+    if run.tokenizer is not None and run.data is not None:  # without data it decodes the generator's samples only
+        found += reconstructions(judge, run.tokenizer)
+    latents = list(run.latents)
+    if run.generator is not None:
+        judge.check_counts(COMPARED, run.count)
+        latents += [_sample(run, number) for number in range(run.sets)]
+    if latents:
+        decoders = run.decoders or {"original": run.tokenizer}
+        found += decoded_samples(judge, latents, decoders)
+    for name, path in run.images.items():
+        found += image_set(judge, name, path)
+    if accelerator.is_main_process:
+        try:
+            run.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write to {run.out}: {error.strerror}; choose another out=FOLDER") from None
+        for measurement in found:
+            append_line(run.out / "metrics.jsonl", measurement.line())
+    return found
+
+
+def _sample(run: EvaluateRun, number: int) -> Path:
+    """One set of samples of the generator, in a folder that another evaluation finds complete."""
+    out = run.out / "samples" / f"{run.seed + number:06d}"
+    return generate(
+        GenerateRun(
+            out=out,
+            generator=run.generator,
+            count=run.count,
+            sampling=run.sampling,
+            seed=run.seed + number,
+            batch_size=run.batch_size,
+        )
+    )

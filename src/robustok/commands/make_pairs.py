@@ -1,0 +1,119 @@
+"""The `make-pairs` command: real latents mixed with samples of a generator, for post-training."""
+
+import warnings
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from robustok.commands.encode import fill_cache, random_subset
+from robustok.commands.generate import load_for_sampling, manifest_of, record_fields
+from robustok.config import Config, plain
+from robustok.data.latent_cache import LatentCache, LatentType, check_cache, check_center_crops
+from robustok.data.pixels import from_pixels, to_pixels
+from robustok.devices import autocast, start_accelerator
+from robustok.files import tensor_digest
+from robustok.generators import SamplingConfig, check_kind, check_sampling
+from robustok.randomness import image_rngs
+from robustok.tokenizers import encoder_digest, load_tokenizer
+from robustok.types import Tokenizer
+
+CHECKED = 512  # latents against which a generator's latent statistics are held
+
+
+class MakePairsRun(Config):
+    """Mix real latents with samples of the generator."""
+
+    out: Path = Field(description="folder of the cache of pairs; an unfinished one is completed")
+    generator: Path = Field(description="generator snapshot, or run folder")
+    latents: Path = Field(description="cache of the real images' latents, made by `robustok encode`")
+    preservation: float = Field(
+        0.9,
+        ge=0,
+        le=1,
+        description="share of the real latents that is kept (sigma; diffusion: by sampling.strategy); 1 is the control",
+    )
+    count: int | None = Field(
+        200_000,
+        ge=1,
+        description="number of pairs, a random subset of the latents; null, or more than there are, is all",
+    )
+    mode: Literal["generated", "reencoded"] = Field(
+        "generated",
+        description="generated: the mixture itself; reencoded: decoded to uint8 and encoded again (release)",
+    )
+    tokenizer: Path | None = Field(None, description="needed for mode=reencoded")
+    sampling: SamplingConfig | None = Field(None, description="null takes the settings stored with the generator")
+    seed: int = Field(0, ge=0, description="seed of the subset and of every sample")
+    batch_size: int = Field(64, ge=1, description="samples at a time")
+    shard_size: int = Field(10_000, ge=1, description="records in a shard")
+    precision: Literal["auto", "bf16", "float32"] = Field("float32", description="autocast dtype")
+    compile: bool = Field(
+        False, description="compile the sampling step of a token generator; no gain on a CPU, where it needs g++"
+    )
+    latent_dtype: LatentType = Field("float32", description="type of continuous latents on disk")
+
+    @model_validator(mode="after")
+    def _reencoding_needs_a_tokenizer(self) -> "MakePairsRun":
+        if self.mode == "reencoded" and self.tokenizer is None:
+            raise ValueError("reencoded needs the tokenizer that decodes and encodes again; set tokenizer=PATH")
+        return self
+
+
+def make_pairs(run: MakePairsRun) -> Path:
+    """Make the latents that post-training decodes; each names the real image it must become.
+
+    Returns:
+        The folder of the cache.
+
+    Raises:
+        UserError: generator, latents and tokenizer do not belong together, or the folder holds other latents.
+    """
+    accelerator = start_accelerator()
+    generator = load_for_sampling(run.generator, run.compile, accelerator.device)
+    cache = LatentCache(run.latents)
+    check_center_crops(cache)
+    check_kind(generator.config.name, cache.manifest.kind, str(run.latents))
+    check_cache(cache, generator.latent_space, generator.latent_shape, generator.codebook_size)
+    tokenizer = load_tokenizer(run.tokenizer).to(accelerator.device) if run.mode == "reencoded" else None
+    if tokenizer is not None:
+        check_cache(cache, encoder_digest(tokenizer))
+    sampling = run.sampling or generator.sampling
+    check_sampling(generator.config.name, sampling)
+    rows = random_subset(len(cache), run.count, run.seed)
+
+    def make(records: np.ndarray) -> dict[str, Tensor]:
+        real = cache.read(rows[records])
+        rngs = image_rngs(run.seed, records.tolist())
+        with autocast(accelerator.device, run.precision):
+            latents = generator.generate(real.labels, sampling, rngs, real.latents, run.preservation)
+            if tokenizer is not None:
+                latents = reencode(tokenizer, latents)
+        return record_fields(latents, real.labels, real.indices, records) | {"flips": real.flips}
+
+    source = {
+        "made_by": "make-pairs",
+        "sigma": run.preservation,
+        "mode": run.mode,
+        "seed": run.seed,
+        "sampling": plain(sampling),
+    }
+    source |= {
+        "generator": tensor_digest(generator.state_dict()),
+        "precision": run.precision,
+        "split": cache.manifest.source.get("data"),
+    }
+    if cache.manifest.kind == "continuous":
+        source |= generator.preservation_facts(sampling, run.preservation)
+        for problem in generator.check(cache.read(rows[:CHECKED]).latents):
+            warnings.warn(problem, stacklevel=1)
+    manifest = manifest_of(generator, run.shard_size, run.latent_dtype, len(rows), cache.manifest.data, source)
+    fill_cache(run.out, manifest, make, run.batch_size, accelerator, "make-pairs")
+    return run.out
+
+
+def reencode(tokenizer: Tokenizer, latents: Tensor) -> Tensor:
+    """Decode latents, round to uint8 as a PNG would, and encode again (the released procedure)."""
+    return tokenizer.encode(from_pixels(to_pixels(tokenizer.decode(latents))))

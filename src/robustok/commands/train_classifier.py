@@ -1,0 +1,73 @@
+"""The `train-classifier` verb: a small classifier of one's own images, to measure in its features or learn from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from robustok.config import Config
+from robustok.console import track
+from robustok.data.dataset import ImageDataset, open_images
+from robustok.data.loader import batches_in_order
+from robustok.data.pixels import to_pixels
+from robustok.data.sources import Data
+from robustok.devices import start_accelerator
+from robustok.metrics.features.classifier import ClassifierConfig, load_classifier, save_classifier
+from robustok.runs import RunFolder
+from robustok.training.classifier import accuracy, train_classifier
+
+
+class TrainClassifierRun(Config):
+    """A feature space for Frechet distances, a perceptual loss or a teacher. Give each a seed of its own."""
+
+    out: Path = Field(description="run folder; give it as extractor.path, perceptual_weights or teacher.path")
+    data: Data = Field(description="labelled images: trained on the train split, judged on the test split")
+    image_size: int = Field(32, ge=16, description="height and width of the images in pixels")
+    classifier: ClassifierConfig = ClassifierConfig()
+    seed: int = Field(0, ge=0, description="decides the first weights, the order of the images and their shifts")
+
+
+@dataclass(frozen=True)
+class TrainedClassifier:
+    """Where a classifier lies and how good it is.
+
+    Attributes:
+        path: folder of its snapshot.
+        accuracy: share in [0, 1] of the held-out images that it recognises.
+        samples: number of held-out images.
+    """
+
+    path: Path
+    accuracy: float
+    samples: int
+
+
+def train(run: TrainClassifierRun) -> TrainedClassifier:
+    """Train a classifier, or judge the one that the same command left in the run folder before.
+
+    Raises:
+        UserError: data or run folder are not usable.
+    """
+    accelerator = start_accelerator()
+    path = run.out / "snapshot" / f"{run.classifier.steps:08d}"
+    folder = RunFolder(run, accelerator.is_main_process)
+    held_out = open_images(run.data, run.image_size, "test")
+    if not (path / "model.safetensors").exists():
+        pixels, labels = _pixels(open_images(run.data, run.image_size, "train"))
+        bar = iter(track(range(run.classifier.steps), f"train-classifier {run.out.name}", accelerator.is_main_process))
+        show = lambda done, steps: next(bar, None)  # noqa: E731
+        model = train_classifier(pixels, labels, run.classifier, run.seed, accelerator.device, show)
+        folder.start()
+        if accelerator.is_main_process:
+            save_classifier(model, path)
+        accelerator.wait_for_everyone()
+    share = accuracy(load_classifier(path, accelerator.device), *_pixels(held_out))
+    return TrainedClassifier(path, share, len(held_out))
+
+
+def _pixels(data: ImageDataset) -> tuple[Tensor, Tensor]:
+    """All pixels (N, 3, H, W) uint8 and labels (N,) of a data set."""
+    batches = list(batches_in_order(data, batch_size=256))
+    return torch.cat([to_pixels(batch.images) for batch in batches]), torch.cat([batch.labels for batch in batches])

@@ -1,0 +1,249 @@
+"""A split of a data set as images of one size.
+
+Which data sets there are is in ``sources``, how an image becomes square RGB pixels in ``crops``, the order of training
+in ``order``, batches and worker processes in ``loader``.
+"""
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from robustok.config import Config
+from robustok.data.crops import center_crop, random_crop, to_rgb
+from robustok.data.order import shuffle
+from robustok.data.pixels import from_pixels
+from robustok.data.sources import (
+    DATASETS,
+    Data,
+    Source,
+    Split,
+    bytes_digest,
+    one_line,
+)
+from robustok.errors import UserError
+from robustok.types import Batch
+
+MEMORY_LIMIT = 10**9  # bytes of decoded pixels up to which a data set is held in memory
+
+
+# Data sets
+
+
+class Augmentation(Config):
+    """What training changes in an image. Passes in order use neither."""
+
+    crop: Literal["center", "random"] = Field("center", description="centre crop, or ADM's random crop")
+    flip: bool = Field(False, description="mirror images at random; leave off where sides matter, as in digits")
+
+
+def open_images(
+    data: Data, image_size: int | None, split: Split = "train", augment: Augmentation | None = None
+) -> "ImageDataset":
+    """Open one split of a data set.
+
+    Args:
+        data: which data set, and how much of it.
+        image_size: height and width to crop to, in pixels. None takes the images as they are, which must then have one
+            size: nothing is cropped or resized. That is how finished samples are evaluated.
+        split: "train" or "test". A source with one split is divided by a fixed shuffle.
+        augment: what training changes; None is a centre crop without flips.
+
+    Raises:
+        UserError: nothing is there, nothing can be read, labels are out of range, or sizes differ without image_size.
+    """
+    source = DATASETS[data.name](data, split)
+    labels, classes = source.labels, len(source.classes)
+    if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
+        raise UserError(
+            f"{source.name} has labels from {labels.min()} to {labels.max()}, expected 0 to {classes - 1}; correct them"
+        )
+    rows = np.arange(len(labels))
+    if source.whole and data.holdout > 0:
+        shuffled, tests = shuffle(len(rows), 0, 0), max(1, round(data.holdout * len(rows)))
+        rows = np.sort(shuffled[:tests] if split == "test" else shuffled[tests:])
+    if data.limit is not None:
+        rows = np.sort(rows[shuffle(len(rows), 1, 0)[: data.limit]])
+    if not len(rows):
+        raise UserError(
+            f"{source.name} has {len(labels)} images and none for the {split} split; add images or set data.holdout=0"
+        )
+    return ImageDataset(source, rows, data, split, image_size, augment or Augmentation())
+
+
+def _common_shape(source: Source, rows: np.ndarray) -> tuple[int, int]:
+    """Height and width that all images share; reads the files' headers only.
+
+    Raises:
+        UserError: two images have different sizes (both are named), or none can be read.
+    """
+    if source.shape is not None:
+        return source.shape
+    first = None
+    for row in rows.tolist():
+        try:
+            with source.open(row) as image:
+                size = image.size
+        except Exception:  # a broken image is reported when it is decoded
+            continue
+        first = first or (row, size)
+        if size != first[1]:
+            one, other = (f"{source.where(r)} is {w}x{h}" for r, (w, h) in (first, (row, size)))
+            raise UserError(
+                f"images of {source.name} have different sizes: {one} and {other} pixels; "
+                "expected one size for images that are used as they are; set image_size to crop them"
+            )
+    if first is None:
+        raise UserError(f"none of the {len(rows)} images of {source.name} can be read; expected image files")
+    width, height = first[1]
+    return height, width
+
+
+class ImageDataset:
+    """One split of a data set as images of one size. Small sets are decoded once and kept, large ones when read.
+
+    Attributes:
+        name: name of the source.
+        image_size: height and width of the crops; None where images are taken as they are.
+        shape: (H, W) of every image.
+        labels: (N,) int64.
+        classes: names of the classes.
+        fingerprint: digest of what identifies the content: files and sizes (or bytes), split, crop and size.
+        broken: place -> reason of the images that could not be read so far.
+    """
+
+    def __init__(
+        self, source: Source, rows: np.ndarray, data: Data, split: Split, image_size: int | None, augment: Augmentation
+    ):
+        self.name, self.classes, self.labels = source.name, source.classes, source.labels[rows]
+        self.split, self.image_size, self.augment = split, image_size, augment
+        self.shape = (image_size, image_size) if image_size else _common_shape(source, rows)
+        crop = f"{augment.crop} {image_size}" if image_size else "as they are"
+        crop += f" {data.rgb}" if data.rgb != "adm" else ""
+        self._rgb = data.rgb
+        facts = f"{source.identity} {split} {crop} {bytes_digest(rows.astype('<i8').tobytes())}"
+        self.fingerprint = bytes_digest(facts.encode())
+        self.broken: dict[int, str] = {}
+        # A handful is tolerated unless 0 is asked for, so that one bad file of twenty stops nobody; one must be good.
+        self._allowed = min(max(5, int(data.max_broken * len(rows))), len(rows) - 1) if data.max_broken else 0
+        self._source, self._rows, self._memory = source, rows, None
+        if (augment.crop == "center" or not image_size) and len(rows) * 3 * math.prod(self.shape) <= MEMORY_LIMIT:
+            memory = torch.zeros(len(rows), 3, *self.shape, dtype=torch.uint8)
+            broken = {}
+            for index in range(len(rows)):
+                decoded = self._decode(index, None)
+                if isinstance(decoded, str):
+                    broken[index] = decoded
+                else:
+                    memory[index] = decoded
+            self._note(broken)
+            self._memory = memory
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def describe(self) -> str:
+        """Name, split, crop, count and digest, for the ``reference`` of a result."""
+        height, width = self.shape
+        crop = f"{self.augment.crop} crop {self.image_size}" if self.image_size else f"as they are, {height}x{width}"
+        return f"{self.name} {self.split}, {crop}, {len(self) - len(self.broken)} images, {self.fingerprint}"
+
+    def read(self, indices: Sequence[int] | np.ndarray | Tensor, seeds: np.ndarray | None = None) -> Batch:
+        """Images by their places.
+
+        Args:
+            indices: (N,) places in the data set.
+            seeds: (N,) int64 >= 0, one for each image's augmentation. With seeds a broken image is replaced by the
+                next good one; without them images are plain centre crops and broken ones are left out.
+
+        Raises:
+            UserError: more images are broken than ``max_broken`` allows.
+        """
+        return self._batch(self[Draw(np.asarray(indices, dtype=np.int64), seeds)])
+
+    def __getitem__(self, draw: "Draw") -> "Read":
+        """What data workers call; everyone else calls ``read``."""
+        seeds = [None] * len(draw.indices) if draw.seeds is None else draw.seeds.tolist()
+        pixels, places, kept, broken = [], [], [], {}
+        for index, seed in zip(draw.indices.tolist(), seeds, strict=True):
+            decoded = self._decode(index, seed)
+            while isinstance(decoded, str):
+                broken[index] = decoded
+                if seed is None or len(broken) > self._allowed:
+                    break
+                index = (index + 1) % len(self)
+                decoded = self._decode(index, seed)
+            else:
+                pixels.append(decoded)
+                places.append(index)
+                kept.append(seed)
+        images = torch.stack(pixels) if pixels else torch.zeros(0, 3, *self.shape, dtype=torch.uint8)
+        if self.augment.flip and draw.seeds is not None:
+            mirrored = torch.tensor(kept) % 2 == 1
+            images[mirrored] = images[mirrored].flip(-1)
+        return Read(images, torch.tensor(places, dtype=torch.int64), broken)
+
+    def _decode(self, index: int, seed: int | None) -> Tensor | str:
+        """Pixels (3, H, W) of one image, or why it cannot be read."""
+        if index in self.broken:
+            return self.broken[index]
+        if self._memory is not None:
+            return self._memory[index]
+        try:
+            with self._source.open(int(self._rows[index])) as image:
+                if self.image_size is None:
+                    pixels = np.array(to_rgb(image, self._rgb))
+                elif seed is None or self.augment.crop == "center":
+                    pixels = center_crop(image, self.image_size, self._rgb)
+                else:
+                    pixels = random_crop(image, self.image_size, torch.Generator().manual_seed(seed), self._rgb)
+        except UserError:  # the whole source is damaged
+            raise
+        except Exception as error:  # image decoders raise nearly anything on a damaged file
+            return one_line(error)
+        if pixels.shape[:2] != self.shape:  # turned by its EXIF orientation
+            return f"it is {pixels.shape[1]}x{pixels.shape[0]} pixels, the others are {self.shape[1]}x{self.shape[0]}"
+        return torch.from_numpy(pixels).permute(2, 0, 1)  # (3, H, W)
+
+    def _note(self, broken: dict[int, str]) -> None:
+        """Remember broken images, stop when there are too many, and else warn once for each."""
+        new = {index: reason for index, reason in broken.items() if index not in self.broken}
+        self.broken |= new
+        if len(self.broken) > self._allowed:
+            first = "; ".join(f"{self._where(index)}: {reason}" for index, reason in list(self.broken.items())[:3])
+            raise UserError(
+                f"{len(self.broken)} of {len(self)} images of {self.name} cannot be read and at most {self._allowed} "
+                f"are skipped ({first}); repair or remove them, or raise data.max_broken"
+            )
+        for index, reason in new.items():
+            warnings.warn(f"skipping an image that cannot be read: {self._where(index)}: {reason}", stacklevel=3)
+
+    def _where(self, index: int) -> str:
+        return self._source.where(int(self._rows[index]))
+
+    def _batch(self, read: "Read") -> Batch:
+        self._note(read.broken)
+        return Batch(from_pixels(read.pixels), torch.from_numpy(self.labels)[read.indices], read.indices)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Images to read: places (N,) int64 and seeds (N,) of their augmentation, as ``ImageDataset.read`` takes them."""
+
+    indices: np.ndarray
+    seeds: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a data worker sends: pixels (N, 3, H, W) uint8, places (N,) int64, and broken places with the reasons."""
+
+    pixels: Tensor
+    indices: Tensor
+    broken: dict[int, str]

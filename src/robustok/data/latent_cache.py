@@ -1,0 +1,404 @@
+"""The on-disk cache of latents: a folder with ``manifest.json`` and ``shard-00000.safetensors`` and so on.
+
+A cache holds the latents of a data set (``indices`` are places in it), or what a generator made from them, which with
+the images of the same places are the pairs of post-training. Shards are written whole or not at all, so a killed run
+continues with ``missing_shards``.
+"""
+
+import errno
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from robustok.config import differences
+from robustok.data.order import batch_indices
+from robustok.devices import rank_rows
+from robustok.errors import UserError
+
+OPTIONAL = {"flips", "crops"}  # fields of a shard that are 0 where they are not stored
+LatentType = Literal["float32", "float16", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a cache holds and where it comes from.
+
+    Attributes:
+        kind: "discrete" (tokens) or "continuous".
+        latent_shape: (L, D), latents per image and their width.
+        codebook_size: K; None where continuous.
+        classes: number of classes; labels are 0..classes-1.
+        count: records in the whole cache.
+        shard_size: records in a shard; the last one holds the rest.
+        tokenizer: digest of the tokenizer that made or will decode the latents.
+        data: fingerprint of the data set behind ``indices``; None for free samples.
+        source: provenance for people and reports: sigma, sampling, seed, digest of the generator, crop.
+        dtype: how continuous latents are stored; read back they are float32. float16 ends at 65504.
+    """
+
+    kind: Literal["discrete", "continuous"]
+    latent_shape: tuple[int, int]
+    codebook_size: int | None
+    classes: int
+    count: int
+    shard_size: int
+    tokenizer: str
+    data: str | None = None
+    source: dict[str, Any] = field(default_factory=dict)
+    dtype: LatentType = "float32"
+
+    def __post_init__(self):
+        if self.kind not in ("discrete", "continuous") or (self.kind == "discrete") != (self.codebook_size is not None):
+            raise UserError(
+                f"a latents cache of kind {self.kind!r} with codebook_size {self.codebook_size}; "
+                "expected 'discrete' with a size, or 'continuous' with None"
+            )
+        sizes = {"classes": self.classes, "count": self.count, "shard_size": self.shard_size}
+        for name, value in (sizes | {"latent_shape": min(self.latent_shape)}).items():
+            if value < 1:
+                raise UserError(f"a latents cache with {name} = {value}; expected at least 1")
+
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+        return -(-self.count // self.shard_size)
+
+    @property
+    def latent_type(self) -> torch.dtype:
+        """Of latents on disk; tokens have the smaller of two."""
+        if self.codebook_size is None:
+            return getattr(torch, self.dtype)
+        return torch.uint16 if self.codebook_size <= 65536 else torch.int32
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of a record on disk: latents, label, index, seed and flip."""
+        length, width = self.latent_shape
+        return length * (width if self.codebook_size is None else 1) * self.latent_type.itemsize + 21
+
+    def plain(self) -> dict[str, Any]:
+        """The manifest as it reads back from JSON."""
+        return json.loads(json.dumps(asdict(self)))
+
+
+@dataclass(frozen=True)
+class LatentRecords:
+    """Latents with where they come from.
+
+    Attributes:
+        latents: tokens (N, L) int64, or (N, L, D) float32.
+        labels: (N,) int64.
+        indices: (N,) int64, place in the data set; -1 for free samples.
+        seeds: (N,) int64, seed of each record's sampling or augmentation.
+        flips: (N,) uint8, 1 where the image was mirrored before it was encoded.
+        crops: (N,) uint8, 0 for the centre crop, 1 to 5 for those of ten-crop in the order of ``crops.five_crops``.
+    """
+
+    latents: Tensor
+    labels: Tensor
+    indices: Tensor
+    seeds: Tensor
+    flips: Tensor
+    crops: Tensor
+
+
+# Writing
+
+
+def create_cache(path: Path, manifest: Manifest) -> None:
+    """Start a cache, or go on with one that has the same manifest.
+
+    Raises:
+        UserError: another cache is there (the fields that differ are named), or the folder cannot be written.
+    """
+    shards = sorted(path.glob("shard-*.safetensors")) if path.is_dir() else []
+    if (path / "manifest.json").exists():
+        different = differences(_read_manifest(path).plain(), manifest.plain())
+        if different:
+            raise UserError(
+                f"{path} holds other latents ({'; '.join(different)}); choose another folder or remove this one"
+            )
+    elif shards:
+        raise UserError(
+            f"{path} holds shards of unknown origin and no manifest.json; choose another folder or remove them"
+        )
+    else:
+        _write(path / "manifest.json", json.dumps(manifest.plain(), indent=2).encode())
+
+
+def missing_shards(path: Path, rank: int = 0, world: int = 1) -> list[int]:
+    """The shards k with k % world == rank that are still to be written. Removes what a killed run left half written."""
+    missing = [k for k in _missing(path, _read_manifest(path)) if k % world == rank]
+    for k in missing:  # of this rank only: another one may be writing
+        _temporary(_shard_path(path, k)).unlink(missing_ok=True)
+    return missing
+
+
+def shard_rows(manifest: Manifest, k: int) -> range:
+    """The records that shard ``k`` holds, counted over the whole cache."""
+    return range(k * manifest.shard_size, min((k + 1) * manifest.shard_size, manifest.count))
+
+
+def write_shard(path: Path, k: int, arrays: Mapping[str, np.ndarray | Tensor]) -> None:
+    """Check a shard and write it, whole or not at all.
+
+    Args:
+        path: folder of the cache.
+        k: number of the shard.
+        arrays: ``latents`` (n, L) integers or (n, L, D) floats, ``labels``, ``indices``, ``seeds`` (n,) and if wanted
+            ``flips`` and ``crops`` (n,), where n is ``len(shard_rows(manifest, k))``.
+
+    Raises:
+        UserError: a field is missing or has another shape, type or range than the manifest says; the disk is full.
+    """
+    manifest = _read_manifest(path)
+    arrays = {name: _numpy(value) if isinstance(value, Tensor) else np.asarray(value) for name, value in arrays.items()}
+    where = f"shard {k} of {path}"
+    expected = {"latents", "labels", "indices", "seeds"}
+    if not expected <= arrays.keys() <= expected | OPTIONAL:
+        raise UserError(
+            f"{where} has the fields {sorted(arrays)}; expected {sorted(expected)}, perhaps {sorted(OPTIONAL)}"
+        )
+    rows = len(shard_rows(manifest, k))
+    discrete = manifest.kind == "discrete"
+    shape = (rows, *manifest.latent_shape[: 1 if discrete else 2])
+    for name, value in arrays.items():
+        wanted, kinds = (shape, "iu" if discrete else "f") if name == "latents" else ((rows,), "iu")
+        if value.shape != wanted or value.dtype.kind not in kinds:
+            kind = "integers" if "i" in kinds else "floats"
+            raise UserError(f"{name} of {where} are {value.dtype} {value.shape}; expected {kind} {wanted}")
+    _check_labels(arrays["labels"], manifest, where)
+    _check_latents(arrays["latents"], manifest, where)
+    types = {"latents": manifest.latent_type, "labels": torch.int32} | dict.fromkeys(OPTIONAL, torch.uint8)
+    # Copies: safetensors refuses tensors that share memory.
+    stored = {name: torch.tensor(value, dtype=types.get(name, torch.int64)) for name, value in arrays.items()}
+    if not discrete and not stored["latents"].isfinite().all():
+        raise UserError(f"latents of {where} are too large for {manifest.dtype}; store them as float32 or bfloat16")
+    _write(_shard_path(path, k), save(stored))
+
+
+# Reading
+
+
+class LatentCache:
+    """A complete cache. Shards are mapped into memory: the system loads what is read and drops it when memory is short.
+
+    Attributes:
+        path: its folder.
+        manifest: what it holds.
+
+    Raises:
+        UserError: the cache is missing, incomplete or damaged.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.manifest = path, _read_manifest(path)
+        missing = _missing(path, self.manifest)
+        if missing:
+            raise UserError(
+                f"{path} lacks {len(missing)} of {self.manifest.shards} shards, first shard {missing[0]}; "
+                "run the command that makes it again"
+            )
+        self._shards = [self._map(k) for k in range(self.manifest.shards)]
+
+    def __len__(self) -> int:
+        return self.manifest.count
+
+    @property
+    def labels(self) -> np.ndarray:
+        """All labels, (N,) int64."""
+        return np.concatenate([shard["labels"] for shard in self._shards]).astype(np.int64)
+
+    @property
+    def indices(self) -> np.ndarray:
+        """All places in the data set, (N,) int64."""
+        return np.concatenate([shard["indices"] for shard in self._shards])
+
+    def read(self, rows: slice | Sequence[int] | np.ndarray | Tensor) -> LatentRecords:
+        """Records by their rows, in the order asked for.
+
+        Raises:
+            IndexError: a row is outside of 0..N-1.
+            UserError: a token is not in the codebook, or a latent is not finite.
+        """
+        rows = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows, dtype=np.int64)
+        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
+            raise IndexError(f"rows {rows.min()}..{rows.max()} of a cache with {len(self)} records")
+        found = self._gather(rows)
+        if found["latents"].dtype == np.int16:  # the bits of bfloat16, which numpy does not know
+            found["latents"] = torch.from_numpy(found["latents"]).view(torch.bfloat16).float().numpy()
+        _check_latents(found["latents"], self.manifest, str(self.path))
+        latents = np.int64 if self.manifest.kind == "discrete" else np.float32
+        types = {"latents": latents, "labels": np.int64, "indices": np.int64, "seeds": np.int64}
+        return LatentRecords(
+            **{name: torch.from_numpy(value.astype(types.get(name, np.uint8))) for name, value in found.items()}
+        )
+
+    def _gather(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """All fields of these rows, shard by shard: rows of a large cache lie in hundreds of them."""
+        stored = {f.name: self._shards[0][f.name] for f in fields(LatentRecords)}
+        values = {name: np.empty((len(rows), *first.shape[1:]), first.dtype) for name, first in stored.items()}
+        shards, within = np.divmod(rows, self.manifest.shard_size)
+        order = shards.argsort(kind="stable")
+        for places in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1) if len(rows) else ():
+            shard = self._shards[shards[places[0]]]
+            for name, value in values.items():
+                value[places] = shard[name][within[places]]
+        return values
+
+    def _map(self, k: int) -> dict[str, np.ndarray]:
+        path = _shard_path(self.path, k)
+        try:
+            bits = {torch.bfloat16: torch.int16}
+            shard = {name: t.view(bits.get(t.dtype, t.dtype)).numpy() for name, t in load_file(path).items()}
+        except (SafetensorError, OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"{path} is damaged ({reason}); remove it and run the command that makes it again"
+            ) from None
+        rows = len(shard_rows(self.manifest, k))
+        shard = dict.fromkeys(OPTIONAL, np.zeros(rows, dtype=np.uint8)) | shard
+        lengths = {name: len(shard.get(name, ())) for name in ("latents", "labels", "indices", "seeds", *OPTIONAL)}
+        if set(lengths.values()) != {rows}:
+            raise UserError(
+                f"{path} has {lengths} records, expected {rows}; remove it and run the command that makes it again"
+            )
+        _check_labels(shard["labels"], self.manifest, str(path))
+        return shard
+
+
+def check_cache(
+    cache: LatentCache,
+    tokenizer_digest: str | None = None,
+    latent_shape: tuple[int, int] | None = None,
+    codebook_size: int | None = None,
+) -> None:
+    """Refuse a cache that was made for another tokenizer; None is not compared.
+
+    Raises:
+        UserError: names what differs.
+    """
+    manifest = cache.manifest
+    found = {
+        "tokenizer": manifest.tokenizer,
+        "latent_shape": manifest.latent_shape,
+        "codebook_size": manifest.codebook_size,
+    }
+    given = {"tokenizer": tokenizer_digest, "latent_shape": latent_shape, "codebook_size": codebook_size}
+    for name, value in given.items():
+        if value is not None and value != found[name]:
+            raise UserError(
+                f"{cache.path} was made by another tokenizer: {name} {found[name]}, expected {value}; "
+                "encode the images again"
+            )
+
+
+def check_center_crops(cache: LatentCache) -> None:
+    """Refuse latents of ten-crop, whose crops are not the centre crops that post-training shows the decoder.
+
+    Raises:
+        UserError: the cache holds ten-crop.
+    """
+    if cache.manifest.source.get("crops") == "ten":
+        raise UserError(
+            f"{cache.path} holds latents of ten crops, post-training compares with centre crops; "
+            "encode the images again with crops=center or crops=center-flip"
+        )
+
+
+def training_latents(
+    cache: LatentCache, global_batch: int, seed: int, first_step: int, steps: int, rank: int = 0, world: int = 1
+) -> Iterator[LatentRecords]:
+    """This rank's rows of the global batches of steps first_step..first_step+steps-1, as ``images.training_batches``.
+
+    An epoch goes once over all records: where an image was encoded as it is and mirrored, or as ten crops, each of
+    these is a sequence of its own, shuffled with the others, as in RAR's published training. Only the rows of a batch
+    are read, so memory does not grow with the cache.
+
+    Raises:
+        UserError: the cache is smaller than the batch, or ``world`` does not divide it.
+    """
+    rows = rank_rows(global_batch, rank, world)
+    batch_indices(len(cache), global_batch, seed, first_step)  # complain now rather than at the first batch
+    steps_ahead = range(first_step, first_step + steps)
+    return (cache.read(batch_indices(len(cache), global_batch, seed, step)[rows]) for step in steps_ahead)
+
+
+def _read_manifest(path: Path) -> Manifest:
+    file = path / "manifest.json"
+    if not file.is_file():
+        raise UserError(
+            f"no latents cache at {path} (there is no {file.name}); give the folder that encoding or pair-making wrote"
+        )
+    try:
+        record = json.loads(file.read_text())
+        return Manifest(**(record | {"latent_shape": tuple(record["latent_shape"])}))
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        known = ", ".join(f.name for f in fields(Manifest))
+        raise UserError(
+            f"{file} is no manifest ({error}); expected a JSON object with {known}; remove the cache"
+        ) from None
+
+
+def _missing(path: Path, manifest: Manifest) -> list[int]:
+    return [k for k in range(manifest.shards) if not _shard_path(path, k).exists()]
+
+
+def _check_labels(labels: np.ndarray, manifest: Manifest, where: str) -> None:
+    if not 0 <= labels.min() <= labels.max() < manifest.classes:
+        found = f"{labels.min()} to {labels.max()}"
+        raise UserError(f"labels of {where} go from {found}, expected 0 to {manifest.classes - 1}; correct them")
+
+
+def _check_latents(latents: np.ndarray, manifest: Manifest, where: str) -> None:
+    if manifest.kind == "continuous":
+        if not np.isfinite(latents).all():
+            raise UserError(f"latents of {where} are not all finite numbers; make them again with a sound model")
+    elif latents.size and not 0 <= latents.min() <= latents.max() < manifest.codebook_size:
+        raise UserError(
+            f"tokens of {where} go from {latents.min()} to {latents.max()}, "
+            f"expected 0 to {manifest.codebook_size - 1}; make them again with this tokenizer"
+        )
+
+
+def _numpy(values: Tensor) -> np.ndarray:
+    """A tensor as an array; bfloat16, which numpy does not know, as float32."""
+    return (values.float() if values.dtype == torch.bfloat16 else values).cpu().numpy()
+
+
+def _shard_path(path: Path, k: int) -> Path:
+    return path / f"shard-{k:05d}.safetensors"
+
+
+def _temporary(file: Path) -> Path:
+    return file.with_name(f".{file.name}.tmp")
+
+
+def _write(file: Path, content: bytes) -> None:
+    """Write beside, flush to the disk, then rename: a reader or a crash never sees half a file."""
+    temporary = _temporary(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "free some space and run the same command again" if full else "check the folder"
+        raise UserError(
+            f"cannot write {file}: {error.strerror}; {remedy}; the shards written so far are valid"
+        ) from None

@@ -1,0 +1,44 @@
+"""The only crossings between images, float32 in [-1, 1], and pixels, uint8."""
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from robustok.errors import UserError
+
+# Value ranges
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """Images (N, 3, H, W) float in [-1, 1] to pixels uint8: trunc(clamp(127.5 x + 128, 0, 255)).
+
+    Raises:
+        UserError: the images hold NaN, which has no pixel value.
+    """
+    if images.isnan().any():
+        bad = int(images.isnan().flatten(1).any(1).sum())
+        raise UserError(
+            f"{bad} of {len(images)} images hold NaN, expected numbers in [-1, 1]; use an earlier snapshot of the model"
+        )
+    return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
+
+
+def from_pixels(pixels: Tensor) -> Tensor:
+    """Pixels uint8 of any shape to images float32 in [-1, 1]; ``to_pixels`` gives the same pixels back."""
+    return pixels.to(torch.float32, copy=True).div_(127.5).sub_(1)  # in place: a third of the memory traffic
+
+
+def save_picture(path: Path, images: Tensor) -> None:
+    """Write a sheet of images (rows, columns, 3, H, W) in [-1, 1] as PNG, every pixel as it is."""
+    rows, columns, _, height, width = images.shape
+    pixels = to_pixels(images.flatten(0, 1)).view(rows, columns, 3, height, width)
+    sheet = pixels.permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, 3)  # (rows * H, columns * W, 3)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(sheet.cpu().numpy()).save(path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; free some space and run the same command again"
+        ) from None

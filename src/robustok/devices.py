@@ -1,0 +1,77 @@
+"""Devices, precision and processes: the only module beside commands and training that imports accelerate."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from robustok.errors import UserError
+
+
+def rank_rows(global_batch: int, rank: int, world: int) -> slice:
+    """The rows of the global batch that belong to a rank.
+
+    Raises:
+        UserError: ``world`` does not divide ``global_batch``.
+    """
+    if global_batch % world:
+        raise UserError(
+            f"a global batch of {global_batch} cannot be shared by {world} processes; set a multiple of {world}"
+        )
+    return slice(rank * global_batch // world, (rank + 1) * global_batch // world)
+
+
+def start_accelerator(batch_size: int = 0, parts: int = 1) -> Accelerator:
+    """The accelerator of this process: one device, or its share of `torchrun` / `accelerate launch`.
+
+    Args:
+        batch_size: global batch.
+        parts: in which every process goes through its share (gradient accumulation).
+
+    Raises:
+        UserError: the global batch does not divide among the processes, or their shares into parts.
+    """
+    # Without a GPU accelerate has to be told so, or every process of a `torchrun` takes itself for the only one.
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    share = rank_rows(batch_size, accelerator.process_index, accelerator.num_processes)
+    if (share.stop - share.start) % parts:
+        raise UserError(
+            f"gradient_accumulation {parts} does not divide the {share.stop - share.start} samples of each process; "
+            "choose a divisor"
+        )
+    return accelerator
+
+
+def leave_processes() -> None:
+    """Leave the group of processes, if there is one, as the last thing of a program that went well.
+
+    A thread of gloo that still frees what it sent while the interpreter shuts down ends the process with SIGABRT,
+    however complete the run is. Not for a program that failed: the others may wait for it inside a collective, and
+    only its exit lets the launcher end them.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def autocast(device: torch.device, precision: str) -> Any:
+    """Context that multiplies in bf16 where asked for, and where ``auto`` finds hardware for it."""
+    if precision == "auto":
+        precision = "bf16" if has_fast_bf16(device) else "float32"
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether bf16 products run in hardware: recent GPUs, and CPUs with AMX or AVX512-BF16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return False
+
+
+def any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether the flag is set in any process, so that all of them stop at the same step."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum") > 0)

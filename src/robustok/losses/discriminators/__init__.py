@@ -1,0 +1,69 @@
+"""Discriminators of images: a frozen part that only sees, a network that learns to judge.
+
+One family a file; a new one adds a line to ``DISCRIMINATORS``.
+"""
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from robustok.config import validate
+from robustok.errors import UserError
+from robustok.losses.discriminators.augmentation import augment, augmentation_draw
+from robustok.losses.discriminators.dino import DinoConfig, DinoHeads, load_backbone, load_dino, load_heads
+from robustok.losses.discriminators.patch import PatchConfig, PatchDiscriminator
+
+__all__ = [
+    "DISCRIMINATORS",
+    "DinoConfig",
+    "DinoHeads",
+    "DiscriminatorConfig",
+    "PatchConfig",
+    "PatchDiscriminator",
+    "augment",
+    "augmentation_draw",
+    "carried_config",
+    "frozen_features",
+    "load_dino",
+    "load_heads",
+]
+
+DISCRIMINATORS = {"patch": (PatchDiscriminator, PatchConfig), "dino": (DinoHeads, DinoConfig)}
+DiscriminatorConfig = Annotated[PatchConfig | DinoConfig, Field(discriminator="name")]
+
+
+def frozen_features(
+    config: PatchConfig | DinoConfig, device: torch.device
+) -> Callable[[Tensor, torch.Generator], Tensor]:
+    """What stands before the network that learns: function of images (N, 3, H, W) and the random numbers of its crop.
+
+    A patch discriminator judges the images themselves.
+
+    Raises:
+        UserError: pretrained weights cannot be had.
+    """
+    if config.name == "dino":
+        return load_backbone(config).to(device)
+    return lambda images, rng: images
+
+
+def carried_config(settings: dict[str, Any], fresh: PatchConfig | DinoConfig, source: str) -> PatchConfig | DinoConfig:
+    """Settings of the discriminator that a snapshot carries.
+
+    Args:
+        settings: as its header has them.
+        fresh: the run's own settings, whose file of backbone weights counts: the snapshot may come from elsewhere.
+        source: of the settings, for the error.
+
+    Raises:
+        UserError: unknown kind or settings.
+    """
+    if settings.get("name") not in DISCRIMINATORS:
+        raise UserError(f"{source}: unknown discriminator {settings.get('name')!r}; known: {', '.join(DISCRIMINATORS)}")
+    config = validate(DISCRIMINATORS[settings["name"]][1], settings, source=source)
+    if config.name == fresh.name == "dino" and fresh.weights is not None:
+        config = config.model_copy(update={"weights": fresh.weights})
+    return config

@@ -1,0 +1,73 @@
+"""Pixels to features: the spaces in which distances between sets of images are measured.
+
+An extractor is anything that satisfies :class:`robustok.types.FeatureExtractor`. Its name carries a digest of its
+weights and goes with every number. It takes uint8 pixels and nothing else, so that no float image slips into a metric.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+
+from robustok.config import Config
+from robustok.metrics.features.classifier import ClassifierExtractor, load_classifier
+from robustok.metrics.features.dinov2 import DINOV2_MODEL, DINOv2Extractor
+from robustok.metrics.features.inception import SPATIAL_DIM, InceptionExtractor, InceptionFeatures, Precision
+from robustok.metrics.guards import check_pixels, exact_float32
+from robustok.types import FeatureExtractor
+
+__all__ = [
+    "SPATIAL_DIM",
+    "ClassifierExtractor",
+    "DINOv2Extractor",
+    "ExtractorConfig",
+    "InceptionExtractor",
+    "InceptionFeatures",
+    "check_pixels",
+    "compute_features",
+    "exact_float32",
+    "load_extractor",
+]
+
+
+class ExtractorConfig(Config):
+    """The feature space of a Frechet distance."""
+
+    name: Literal["classifier", "inception", "dinov2"] = Field(
+        "classifier",
+        description="a small classifier of images of the domain, the Inception network of FID, or DINOv2 for FD-DINOv2",
+    )
+    path: Path | None = Field(
+        None,
+        description="classifier: its folder (`robustok train-classifier` makes one); "
+        "inception, dinov2: file of weights, by default the official one",
+    )
+    precision: Precision = Field(
+        "float32",
+        description="inception: bf16 is faster where hardware multiplies it, for trends; both sides need the same",
+    )
+    model: str = Field(DINOV2_MODEL, description="dinov2: timm model name")
+
+    @model_validator(mode="after")
+    def _settings_belong_to_the_name(self) -> "ExtractorConfig":
+        if self.name == "classifier" and self.path is None:
+            raise ValueError("a classifier needs extractor.path, its folder; or set extractor.name=inception")
+        if self.name != "inception" and self.precision != "float32":
+            raise ValueError(f"extractor.precision={self.precision} needs extractor.name=inception; or drop it")
+        if self.name != "dinov2" and self.model != DINOV2_MODEL:
+            raise ValueError(f"extractor.model={self.model} needs extractor.name=dinov2; or drop it")
+        return self
+
+
+def load_extractor(config: ExtractorConfig, device: torch.device | str = "cpu") -> FeatureExtractor:
+    """The extractor of a configuration.
+
+    Raises:
+        UserError: its weights are missing or damaged.
+    """
+    if config.name == "inception":
+        return InceptionExtractor(config.path, device, config.precision)
+    if config.name == "dinov2":
+        return DINOv2Extractor(config.path, device, config.model)
+    return ClassifierExtractor(load_classifier(config.path, device))

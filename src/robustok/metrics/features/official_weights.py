@@ -1,0 +1,88 @@
+"""Official weights: a local file, torch.hub's cache or the official address, and proof of which file it was."""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlparse
+
+import torch
+from torch import Tensor
+
+from robustok.errors import UserError
+
+
+@dataclass(frozen=True)
+class OfficialWeights:
+    """A state dict and what is known of its file.
+
+    Attributes:
+        state: name to tensor, on the CPU.
+        digest: first eight hexadecimal digits of the file's SHA-256.
+        official: whether they are those that the official name promises.
+        source: the file, for messages.
+    """
+
+    state: dict[str, Tensor]
+    digest: str
+    official: bool
+    source: Path
+
+
+def load_weights(url: str, path: str | Path | None, what: str, setting: str) -> OfficialWeights:
+    """Read a state dict without running code in it.
+
+    Args:
+        url: official address; its file is named ``NAME-DIGEST.pth``, the first digits of its SHA-256, as torch.hub
+            expects it.
+        path: local file, which may hold other weights; None takes the official one, from torch.hub's cache or its
+            address.
+        what: names the network in messages, such as "Inception".
+        setting: names the setting that takes a path, such as "extractor.path".
+
+    Raises:
+        UserError: the file is missing and did not arrive, cannot be read, is no state dict, or stands in the cache
+            under the official name and is another one.
+    """
+    name = Path(urlparse(url).path).name
+    expected = re.fullmatch(r".*-([0-9a-f]{8,})\.pth", name)[1]
+    source = Path(path) if path is not None else _cached(url, name, what, setting)
+    try:
+        with source.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()[: len(expected)]
+            file.seek(0)
+            if path is None and digest != expected:
+                found = f"{source} has the SHA-256 {digest}..., expected {expected}..."
+                raise UserError(f"{found}; delete it to download it again, or give {setting}=FILE")
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        reason = f"cannot read the {what} weights {source}: {error.strerror or error}"
+        raise UserError(f"{reason}; give the file {name} as {setting}") from None
+    except UserError:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
+        raise unfit(source, what, error, name) from None
+    if not isinstance(state, dict):
+        raise unfit(source, what, TypeError(f"it is a {type(state).__name__}"), name)
+    return OfficialWeights(state, digest, digest == expected, source)
+
+
+def unfit(source: Path, what: str, error: Exception, name: str) -> UserError:
+    """The one line about a file that holds something else."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return UserError(f"{source} holds no {what} weights ({reason}); expected the state dict of {name}")
+
+
+def _cached(url: str, name: str, what: str, setting: str) -> Path:
+    """The file's place in torch.hub's cache, downloaded if it is not there yet."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    if not path.exists():
+        try:
+            torch.hub.load_state_dict_from_url(
+                url, map_location="cpu", progress=False, check_hash=True, weights_only=True
+            )
+        except (OSError, RuntimeError) as error:  # no network, no room; a hash that does not fit
+            reason = " ".join(str(error).split())
+            put = f"download {url} elsewhere and put it there, or give its place as {setting}=FILE"
+            raise UserError(f"the {what} weights are not at {path} and did not arrive ({reason}); {put}") from None
+    return path

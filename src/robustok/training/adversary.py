@@ -1,0 +1,172 @@
+"""The objective that main training and post-training share: reconstruction terms, and the adversary with its own step.
+
+The paper trains both with the same losses; what differs is which latents are decoded and what may
+learn.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from robustok.devices import autocast, rank_rows
+from robustok.errors import UserError
+from robustok.losses.adversarial import (
+    AdversarialConfig,
+    LeCam,
+    adaptive_weight,
+    generator_loss,
+    hinge_loss,
+    lecam_loss,
+)
+from robustok.losses.discriminators import (
+    DISCRIMINATORS,
+    DiscriminatorConfig,
+    augment,
+    augmentation_draw,
+    frozen_features,
+)
+from robustok.randomness import step_rng
+from robustok.training.common import TrainingConfig, check_finite, learning_rate, set_learning_rate
+from robustok.training.prepared import differentiated
+
+
+class Adversary:
+    """A discriminator, its optimiser and its LeCam averages: one term for the decoder, then one step of its own.
+
+    Args:
+        run: seed, batch size, schedule and precision.
+        config: weights and learning rate.
+        discriminator: which network.
+        accelerator: devices and processes.
+        weights: file to carry a trained discriminator over from; None starts afresh.
+    """
+
+    def __init__(
+        self,
+        run: TrainingConfig,
+        config: AdversarialConfig,
+        discriminator: DiscriminatorConfig,
+        accelerator: Accelerator,
+        weights: Path | None = None,
+    ) -> None:
+        self.run, self.config, self.settings, self.accelerator = run, config, discriminator, accelerator
+        self.features = frozen_features(discriminator, accelerator.device)
+        network = DISCRIMINATORS[discriminator.name][0](discriminator)
+        if weights is not None:
+            try:
+                network.load_state_dict(load_file(weights))
+            except Exception as error:  # safetensors' own errors, or torch's long list of keys
+                reason = str(error).splitlines()[0]
+                raise UserError(
+                    f"{weights} does not fit the configured discriminator ({reason}); "
+                    "set discriminator.*, or start afresh"
+                ) from None
+        optimizer = torch.optim.AdamW(
+            network.parameters(), lr=config.learning_rate, betas=run.betas, weight_decay=config.weight_decay, fused=True
+        )
+        self.prepared, self.optimizer = accelerator.prepare(network, optimizer)
+        self.network = accelerator.unwrap_model(self.prepared)
+        self.lecam = LeCam()
+        self.rows = rank_rows(run.batch_size, accelerator.process_index, accelerator.num_processes)
+
+    def started(self, step: int) -> bool:
+        """Nothing of the adversary runs before its start step."""
+        return step >= self.config.start
+
+    def see(self, images: Tensor, step: int, side: Literal["real", "fake"]) -> Tensor:
+        """What the network judges of these images (N, 3, H, W): augmented, then through the frozen features.
+
+        Args:
+            images: in [-1, 1].
+            step: with the side, decides the augmentation.
+            side: real images, or reconstructions.
+        """
+        rng = step_rng(self.run.seed, step, f"augment/{side}")
+        images = images.float()
+        if self.settings.augment:
+            draw = augmentation_draw(self.run.batch_size, rng)  # (7, batch, 1, 1)
+            images = augment(images, draw[:, self.rows])
+        with autocast(images.device, self.run.precision):
+            return self.features(images, rng)
+
+    def term(
+        self, fake: Tensor, reconstructions: Tensor, reconstruction_loss: Tensor, layer: nn.Parameter
+    ) -> tuple[Tensor, Tensor]:
+        """The decoder's adversarial term, weighted, and its adaptive weight.
+
+        Args:
+            fake: what :meth:`see` made of the reconstructions. Its graph is used up.
+            reconstructions: (N, 3, H, W) with gradients.
+            reconstruction_loss: pixel plus perceptual terms, for the adaptive weight.
+            layer: weight of the decoder's last layer.
+        """
+        # The bare network: its weights take no gradient here, so there is nothing for DDP to average.
+        self.network.requires_grad_(False)
+        with autocast(reconstructions.device, self.run.precision):
+            loss = generator_loss(self.network(fake))
+        self.network.requires_grad_(True)
+        loss = differentiated(loss, reconstructions)
+        weight = torch.ones((), device=loss.device)
+        if self.config.adaptive:
+            gradients = [torch.autograd.grad(part, layer, retain_graph=True)[0] for part in (reconstruction_loss, loss)]
+            averaged = self.accelerator.reduce(torch.stack([g.float() for g in gradients]), "mean")
+            weight = adaptive_weight(*averaged, self.config.max_adaptive)
+        return self.config.weight * weight * loss, weight
+
+    def step(self, images: Tensor, fake: Tensor, step: int, out: Path) -> dict[str, Tensor]:
+        """One step of the discriminator on images and the reconstructions that the decoder was judged by.
+
+        Steps below 0 come before the training; they have the peak learning rate.
+
+        Args:
+            images: (N, 3, H, W).
+            fake: what :meth:`see` made of the reconstructions.
+            step: of the training.
+            out: run folder, for the error.
+
+        Returns:
+            What to log.
+        """
+        set_learning_rate(self.optimizer, self._learning_rate(step) if step >= 0 else self.config.learning_rate)
+        seen = self.see(images, step, "real")
+        with autocast(images.device, self.run.precision):
+            real, fake = self.prepared(seen, fake.detach()).float().chunk(2)  # (N, places) each
+        means = self.accelerator.reduce(torch.stack([real.detach().mean(), fake.detach().mean()]), "mean")
+        self.lecam.update(*means.tolist(), self.config.lecam_decay)
+        terms = {
+            "d_hinge": hinge_loss(real, fake),
+            "d_lecam": self.config.lecam_weight * lecam_loss(real, fake, self.lecam),
+        }
+        total = sum(terms.values())
+        check_finite(total, terms, step, out)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.accelerator.backward(total)
+        self.optimizer.step()
+        return {**terms, "d_real": means[0], "d_fake": means[1]}
+
+    def _learning_rate(self, step: int) -> float:
+        """The run's schedule at the discriminator's peak; or one of its own that begins at its start."""
+        if self.config.warmup_steps is None:
+            return learning_rate(self.run, step, self.config.learning_rate)
+        own = {"steps": self.run.steps - self.config.start, "warmup_steps": self.config.warmup_steps}
+        return learning_rate(self.run.model_copy(update=own), step - self.config.start, self.config.learning_rate)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that resume needs."""
+        lecam = {"real": self.lecam.real, "fake": self.lecam.fake}
+        return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "lecam": lecam}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Undo :meth:`state`."""
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lecam = LeCam(**state["lecam"])
+
+
+def last_layer(tokenizer: nn.Module) -> nn.Parameter:
+    """Weight of the decoder's last layer, where the adaptive weight compares gradients."""
+    return [p for p in tokenizer.decoder_modules()[-1].parameters() if p.ndim >= 2][-1]

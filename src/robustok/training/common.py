@@ -1,0 +1,146 @@
+"""What the three trainings do alike, as functions: settings, run folder, schedule, EMA, state for resume, log.
+
+Same command again = resume. Randomness is a function of (seed, step), drawn for the global batch, so that neither an
+interruption nor the number of processes changes a run: nothing random is saved because nothing random outlives a
+step.
+"""
+
+import copy
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from robustok.config import Config
+from robustok.errors import UserError
+
+
+class TrainingConfig(Config):
+    """Settings that the three trainings share. Time is in steps."""
+
+    out: Path = Field(description="run folder; an existing one of the same configuration is resumed")
+    seed: int = Field(0, ge=0, description="seed of everything random in this run")
+    steps: int = Field(ge=1, description="number of training steps")
+    batch_size: int = Field(ge=1, description="images in the global batch, all processes together")
+    learning_rate: float = Field(gt=0, description="peak learning rate")
+    min_learning_rate: float = Field(0.0, ge=0, description="learning rate at the last step of the cosine")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up from 0")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas")
+    clip_norm: float = Field(0.0, ge=0, description="clip the gradient norm to this; 0 is off")
+    ema_decay: float = Field(
+        0.9999, ge=0, lt=1, description="decay of the averaged weights, which snapshots hold; 0 keeps the last"
+    )
+    precision: Literal["auto", "bf16", "float32"] = Field(
+        "auto", description="autocast dtype; auto is bf16 where the hardware multiplies it fast, else float32"
+    )
+    gradient_accumulation: int = Field(
+        1, ge=1, description="parts in which a process goes through its share of the batch; more need less memory"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="compute the activations of transformer blocks again in the backward pass: less memory"
+    )
+    compile: bool = Field(False, description="compile the transformer blocks with torch.compile; a slower start")
+    fsdp: bool = Field(False, description="shard the blocks' weights and optimiser among the processes (FSDP2)")
+    workers: int = Field(
+        0, ge=0, description="data loader processes for each training process; 0 reads in the process itself"
+    )
+    log_every: int = Field(50, ge=1, description="steps between lines of log.jsonl")
+    state_every: int = Field(1000, ge=1, description="steps between states for resume; the two newest are kept")
+    snapshot_every: int = Field(0, ge=0, description="steps between snapshots; 0 writes one, at the end")
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> "TrainingConfig":
+        if self.warmup_steps >= self.steps and self.warmup_steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} does not leave any of the {self.steps} steps; lower it")
+        return self
+
+
+def learning_rate(run: TrainingConfig, step: int, peak: float | None = None) -> float:
+    """Linear warm-up, then half a cosine from the peak to ``min_learning_rate`` at the end. Steps count from 0."""
+    peak = run.learning_rate if peak is None else peak
+    if step < run.warmup_steps:
+        return peak * (step + 1) / (run.warmup_steps + 1)
+    low = min(run.min_learning_rate, peak)
+    progress = (step - run.warmup_steps) / max(1, run.steps - run.warmup_steps)
+    return low + (peak - low) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Set it in every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = value
+
+
+def average_copy(model: nn.Module) -> nn.Module:
+    """The model whose weights will be the exponential moving average: starts equal, eval mode, no gradients."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Set average = decay * average + (1 - decay) * model for trainable parameters; everything else is copied."""
+    pairs = list(zip(average.parameters(), model.parameters(), strict=True))
+    trained = [(a, p.detach()) for a, p in pairs if p.requires_grad]
+    plain_pairs = [(a, p) for a, p in trained if not isinstance(p, DTensor)]
+    if plain_pairs:
+        torch._foreach_lerp_([a for a, _ in plain_pairs], [p for _, p in plain_pairs], 1 - decay)
+    for a, p in trained:
+        if isinstance(p, DTensor):  # the average is whole in every process; gathers one parameter at a time
+            a.lerp_(p.full_tensor(), 1 - decay)
+    for a, b in zip(average.buffers(), model.buffers(), strict=True):
+        a.copy_(b)
+
+
+def check_finite(loss: Tensor, terms: Mapping[str, Tensor], step: int, out: Path) -> None:
+    """Stop before a broken loss reaches the weights.
+
+    Raises:
+        UserError: names the step and the terms that are not finite.
+    """
+    if not torch.isfinite(loss):
+        broken = [f"{name} = {value.item()}" for name, value in terms.items() if not math.isfinite(value.item())]
+        states = sorted((out / "state").glob("[0-9]*"))
+        raise UserError(
+            f"the loss is not finite at step {step} ({', '.join(broken) or loss.item()}); "
+            f"{f'the last good state, {states[-1]}, is kept' if states else 'no state was saved before'}; "
+            "lower learning_rate, set clip_norm, or precision=float32, in a new run folder"
+        )
+
+
+class Meter:
+    """Means of scalars over the steps since the last line of the log; part of the state."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, values: Mapping[str, Tensor | float]) -> None:
+        """Add one step's values."""
+        for name, value in values.items():
+            value = value.detach() if isinstance(value, Tensor) else value
+            self.sums[name] = self.sums.get(name, 0.0) + (value.item() if isinstance(value, Tensor) else value)
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def means(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means over steps and processes; forgets them."""
+        names = sorted(self.sums)
+        values = torch.tensor([self.sums[n] / self.counts[n] for n in names], dtype=torch.float64)
+        if names and accelerator.num_processes > 1:
+            values = accelerator.reduce(values.to(accelerator.device, torch.float32), "mean")
+        self.sums, self.counts = {}, {}
+        return dict(zip(names, values.tolist(), strict=True))
+
+    def state(self) -> dict[str, dict[str, float]]:
+        """Everything that resume needs."""
+        return {"sums": dict(self.sums), "counts": dict(self.counts)}
+
+    def load_state(self, state: dict[str, dict[str, Any]]) -> None:
+        """Undo :meth:`state`."""
+        self.sums, self.counts = state["sums"], state["counts"]

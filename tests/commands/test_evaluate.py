@@ -1,0 +1,235 @@
+import json
+import math
+
+import pytest
+import torch
+
+import tiny
+from robustok.commands.evaluate import evaluate
+from robustok.config import load
+from robustok.data.dataset import open_images
+from robustok.data.latent_cache import LatentCache
+from robustok.data.pixels import to_pixels
+from robustok.data.sources import Digits
+from robustok.errors import UserError
+from robustok.evaluation.settings import EvaluateRun
+from robustok.metrics.features import ExtractorConfig, load_extractor
+from robustok.metrics.features.classifier import ClassifierExtractor
+from robustok.metrics.frechet import GaussianStatistics, frechet_distance
+from robustok.metrics.kernel import kernel_distance
+from robustok.metrics.manifold import precision_recall
+from robustok.metrics.pixels import psnr
+from robustok.tokenizers import load_tokenizer
+from robustok.training.tokenizer import main_train
+
+
+def run(out, classifier, *words):
+    return load(EvaluateRun, None, (f"out={out}", *tiny.DATA, "data.limit=101", f"extractor.path={classifier}", *words))
+
+
+def by_name(measurements):
+    return {m.metric: m for m in measurements}
+
+
+@pytest.fixture(scope="module")
+def post_trained(tmp_path_factory, tokenizer, pairs):
+    from robustok.training.decoder import post_train
+
+    out = tmp_path_factory.mktemp("post") / "run"
+    post_train(tiny.post_run(out, tokenizer, pairs, "learning_rate=1e-2"))
+    return out
+
+
+# Reconstructions
+
+
+def test_pfid_with_rate_zero_equals_rfid(tmp_path, tokenizer, classifier):
+    words = (
+        f"tokenizer={tokenizer}",
+        "metrics=[rfid,pfid]",
+        "grid.name=explicit",
+        "grid.rates=[0,0.5,1]",
+        "grid.codes=[3]",
+    )
+    found = evaluate(run(tmp_path, classifier, *words))
+    rfid = by_name(found)["rfid"].value
+    cells = {m.details["rate"]: m.value for m in found if m.metric == "pfid"}
+    assert cells[0] == pytest.approx(rfid, rel=1e-9)
+    assert len(set(cells.values())) == 3  # an untrained decoder need not suffer more from more noise
+    assert by_name(found)["pfid_mean"].value == pytest.approx(sum(cells.values()) / 3)
+    assert by_name(found)["pfid_geometric_mean"].value == pytest.approx(math.prod(cells.values()) ** (1 / 3))
+
+
+@torch.no_grad()
+def test_rfid_and_psnr_by_hand(tmp_path, tokenizer, classifier):
+    found = by_name(evaluate(run(tmp_path, classifier, f"tokenizer={tokenizer}", "metrics=[rfid,psnr,codebook]")))
+    model, extractor = load_tokenizer(tokenizer), load_extractor(ExtractorConfig(path=classifier))
+    images = open_images(Digits(limit=101), 16, "test").read(range(101)).images
+    tokens = model.encode(images)
+    real, pixels = to_pixels(images), to_pixels(model.decode(tokens))
+    a, b = (GaussianStatistics.of(extractor(p)) for p in (pixels, real))
+    assert found["rfid"].value == pytest.approx(frechet_distance(a, b), rel=1e-5)
+    assert found["psnr"].value == pytest.approx(psnr(pixels, real).double().mean().item(), rel=1e-6)
+    assert found["codebook_usage"].value == pytest.approx(len(tokens.unique()) / 32)
+
+
+def test_halves_of_pairs_give_rfid_a_standard_error(tmp_path, tokenizer, classifier):
+    words = (f"tokenizer={tokenizer}", "metrics=[rfid]")
+    (bare,), (told,) = (evaluate(run(tmp_path, classifier, *words, f"halves={n}")) for n in (0, 20))
+    assert told.value == bare.value
+    assert bare.standard_error is None
+    assert 0 < told.standard_error < told.value  # unpaired halves of 50 images would differ by more than the distance
+
+
+def test_counts_and_independence_of_the_batch_size(tmp_path, tokenizer, classifier):
+    words = (
+        f"tokenizer={tokenizer}",
+        "metrics=[rfid,psnr,ssim,codebook,pfid]",
+        "grid.rates=[0.5]",
+        "grid.shares=[0.1]",
+    )
+    found = [evaluate(run(tmp_path, classifier, *words, f"batch_size={size}")) for size in (64, 7)]
+    for a, b in zip(*found, strict=True):
+        assert a.metric == b.metric
+        assert a.value == pytest.approx(b.value, rel=1e-6)
+        assert a.samples == b.samples == 101
+    assert "digits test, center crop 16, 101 images" in found[0][0].reference
+
+
+def test_seeds_give_a_standard_error(tmp_path, tokenizer, classifier):
+    words = (f"tokenizer={tokenizer}", "metrics=[pfid]", "grid.rates=[0.5]", "grid.shares=[0.1]")
+    three = evaluate(run(tmp_path, classifier, *words, "perturbation_seeds=3"))
+    alone = [evaluate(run(tmp_path, classifier, *words, f"seed={seed}"))[0] for seed in range(3)]
+    values = torch.tensor([m.value for m in alone], dtype=torch.float64)
+    assert three[0].value == pytest.approx(values.mean().item())
+    assert three[0].standard_error == pytest.approx(values.std().item() / math.sqrt(3))
+    assert alone[0].standard_error is None
+    assert len(values.unique()) == 3
+
+
+# Samples
+
+
+def test_decoders_are_judged_on_the_same_latents(tmp_path, tokenizer, post_trained, samples, classifier):
+    words = (
+        f"latents=[{samples[0]},{samples[1]}]",
+        f"decoders={{original: {tokenizer}, post_trained: {post_trained}}}",
+    )
+    found = evaluate(run(tmp_path, classifier, *words, "metrics=[gfid,kid]", "tags.sigma=0.5"))
+    gfid = {m.details["decoder"]: m for m in found if m.metric == "gfid"}
+    difference = by_name(found)["gfid_difference"]
+    alone = {}
+    for decoder, path in (("original", tokenizer), ("post_trained", post_trained)):
+        alone[decoder] = [
+            evaluate(run(tmp_path, classifier, f"latents=[{s}]", f"decoders={{d: {path}}}", "metrics=[gfid]"))[0].value
+            for s in samples
+        ]
+        assert gfid[decoder].value == pytest.approx(sum(alone[decoder]) / 2)
+        assert gfid[decoder].standard_error == pytest.approx(abs(alone[decoder][0] - alone[decoder][1]) / 2)
+        assert (gfid[decoder].samples, gfid[decoder].details["sets"], gfid[decoder].details["sigma"]) == (80, 2, 0.5)
+    paired = [b - a for a, b in zip(alone["original"], alone["post_trained"], strict=True)]
+    assert difference.value == pytest.approx(sum(paired) / 2)
+    assert difference.standard_error == pytest.approx(abs(paired[0] - paired[1]) / 2)
+    assert (difference.details["decoder"], difference.details["versus"]) == ("post_trained", "original")
+    assert "digits train" in difference.reference
+
+
+@torch.no_grad()
+def test_gfid_by_hand(tmp_path, tokenizer, samples, classifier):
+    found = evaluate(
+        run(tmp_path, classifier, f"latents=[{samples[0]}]", f"decoders={{d: {tokenizer}}}", "metrics=[gfid]")
+    )
+    extractor = load_extractor(ExtractorConfig(path=classifier))
+    images = open_images(Digits(limit=101), 16, "train").read(range(101)).images
+    pixels = to_pixels(load_tokenizer(tokenizer).decode(LatentCache(samples[0]).read(slice(None)).latents))
+    a, b = GaussianStatistics.of(extractor(pixels)), GaussianStatistics.of(extractor(to_pixels(images)))
+    assert found[0].value == pytest.approx(frechet_distance(a, b), rel=1e-5)
+    assert (found[0].samples, found[0].standard_error) == (40, None)
+
+
+def test_the_gap_of_latents(tmp_path, tokenizer, samples, classifier):
+    words = (f"latents=[{samples[0]}]", f"decoders={{d: {tokenizer}}}", "metrics=[gap]")
+    found = by_name(evaluate(run(tmp_path, classifier, *words)))
+    assert found["latent_distance"].value > 0
+    assert found["token_divergence"].value > 0
+    assert found["generated_usage"].value == len(LatentCache(samples[0]).read(slice(None)).latents.unique()) / 32
+
+
+def test_the_gap_needs_no_feature_space(tmp_path, tokenizer, samples):
+    words = (f"latents=[{samples[0]}]", f"decoders={{d: {tokenizer}}}", "metrics=[gap]")
+    found = evaluate(load(EvaluateRun, None, (f"out={tmp_path}", *tiny.DATA, *words)))
+    figures = {"latent_distance", "latent_position_distance", "latent_kernel_distance"}
+    figures |= {
+        "token_divergence",
+        "generated_usage",
+        "token_agreement",
+        "reencoded_displacement",
+        "reencoded_distance",
+    }
+    assert {m.metric for m in found} == figures
+    assert all("baseline" in m.details for m in found)
+
+
+@torch.no_grad()
+def test_precision_recall_and_kid_by_hand(tmp_path, tokenizer, samples, classifier):
+    words = (f"latents=[{samples[0]},{samples[1]}]", f"decoders={{d: {tokenizer}}}", "metrics=[precision,recall,kid]")
+    found = by_name(evaluate(run(tmp_path, classifier, *words)))
+    extractor, decode = load_extractor(ExtractorConfig(path=classifier)), load_tokenizer(tokenizer).decode
+    real = extractor(to_pixels(open_images(Digits(limit=101), 16, "train").read(range(101)).images))
+    fakes = [extractor(to_pixels(decode(LatentCache(path).read(slice(None)).latents))) for path in samples]
+    both = [precision_recall(real=real, fake=fake) for fake in fakes]
+    assert found["precision"].value == pytest.approx(sum(b.precision for b in both) / 2)
+    assert found["recall"].value == pytest.approx(sum(b.recall for b in both) / 2)
+    assert found["kid"].value == pytest.approx(sum(kernel_distance(f, real).value for f in fakes) / 2, rel=1e-5)
+    assert found["recall"].standard_error == pytest.approx(abs(both[0].recall - both[1].recall) / 2)
+    facts = found["precision"].details
+    assert (facts["k"], facts["reference_samples"], facts["samples_per_set"]) == (3, 101, 40)
+
+
+def test_every_image_is_decoded_and_described_once(tmp_path, tokenizer, samples, classifier, monkeypatch):
+    seen, call = [], ClassifierExtractor.__call__
+    monkeypatch.setattr(ClassifierExtractor, "__call__", lambda self, p: seen.append(len(p)) or call(self, p))
+    words = (f"latents=[{samples[0]},{samples[1]}]", f"decoders={{a: {tokenizer}, b: {tokenizer}}}")
+    evaluate(run(tmp_path, classifier, *words, "metrics=[gfid,kid,precision,recall]"))
+    assert sum(seen) == 101 + 2 * 2 * 40
+    seen.clear()
+    evaluate(run(tmp_path, classifier, f"tokenizer={tokenizer}", "metrics=[rfid,psnr,ssim]"))
+    assert sum(seen) == 2 * 101
+
+
+# Lines and errors
+
+
+def test_every_line_carries_its_protocol(tmp_path, tokenizer, classifier):
+    words = (f"tokenizer={tokenizer}", "metrics=[rfid,psnr,pfid]", "tags.tokenizer=plain", "seed=4")
+    found = evaluate(run(tmp_path, classifier, *words))
+    evaluate(run(tmp_path, classifier, *words))  # appended, not replaced
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for line in (*lines, *(m.details for m in found)):
+        line.pop("seconds", None)  # wall time of pFID
+    assert lines == [json.loads(json.dumps(m.line())) for m in found] * 2
+    for line in lines:
+        assert {"metric", "value", "standard_error", "samples", "seed", "extractor", "reference"} <= line.keys()
+        assert (line["tokenizer"], line["seed"]) == ("plain", 4)
+        assert (line["extractor"] is None) == (line["metric"] == "psnr")  # no feature space in pixel metrics
+        assert ("rate" in line and "strength" in line) == (line["metric"] == "pfid")
+    assert (
+        sum(line["metric"] == "pfid" for line in lines) == 2 * 4 * 2
+    )  # four rates; 2 and 3 of 32 codes: shares round alike
+
+
+def test_what_cannot_be_evaluated(tmp_path, tokenizer, samples, classifier):
+    with pytest.raises(UserError, match="nothing to evaluate"):
+        run(tmp_path, classifier, f"latents=[{samples[0]}]")
+    with pytest.raises(UserError, match=r"rfid needs extractor\.path"):
+        load(EvaluateRun, None, (f"out={tmp_path}", *tiny.DATA, f"tokenizer={tokenizer}", "metrics=[rfid]"))
+    decoders = (f"latents=[{samples[0]}]", f"decoders={{d: {tokenizer}}}")
+    for metric in ("sfid", "inception_score"):
+        with pytest.raises(UserError, match=rf"{metric} needs extractor\.name=inception"):
+            run(tmp_path, classifier, *decoders, f"metrics=[{metric}]")
+    with pytest.raises(UserError, match=r"recall needs extractor\.path"):
+        load(EvaluateRun, None, (f"out={tmp_path}", *tiny.DATA, *decoders, "metrics=[recall]"))
+    other = main_train(tiny.main_run(tmp_path / "other", "steps=1", "seed=5"))
+    with pytest.raises(UserError, match="was made by another tokenizer"):
+        evaluate(run(tmp_path / "out", classifier, f"latents=[{samples[0]}]", f"decoders={{d: {other}}}"))
+    assert not (tmp_path / "out").exists()

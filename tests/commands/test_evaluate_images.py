@@ -1,0 +1,282 @@
+"""Finished images against references of every kind, and the honesty of small samples."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import tiny
+from robustok.cli import main
+from robustok.commands.evaluate import evaluate
+from robustok.config import load
+from robustok.data.dataset import open_images
+from robustok.data.latent_cache import LatentCache
+from robustok.data.pixels import to_pixels
+from robustok.data.sources import Digits
+from robustok.errors import UserError
+from robustok.evaluation.comparison import Describer
+from robustok.evaluation.settings import EvaluateRun
+from robustok.generators import load_generator
+from robustok.metrics.features import ExtractorConfig, load_extractor
+from robustok.metrics.features.inception import SPATIAL_DIM
+from robustok.metrics.frechet import GaussianStatistics, frechet_distance
+from robustok.metrics.manifold import precision_recall
+from robustok.metrics.pixels import psnr, ssim
+from robustok.tokenizers import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """The same 60 digits as a folder of PNG and as .npz, and noisy copies of them."""
+    folder = tmp_path_factory.mktemp("images")
+    pixels = to_pixels(open_images(Digits(), 16, "train").read(range(60)).images)  # (60, 3, 16, 16)
+    rng = np.random.default_rng(0)
+    noise = rng.integers(-40, 41, pixels.shape)
+    noisy = (pixels.numpy().astype(int) + noise).clip(0, 255).astype(np.uint8)
+    (folder / "png").mkdir()
+    for i, image in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
+        Image.fromarray(image).save(folder / "png" / f"{i:03d}.png")
+    np.savez(folder / "real.npz", arr_0=pixels.permute(0, 2, 3, 1).numpy())
+    np.savez(folder / "noisy.npz", arr_0=noisy.transpose(0, 2, 3, 1))
+    return SimpleNamespace(folder=folder, real=pixels, noisy=torch.from_numpy(noisy))
+
+
+def run(out, *words):
+    return load(EvaluateRun, None, (f"out={out}", *words))
+
+
+def by_name(measurements):
+    return {m.metric: m for m in measurements}
+
+
+def test_a_folder_and_an_archive_of_the_same_images_give_the_same_numbers(tmp_path, files, classifier):
+    words = [
+        f"extractor.path={classifier}",
+        "metrics=[gfid,kid,precision,recall]",
+        f"reference={files.folder}/real.npz",
+    ]
+    noisy = by_name(evaluate(run(tmp_path, f"images.noisy={files.folder}/noisy.npz", *words)))
+    same = by_name(evaluate(run(tmp_path, f"images.same={files.folder}/png", *words)))
+    extractor = load_extractor(ExtractorConfig(path=classifier))
+    real, fake = extractor(files.real), extractor(files.noisy)
+    expected = frechet_distance(GaussianStatistics.of(fake), GaussianStatistics.of(real))
+    assert noisy["gfid"].value == pytest.approx(expected, rel=1e-5)
+    assert noisy["gfid"].value > 100 * max(same["gfid"].value, 1e-9)
+    assert same["gfid"].value < 1e-6 * GaussianStatistics.of(real).covariance.trace()
+    assert (same["precision"].value, same["recall"].value) == (1, 1)
+    assert noisy["precision"].value == pytest.approx(precision_recall(real=real, fake=fake).precision)
+    facts = noisy["gfid"].details
+    assert facts["images"] == "noisy"
+    assert "as they are, 16x16" in facts["source"]
+    assert facts["uint8"] == "as stored"
+    assert noisy["gfid"].samples == 60
+    assert "60 images" in noisy["gfid"].reference
+
+
+def test_pairs_are_compared_image_by_image(tmp_path, files):
+    words = [f"images.noisy={files.folder}/noisy.npz", f"reference={files.folder}/png", "metrics=[psnr,ssim]"]
+    found = by_name(evaluate(run(tmp_path, "paired=true", *words, "batch_size=7")))
+    values = psnr(files.noisy, files.real)
+    assert found["psnr"].value == pytest.approx(values.mean().item())
+    assert found["psnr"].standard_error == pytest.approx((values.std() / 60**0.5).item())
+    assert found["ssim"].value == pytest.approx(ssim(files.noisy, files.real).mean().item())
+    assert evaluate(run(tmp_path, *words)) == []  # nobody said that they are pairs
+    np.savez(tmp_path / "few.npz", arr_0=files.noisy[:5].permute(0, 2, 3, 1).numpy())
+    with pytest.raises(UserError, match="as many images on both sides"):
+        evaluate(run(tmp_path, "paired=true", *words, f"images.noisy={tmp_path}/few.npz"))
+
+
+def test_a_data_set_is_a_reference_too_and_its_statistics_are_kept(tmp_path, files, classifier, monkeypatch):
+    cache = tmp_path / "cache"
+    words = [f"extractor.path={classifier}", *tiny.DATA, f"images.noisy={files.folder}/noisy.npz", f"cache={cache}"]
+    first = by_name(evaluate(run(tmp_path / "a", *words, "metrics=[gfid]")))
+    (kept,) = cache.iterdir()
+    # The file itself is a reference, and another run reads it instead of the images.
+    again = by_name(evaluate(run(tmp_path / "b", *words[:1], words[-2], f"reference={kept}", "metrics=[gfid]")))
+    assert again["gfid"].value == pytest.approx(first["gfid"].value, rel=1e-9)
+    assert "digits train" in again["gfid"].reference
+    seen, update = [], Describer.update
+    monkeypatch.setattr(Describer, "update", lambda self, i, p: seen.append(len(p)) or update(self, i, p))
+    evaluate(run(tmp_path / "c", *words, "metrics=[gfid]"))
+    assert sum(seen) == 60  # the noisy images alone
+    evaluate(run(tmp_path / "d", *words, "metrics=[gfid,kid]"))
+    assert sum(seen) == 60 + 60 + 128  # single features were not kept: made again, once
+    np.savez(kept, **{**dict(np.load(kept)), "data": np.array("other images")})
+    with pytest.raises(UserError, match="other images"):
+        evaluate(run(tmp_path / "e", *words, "metrics=[gfid]"))
+
+
+def test_references_that_do_not_fit_are_refused_by_name(tmp_path, files, classifier, capsys):
+    words = ["evaluate", f"out={tmp_path}/out", f"extractor.path={classifier}", f"images.a={files.folder}/real.npz"]
+    pickled = tmp_path / "pickled.npz"
+    np.savez(pickled, mu=np.array([{"a": 1}], dtype=object), sigma=np.eye(2))
+    other = tmp_path / "other.npz"
+    np.savez(other, mu=np.zeros(3), sigma=np.eye(3), name=np.array("classifier-3-00000000"), count=np.array(9))
+    halves = tmp_path / "half.npz"
+    np.savez(halves, mu=np.zeros(3))
+    floats = tmp_path / "floats.npz"
+    np.savez(floats, arr_0=np.full((4, 16, 16, 3), np.nan))
+    larger = tmp_path / "larger.npz"
+    np.savez(larger, arr_0=np.zeros((4, 32, 32, 3), np.uint8))
+    one = tmp_path / "one.npz"
+    np.savez(one, arr_0=np.zeros((1, 16, 16, 3), np.uint8))
+    fake = tmp_path / "fake.npz"
+    fake.write_bytes(b"\x80\x04cos\nsystem\n.")
+    cases = {
+        pickled: "pickled.npz", other: "classifier-3-00000000", halves: "sigma", floats: "float", larger: "32x32",
+        one: "1 images", fake: "fake.npz", tmp_path / "none": "does not exist",
+    }  # fmt: skip
+    for path, said in cases.items():
+        assert main([*words, "metrics=[gfid]", f"reference={path}"]) == 2, path
+        message = capsys.readouterr().err.strip().splitlines()
+        assert len(message) == 1, message
+        assert said in message[0]
+    assert not (tmp_path / "out").exists()
+
+
+# Published protocols
+
+
+class FakeInception:
+    """The shape of the official network's features, from sums of pixels."""
+
+    name, dim = "inception-2048-6726825d", 6
+
+    def __init__(self, *_):
+        pass
+
+    def __call__(self, pixels):
+        return self.features(pixels).pool
+
+    def features(self, pixels):
+        parts = pixels.float().flatten(1)
+        pool = torch.stack([parts[:, i::6].mean(1) / 50 for i in range(6)], 1)
+        spatial = parts[:, :7].repeat(1, SPATIAL_DIM // 7) / 255
+        return SimpleNamespace(pool=pool, logits=parts[:, :10] / 20, spatial=spatial)
+
+
+@pytest.fixture
+def inception(monkeypatch):
+    monkeypatch.setattr("robustok.evaluation.evaluator.load_extractor", lambda config, device: FakeInception())
+
+
+def test_published_protocols_on_fewer_images_need_a_word_and_say_so(tmp_path, files, inception, capsys):
+    words = ["evaluate", f"out={tmp_path}", f"images.a={files.folder}/noisy.npz", f"reference={files.folder}/real.npz"]
+    words += ["extractor.name=inception", "metrics=[gfid,precision,inception_score]"]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "gfid is published on 50,000 images, there are 60" in said
+    assert "gfid@60" in said
+    assert not (tmp_path / "metrics.jsonl").exists()
+    assert main([*words, "--allow-fewer"]) == 0
+    out = capsys.readouterr().out
+    assert "gfid@60" in out
+    assert "precision@60" in out
+    assert "inception_score@60" in out
+    assert "kid" in out
+    assert "kid@" not in out
+
+
+def test_an_adm_reference_gives_moments_and_beside_them_images(tmp_path, files, inception):
+    """Its moments are of a whole data set; its images are for precision and recall only."""
+    everything = to_pixels(open_images(Digits(), 16, "train").read(range(500)).images)
+    found = FakeInception().features(everything)
+    pool, spatial = found.pool.double().numpy(), found.spatial.double().numpy()
+    moments = {"mu": pool.mean(0), "sigma": np.cov(pool.T), "mu_s": spatial.mean(0), "sigma_s": np.cov(spatial.T)}
+    np.savez(tmp_path / "adm.npz", arr_0=files.real.permute(0, 2, 3, 1).numpy(), **moments)
+    words = [f"images.a={files.folder}/noisy.npz", f"reference={tmp_path}/adm.npz", "extractor.name=inception"]
+    words += ["allow_fewer=true", "metrics=[gfid,sfid,recall]"]
+    measured = by_name(evaluate(run(tmp_path, *words)))
+    fake = FakeInception().features(files.noisy)
+    expected = frechet_distance(GaussianStatistics.of(fake.pool), GaussianStatistics.of(found.pool))
+    assert measured["gfid@60"].value == pytest.approx(expected, rel=1e-6)
+    expected = frechet_distance(GaussianStatistics.of(fake.spatial), GaussianStatistics.of(found.spatial))
+    assert measured["sfid@60"].value == pytest.approx(expected, rel=1e-4)
+    expected = precision_recall(real=FakeInception()(files.real), fake=fake.pool).recall
+    assert measured["recall@60"].value == pytest.approx(expected)
+    assert measured["recall@60"].details["reference_samples"] == 60
+    assert "unknown number of images" in measured["gfid@60"].reference
+    np.savez(tmp_path / "bare.npz", **{key: moments[key] for key in ("mu", "sigma")})
+    for metric, said in {"sfid": "mu_s", "recall": "single images"}.items():
+        with pytest.raises(UserError, match=said):
+            evaluate(run(tmp_path, *words, f"reference={tmp_path}/bare.npz", f"metrics=[gfid,{metric}]"))
+
+
+def test_halves_give_a_standard_error_to_one_set(tmp_path, files, classifier):
+    words = [f"images.a={files.folder}/noisy.npz", f"reference={files.folder}/real.npz", f"extractor.path={classifier}"]
+    bare = by_name(evaluate(run(tmp_path, *words, "metrics=[gfid]")))["gfid"]
+    told = by_name(evaluate(run(tmp_path, *words, "metrics=[gfid]", "halves=10")))["gfid"]
+    assert bare.standard_error is None
+    assert told.value == pytest.approx(bare.value)
+    assert 0 < told.standard_error < 0.1
+    assert told.details["standard_error_from"] == "10 random halves"
+
+
+def test_halves_of_pairs_know_that_they_are_pairs(tmp_path, files, classifier):
+    words = [f"images.a={files.folder}/noisy.npz", f"reference={files.folder}/real.npz", f"extractor.path={classifier}"]
+    errors = [
+        evaluate(run(tmp_path, *words, "metrics=[gfid]", "halves=20", f"paired={paired}"))[0].standard_error
+        for paired in ("true", "false")
+    ]
+    assert 0 < errors[0] < errors[1] / 2  # what an image and its noisy copy share cancels
+
+
+def test_bare_statistics_are_enough_for_what_was_asked(tmp_path, files, inception):
+    """KID goes beside FID of few images where the reference can serve it, and is no reason to refuse where not."""
+    pool = FakeInception()(files.real).double().numpy()
+    np.savez(tmp_path / "bare.npz", mu=pool.mean(0), sigma=np.cov(pool.T))
+    words = [f"images.a={files.folder}/noisy.npz", f"reference={tmp_path}/bare.npz", "extractor.name=inception"]
+    found = evaluate(run(tmp_path, *words, "metrics=[gfid]", "allow_fewer=true"))
+    assert [m.metric for m in found] == ["gfid@60"]
+
+
+def test_several_feature_spaces_share_one_pass(tmp_path, files, classifier, inception, monkeypatch):
+    real_loader = load_extractor
+    monkeypatch.setattr(
+        "robustok.evaluation.evaluator.load_extractor",
+        lambda config, device: FakeInception() if config.name == "inception" else real_loader(config, device),
+    )
+    words = [f"images.a={files.folder}/noisy.npz", f"reference={files.folder}/real.npz", "extractor.name=inception"]
+    words += [f"more_extractors=[{{path: {classifier}}}]", "allow_fewer=true", "metrics=[gfid,sfid,kid]"]
+    found = evaluate(run(tmp_path, *words))
+    spaces = {m.extractor.split("-")[0] for m in found if m.metric.startswith("gfid")}
+    assert spaces == {"inception", "classifier"}
+    assert [m.metric for m in found if m.metric.startswith("sfid")] == ["sfid@60"]  # Inception's alone
+
+
+# Samples made on the way
+
+
+@torch.no_grad()
+def test_a_generator_is_sampled_judged_and_asked_to_predict(tmp_path, tokenizer, generator, classifier):
+    words = [*tiny.DATA, f"extractor.path={classifier}", f"tokenizer={tokenizer}", f"generator={generator}"]
+    words += ["count=40", "sets=2", "metrics=[gfid,gap]", "seed=5"]
+    found = by_name(evaluate(run(tmp_path, *words)))
+    assert found["gfid"].details["balance"] == "8 of each class"
+    assert found["gfid"].details["sets"] == 2
+    caches = [LatentCache(tmp_path / "samples" / name) for name in ("000005", "000006")]
+    direct = [f"latents=[{','.join(str(c.path) for c in caches)}]", f"decoders.original={tokenizer}"]
+    other = by_name(evaluate(run(tmp_path, *words[:2], *words[2:3], *direct, "metrics=[gfid]")))
+    assert other["gfid"].value == found["gfid"].value
+    # Teacher forcing by hand, on the tokens of the training images.
+    model, images = load_generator(generator), open_images(Digits(limit=128), 16, "train")
+    batch = images.read(range(len(images)))
+    tokens = load_tokenizer(tokenizer).encode(batch.images)
+    right = (model.logits(tokens, batch.labels)[:, :-1].argmax(-1) == tokens).double().mean()
+    assert found["generator_accuracy"].value == pytest.approx(right.item(), abs=1e-9)
+    assert 0 < found["generator_accuracy"].details["baseline"] < 1
+    folder = tmp_path / "samples" / "000005"
+    before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+    evaluate(run(tmp_path, *words))  # found complete, not made again
+    assert before == {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+
+
+def test_what_is_missing_is_said(tmp_path, files, tokenizer, classifier):
+    with pytest.raises(UserError, match="no real images"):
+        run(tmp_path, f"images.a={files.folder}/png", f"extractor.path={classifier}")
+    with pytest.raises(UserError, match="nothing to evaluate"):
+        run(tmp_path, f"reference={files.folder}/png", f"extractor.path={classifier}")
+    with pytest.raises(UserError, match="halves=1"):
+        run(tmp_path, f"images.a={files.folder}/png", *tiny.DATA, f"extractor.path={classifier}", "halves=1")

@@ -1,0 +1,328 @@
+import errno
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from robustok.data.latent_cache import (
+    LatentCache,
+    Manifest,
+    check_cache,
+    check_center_crops,
+    create_cache,
+    missing_shards,
+    shard_rows,
+    training_latents,
+    write_shard,
+)
+from robustok.errors import UserError
+
+
+def manifest(**changes):
+    facts = dict(
+        kind="discrete", latent_shape=(6, 3), codebook_size=50, classes=4, count=23, shard_size=5, tokenizer="t1"
+    )
+    return Manifest(**(facts | {"source": {"sigma": 0.7, "seeds": [1, 2]}} | changes))
+
+
+def records(m, seed=0):
+    """All records of a cache as one dictionary of arrays."""
+    rng = np.random.default_rng(seed)
+    length, width = m.latent_shape
+    tokens = rng.integers(0, m.codebook_size or 1, (m.count, length))
+    fields = rng.normal(size=(m.count, length, width)).astype(np.float32)
+    return {
+        "latents": tokens if m.kind == "discrete" else fields,
+        "labels": rng.integers(0, m.classes, m.count),
+        "indices": rng.permutation(m.count),
+        "seeds": rng.integers(0, 2**62, m.count),
+        "flips": rng.integers(0, 2, m.count),
+        "crops": rng.integers(0, 6, m.count),
+    }
+
+
+def shard(m, k, whole):
+    return {name: value[shard_rows(m, k).start : shard_rows(m, k).stop] for name, value in whole.items()}
+
+
+def fill(path, m, whole=None, skip=()):
+    whole = whole or records(m)
+    create_cache(path, m)
+    for k in missing_shards(path):
+        if k not in skip:
+            write_shard(path, k, shard(m, k, whole))
+    return whole
+
+
+KINDS = {
+    "uint16": {},
+    "int32": {"codebook_size": 70000},
+    "float32": {"kind": "continuous", "codebook_size": None},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_written_is_read(tmp_path, kind):
+    m = manifest(**KINDS[kind])
+    whole = fill(tmp_path / "cache", m)
+    cache = LatentCache(tmp_path / "cache")
+    assert cache.manifest == m
+    assert len(cache) == 23
+    rows = np.random.default_rng(1).integers(0, 23, 40)  # any order, with repeats, over all shards
+    for asked, taken in (
+        (rows, rows),
+        (slice(3, 17), np.arange(3, 17)),
+        (torch.tensor([22, 0]), [22, 0]),
+        ([], rows[:0]),
+    ):
+        found = cache.read(asked)
+        assert found.latents.dtype == (torch.float32 if kind == "float32" else torch.int64)
+        for name, value in whole.items():
+            assert np.array_equal(getattr(found, name).numpy(), value[taken]), name
+    assert np.array_equal(cache.labels, whole["labels"])
+    assert np.array_equal(cache.indices, whole["indices"])
+
+
+def test_tokens_take_two_bytes(tmp_path):
+    m = manifest(latent_shape=(256, 3), codebook_size=65536, count=100, shard_size=100)
+    fill(tmp_path, m)
+    size = (tmp_path / "shard-00000.safetensors").stat().st_size
+    assert 100 * 256 * 2 < size < 100 * 256 * 2 + 100 * 22 + 1000
+
+
+def test_half_precision_stays_half(tmp_path):
+    m = manifest(kind="continuous", codebook_size=None, count=5)
+    whole = records(m)
+    whole["latents"] = torch.from_numpy(whole["latents"]).half()
+    fill(tmp_path, m, whole)
+    found = LatentCache(tmp_path).read(slice(None)).latents
+    assert torch.equal(found, whole["latents"].float())
+
+
+def test_flips_and_crops_are_zero_where_none_were_written(tmp_path):
+    m = manifest()
+    whole = records(m)
+    del whole["flips"], whole["crops"]
+    fill(tmp_path, m, whole)
+    found = LatentCache(tmp_path).read([0, 22])
+    for field in (found.flips, found.crops):
+        assert field.tolist() == [0, 0]
+        assert field.dtype == torch.uint8
+
+
+def test_ranks_share_the_shards_and_a_killed_run_goes_on(tmp_path):
+    m = manifest()
+    whole = records(m)
+    create_cache(tmp_path, m)
+    assert [missing_shards(tmp_path, r, 2) for r in range(2)] == [[0, 2, 4], [1, 3]]
+    write_shard(tmp_path, 2, shard(m, 2, whole))
+    half = {k: tmp_path / f".shard-0000{k}.safetensors.tmp" for k in (3, 4)}
+    for file in half.values():
+        file.write_bytes(b"half a shard")
+    create_cache(tmp_path, manifest())  # the same command again
+    assert missing_shards(tmp_path, 0, 2) == [0, 4]
+    assert not half[4].exists()
+    assert half[3].exists()  # rank 1 may be writing it
+    assert missing_shards(tmp_path, 1, 2) == [1, 3]
+    fill(tmp_path, m, whole)
+    assert not [f for f in os.listdir(tmp_path) if f.endswith(".tmp")]
+    assert np.array_equal(LatentCache(tmp_path).read(slice(None)).seeds, whole["seeds"])
+
+
+def test_opening_an_unfinished_cache_leaves_the_writer_alone(tmp_path):
+    create_cache(tmp_path, manifest())
+    half = tmp_path / ".shard-00000.safetensors.tmp"
+    half.write_bytes(b"being written")
+    with pytest.raises(UserError, match="lacks 5 of 5"):
+        LatentCache(tmp_path)
+    assert half.exists()
+
+
+def test_another_manifest_is_refused_by_name(tmp_path):
+    create_cache(tmp_path, manifest())
+    with pytest.raises(UserError, match=r"tokenizer: t1 -> t2") as caught:
+        create_cache(tmp_path, manifest(tokenizer="t2", source={"sigma": 0.5, "seeds": [1, 2]}))
+    assert "source.sigma: 0.7 -> 0.5" in str(caught.value)
+    (tmp_path / "manifest.json").unlink()
+    (tmp_path / "shard-00000.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="unknown origin"):
+        create_cache(tmp_path, manifest())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"codebook_size": None}, "codebook_size None"),
+        ({"kind": "continuous"}, "'continuous' with None"),
+        ({"count": 0}, "count = 0"),
+        ({"shard_size": 0}, "shard_size = 0"),
+        ({"latent_shape": (0, 3)}, "latent_shape = 0"),
+    ],
+)
+def test_impossible_manifests(changes, message):
+    with pytest.raises(UserError, match=message):
+        manifest(**changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("latents", np.full((5, 6), 50), "0 to 49"),
+        ("latents", np.full((5, 6), -1), "-1 to -1"),
+        ("latents", np.zeros((5, 7), int), "expected integers"),
+        ("latents", np.zeros((4, 6), int), "expected integers"),
+        ("latents", np.zeros((5, 6)), "float64"),
+        ("labels", np.full(5, 4), "4 to 4, expected 0 to 3"),
+        ("labels", np.full(5, -1), "expected 0 to 3"),
+        ("seeds", np.zeros(5), "expected integers"),
+        ("masks", np.zeros(5, int), "masks"),
+        ("seeds", None, "has the fields"),
+    ],
+)
+def test_wrong_shards_are_not_written(tmp_path, name, value, message):
+    m = manifest()
+    create_cache(tmp_path, m)
+    arrays = shard(m, 0, records(m)) | {name: value}
+    if value is None:
+        del arrays[name]
+    with pytest.raises(UserError, match=message):
+        write_shard(tmp_path, 0, arrays)
+    assert missing_shards(tmp_path) == [0, 1, 2, 3, 4]
+
+
+def test_latents_that_are_not_finite_are_not_written(tmp_path):
+    m = manifest(kind="continuous", codebook_size=None)
+    create_cache(tmp_path, m)
+    arrays = shard(m, 0, records(m))
+    arrays["latents"][0, 0, 0] = np.nan
+    with pytest.raises(UserError, match="finite"):
+        write_shard(tmp_path, 0, arrays)
+
+
+def test_unreadable_caches(tmp_path):
+    with pytest.raises(UserError, match="no latents cache"):
+        LatentCache(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        LatentCache(tmp_path)
+    m = manifest()
+    fill(tmp_path, m, skip=(1, 3))
+    with pytest.raises(UserError, match="lacks 2 of 5 shards, first shard 1; run the command"):
+        LatentCache(tmp_path)
+    fill(tmp_path, m)
+    damaged = tmp_path / "shard-00003.safetensors"
+    content = damaged.read_bytes()
+    for cut in (0, 4, 40, len(content) - 10):
+        damaged.write_bytes(content[:cut])
+        with pytest.raises(UserError, match=r"shard-00003\.safetensors is damaged"):
+            LatentCache(tmp_path)
+    damaged.write_bytes((tmp_path / "shard-00004.safetensors").read_bytes())  # a shard of three records
+    with pytest.raises(UserError, match="expected 5"):
+        LatentCache(tmp_path)
+    damaged.write_bytes(content)
+    (tmp_path / "manifest.json").write_text('{"kind": "discrete"}')
+    with pytest.raises(UserError, match="is no manifest"):
+        LatentCache(tmp_path)
+
+
+def test_contents_beyond_the_manifest_are_refused(tmp_path):
+    m = manifest()
+    whole = records(m)
+    whole["latents"][11, 2] = 49
+    whole["labels"][7] = 3
+    fill(tmp_path / "a", m, whole)
+    text = (tmp_path / "a" / "manifest.json").read_text()
+    (tmp_path / "a" / "manifest.json").write_text(text.replace('"codebook_size": 50', '"codebook_size": 49'))
+    with pytest.raises(UserError, match="to 49, expected 0 to 48"):
+        LatentCache(tmp_path / "a").read(slice(10, 12))
+    (tmp_path / "a" / "manifest.json").write_text(text.replace('"classes": 4', '"classes": 3'))
+    with pytest.raises(UserError, match="to 3, expected 0 to 2"):
+        LatentCache(tmp_path / "a")
+
+
+def test_a_cache_of_another_tokenizer_is_refused(tmp_path):
+    fill(tmp_path, manifest())
+    cache = LatentCache(tmp_path)
+    check_cache(cache, "t1", (6, 3), 50)
+    for changes, message in (
+        ({"tokenizer_digest": "t2"}, "tokenizer t1, expected t2"),
+        ({"latent_shape": (6, 4)}, "latent_shape"),
+        ({"codebook_size": 64}, "codebook_size 50, expected 64"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_cache(cache, **changes)
+
+
+def test_ten_crops_are_refused_where_centre_crops_are_needed(tmp_path):
+    for name, source in (("center", {"crops": "center-flip"}), ("other", {}), ("ten", {"crops": "ten"})):
+        fill(tmp_path / name, manifest(source=source))
+    check_center_crops(LatentCache(tmp_path / "center"))
+    check_center_crops(LatentCache(tmp_path / "other"))  # pairs and samples
+    with pytest.raises(UserError, match=r"ten crops.*crops=center"):
+        check_center_crops(LatentCache(tmp_path / "ten"))
+
+
+def test_full_disk_keeps_the_shards_before(tmp_path, monkeypatch):
+    m = manifest()
+    whole = records(m)
+    create_cache(tmp_path, m)
+    write_shard(tmp_path, 0, shard(m, 0, whole))
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"shard-00001\.safetensors: No space left on device"):
+        write_shard(tmp_path, 1, shard(m, 1, whole))
+    monkeypatch.undo()
+    assert sorted(os.listdir(tmp_path)) == ["manifest.json", "shard-00000.safetensors"]
+    fill(tmp_path, m, whole)
+    assert np.array_equal(LatentCache(tmp_path).read(slice(None)).latents, whole["latents"])
+
+
+def test_training_order_is_a_function_of_seed_and_step(tmp_path):
+    fill(tmp_path, manifest())
+    cache = LatentCache(tmp_path)
+    whole = list(training_latents(cache, 8, 1, 0, 7))
+    for a, b in zip(whole[4:], training_latents(cache, 8, 1, 4, 3), strict=True):
+        assert torch.equal(a.latents, b.latents)
+    ranks = [list(training_latents(cache, 8, 1, 0, 7, rank=r, world=2)) for r in range(2)]
+    for a, *parts in zip(whole, *ranks, strict=True):
+        assert torch.equal(a.seeds, torch.cat([part.seeds for part in parts]))
+    assert all(
+        len(set(torch.cat([a.seeds, b.seeds]).tolist())) == 16 for a, b in zip(whole[::2], whole[1::2], strict=False)
+    )
+    with pytest.raises(UserError, match="global batch is 24"):
+        training_latents(cache, 24, 0, 0, 1)
+
+
+def private_memory():
+    """Bytes that only this process holds: what is mapped from files is not among them."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the size of the process from /proc")
+def test_training_streams_a_cache_larger_than_its_memory(tmp_path):
+    budget = 16 * 2**20
+    m = manifest(latent_shape=(256, 3), codebook_size=65536, count=160_000, shard_size=8_000)  # 82 MB of tokens
+    create_cache(tmp_path, m)
+    tokens = np.random.default_rng(0).integers(0, 65536, (m.shard_size, 256), dtype=np.uint16)
+    zeros = np.zeros(m.shard_size, dtype=np.int64)
+    for k in range(m.shards):
+        numbers = np.arange(m.shard_size) + k * m.shard_size
+        write_shard(tmp_path, k, {"latents": tokens ^ k, "labels": zeros, "indices": numbers, "seeds": zeros})
+    assert sum(file.stat().st_size for file in tmp_path.glob("shard*")) > 5 * budget
+    fill(tmp_path / "small", manifest())
+    next(training_latents(LatentCache(tmp_path / "small"), 8, 0, 0, 1))  # what libraries allocate once
+    before, peak, total = private_memory(), 0, 0
+    for step, batch in enumerate(training_latents(LatentCache(tmp_path), 256, 0, 0, m.count // 256)):
+        total += batch.indices.sum().item()
+        if step % 25 == 0:
+            peak = max(peak, private_memory() - before)
+            row = batch.indices[7].item()
+            assert np.array_equal(batch.latents[7], tokens[row % m.shard_size] ^ (row // m.shard_size))
+    assert total == m.count * (m.count - 1) // 2  # an epoch: every record once
+    assert peak < budget
