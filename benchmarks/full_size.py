@@ -38,7 +38,7 @@ from robustok.training import tokenizer as main_training
 
 COMMON = ["batch_size=1", "steps=2", "warmup_steps=0", "log_every=1", "precision=float32", "snapshot_every=0"]
 LOSSES = ["adversarial.start=0", "adversarial.warmup_steps=null"]
-RELEASED = ["trainable=release", "teacher.name=timm"]
+RELEASED = ["trainable=authors", "teacher.name=timm"]
 MODULES = {"main-train": main_training, "train-generator": generator_training, "post-train": post_training}
 
 
@@ -59,12 +59,12 @@ def make_tokens(folder: Path, tokenizer: str, data: str | None, source: dict) ->
 
 def make_tokenizer(folder: Path, data: main_training.Data) -> list[str]:
     """A snapshot of the paper's tokenizer with random weights, and a pair for it."""
-    config = load(main_training.MainTrainingRun, "imagenet256/tokenizer.yaml", ["data.path=x"]).tokenizer
+    config = load(main_training.TokenizerTrainingRun, "imagenet256/tokenizer.yaml", ["data.path=x"]).tokenizer
     model = RobusTok(config)
     space = encoder_digest(model)
     header = {"kind": "tokenizer", "config": plain(config), "latent_space": space}
     write_snapshot(folder / "tokenizer", header, model.state_dict(), {})
-    make_tokens(folder / "pairs", space, open_images(data, 256).fingerprint, {"mode": "generated", "sigma": 0.7})
+    make_tokens(folder / "pairs", space, open_images(data, 256).fingerprint, {"mode": "direct", "sigma": 0.7})
     return [f"tokenizer={folder / 'tokenizer'}", f"pairs={folder / 'pairs'}"]
 
 
@@ -78,13 +78,13 @@ def prepare(name: str, folder: Path, words: list[str]) -> tuple[str, common.Trai
     out = [f"out={folder / 'run'}", *COMMON]
     if name == "tokenizer":
         words = [*out, *losses, "workers=0", "picture_every=0", "perturbation.proportion=1", *words]
-        return "main-train", load(main_training.MainTrainingRun, "imagenet256/tokenizer.yaml", words)
+        return "main-train", load(main_training.TokenizerTrainingRun, "imagenet256/tokenizer.yaml", words)
     if name == "generator":
         words = [*out, *make_tokens(folder / "latents", "random", None, {}), *words]
         return "train-generator", load(generator_training.GeneratorTrainingRun, "imagenet256/generator-l.yaml", words)
-    data = load(main_training.MainTrainingRun, "imagenet256/tokenizer.yaml", image).data
+    data = load(main_training.TokenizerTrainingRun, "imagenet256/tokenizer.yaml", image).data
     words = [*out, *losses, *make_tokenizer(folder, data), *(RELEASED if name == "released" else []), *words]
-    return "post-train", load(post_training.PostTrainingRun, "imagenet256/post.yaml", words)
+    return "post-train", load(post_training.DecoderTrainingRun, "imagenet256/post.yaml", words)
 
 
 def measure(name: str, words: list[str]) -> dict[str, float]:
@@ -100,7 +100,7 @@ def measure(name: str, words: list[str]) -> dict[str, float]:
         check = module.check_finite
         module.check_finite = lambda *a: moments.append(time.perf_counter()) or check(*a)  # once a step
         facts = estimate.ESTIMATES[type(run)](run)
-        {"main-train": main_training.main_train, "train-generator": generator_training.train_generator}.get(
+        {"main-train": main_training.train_tokenizer, "train-generator": generator_training.train_generator}.get(
             verb, post_training.post_train
         )(run)
     expected = facts["training_memory_bytes"] + facts["activations_bytes"]

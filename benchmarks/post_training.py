@@ -36,12 +36,12 @@ from robustok.tokenizers import load_tokenizer
 from robustok.tokenizers import robustok as tokenizers
 from robustok.training import adversary, prepared
 from robustok.training import decoder as post_training
-from robustok.training.authors import ReleasedPass
+from robustok.training.authors import AuthorsStep
 
 STEPS = 4  # the first is not timed
 
 
-def decode_to_png(run: post_training.PostTrainingRun, path: Path) -> None:
+def decode_to_png(run: post_training.DecoderTrainingRun, path: Path) -> None:
     """The file that the released procedure trains on."""
     tokenizer = load_tokenizer(run.tokenizer)
     with torch.no_grad():
@@ -50,10 +50,10 @@ def decode_to_png(run: post_training.PostTrainingRun, path: Path) -> None:
 
 
 def from_png(path: Path):
-    """``ReleasedPass.inputs`` with the image from a file, as released, in place of one decoded again at each step."""
+    """``AuthorsStep.inputs`` with the image from a file, as released, in place of one decoded again at each step."""
 
     @torch.no_grad()
-    def inputs(self: ReleasedPass, latents: torch.Tensor) -> tuple:
+    def inputs(self: AuthorsStep, latents: torch.Tensor) -> tuple:
         images = from_pixels(torchvision.io.decode_image(str(path))[None])  # (1, 3, H, W)
         return images, None, None, 0, self.teacher(images)
 
@@ -74,7 +74,7 @@ def seconds_a_step(name: str, folder: Path, twice: bool) -> list[float]:
         mock.patch.object(post_training, "check_finite", lambda *a: moments.append(time.process_time()) or check(*a)),
         mock.patch.object(post_training, "_write_snapshot"),
         mock.patch.object(runs.RunFolder, "save_state"),
-        mock.patch.object(ReleasedPass, "inputs", from_png(png)),
+        mock.patch.object(AuthorsStep, "inputs", from_png(png)),
     ):
         post_training.post_train(run)
     return [after - before for before, after in itertools.pairwise(moments)]

@@ -1,7 +1,7 @@
 """Tiny trained worlds on the digits, made once per session and only when a test asks for them.
 
-``story`` is the whole story through the command line, a few steps each. The other fixtures are trained for a moment
-longer through the Python API: enough for losses to fall and for tokens, samples and decoders to differ.
+``pipeline`` runs all commands, a few steps each. The other fixtures are trained for a moment longer through the
+Python API: enough for losses to fall and for tokens, samples and decoders to differ.
 """
 
 import os
@@ -20,9 +20,9 @@ from robustok.data.dataset import open_images
 from robustok.data.pixels import to_pixels
 from robustok.data.sources import Digits
 from robustok.metrics.features.classifier import ClassifierConfig, save_classifier
-from robustok.training.classifier import train_classifier
+from robustok.training.classifier import fit_classifier
 from robustok.training.generator import train_generator
-from robustok.training.tokenizer import main_train
+from robustok.training.tokenizer import train_tokenizer
 
 DATA = ["data.name=digits", "data.limit=48"]
 VIT = [f"tokenizer.{side}.{size}" for side in ("encoder", "decoder") for size in ("width=16", "depth=1", "heads=2")]
@@ -56,7 +56,7 @@ def words(verb: str, home: Path, out: str) -> list[str]:
         "encode": [*DATA, f"tokenizer={at['tokenizer']}", "shard_size=20"],
         "train-generator": [*TRAINING, *GENERATOR, f"latents={at['latents']}"],
         "generate": [f"generator={at['generator']}", "count=40"],
-        "make-pairs": [f"generator={at['generator']}", f"latents={at['latents']}", "preservation=0.8", "shard_size=20"],
+        "make-pairs": [f"generator={at['generator']}", f"latents={at['latents']}", "sigma=0.8", "shard_size=20"],
         "post-train": [*DATA, *TRAINING, *LOSSES, f"tokenizer={at['tokenizer']}", f"pairs={at['pairs']}"],
         "evaluate": [
             *DATA,
@@ -69,7 +69,7 @@ def words(verb: str, home: Path, out: str) -> list[str]:
     return [verb, *settings[verb], f"out={out}"]
 
 
-STORY = {
+PIPELINE = {
     "classifier": "train-classifier",
     "tokenizer": "main-train",
     "latents": "encode",
@@ -81,15 +81,15 @@ STORY = {
 
 
 @pytest.fixture(scope="session")
-def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with a tiny classifier, tokenizer, cache of latents, generator, samples, pairs and post-trained tokenizer.
 
     Tests read it and leave it as it is.
     """
     from robustok.cli import main
 
-    home = tmp_path_factory.mktemp("story")
-    for name, verb in STORY.items():
+    home = tmp_path_factory.mktemp("pipeline")
+    for name, verb in PIPELINE.items():
         assert main(words(verb, home, str(home / name))) == 0, verb
     return home
 
@@ -101,7 +101,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     batch = data.read(range(len(data)))
     path = tmp_path_factory.mktemp("classifier") / "saved"
     config = ClassifierConfig(width=8, features=16, steps=30, batch_size=64)
-    save_classifier(train_classifier(to_pixels(batch.images), batch.labels, config, seed=0), path)
+    save_classifier(fit_classifier(to_pixels(batch.images), batch.labels, config, seed=0), path)
     return path
 
 
@@ -111,7 +111,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tokenizer") / "run"
     # Without revival so short a training would leave one code in use, and every test of tokens would hold of itself.
     words = ("steps=60", "batch_size=32", "log_every=10", "state_every=60", "tokenizer.quantizer.revive_every=5")
-    main_train(tiny.main_run(out, *words, *tiny.ADVERSARY))
+    train_tokenizer(tiny.main_run(out, *words, *tiny.ADVERSARY))
     return out
 
 
@@ -139,6 +139,4 @@ def samples(tmp_path_factory: pytest.TempPathFactory, generator: Path) -> list[P
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory: pytest.TempPathFactory, generator: Path, latents: Path) -> Path:
     """Pairs with half of the real tokens."""
-    return make_pairs(
-        tiny.pairs_run(tmp_path_factory.mktemp("pairs") / "cache", generator, latents, "preservation=0.5")
-    )
+    return make_pairs(tiny.pairs_run(tmp_path_factory.mktemp("pairs") / "cache", generator, latents, "sigma=0.5"))

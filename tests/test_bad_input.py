@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from conftest import LOSSES, MAIN_TRAIN, STORY, TOKENIZER, TRAINING, VIT, words
+from conftest import LOSSES, MAIN_TRAIN, PIPELINE, TOKENIZER, TRAINING, VIT, words
 from robustok.cli import main
 from robustok.tokenizers import load_tokenizer
 
@@ -100,19 +100,21 @@ def test_a_process_of_its_own_says_one_line_too(tmp_path):
 
 
 @pytest.mark.parametrize("sigma", [-0.1, 1.1])
-def test_preservation_outside_of_its_range(refused, story, tmp_path, sigma):
-    arguments = words("make-pairs", story, str(tmp_path / "pairs"))
-    refused(*arguments, f"preservation={sigma}", said=(f"preservation = {sigma}", "equal to"))
+def test_preservation_outside_of_its_range(refused, pipeline, tmp_path, sigma):
+    arguments = words("make-pairs", pipeline, str(tmp_path / "pairs"))
+    refused(*arguments, f"sigma={sigma}", said=(f"sigma = {sigma}", "equal to"))
 
 
-def test_more_neighbours_than_codes_in_an_evaluation(refused, story, tmp_path):
+def test_more_neighbours_than_codes_in_an_evaluation(refused, pipeline, tmp_path):
     grid = ["grid.name=explicit", "grid.rates=[0.5]", "grid.codes=[16]"]
-    refused(*words("evaluate", story, str(tmp_path / "e")), *grid, said=("strength is 16", "16 codes", "15 neighbours"))
+    refused(
+        *words("evaluate", pipeline, str(tmp_path / "e")), *grid, said=("strength is 16", "16 codes", "15 neighbours")
+    )
 
 
 @pytest.mark.parametrize("verb", ["main-train", "train-generator", "post-train"])
-def test_not_enough_images_for_the_batch(refused, story, tmp_path, verb):
-    arguments = [*words(verb, story, str(tmp_path / "run")), "batch_size=64"]
+def test_not_enough_images_for_the_batch(refused, pipeline, tmp_path, verb):
+    arguments = [*words(verb, pipeline, str(tmp_path / "run")), "batch_size=64"]
     refused(*arguments, said=("batch is 64", "has 48", "1 to 48"))
 
 
@@ -190,41 +192,41 @@ def test_labels_out_of_range(refused, tmp_path, labels, said):
     refused(*arguments, said=(said, "expected 0 to 1"))
 
 
-def test_classes_that_the_generator_does_not_know(refused, story, tmp_path):
-    refused(*words("generate", story, str(tmp_path / "s")), "classes=[3,10]", said=("class 10", "0 to 9"))
+def test_classes_that_the_generator_does_not_know(refused, pipeline, tmp_path):
+    refused(*words("generate", pipeline, str(tmp_path / "s")), "classes=[3,10]", said=("class 10", "0 to 9"))
 
 
 # Snapshots
 
 
 @pytest.mark.parametrize(("given", "kind"), [("generator", "generator"), ("classifier", "classifier")])
-def test_a_snapshot_of_another_kind(refused, story, tmp_path, given, kind):
-    arguments = [*words("encode", story, str(tmp_path / "latents")), f"tokenizer={story / given}"]
+def test_a_snapshot_of_another_kind(refused, pipeline, tmp_path, given, kind):
+    arguments = [*words("encode", pipeline, str(tmp_path / "latents")), f"tokenizer={pipeline / given}"]
     refused(*arguments, said=(f"is a snapshot of a {kind}", "expected a tokenizer"))
 
 
-def test_no_snapshot_at_all(refused, story, tmp_path):
-    arguments = words("encode", story, str(tmp_path / "latents"))
+def test_no_snapshot_at_all(refused, pipeline, tmp_path):
+    arguments = words("encode", pipeline, str(tmp_path / "latents"))
     refused(*arguments, f"tokenizer={tmp_path / 'none'}", said=("none holds no snapshot", "snapshot/STEP"))
-    refused(*arguments, f"tokenizer={story / 'latents'}", said=("latents holds no snapshot",))
+    refused(*arguments, f"tokenizer={pipeline / 'latents'}", said=("latents holds no snapshot",))
 
 
-def spoilt(story: Path, name: str, tmp_path: Path, change) -> Path:
+def spoilt(pipeline: Path, name: str, tmp_path: Path, change) -> Path:
     """A copy of a snapshot whose header went through ``change``."""
     copy = tmp_path / f"spoilt-{name}"
-    shutil.copytree(story / name / "snapshot" / "00000003", copy)
+    shutil.copytree(pipeline / name / "snapshot" / "00000003", copy)
     header = yaml.safe_load((copy / "config.yaml").read_text())
     change(header)
     (copy / "config.yaml").write_text(yaml.safe_dump(header))
     return copy
 
 
-def test_weights_of_another_shape(refused, story, tmp_path):
-    copy = spoilt(story, "tokenizer", tmp_path, lambda h: h["config"]["encoder"].update(width=32))
-    arguments = [*words("encode", story, str(tmp_path / "latents")), f"tokenizer={copy}"]
+def test_weights_of_another_shape(refused, pipeline, tmp_path):
+    copy = spoilt(pipeline, "tokenizer", tmp_path, lambda h: h["config"]["encoder"].update(width=32))
+    arguments = [*words("encode", pipeline, str(tmp_path / "latents")), f"tokenizer={copy}"]
     refused(*arguments, said=("weights do not fit its config.yaml", "expected"))
-    copy = spoilt(story, "generator", tmp_path, lambda h: h.update(codebook_size=99))
-    arguments = [*words("generate", story, str(tmp_path / "samples")), f"generator={copy}"]
+    copy = spoilt(pipeline, "generator", tmp_path, lambda h: h.update(codebook_size=99))
+    arguments = [*words("generate", pipeline, str(tmp_path / "samples")), f"generator={copy}"]
     refused(*arguments, said=("weights do not fit its config.yaml",))
 
 
@@ -237,21 +239,21 @@ def test_weights_of_another_shape(refused, story, tmp_path):
         (lambda h: h["config"].update(widht=3), "'widht'"),
     ],
 )
-def test_a_damaged_header(refused, story, tmp_path, change, said):
-    copy = spoilt(story, "generator", tmp_path, change)
-    refused(*words("generate", story, str(tmp_path / "samples")), f"generator={copy}", said=(said,))
+def test_a_damaged_header(refused, pipeline, tmp_path, change, said):
+    copy = spoilt(pipeline, "generator", tmp_path, change)
+    refused(*words("generate", pipeline, str(tmp_path / "samples")), f"generator={copy}", said=(said,))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.yaml"])
 @pytest.mark.parametrize("damage", ["cut", "remove", "fill"])
-def test_damaged_files(refused, story, tmp_path, name, damage):
-    copy = spoilt(story, "tokenizer", tmp_path, lambda h: None)
+def test_damaged_files(refused, pipeline, tmp_path, name, damage):
+    copy = spoilt(pipeline, "tokenizer", tmp_path, lambda h: None)
     content = (copy / name).read_bytes()
     if damage == "remove":
         (copy / name).unlink()
     else:
         (copy / name).write_bytes(content[:100] if damage == "cut" else bytes(200))
-    refused(*words("encode", story, str(tmp_path / "latents")), f"tokenizer={copy}", said=(str(copy),))
+    refused(*words("encode", pipeline, str(tmp_path / "latents")), f"tokenizer={copy}", said=(str(copy),))
 
 
 # Runs and caches that do not belong together
@@ -266,69 +268,71 @@ def test_damaged_files(refused, story, tmp_path, name, damage):
         ("train-classifier", "classifier", "classifier.steps=5", "classifier.steps: 4 -> 5"),
     ],
 )
-def test_a_run_folder_of_another_configuration(refused, story, tmp_path, verb, name, change, said):
-    shutil.copytree(story / name, tmp_path / "run")
+def test_a_run_folder_of_another_configuration(refused, pipeline, tmp_path, verb, name, change, said):
+    shutil.copytree(pipeline / name, tmp_path / "run")
     said = ("another configuration", said, "choose another out")
-    refused(*words(verb, story, str(tmp_path / "run")), change, said=said)
+    refused(*words(verb, pipeline, str(tmp_path / "run")), change, said=said)
 
 
 @pytest.mark.parametrize("verb", ["main-train", "train-generator", "post-train", "train-classifier"])
-def test_a_folder_that_holds_something_else(refused, story, tmp_path, verb):
+def test_a_folder_that_holds_something_else(refused, pipeline, tmp_path, verb):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("years of work")
-    refused(*words(verb, story, str(tmp_path / "run")), said=("is not empty", "choose another out"))
-    refused(*words(verb, story, str(tmp_path / "run" / "thesis.tex")), said=("thesis.tex",))
+    refused(*words(verb, pipeline, str(tmp_path / "run")), said=("is not empty", "choose another out"))
+    refused(*words(verb, pipeline, str(tmp_path / "run" / "thesis.tex")), said=("thesis.tex",))
 
 
 @pytest.mark.parametrize("verb", ["encode", "generate", "make-pairs", "evaluate"])
-def test_a_file_where_a_folder_should_be(refused, story, tmp_path, verb):
+def test_a_file_where_a_folder_should_be(refused, pipeline, tmp_path, verb):
     (tmp_path / "file").write_text("")
-    refused(*words(verb, story, str(tmp_path / "file" / "out")), said=(f"{tmp_path / 'file'}",))
+    refused(*words(verb, pipeline, str(tmp_path / "file" / "out")), said=(f"{tmp_path / 'file'}",))
 
 
 @pytest.fixture(scope="session")
-def other(story, tmp_path_factory) -> Path:
+def other(pipeline, tmp_path_factory) -> Path:
     """The miniature with another tokenizer: seed 1."""
     home = tmp_path_factory.mktemp("other")
     for name in ("tokenizer", "latents", "generator", "pairs", "samples"):
-        assert main([*words(STORY[name], home, str(home / name)), *(["seed=1"] if name == "tokenizer" else [])]) == 0
+        assert main([*words(PIPELINE[name], home, str(home / name)), *(["seed=1"] if name == "tokenizer" else [])]) == 0
     return home
 
 
-def test_a_cache_of_another_tokenizer(refused, story, other, tmp_path):
+def test_a_cache_of_another_tokenizer(refused, pipeline, other, tmp_path):
     out = str(tmp_path / "out")
     said = ("was made by another tokenizer",)
-    refused(*words("make-pairs", story, out), f"latents={other / 'latents'}", said=said)
-    refused(*words("post-train", story, out), f"pairs={other / 'pairs'}", said=said)
-    refused(*words("evaluate", story, out), f"latents=[{other / 'samples'}]", said=said)
-    held_out = [f"held_out.latents={other / 'samples'}", f"held_out.extractor.path={story / 'classifier'}"]
-    refused(*words("post-train", story, out), *held_out, said=said)
+    refused(*words("make-pairs", pipeline, out), f"latents={other / 'latents'}", said=said)
+    refused(*words("post-train", pipeline, out), f"pairs={other / 'pairs'}", said=said)
+    refused(*words("evaluate", pipeline, out), f"latents=[{other / 'samples'}]", said=said)
+    held_out = [f"held_out.latents={other / 'samples'}", f"held_out.extractor.path={pipeline / 'classifier'}"]
+    refused(*words("post-train", pipeline, out), *held_out, said=said)
     decode = ["images=npz", f"tokenizer={other / 'tokenizer'}"]
-    refused(*words("generate", story, out), *decode, said=("is not the tokenizer",))
+    refused(*words("generate", pipeline, out), *decode, said=("is not the tokenizer",))
 
 
-def test_a_cache_folder_of_other_latents(refused, story, tmp_path):
-    shutil.copytree(story / "samples", tmp_path / "samples")
+def test_a_cache_folder_of_other_latents(refused, pipeline, tmp_path):
+    shutil.copytree(pipeline / "samples", tmp_path / "samples")
     refused(
-        *words("generate", story, str(tmp_path / "samples")), "seed=1", said=("holds other latents", "seed: 0 -> 1")
+        *words("generate", pipeline, str(tmp_path / "samples")), "seed=1", said=("holds other latents", "seed: 0 -> 1")
     )
 
 
-def test_pairs_of_other_images(refused, story, tmp_path):
-    refused(*words("post-train", story, str(tmp_path / "out")), "data.limit=40", said=("other images", "encoded from"))
+def test_pairs_of_other_images(refused, pipeline, tmp_path):
+    refused(
+        *words("post-train", pipeline, str(tmp_path / "out")), "data.limit=40", said=("other images", "encoded from")
+    )
 
 
-def test_an_incomplete_cache(refused, story, tmp_path):
-    shutil.copytree(story / "latents", tmp_path / "latents")
+def test_an_incomplete_cache(refused, pipeline, tmp_path):
+    shutil.copytree(pipeline / "latents", tmp_path / "latents")
     (tmp_path / "latents" / "shard-00001.safetensors").unlink()
-    arguments = [*words("train-generator", story, str(tmp_path / "run")), f"latents={tmp_path / 'latents'}"]
+    arguments = [*words("train-generator", pipeline, str(tmp_path / "run")), f"latents={tmp_path / 'latents'}"]
     refused(*arguments, said=("lacks 1 of 3 shards", "again"))
     refused(*arguments, f"latents={tmp_path / 'none'}", said=("no latents cache", "manifest.json"))
 
 
-def test_a_damaged_cache(refused, story, tmp_path):
-    shutil.copytree(story / "latents", tmp_path / "latents")
-    arguments = [*words("train-generator", story, str(tmp_path / "run")), f"latents={tmp_path / 'latents'}"]
+def test_a_damaged_cache(refused, pipeline, tmp_path):
+    shutil.copytree(pipeline / "latents", tmp_path / "latents")
+    arguments = [*words("train-generator", pipeline, str(tmp_path / "run")), f"latents={tmp_path / 'latents'}"]
     shard = tmp_path / "latents" / "shard-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:100])
     refused(*arguments, said=("is damaged", "remove it"))
@@ -347,13 +351,13 @@ def test_missing_perceptual_weights(refused, tmp_path):
     refused(*lpips, said=("vgg16" if importlib.util.find_spec("lpips") else "pip install 'robustok[lpips]'",))
 
 
-def test_missing_teacher_discriminator_and_extractor(refused, story, tmp_path):
+def test_missing_teacher_discriminator_and_extractor(refused, pipeline, tmp_path):
     out = f"out={tmp_path / 'run'}"
     refused("main-train", *MAIN_TRAIN, out, "teacher.name=classifier", said=("teacher.path",))
-    bare = spoilt(story, "tokenizer", tmp_path, lambda h: h.pop("discriminator"))
-    carried = [*words("post-train", story, str(tmp_path / "run")), "adversary=carried"]
+    bare = spoilt(pipeline, "tokenizer", tmp_path, lambda h: h.pop("discriminator"))
+    carried = [*words("post-train", pipeline, str(tmp_path / "run")), "adversary=carried"]
     refused(*carried, f"tokenizer={bare}", said=("no discriminator", "fresh"))
-    arguments = words("evaluate", story, str(tmp_path / "run"))
+    arguments = words("evaluate", pipeline, str(tmp_path / "run"))
     without = [word for word in arguments if "extractor" not in word]
     refused(*without, said=("needs extractor.path",))
     refused(*arguments, "extractor.path=none", said=("none holds no snapshot",))
@@ -364,9 +368,9 @@ def test_missing_teacher_discriminator_and_extractor(refused, story, tmp_path):
 
 
 @pytest.mark.parametrize("verb", ["main-train", "train-generator", "post-train"])
-def test_a_loss_that_is_not_finite(refused, story, tmp_path, verb):
+def test_a_loss_that_is_not_finite(refused, pipeline, tmp_path, verb):
     out = tmp_path / "run"
-    arguments = [*words(verb, story, str(out)), "learning_rate=1e20", "steps=20", "clip_norm=0", "state_every=1"]
+    arguments = [*words(verb, pipeline, str(out)), "learning_rate=1e20", "steps=20", "clip_norm=0", "state_every=1"]
     line = refused(*arguments, said=("the loss is not finite at step", "lower learning_rate", "is kept"), writes=True)
     step = int(line.split("at step ")[1].split()[0])
     states = sorted((out / "state").iterdir())
@@ -375,10 +379,10 @@ def test_a_loss_that_is_not_finite(refused, story, tmp_path, verb):
     assert all(tensor.isfinite().all() for tensor in load_file(states[-1] / "state.safetensors").values())
 
 
-def test_after_a_broken_loss_the_run_goes_on_from_the_last_good_state(refused, story, tmp_path, monkeypatch):
+def test_after_a_broken_loss_the_run_goes_on_from_the_last_good_state(refused, pipeline, tmp_path, monkeypatch):
     from robustok.losses import reconstruction
 
-    arguments = [*words("main-train", story, str(tmp_path / "run")), "steps=6"]
+    arguments = [*words("main-train", pipeline, str(tmp_path / "run")), "steps=6"]
     real, calls = reconstruction.pixel_loss, []
 
     def break_down(*things):
@@ -406,18 +410,18 @@ def file_size_limit(size: int):
 
 
 @pytest.mark.parametrize("verb", ["main-train", "train-generator", "post-train"])
-def test_a_disk_that_is_full_from_the_start(refused, story, tmp_path, verb):
+def test_a_disk_that_is_full_from_the_start(refused, pipeline, tmp_path, verb):
     out = tmp_path / "run"
     with file_size_limit(5000):  # enough for config.yaml and the log
-        refused(*words(verb, story, str(out)), said=("cannot write", "free some space"), writes=True)
+        refused(*words(verb, pipeline, str(out)), said=("cannot write", "free some space"), writes=True)
     assert not list(out.rglob("*.safetensors"))
-    assert main(words(verb, story, str(out))) == 0
+    assert main(words(verb, pipeline, str(out))) == 0
 
 
-def test_a_disk_that_fills_up_while_a_state_is_saved(refused, story, tmp_path, monkeypatch):
+def test_a_disk_that_fills_up_while_a_state_is_saved(refused, pipeline, tmp_path, monkeypatch):
     from robustok import runs
 
-    arguments = [*words("main-train", story, str(tmp_path / "run")), "steps=6"]
+    arguments = [*words("main-train", pipeline, str(tmp_path / "run")), "steps=6"]
     real, calls = runs.save_file, []
 
     def fill_up(tensors, file):
@@ -439,13 +443,13 @@ def test_a_disk_that_fills_up_while_a_state_is_saved(refused, story, tmp_path, m
 
 
 @pytest.mark.parametrize("verb", ["encode", "generate", "make-pairs"])
-def test_a_disk_that_fills_up_while_a_cache_is_written(refused, story, tmp_path, verb):
+def test_a_disk_that_fills_up_while_a_cache_is_written(refused, pipeline, tmp_path, verb):
     out = tmp_path / "cache"
-    arguments = words(verb, story, str(out))
+    arguments = words(verb, pipeline, str(out))
     with file_size_limit(900):
         refused(*arguments, said=("cannot write", "same command again"), writes=True)
     assert main(arguments) == 0
-    original = story / {"encode": "latents", "generate": "samples", "make-pairs": "pairs"}[verb]
+    original = pipeline / {"encode": "latents", "generate": "samples", "make-pairs": "pairs"}[verb]
     assert {f.name: f.read_bytes() for f in out.iterdir()} == {f.name: f.read_bytes() for f in original.iterdir()}
 
 
@@ -457,33 +461,33 @@ def test_a_disk_that_fills_up_while_a_cache_is_written(refused, story, tmp_path,
         (["evaluate"], 0),
     ],
 )
-def test_a_disk_that_is_full_for_other_files(refused, story, tmp_path, arguments, limit):
+def test_a_disk_that_is_full_for_other_files(refused, pipeline, tmp_path, arguments, limit):
     verb, *more = arguments
     out = tmp_path / "out"
-    tokenizer = [f"tokenizer={story / 'tokenizer'}"] if verb == "generate" else []
+    tokenizer = [f"tokenizer={pipeline / 'tokenizer'}"] if verb == "generate" else []
     if verb == "generate":
-        assert main(words(verb, story, str(out))) == 0
+        assert main(words(verb, pipeline, str(out))) == 0
     with file_size_limit(limit):
-        refused(*words(verb, story, str(out)), *more, *tokenizer, said=("cannot write", "space"), writes=True)
-    assert main([*words(verb, story, str(out)), *more, *tokenizer]) == 0
+        refused(*words(verb, pipeline, str(out)), *more, *tokenizer, said=("cannot write", "space"), writes=True)
+    assert main([*words(verb, pipeline, str(out)), *more, *tokenizer]) == 0
 
 
-def test_a_disk_that_is_full_for_pictures(refused, story, tmp_path, monkeypatch):
+def test_a_disk_that_is_full_for_pictures(refused, pipeline, tmp_path, monkeypatch):
     def fill_up(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", fill_up)
-    arguments = [*words("main-train", story, str(tmp_path / "run")), "picture_every=1"]
+    arguments = [*words("main-train", pipeline, str(tmp_path / "run")), "picture_every=1"]
     refused(*arguments, said=("samples/00000001.png", "No space left"), writes=True)
 
 
-def test_a_state_that_was_cut_is_passed_over(capsys, story, tmp_path):
-    shutil.copytree(story / "tokenizer", tmp_path / "run")
+def test_a_state_that_was_cut_is_passed_over(capsys, pipeline, tmp_path):
+    shutil.copytree(pipeline / "tokenizer", tmp_path / "run")
     for file in (tmp_path / "run" / "state" / "00000003").iterdir():
         file.write_bytes(file.read_bytes()[:50])
     shutil.rmtree(tmp_path / "run" / "snapshot")
     capsys.readouterr()
-    assert main(words("main-train", story, str(tmp_path / "run"))) == 0
+    assert main(words("main-train", pipeline, str(tmp_path / "run"))) == 0
     assert "skipping the state" in capsys.readouterr().err
-    assert same(weights(tmp_path / "run/snapshot/00000003"), weights(story / "tokenizer/snapshot/00000003"))
+    assert same(weights(tmp_path / "run/snapshot/00000003"), weights(pipeline / "tokenizer/snapshot/00000003"))
     assert load_tokenizer(tmp_path / "run").latent_shape == (4, 4)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import robustok
-from conftest import MAIN_TRAIN, STORY, words
+from conftest import MAIN_TRAIN, PIPELINE, words
 from robustok import cli
 from robustok.cli import VERBS, main
 from robustok.errors import UserError
@@ -187,23 +187,23 @@ def test_another_process_speaks_only_if_nobody_ends_it(capsys, verb_that, monkey
 # The verbs
 
 
-def test_results_go_to_stdout_and_nothing_else_does(capsys, story, tmp_path):
+def test_results_go_to_stdout_and_nothing_else_does(capsys, pipeline, tmp_path):
     out = tmp_path / "tokenizer"
-    code, printed, err = run(capsys, *words("main-train", story, str(out)))
+    code, printed, err = run(capsys, *words("main-train", pipeline, str(out)))
     assert (code, printed, err) == (0, f"{out / 'snapshot' / '00000003'}\n", "")
     assert (out / "snapshot" / "00000003" / "model.safetensors").exists()
 
 
-def test_the_same_command_again_is_done_at_once(capsys, story):
-    for name, verb in STORY.items():
-        before = {file: file.stat().st_mtime_ns for file in (story / name).rglob("*.safetensors")}
-        code, _, err = run(capsys, *words(verb, story, str(story / name)))
+def test_the_same_command_again_is_done_at_once(capsys, pipeline):
+    for name, verb in PIPELINE.items():
+        before = {file: file.stat().st_mtime_ns for file in (pipeline / name).rglob("*.safetensors")}
+        code, _, err = run(capsys, *words(verb, pipeline, str(pipeline / name)))
         assert (code, err) == (0, "")
-        assert {file: file.stat().st_mtime_ns for file in (story / name).rglob("*.safetensors")} == before, verb
+        assert {file: file.stat().st_mtime_ns for file in (pipeline / name).rglob("*.safetensors")} == before, verb
 
 
-def test_evaluate_prints_a_table_or_json(capsys, story, tmp_path):
-    arguments = words("evaluate", story, str(tmp_path / "e"))
+def test_evaluate_prints_a_table_or_json(capsys, pipeline, tmp_path):
+    arguments = words("evaluate", pipeline, str(tmp_path / "e"))
     code, table, err = run(capsys, *arguments)
     assert (code, err) == (0, "")
     assert table.splitlines()[0].split()[:2] == ["metric", "value"]
@@ -218,9 +218,9 @@ def test_evaluate_prints_a_table_or_json(capsys, story, tmp_path):
     assert next(m for m in found if m["metric"] == "rfid")["extractor"].startswith("classifier-")
 
 
-def test_train_classifier_tells_its_accuracy(capsys, story, tmp_path):
+def test_train_classifier_tells_its_accuracy(capsys, pipeline, tmp_path):
     arguments = [
-        w for w in words("train-classifier", story, str(tmp_path / "c")) if "limit" not in w and "steps" not in w
+        w for w in words("train-classifier", pipeline, str(tmp_path / "c")) if "limit" not in w and "steps" not in w
     ]
     code, text, err = run(capsys, *arguments, "classifier.steps=60", "--json")
     assert (code, err) == (0, "")
@@ -230,9 +230,9 @@ def test_train_classifier_tells_its_accuracy(capsys, story, tmp_path):
     assert found["path"] == str(tmp_path / "c" / "snapshot" / "00000060")
 
 
-def test_report_makes_a_page(capsys, story, tmp_path):
+def test_report_makes_a_page(capsys, pipeline, tmp_path):
     page = tmp_path / "page.html"
-    code, printed, err = run(capsys, "report", f"path={story}", f"out={page}")
+    code, printed, err = run(capsys, "report", f"path={pipeline}", f"out={page}")
     assert (code, printed, err) == (0, f"{page}\n", "")
     assert "<html" in page.read_text()
 
@@ -248,42 +248,42 @@ def test_settings_from_a_file_and_from_words_are_the_same(capsys, tmp_path):
 # Estimates
 
 
-@pytest.mark.parametrize("verb", [*STORY.values(), "evaluate"])
-def test_a_dry_run_writes_nothing(capsys, story, tmp_path, verb):
-    code, text, err = run(capsys, *words(verb, story, str(tmp_path / "out")), "--dry-run", "--json")
+@pytest.mark.parametrize("verb", [*PIPELINE.values(), "evaluate"])
+def test_a_dry_run_writes_nothing(capsys, pipeline, tmp_path, verb):
+    code, text, err = run(capsys, *words(verb, pipeline, str(tmp_path / "out")), "--dry-run", "--json")
     assert (code, err) == (0, "")
     assert json.loads(text)["config"]["out"] == str(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("name", "verb"), [(n, v) for n, v in STORY.items() if v in ("main-train", "train-generator", "post-train")]
+    ("name", "verb"), [(n, v) for n, v in PIPELINE.items() if v in ("main-train", "train-generator", "post-train")]
 )
-def test_parameters_and_disk_are_estimated_well(capsys, story, name, verb):
+def test_parameters_and_disk_are_estimated_well(capsys, pipeline, name, verb):
     from safetensors.torch import load_file
 
-    _, text, _ = run(capsys, *words(verb, story, "x"), "--dry-run", "--json")
+    _, text, _ = run(capsys, *words(verb, pipeline, "x"), "--dry-run", "--json")
     facts = json.loads(text)["facts"]
-    snapshot = story / name / "snapshot" / "00000003"
+    snapshot = pipeline / name / "snapshot" / "00000003"
     stored = load_file(snapshot / "model.safetensors")
     kind = "generator" if verb == "train-generator" else "tokenizer"
     assert facts[f"{kind}_parameters"] == sum(tensor.numel() for tensor in stored.values())
     assert facts["steps"] == 3
     assert facts["samples_seen"] == 24
-    for fact, folder in (("snapshot_bytes", snapshot), ("state_bytes", story / name / "state" / "00000003")):
+    for fact, folder in (("snapshot_bytes", snapshot), ("state_bytes", pipeline / name / "state" / "00000003")):
         tensors = [t for file in folder.glob("*.safetensors") for t in load_file(file).values()]
         assert facts[fact] == pytest.approx(sum(t.numel() * t.element_size() for t in tensors), rel=0.05), fact
 
 
 @pytest.mark.parametrize(
-    ("name", "verb"), [(n, v) for n, v in STORY.items() if v in ("encode", "generate", "make-pairs")]
+    ("name", "verb"), [(n, v) for n, v in PIPELINE.items() if v in ("encode", "generate", "make-pairs")]
 )
-def test_the_size_of_a_cache_is_estimated_well(capsys, story, name, verb):
+def test_the_size_of_a_cache_is_estimated_well(capsys, pipeline, name, verb):
     from safetensors.numpy import load_file
 
-    _, text, _ = run(capsys, *words(verb, story, "x"), "--dry-run", "--json")
+    _, text, _ = run(capsys, *words(verb, pipeline, "x"), "--dry-run", "--json")
     facts = json.loads(text)["facts"]
-    shards = [load_file(file) for file in (story / name).glob("*.safetensors")]
+    shards = [load_file(file) for file in (pipeline / name).glob("*.safetensors")]
     assert facts["shards"] == len(shards)
     assert facts["records"] == sum(len(shard["labels"]) for shard in shards)
     size = sum(array.nbytes for shard in shards for array in shard.values())

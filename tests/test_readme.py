@@ -19,15 +19,15 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
 
 
-def test_the_python_example_runs(story, tmp_path, monkeypatch):
+def test_the_python_example_runs(pipeline, tmp_path, monkeypatch):
     def settings(verb: str, *without: str) -> dict:
-        given = [w for w in words(verb, story, "out")[1:] if not w.startswith(without)]
+        given = [w for w in words(verb, pipeline, "out")[1:] if not w.startswith(without)]
         merged = load(VERBS[verb].load()[1], None, given if verb == "post-train" else [*given, "decoders.a=b"])
         return merged.model_dump(mode="json") | {"out": str(tmp_path / f"runs/{verb}")}
 
     (tmp_path / "runs").mkdir()
     for name in ("tokenizer", "generator"):
-        (tmp_path / "runs" / name).symlink_to(story / name)
+        (tmp_path / "runs" / name).symlink_to(pipeline / name)
     (tmp_path / "post.yaml").write_text(yaml.safe_dump(settings("post-train")))
     (tmp_path / "evaluate.yaml").write_text(yaml.safe_dump(settings("evaluate", "decoders") | {"decoders": {}}))
     monkeypatch.chdir(tmp_path)

@@ -12,13 +12,15 @@ from robustok.tokenizers.perturbation import draw_perturbation, perturb_latents
 from robustok.tokenizers.robustok import RobusTok
 from robustok.training.common import learning_rate
 from robustok.training.generator import GeneratorTrainingRun
-from robustok.training.tokenizer import MainTrainingRun
+from robustok.training.tokenizer import TokenizerTrainingRun
 
 EPOCH = 1251
 
 
 def tokenizer_run(*files, words=()):
-    return load(MainTrainingRun, ["imagenet256/tokenizer.yaml", *files], ["data.path=x", *words], verb="main-train")
+    return load(
+        TokenizerTrainingRun, ["imagenet256/tokenizer.yaml", *files], ["data.path=x", *words], verb="main-train"
+    )
 
 
 def post_run(*files):
@@ -90,7 +92,7 @@ def perturbed(config, feature, token, strength, seeds=200):
 @pytest.fixture(scope="module")
 def configs():
     """Perturbation of the paper, and of the release."""
-    return tokenizer_run().perturbation, tokenizer_run("imagenet256/release.yaml").perturbation
+    return tokenizer_run().perturbation, tokenizer_run("imagenet256/authors.yaml").perturbation
 
 
 def test_neighbours_of_the_feature_not_of_the_code(configs):
@@ -135,16 +137,16 @@ def test_the_teachers_loss_sees_perturbed_latents(configs):
 
 
 def test_the_preset_changes_nothing_else():
-    paper, release = tokenizer_run(), tokenizer_run("imagenet256/release.yaml")
+    paper, release = tokenizer_run(), tokenizer_run("imagenet256/authors.yaml")
     switches = {"neighbour_of", "selection", "include_self", "image_selection", "semantic_on"}
     assert release.model_copy(update={"perturbation": paper.perturbation}) == paper
     old, new = paper.perturbation.model_dump(), release.perturbation.model_dump()
     assert {name for name in old if old[name] != new[name]} == switches
-    paper, release = post_run(), post_run("imagenet256/release.yaml")
-    assert release.trainable == "release"  # see test_released_pass.py
+    paper, release = post_run(), post_run("imagenet256/authors.yaml")
+    assert release.trainable == "authors"  # see test_authors.py
     assert release.teacher.name == "timm"
     assert release.model_copy(update={"trainable": "decoder", "teacher": paper.teacher}) == paper
 
 
 def test_the_preset_names_verbs():
-    assert read_yaml(recipe("imagenet256/release.yaml"))["settings"].keys() <= VERBS.keys()
+    assert read_yaml(recipe("imagenet256/authors.yaml"))["settings"].keys() <= VERBS.keys()

@@ -19,17 +19,17 @@ from robustok.commands.make_pairs import MakePairsRun, make_pairs
 from robustok.config import Config, load, save
 from robustok.devices import leave_processes
 from robustok.evaluation.settings import EvaluateRun
-from robustok.training.decoder import PostTrainingRun, post_train
+from robustok.training.decoder import DecoderTrainingRun, train_decoder
 from robustok.training.generator import GeneratorTrainingRun, train_generator
-from robustok.training.tokenizer import MainTrainingRun, main_train
+from robustok.training.tokenizer import TokenizerTrainingRun, train_tokenizer
 
 VERBS = {
-    "main-train": (main_train, MainTrainingRun),
+    "main-train": (train_tokenizer, TokenizerTrainingRun),
     "encode": (encode, EncodeRun),
     "train-generator": (train_generator, GeneratorTrainingRun),
     "generate": (generate, GenerateRun),
     "make-pairs": (make_pairs, MakePairsRun),
-    "post-train": (post_train, PostTrainingRun),
+    "post-train": (train_decoder, DecoderTrainingRun),
     "evaluate": (evaluate, EvaluateRun),
 }
 DATA = ("data.name=digits", "data.limit=128")
@@ -66,11 +66,11 @@ def every_term(classifier: Path) -> tuple[str, ...]:
     )
 
 
-def main_run(out: Path, *words: str) -> MainTrainingRun:
+def main_run(out: Path, *words: str) -> TokenizerTrainingRun:
     """Main training of a tokenizer with 16 tokens from 32 codes; perturbed, without adversary."""
     perturbation = ("perturbation.proportion=0.5", "perturbation.strength=4")
     terms = ("reconstruction.perceptual=none", "adversarial.weight=0", "learning_rate=1e-2", "min_learning_rate=1e-4")
-    return load(MainTrainingRun, None, (f"out={out}", *DATA, *TRAINING, *TOKENIZER, *perturbation, *terms, *words))
+    return load(TokenizerTrainingRun, None, (f"out={out}", *DATA, *TRAINING, *TOKENIZER, *perturbation, *terms, *words))
 
 
 def generator_run(out: Path, latents: Path, *words: str) -> GeneratorTrainingRun:
@@ -79,11 +79,11 @@ def generator_run(out: Path, latents: Path, *words: str) -> GeneratorTrainingRun
     return load(GeneratorTrainingRun, None, (f"out={out}", f"latents={latents}", *TRAINING, *size, *words))
 
 
-def post_run(out: Path, tokenizer: Path, pairs: Path, *words: str) -> PostTrainingRun:
+def post_run(out: Path, tokenizer: Path, pairs: Path, *words: str) -> DecoderTrainingRun:
     """Post-training without adversary."""
     terms = ("reconstruction.perceptual=none", "adversarial.weight=0", "learning_rate=1e-3")
     return load(
-        PostTrainingRun,
+        DecoderTrainingRun,
         None,
         (f"out={out}", f"tokenizer={tokenizer}", f"pairs={pairs}", *DATA, *TRAINING, *terms, *words),
     )

@@ -7,7 +7,7 @@ import torch
 
 from robustok.config import validate
 from robustok.generators import GENERATORS, build_generator
-from robustok.pretrained.export import to_released
+from robustok.pretrained.export import export_weights
 from robustok.pretrained.families import FAMILIES
 from robustok.randomness import image_rngs
 from robustok.tokenizers import TOKENIZERS
@@ -120,7 +120,7 @@ def released(family):
     model = RELEASES[family][0]()
     if type(model) is not FAMILIES[family].model:
         raise TypeError(f"RELEASES has a {type(model).__name__} as {family}")
-    return {name: tensor.clone() for name, tensor in to_released(model).items()}, model
+    return {name: tensor.clone() for name, tensor in export_weights(model).items()}, model
 
 
 def hold_sigma(model, sampling, reference):

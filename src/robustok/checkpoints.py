@@ -272,7 +272,7 @@ class _Stub:
         pass
 
     def append(self, value: Any) -> None:
-        """Released arguments hold lists of a class of their own (ruamel's), which pickle fills by this."""
+        """Pretrained arguments hold lists of a class of their own (ruamel's), which pickle fills by this."""
 
     extend = append
 

@@ -51,11 +51,14 @@ VERBS = {
     "train-classifier": Verb(
         "train a small classifier, whose features others use",
         "robustok.commands.train_classifier",
-        "train",
+        "train_classifier",
         "TrainClassifierRun",
     ),
     "main-train": Verb(
-        "train a tokenizer with latent perturbation", "robustok.training.tokenizer", "main_train", "MainTrainingRun"
+        "train a tokenizer with latent perturbation",
+        "robustok.training.tokenizer",
+        "train_tokenizer",
+        "TokenizerTrainingRun",
     ),
     "encode": Verb("turn images into a cache of latents", "robustok.commands.encode", "encode", "EncodeRun"),
     "train-generator": Verb(
@@ -74,7 +77,7 @@ VERBS = {
     "make-delta": Verb(
         "keep what post-training changed as a small delta or LoRA",
         "robustok.commands.make_delta",
-        "save_delta",
+        "make_delta",
         "MakeDeltaRun",
     ),
     "evaluate": Verb("measure rFID, pFID, gFID and others", "robustok.commands.evaluate", "evaluate", "EvaluateRun"),

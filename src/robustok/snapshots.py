@@ -85,13 +85,13 @@ def read_header(path: str | Path) -> dict[str, Any]:
     """
     header = read_yaml(resolve(path) / "config.yaml")
     if "delta" in header:
-        strength, rank = split_strength(path)[1], header["delta"].get("rank")
-        facts = {"delta": f"rank {rank}" if rank else "whole", "delta_strength": 1.0 if strength is None else strength}
+        strength, rank = split_scale(path)[1], header["delta"].get("rank")
+        facts = {"delta": f"rank {rank}" if rank else "whole", "delta_scale": 1.0 if strength is None else strength}
         header["post_trained"] = (header.get("post_trained") or {}) | facts
     return header
 
 
-def split_strength(path: str | Path) -> tuple[Path, float | None]:
+def split_scale(path: str | Path) -> tuple[Path, float | None]:
     """A path and what stands behind its ``@``: how much of a delta counts, None where nothing is said."""
     folder, at, number = str(path).rpartition("@")
     if not at or Path(path).exists():
@@ -128,12 +128,12 @@ def read_extra(path: str | Path, *names: str) -> dict[str, dict[str, Tensor]]:
 
 
 def resolve(path: str | Path) -> Path:
-    """The snapshot folder that a path means: itself, or the best of a run folder (the newest, where none was judged).
+    """The snapshot folder that a path means: itself, or the best of a run folder (the newest, where none was scored).
 
     Raises:
         UserError: nothing of the kind is there.
     """
-    path, _ = split_strength(path)
+    path, _ = split_scale(path)
     if (path / "model.safetensors").exists():
         return path
     found = sorted(p for p in path.glob("snapshot/[0-9b]*") if (p / "model.safetensors").exists())  # "best" sorts last

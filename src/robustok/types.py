@@ -103,7 +103,7 @@ class Generator(Protocol):
         sampling: Config,
         rng: torch.Generator | Sequence[torch.Generator],
         reference: Tensor | None = None,
-        preservation: float | None = None,
+        sigma: float | None = None,
     ) -> Tensor:
         """Sample latents, or the mixture of samples and real latents that post-training learns from.
 
@@ -111,8 +111,8 @@ class Generator(Protocol):
             labels: classes (N,) int64.
             sampling: guidance, temperature, top_k, top_p.
             rng: one random generator for each image (a sequence of N), or a single one that seeds each image in turn.
-            reference: latents (N, L) of real images, needed with ``preservation``.
-            preservation: sigma in [0, 1], the share of the reference that is kept. 1 returns the reference,
+            reference: latents (N, L) of real images, needed with ``sigma``.
+            sigma: sigma in [0, 1], the share of the reference that is kept. 1 returns the reference,
                 0 (or None) is a free sample.
 
         Returns:

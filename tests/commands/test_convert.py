@@ -14,9 +14,9 @@ from robustok.config import plain
 from robustok.generators import load_generator
 from robustok.generators.rar import RAR, RARConfig
 from robustok.losses.discriminators import DinoConfig, DinoHeads, PatchConfig, carried_config
-from robustok.pretrained.export import to_released
+from robustok.pretrained.export import export_weights
 from robustok.pretrained.families import FAMILIES
-from robustok.pretrained.load import load_released
+from robustok.pretrained.load import load_pretrained
 from robustok.snapshots import write_snapshot
 from robustok.tokenizers import encoder_digest, load_tokenizer
 from tiny_models import RELEASES, released, shaken, tiny_generator, tiny_tokenizer
@@ -66,7 +66,7 @@ def test_every_family_becomes_a_snapshot_that_loads_and_goes_back_bit_for_bit(ca
     loaded, header, card = load(ours), header_of(ours), (ours / "README.md").read_text()
     assert type(loaded) is type(model)
     assert same(loaded.state_dict(), model.state_dict())
-    assert loaded.config == load_released(family, weights, RELEASES[family][1]).config
+    assert loaded.config == load_pretrained(family, weights, RELEASES[family][1]).config
     assert header["trained_on"].startswith("converted from theirs.pt, ema")
     assert header["licence"] == model.licence
     assert model.licence in card
@@ -81,11 +81,11 @@ def test_every_family_becomes_a_snapshot_that_loads_and_goes_back_bit_for_bit(ca
             assert torch.equal(loaded.latent_mean.expand(4), model.latent_mean.expand(4))
             assert torch.equal(loaded.latent_std.expand(4), model.latent_std.expand(4))
         else:
-            assert loaded.sampling == load_released(family, weights, RELEASES[family][1]).sampling
+            assert loaded.sampling == load_pretrained(family, weights, RELEASES[family][1]).sampling
 
-    assert run(capsys, f"family={family}", "to=released", f"weights={ours}", f"out={back}")[0] == 0
+    assert run(capsys, f"family={family}", "to=export", f"weights={ours}", f"out={back}")[0] == 0
     assert same(load_file(back), weights)
-    assert robustok.load_released is load_released
+    assert robustok.load_pretrained is load_pretrained
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_statistics_that_no_model_of_ours_has_come_back_too(capsys, tmp_path, fa
     words = [f"family={family}", f"weights={tmp_path}/a.safetensors", f"out={tmp_path}/ours", *config_words(family)]
     assert run(capsys, *words)[0] == 0
     assert same(load_tokenizer(tmp_path / "ours").state_dict(), model.state_dict())
-    run(capsys, f"family={family}", "to=released", f"weights={tmp_path}/ours", f"out={tmp_path}/back.safetensors")
+    run(capsys, f"family={family}", "to=export", f"weights={tmp_path}/ours", f"out={tmp_path}/back.safetensors")
     assert same(load_file(tmp_path / "back.safetensors"), weights)
 
 
@@ -116,7 +116,7 @@ def test_a_trained_decoder_drops_into_the_original_file(capsys, tmp_path):
     for module in model.decoder_modules():
         shaken(module, seed=1)
     write_snapshot(tmp_path / "ours", {"kind": "tokenizer", "config": plain(model.config)}, model.state_dict(), {})
-    words = ["family=robustok", "to=released", f"weights={tmp_path}/ours"]
+    words = ["family=robustok", "to=export", f"weights={tmp_path}/ours"]
     words += [f"original={tmp_path}/main-train.pt", f"out={tmp_path}/post-train.safetensors"]
     assert run(capsys, *words)[0] == 0
     found = load_file(tmp_path / "post-train.safetensors")
@@ -385,7 +385,7 @@ def test_the_way_back_is_refused_where_there_is_none(capsys, tmp_path):
     header = {"kind": "generator", "config": plain(model.config), "latent_shape": [16, 4], "latent_space": None}
     header |= {"codebook_size": 16, "classes": 5}
     write_snapshot(tmp_path / "g", header, model.state_dict(), {})
-    back = ["to=released", f"weights={tmp_path}/g"]
+    back = ["to=export", f"weights={tmp_path}/g"]
     assert ".safetensors" in refused(capsys, "family=rar", *back, f"out={tmp_path}/g.pt")
     assert "holds a RAR, which is no sit" in refused(capsys, "family=sit", *back, f"out={tmp_path}/a.safetensors")
 
@@ -393,7 +393,7 @@ def test_the_way_back_is_refused_where_there_is_none(capsys, tmp_path):
 def test_a_model_of_our_own_size_goes_out_and_comes_back(capsys, tmp_path):
     """Tables without the spare rows that releases have."""
     model = shaken(RAR(RARConfig(width=16, depth=1, heads=2), codebook_size=16, length=9, classes=5))
-    save_file(to_released(model), tmp_path / "g.safetensors")
+    save_file(export_weights(model), tmp_path / "g.safetensors")
     assert run(capsys, "family=rar", f"weights={tmp_path}/g.safetensors", f"out={tmp_path}/g")[0] == 0
     assert same(load_generator(tmp_path / "g").state_dict(), model.state_dict())
     assert load_generator(tmp_path / "g").length == 9

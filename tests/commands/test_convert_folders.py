@@ -106,12 +106,12 @@ def test_a_part_alone(capsys, tmp_path, family, part):
     load = load_tokenizer if kind == "tokenizer" else load_generator
     assert same(load(tmp_path / "one").state_dict(), load(tmp_path / "two").state_dict())
     assert load(tmp_path / "one").latent_shape == load(tmp_path / "two").latent_shape
-    loaded = robustok.load_released(family, tmp_path / "DiT")
+    loaded = robustok.load_pretrained(family, tmp_path / "DiT")
     assert same(loaded.state_dict(), load(tmp_path / "one").state_dict())
-    assert robustok.load_released("diffusers", tmp_path / "alone").latent_shape[1] == 4
+    assert robustok.load_pretrained("diffusers", tmp_path / "alone").latent_shape[1] == 4
 
     back = tmp_path / "back"
-    words = [f"family={family}", "to=released", f"weights={tmp_path}/one", f"out={back}"]
+    words = [f"family={family}", "to=export", f"weights={tmp_path}/one", f"out={back}"]
     assert run(capsys, *words) == (0, f"{back}\n", "")
     again = getattr(diffusers, "AutoencoderKL" if part == "vae" else "DiTTransformer2DModel").from_pretrained(back)
     assert same(again.state_dict(), type(again).from_pretrained(tmp_path / "DiT" / part).state_dict())
@@ -204,7 +204,7 @@ def test_a_folder_comes_from_the_hub_with_no_more_of_it_than_needed(capsys, tmp_
     header = yaml.safe_load((tmp_path / "snapshot" / "tokenizer" / "config.yaml").read_text())
     assert header["trained_on"].startswith("converted from hf://facebook/DiT-XL-2-256@v1, ")
     shutil.rmtree(cache)
-    alone = robustok.load_released("diffusers_kl", "hf://facebook/DiT-XL-2-256/vae")
+    alone = robustok.load_pretrained("diffusers_kl", "hf://facebook/DiT-XL-2-256/vae")
     assert same(alone.state_dict(), load_tokenizer(tmp_path / "snapshot" / "tokenizer").state_dict())
     assert not (cache / "transformer").exists()
 
@@ -302,11 +302,11 @@ def test_wrong_words(capsys, tmp_path):
     assert "holds a tokenizer; drop tokenizer=" in refuse("family=diffusers", f"tokenizer={tmp_path}/kl")
     assert "expected DiTTransformer2DModel" in refuse("family=dit", f"weights={tmp_path}/DiT/vae")
     assert "expected AutoencoderKL" in refuse("family=diffusers_kl", f"weights={tmp_path}/DiT/transformer")
-    assert "holds a KL, which is no diffusers" in refuse("family=diffusers", "to=released", f"weights={tmp_path}/kl")
-    assert "drop it" in refuse("family=diffusers", "to=released", f"weights={tmp_path}/kl", "original=a.pt")
+    assert "holds a KL, which is no diffusers" in refuse("family=diffusers", "to=export", f"weights={tmp_path}/kl")
+    assert "drop it" in refuse("family=diffusers", "to=export", f"weights={tmp_path}/kl", "original=a.pt")
     with pytest.raises(UserError, match="name one of them"):
-        robustok.load_released("diffusers", tmp_path / "DiT")
+        robustok.load_pretrained("diffusers", tmp_path / "DiT")
     with pytest.raises(UserError, match="give its path"):
-        robustok.load_released("dit", {"x": torch.ones(1)})
+        robustok.load_pretrained("dit", {"x": torch.ones(1)})
     with pytest.raises(UserError, match="does not take; known: image_size"):
-        robustok.load_released("diffusers_kl", tmp_path / "DiT", {"size": 3})
+        robustok.load_pretrained("diffusers_kl", tmp_path / "DiT", {"size": 3})

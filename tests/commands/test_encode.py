@@ -15,7 +15,7 @@ from robustok.data.latent_cache import LatentCache
 from robustok.data.pixels import from_pixels, to_pixels
 from robustok.errors import UserError
 from robustok.tokenizers import load_tokenizer
-from robustok.training.decoder import post_train
+from robustok.training.decoder import train_decoder
 
 COUNT = 14
 
@@ -154,4 +154,4 @@ def test_ten_crops_make_no_pairs(tmp_path, tokenizer, generator, pairs):
     assert sorted(made.flips.tolist()) == [0] * 20 + [1] * 20
     # Such pairs made by other means are refused too: the data are not those of centre crops.
     with pytest.raises(UserError, match="pairs latents with other images"):
-        post_train(tiny.post_run(tmp_path / "post", tokenizer, ten, "data.limit=20"))
+        train_decoder(tiny.post_run(tmp_path / "post", tokenizer, ten, "data.limit=20"))

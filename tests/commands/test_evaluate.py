@@ -20,7 +20,7 @@ from robustok.metrics.kernel import kernel_distance
 from robustok.metrics.manifold import precision_recall
 from robustok.metrics.pixels import psnr
 from robustok.tokenizers import load_tokenizer
-from robustok.training.tokenizer import main_train
+from robustok.training.tokenizer import train_tokenizer
 
 
 def run(out, classifier, *words):
@@ -33,10 +33,10 @@ def by_name(measurements):
 
 @pytest.fixture(scope="module")
 def post_trained(tmp_path_factory, tokenizer, pairs):
-    from robustok.training.decoder import post_train
+    from robustok.training.decoder import train_decoder
 
     out = tmp_path_factory.mktemp("post") / "run"
-    post_train(tiny.post_run(out, tokenizer, pairs, "learning_rate=1e-2"))
+    train_decoder(tiny.post_run(out, tokenizer, pairs, "learning_rate=1e-2"))
     return out
 
 
@@ -229,7 +229,7 @@ def test_what_cannot_be_evaluated(tmp_path, tokenizer, samples, classifier):
             run(tmp_path, classifier, *decoders, f"metrics=[{metric}]")
     with pytest.raises(UserError, match=r"recall needs extractor\.path"):
         load(EvaluateRun, None, (f"out={tmp_path}", *tiny.DATA, *decoders, "metrics=[recall]"))
-    other = main_train(tiny.main_run(tmp_path / "other", "steps=1", "seed=5"))
+    other = train_tokenizer(tiny.main_run(tmp_path / "other", "steps=1", "seed=5"))
     with pytest.raises(UserError, match="was made by another tokenizer"):
         evaluate(run(tmp_path / "out", classifier, f"latents=[{samples[0]}]", f"decoders={{d: {other}}}"))
     assert not (tmp_path / "out").exists()

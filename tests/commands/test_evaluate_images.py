@@ -1,4 +1,4 @@
-"""Finished images against references of every kind, and the honesty of small samples."""
+"""Finished images against references of every kind, and the bias_facts of small samples."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ from robustok.data.latent_cache import LatentCache
 from robustok.data.pixels import to_pixels
 from robustok.data.sources import Digits
 from robustok.errors import UserError
-from robustok.evaluation.comparison import Describer
+from robustok.evaluation.comparison import FeatureCollector
 from robustok.evaluation.settings import EvaluateRun
 from robustok.generators import load_generator
 from robustok.metrics.features import ExtractorConfig, load_extractor
@@ -97,8 +97,8 @@ def test_a_data_set_is_a_reference_too_and_its_statistics_are_kept(tmp_path, fil
     again = by_name(evaluate(run(tmp_path / "b", *words[:1], words[-2], f"reference={kept}", "metrics=[gfid]")))
     assert again["gfid"].value == pytest.approx(first["gfid"].value, rel=1e-9)
     assert "digits train" in again["gfid"].reference
-    seen, update = [], Describer.update
-    monkeypatch.setattr(Describer, "update", lambda self, i, p: seen.append(len(p)) or update(self, i, p))
+    seen, update = [], FeatureCollector.update
+    monkeypatch.setattr(FeatureCollector, "update", lambda self, i, p: seen.append(len(p)) or update(self, i, p))
     evaluate(run(tmp_path / "c", *words, "metrics=[gfid]"))
     assert sum(seen) == 60  # the noisy images alone
     evaluate(run(tmp_path / "d", *words, "metrics=[gfid,kid]"))

@@ -11,7 +11,7 @@ from robustok.data.pixels import from_pixels, to_pixels
 from robustok.errors import UserError
 from robustok.generators import load_generator
 from robustok.tokenizers import load_tokenizer
-from robustok.training.tokenizer import main_train
+from robustok.training.tokenizer import train_tokenizer
 
 
 def records(path):
@@ -24,7 +24,7 @@ def mixed(tmp_path_factory, generator, latents):
     folder = tmp_path_factory.mktemp("mixed")
 
     def make(sigma, name, *words):
-        return records(make_pairs(tiny.pairs_run(folder / name, generator, latents, f"preservation={sigma}", *words)))
+        return records(make_pairs(tiny.pairs_run(folder / name, generator, latents, f"sigma={sigma}", *words)))
 
     return make
 
@@ -78,7 +78,7 @@ def test_images_and_tokenizer_go_together(tmp_path, generator, tokenizer):
     for words in ((f"tokenizer={tokenizer}",), ("images=npz",)):
         with pytest.raises(UserError, match="images and tokenizer go together"):
             tiny.samples_run(tmp_path / "a", generator, *words)
-    other = main_train(tiny.main_run(tmp_path / "other", "steps=1", "seed=5"))
+    other = train_tokenizer(tiny.main_run(tmp_path / "other", "steps=1", "seed=5"))
     with pytest.raises(UserError, match="is not the tokenizer whose tokens"):
         generate(tiny.samples_run(tmp_path / "a", generator, f"tokenizer={other}", "images=npz"))
 
@@ -153,15 +153,15 @@ def test_reencoded_pairs_went_through_pixels(mixed, tokenizer):
 def test_pairs_name_their_making(pairs, latents):
     manifest, real = LatentCache(pairs).manifest, LatentCache(latents).manifest
     assert (manifest.data, manifest.tokenizer, manifest.latent_shape) == (real.data, real.tokenizer, real.latent_shape)
-    assert (manifest.source["sigma"], manifest.source["mode"]) == (0.5, "generated")
+    assert (manifest.source["sigma"], manifest.source["mode"]) == (0.5, "direct")
 
 
 def test_what_cannot_be_mixed(tmp_path, generator, latents, tokenizer):
-    with pytest.raises(UserError, match="preservation"):
-        tiny.pairs_run(tmp_path / "a", generator, latents, "preservation=1.2")
+    with pytest.raises(UserError, match="sigma"):
+        tiny.pairs_run(tmp_path / "a", generator, latents, "sigma=1.2")
     with pytest.raises(UserError, match="reencoded needs the tokenizer"):
         tiny.pairs_run(tmp_path / "a", generator, latents, "mode=reencoded")
-    other = main_train(tiny.main_run(tmp_path / "other", "steps=1", "seed=5"))
+    other = train_tokenizer(tiny.main_run(tmp_path / "other", "steps=1", "seed=5"))
     foreign = tiny.encode(tiny.tokens_run(tmp_path / "foreign", other))
     with pytest.raises(UserError, match="was made by another tokenizer"):
         make_pairs(tiny.pairs_run(tmp_path / "a", generator, foreign))

@@ -17,7 +17,7 @@ from robustok.hub import is_remote
 from robustok.pretrained.families import FAMILIES, FOLDERS, families_named
 from robustok.tokenizers import TOKENIZERS
 from robustok.training.generator import GeneratorTrainingRun
-from robustok.training.tokenizer import MainTrainingRun
+from robustok.training.tokenizer import TokenizerTrainingRun
 
 CONFIGS = Path(robustok.config.__file__).parents[2] / "configs"
 PAIRS = {path.stem: path for path in (CONFIGS / "pairs").glob("*.yaml")}
@@ -75,7 +75,7 @@ def test_samplers_are_those_that_the_converted_generators_carry(name, sampling):
     ("pair", "tokenizer", "kind"), [("vq", "llamagen", "gpt"), ("kl", "kl", "lightningdit"), ("vit", "maetok", "sit")]
 )
 def test_the_small_pairs_fit_together(pair, tokenizer, kind):
-    run = load(MainTrainingRun, CONFIGS / "cifar10" / f"{pair}.yaml", ("out=run",))
+    run = load(TokenizerTrainingRun, CONFIGS / "cifar10" / f"{pair}.yaml", ("out=run",))
     generator = load(GeneratorTrainingRun, CONFIGS / "cifar10" / f"{kind}.yaml", ("out=run", "latents=cache"))
     assert (run.tokenizer.name, generator.generator.name) == (tokenizer, kind)
     families = TOKENIZERS[tokenizer][0], GENERATORS[kind][0]

@@ -1,4 +1,4 @@
-"""The whole story of a DiT pipeline through the command line: its folder in, a folder for ``from_pretrained`` out."""
+"""Post-training of a DiT pipeline through the command line: its folder in, a folder for ``from_pretrained`` out."""
 
 import json
 
@@ -75,12 +75,12 @@ def test_a_pipeline_is_post_trained(tmp_path, sigma, classifier):
     assert header["protocol"]["noise_level"] == pytest.approx(pairs[0]["noise_level"])
 
     samples = verb("generate", tmp_path / "samples", generator, "count=20", "sampling.name=ddpm", "sampling.steps=3")
-    judged = [f"extractor.path={classifier}", "metrics=[gfid]"]
+    scored = [f"extractor.path={classifier}", "metrics=[gfid]"]
     decoders = [f"decoders.original={ours / 'tokenizer'}", f"decoders.post_trained={post}", f"latents=[{samples}]"]
-    measured = verb("evaluate", tmp_path / "measured", *decoders, *judged, *tiny.DATA)
+    measured = verb("evaluate", tmp_path / "measured", *decoders, *scored, *tiny.DATA)
     assert "gfid" in (measured / "metrics.jsonl").read_text()
 
-    back = verb("convert", tmp_path / "back", "family=diffusers", "to=released", f"weights={post}")
+    back = verb("convert", tmp_path / "back", "family=diffusers", "to=export", f"weights={post}")
     before = diffusers.AutoencoderKL.from_pretrained(given / "vae").eval()
     after = diffusers.AutoencoderKL.from_pretrained(back).eval()
     changed = {
@@ -109,9 +109,9 @@ def test_a_dit_learns_from_a_cache_and_goes_back(tmp_path):
     lines = tiny.log(generator)
     assert all(line["noise_prediction"] > 0 for line in lines)
     assert lines[-1]["noise_prediction"] != lines[0]["noise_prediction"]
-    pairs = verb("make-pairs", tmp_path / "pairs", f"generator={generator}", f"latents={latents}", "preservation=0.5")
+    pairs = verb("make-pairs", tmp_path / "pairs", f"generator={generator}", f"latents={latents}", "sigma=0.5")
     assert LatentCache(pairs).manifest.source["sampler_steps"] == 2
-    back = verb("convert", tmp_path / "back", "family=dit", "to=released", f"weights={generator}")
+    back = verb("convert", tmp_path / "back", "family=dit", "to=export", f"weights={generator}")
     assert diffusers.DiTTransformer2DModel.from_pretrained(back).config.num_embeds_ada_norm == 10
 
 
@@ -129,12 +129,12 @@ def test_one_command_turns_a_pipeline_into_a_folder_of_its_autoencoder(tmp_path)
     words += ["reconstruction.perceptual=none", *tiny.DATA, *SHORT, *tiny.ADVERSARY, "adversary_warmup=2"]
     post = verb("post-train", tmp_path / "post", *words)
     before = diffusers.AutoencoderKL.from_pretrained(given / "vae").state_dict()
-    after = diffusers.AutoencoderKL.from_pretrained(post / "released" / "vae").state_dict()
+    after = diffusers.AutoencoderKL.from_pretrained(post / "export" / "vae").state_dict()
     changed = {name.split(".")[0] for name, weight in after.items() if not torch.equal(weight, before[name])}
     assert changed == {"decoder", "post_quant_conv"}
-    assert "CC-BY-NC" not in (post / "released" / "README.md").read_text()  # that is DiT's, not its autoencoder's
+    assert "CC-BY-NC" not in (post / "export" / "README.md").read_text()  # that is DiT's, not its autoencoder's
 
     snapshots = [f"{name}={post / name}" for name in SOURCES]
     again = verb("post-train", tmp_path / "again", *snapshots, *words[2:])
-    written = diffusers.AutoencoderKL.from_pretrained(next((again / "released").glob("*/"))).state_dict()
+    written = diffusers.AutoencoderKL.from_pretrained(next((again / "export").glob("*/"))).state_dict()
     assert all(torch.equal(written[name], after[name]) for name in after)

@@ -12,15 +12,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from robustok.cli import main
-from robustok.commands import from_pretrained
-from robustok.commands.from_pretrained import ReleasedTokenizer, write_released
+from robustok.commands import pretrained_sources
+from robustok.commands.pretrained_sources import PretrainedTokenizer, export_decoder
 from robustok.config import plain
 from robustok.data.latent_cache import LatentCache
 from robustok.losses.discriminators import DinoConfig, DinoHeads
 from robustok.losses.discriminators.dino import DinoBackbone
-from robustok.pretrained.export import to_released
+from robustok.pretrained.export import export_weights
 from robustok.pretrained.families import FAMILIES
-from robustok.pretrained.load import load_released
+from robustok.pretrained.load import load_pretrained
 from robustok.snapshots import write_snapshot
 from robustok.tokenizers import encoder_digest, frozen_weights, load_tokenizer
 from tiny_models import CLASSES, RELEASES, released, shaken, tiny_tokenizer
@@ -96,22 +96,22 @@ def test_of_the_released_file_the_decoder_alone_changes(capsys, tmp_path, images
     words, out = command(pair, tmp_path, images), tmp_path / "post"
     printed, said = run(capsys, [*words, f"out={out}"])
     assert printed == f"{out}/snapshot/best\n"
-    assert f"{out}/released/tokenizer.safetensors" in said
+    assert f"{out}/export/tokenizer.safetensors" in said
 
-    family, file = PAIRS[pair][0], out / "released" / "tokenizer.safetensors"
+    family, file = PAIRS[pair][0], out / "export" / "tokenizer.safetensors"
     before, after = released(family)[0], load_file(file)
-    model = load_released(family, file, RELEASES[family][1])
-    frozen = {FAMILIES[family].released_name(name) for name in frozen_weights(model)}
+    model = load_pretrained(family, file, RELEASES[family][1])
+    frozen = {FAMILIES[family].export_name(name) for name in frozen_weights(model)}
     different = changed(before, after)
     assert not different & frozen
-    learning = {FAMILIES[family].released_name(name) for name, _ in model.named_parameters()} - frozen
+    learning = {FAMILIES[family].export_name(name) for name, _ in model.named_parameters()} - frozen
     assert len(different) > 0.8 * len(learning)
     trained = load_tokenizer(out)
     assert not changed(trained.state_dict(), model.state_dict())  # what robustok loads is what the project loads
     (pairs,) = (LatentCache(path) for path in (out / "pairs").iterdir())
     assert pairs.manifest.tokenizer == encoder_digest(model)
 
-    card, licence = (out / "released" / "README.md").read_text(), FAMILIES[family].model.licence
+    card, licence = (out / "export" / "README.md").read_text(), FAMILIES[family].model.licence
     assert f"| sigma | {pairs.manifest.source['sigma']} |" in card
     assert "| adversary | reinit_warmup, 1 steps |" in card
     assert f"Of the original weights: {licence}." in card
@@ -124,12 +124,12 @@ def test_the_same_command_again_does_nothing_again(capsys, tmp_path, images, mon
     arguments = [*words, f"out={out}"]
     run(capsys, arguments)
     before = files(out)
-    monkeypatch.setattr(from_pretrained, "convert", None)
+    monkeypatch.setattr(pretrained_sources, "convert", None)
     run(capsys, arguments)
     assert files(out) == before
 
 
-@pytest.mark.parametrize("stage", ["encode", "make_pairs", "train_decoder", "write_released"])
+@pytest.mark.parametrize("stage", ["encode", "make_pairs", "train_decoder", "export_decoder"])
 def test_an_interrupted_command_goes_on(capsys, tmp_path, images, monkeypatch, stage):
     words, whole, out = command("llamagen", tmp_path, images), tmp_path / "whole", tmp_path / "post"
     run(capsys, [*words, f"out={whole}"])
@@ -141,9 +141,9 @@ def test_an_interrupted_command_goes_on(capsys, tmp_path, images, monkeypatch, s
         patch.setattr(sys.modules["robustok.commands.post_train"], stage, interrupt)
         assert main([*words, f"out={out}"]) == 130
     assert (out / "generator" / "model.safetensors").exists()
-    assert not (out / "released").exists()
+    assert not (out / "export").exists()
     run(capsys, [*words, f"out={out}"])
-    found = [load_file(folder / "released" / "tokenizer.safetensors") for folder in (whole, out)]
+    found = [load_file(folder / "export" / "tokenizer.safetensors") for folder in (whole, out)]
     assert not changed(*found)
 
 
@@ -167,7 +167,7 @@ def test_files_that_the_recipe_names_come_from_the_hub(capsys, tmp_path, images,
     words = [word for word in command("llamagen", tmp_path, images) if ".weights=" not in word]
     run(capsys, [*words, f"out={tmp_path}/post"])
     assert set(fetched) == {"FoundationVision/LlamaGen/vq_ds16_c2i.pt", "FoundationVision/LlamaGen/c2i_L_256.pt"}
-    assert changed(released("llamagen_tokenizer")[0], load_file(tmp_path / "post/released/vq_ds16_c2i.safetensors"))
+    assert changed(released("llamagen_tokenizer")[0], load_file(tmp_path / "post/export/vq_ds16_c2i.safetensors"))
 
 
 def test_a_carried_discriminator_goes_on_and_the_card_says_so(capsys, tmp_path, images):
@@ -185,8 +185,8 @@ def test_a_carried_discriminator_goes_on_and_the_card_says_so(capsys, tmp_path, 
     assert best(out)["protocol"]["adversary"] == "carried"
     assert best(out)["discriminator"]["read_after"] == [0, 2]
     assert changed(heads, load_file(out / "snapshot" / "best" / "discriminator.safetensors"))
-    assert "| adversary | carried |" in (out / "released" / "README.md").read_text()
-    after = load_file(out / "released" / "tokenizer.safetensors")
+    assert "| adversary | carried |" in (out / "export" / "README.md").read_text()
+    after = load_file(out / "export" / "tokenizer.safetensors")
     assert "semantic_model.norm.weight" not in changed(weights, after)  # the frozen teacher comes along
 
     run(capsys, [*words, fresh, "tokenizer.discriminator=false", f"out={tmp_path}/fresh"])
@@ -198,8 +198,8 @@ def test_sigma_can_be_chosen_too(capsys, tmp_path, images, classifier):
     sweep = ["sigma=auto", "sweep.sigmas=[0.5,1]", "sweep.steps=1", "sweep.sets=2", "sweep.samples=10"]
     run(capsys, [*words, *sweep, f"held_out.extractor.path={classifier}", f"out={out}"])
     assert [row["sigma"] for row in best(out)["sweep"]][:3] == [None, 0.5, 1.0]
-    assert "All that was tried:" in (out / "released" / "README.md").read_text()
-    found = load_released("llamagen", out / "released" / "tokenizer.safetensors", RELEASES["llamagen_tokenizer"][1])
+    assert "All that was tried:" in (out / "export" / "README.md").read_text()
+    found = load_pretrained("llamagen", out / "export" / "tokenizer.safetensors", RELEASES["llamagen_tokenizer"][1])
     assert not changed(load_tokenizer(out).state_dict(), found.state_dict())
 
 
@@ -208,8 +208,8 @@ def test_the_configuration_beside_a_file_comes_along(capsys, tmp_path, images):
     save_file(released("maetok_tokenizer")[0], tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(RELEASES["maetok_tokenizer"][1]))
     run(capsys, [*words, f"out={out}", f"tokenizer.weights={tmp_path}/model.safetensors", "tokenizer.config={}"])
-    assert load_released("maetok", out / "released" / "model.safetensors").config.latent_mean == 0.1
-    assert "Put `model.safetensors` in the place of the original" in (out / "released" / "README.md").read_text()
+    assert load_pretrained("maetok", out / "export" / "model.safetensors").config.latent_mean == 0.1
+    assert "Put `model.safetensors` in the place of the original" in (out / "export" / "README.md").read_text()
 
 
 def test_a_released_folder_becomes_a_folder(tmp_path, monkeypatch):
@@ -222,18 +222,18 @@ def test_a_released_folder_becomes_a_folder(tmp_path, monkeypatch):
         asked.append(wanted)
         wanted.out.mkdir(parents=True)
 
-    monkeypatch.setattr(from_pretrained, "convert", convert)
-    source = ReleasedTokenizer(family="diffusers_kl", weights=tmp_path / "DiT")
+    monkeypatch.setattr(pretrained_sources, "convert", convert)
+    source = PretrainedTokenizer(family="diffusers_kl", weights=tmp_path / "DiT")
     for _ in range(2):
-        assert write_released(tmp_path / "best", source, tmp_path / "released") == tmp_path / "released" / "vae"
+        assert export_decoder(tmp_path / "best", source, tmp_path / "export") == tmp_path / "export" / "vae"
     (wanted,) = asked
-    assert (wanted.to, wanted.original, wanted.weights) == ("released", None, tmp_path / "best")
-    assert "in the place of the folder `vae` of `DiT`" in (tmp_path / "released" / "README.md").read_text()
+    assert (wanted.to, wanted.original, wanted.weights) == ("export", None, tmp_path / "best")
+    assert "in the place of the folder `vae` of `DiT`" in (tmp_path / "export" / "README.md").read_text()
 
-    monkeypatch.setattr(from_pretrained, "fetch", lambda path: tmp_path / "best")
-    source = ReleasedTokenizer(family="diffusers_kl", weights="hf://stabilityai/sd-vae-ft-mse@v1")
+    monkeypatch.setattr(pretrained_sources, "fetch", lambda path: tmp_path / "best")
+    source = PretrainedTokenizer(family="diffusers_kl", weights="hf://stabilityai/sd-vae-ft-mse@v1")
     alone = tmp_path / "alone" / "sd-vae-ft-mse"
-    assert write_released(tmp_path / "best", source, alone.parent) == alone
+    assert export_decoder(tmp_path / "best", source, alone.parent) == alone
     assert asked[-1].original is None
 
 
@@ -249,15 +249,15 @@ def test_paths_replace_what_a_recipe_says_of_files(capsys, tmp_path, images):
     assert not changed(*(load_tokenizer(folder).state_dict() for folder in (out, tmp_path / "again")))
     assert not (tmp_path / "again" / "tokenizer").exists()
     # A snapshot tells all of a LlamaGen file, so that its own layout is written here too.
-    found = [load_file(folder / "released" / "tokenizer.safetensors") for folder in (out, tmp_path / "again")]
+    found = [load_file(folder / "export" / "tokenizer.safetensors") for folder in (out, tmp_path / "again")]
     assert not changed(*found)
 
     pairs = next((out / "pairs").iterdir())
     run(capsys, [*rest, paths[0], f"pairs={pairs}", "generator=null", "sigma=null", f"out={tmp_path}/given"])
-    assert not changed(found[0], load_file(tmp_path / "given" / "released" / "tokenizer.safetensors"))
+    assert not changed(found[0], load_file(tmp_path / "given" / "export" / "tokenizer.safetensors"))
     converted = [word for word in words if not word.startswith("generator.")]
     run(capsys, [*converted, f"pairs={pairs}", "generator=null", "sigma=null", f"out={tmp_path}/both"])
-    assert not changed(found[0], load_file(tmp_path / "both" / "released" / "tokenizer.safetensors"))
+    assert not changed(found[0], load_file(tmp_path / "both" / "export" / "tokenizer.safetensors"))
 
 
 def test_statistics_of_a_file_survive_the_way_through_snapshots(capsys, tmp_path, images):
@@ -269,7 +269,7 @@ def test_statistics_of_a_file_survive_the_way_through_snapshots(capsys, tmp_path
     rest = [word for word in words if not word.startswith("tokenizer.")]
     run(capsys, [*rest, f"tokenizer={out}/tokenizer", f"out={tmp_path}/again"])
     for folder in (out, tmp_path / "again"):
-        assert "quantize.codebook_used" not in changed(weights, load_file(folder / "released/tokenizer.safetensors"))
+        assert "quantize.codebook_used" not in changed(weights, load_file(folder / "export/tokenizer.safetensors"))
 
 
 def test_no_file_is_made_up_where_a_snapshot_does_not_tell_all_of_it(capsys, tmp_path, images):
@@ -278,7 +278,7 @@ def test_no_file_is_made_up_where_a_snapshot_does_not_tell_all_of_it(capsys, tmp
     rest = [word for word in words if not word.startswith("tokenizer.")]
     run(capsys, [*rest, f"tokenizer={out}/tokenizer", f"out={tmp_path}/again"])  # may have had a teacher
     assert (tmp_path / "again" / "snapshot" / "best").exists()
-    assert not (tmp_path / "again" / "released").exists()
+    assert not (tmp_path / "again" / "export").exists()
 
 
 # What does not fit
@@ -354,7 +354,7 @@ OTHER_TOKENIZERS = {  # pair, another tokenizer, its settings, what is said
 def test_a_generator_of_another_tokenizer(capsys, tmp_path, images, case):
     pair, name, settings, said = OTHER_TOKENIZERS[case]
     words = command(pair, tmp_path, images)
-    torch.save(to_released(tiny_tokenizer(name, **settings)), tmp_path / "tokenizer.pt")
+    torch.save(export_weights(tiny_tokenizer(name, **settings)), tmp_path / "tokenizer.pt")
     line = refuse(capsys, tmp_path, words)
     assert said in line
     assert f"{tmp_path}/tokenizer.pt has" in line

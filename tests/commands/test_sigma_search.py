@@ -18,10 +18,10 @@ from robustok.data.dataset import open_images
 from robustok.data.latent_cache import LatentCache
 from robustok.data.sources import Digits
 from robustok.errors import UserError
-from robustok.evaluation.held_out import HeldOut, HeldOutJudge
+from robustok.evaluation.held_out import HeldOut, HeldOutScore
 from robustok.snapshots import read_snapshot
 from robustok.tokenizers import load_tokenizer
-from robustok.training.decoder import post_train as train_decoder
+from robustok.training.decoder import train_decoder
 
 SWEEP = ("sweep.sigmas=[0.5,0.9,1]", "sweep.steps=2", "sweep.sets=2", "sweep.samples=40", "snapshot_every=3")
 
@@ -97,7 +97,7 @@ def test_the_best_decoder_of_the_sweep_is_published(tmp_path, run_of, tokenizer,
     # The published decoder is as good as its line says, and no worse than the untouched one.
     held_out = HeldOut(latents=out / "held-out", extractor={"path": classifier})
     data = open_images(Digits(limit=128), 16)
-    judge = HeldOutJudge(held_out, load_tokenizer(tokenizer), data, torch.device("cpu"), sets=2)
+    judge = HeldOutScore(held_out, load_tokenizer(tokenizer), data, torch.device("cpu"), sets=2)
     assert judge(load_tokenizer(out).decode) == pytest.approx(best["values"])
     assert judge(load_tokenizer(tokenizer).decode) == pytest.approx(untouched)
     assert best["value"] <= found[0]["value"]
@@ -109,7 +109,7 @@ def test_the_best_decoder_of_the_sweep_is_published(tmp_path, run_of, tokenizer,
 
 
 def test_candidates_see_the_same_images_and_random_numbers(tmp_path, run_of, module):
-    module("HeldOutJudge", lambda *_: ScriptedJudge([5, 6, 7, 8]))
+    module("HeldOutScore", lambda *_: ScriptedJudge([5, 6, 7, 8]))
     post_train(run_of(tmp_path, "mixture.count=20"))
     caches = [LatentCache(tmp_path / "pairs" / f"sigma-{sigma}-20").read(slice(None)) for sigma in ("0.5", "0.9", "1")]
     a, b, real = caches
@@ -123,7 +123,7 @@ def test_candidates_see_the_same_images_and_random_numbers(tmp_path, run_of, mod
 
 
 def test_where_nothing_helps_the_decoder_stays_as_it_was(tmp_path, run_of, module, tokenizer, capsys):
-    module("HeldOutJudge", lambda *_: ScriptedJudge([5, 6, 5, 7]))
+    module("HeldOutScore", lambda *_: ScriptedJudge([5, 6, 5, 7]))
     path = post_train(run_of(tmp_path))
     assert same(weights(path), read_snapshot(tokenizer, "tokenizer").weights)
     card = (path / "README.md").read_text()
@@ -134,7 +134,7 @@ def test_where_nothing_helps_the_decoder_stays_as_it_was(tmp_path, run_of, modul
 
 
 def test_a_long_training_that_ends_worse_leaves_the_candidate(tmp_path, run_of, module):
-    module("HeldOutJudge", lambda *_: ScriptedJudge([5, 6, 3, 7, 9, 4]))
+    module("HeldOutScore", lambda *_: ScriptedJudge([5, 6, 3, 7, 9, 4]))
     path = post_train(run_of(tmp_path))
     assert same(weights(path), weights(tmp_path / "candidate-0.9" / "snapshot" / "00000002"))
     assert not same(weights(path), weights(tmp_path / "post-0.9" / "snapshot" / "00000006"))
@@ -149,7 +149,7 @@ def test_a_long_training_that_ends_worse_leaves_the_candidate(tmp_path, run_of, 
 
 
 def test_the_best_candidate_is_continued(tmp_path, run_of, module):
-    module("HeldOutJudge", lambda *_: ScriptedJudge([5, 6, 3, 7, 2, 1]))
+    module("HeldOutScore", lambda *_: ScriptedJudge([5, 6, 3, 7, 2, 1]))
     path = post_train(run_of(tmp_path))
     assert same(weights(path), weights(tmp_path / "post-0.9" / "snapshot" / "00000006"))
     assert [line["step"] for line in tiny.log(tmp_path / "post-0.9")] == [3, 4, 5, 6]
@@ -159,7 +159,7 @@ def test_the_best_candidate_is_continued(tmp_path, run_of, module):
 
 
 def test_no_continuing_where_candidates_have_all_the_steps(tmp_path, run_of, module):
-    module("HeldOutJudge", lambda *_: ScriptedJudge([5, 6, 3, 7]))
+    module("HeldOutScore", lambda *_: ScriptedJudge([5, 6, 3, 7]))
     path = post_train(run_of(tmp_path, "sweep.steps=9"))
     assert same(weights(path), weights(tmp_path / "candidate-0.9" / "snapshot" / "00000006"))
 
@@ -179,7 +179,7 @@ def test_an_interrupted_sweep_goes_on(tmp_path, run_of, module):
         post_train(run_of(out))
     assert trained == ["candidate-0.5"]
     module("train_decoder", train)
-    module("HeldOutJudge", counting := CountingJudge())
+    module("HeldOutScore", counting := CountingJudge())
     post_train(run_of(out))
     assert trained[:3] == ["candidate-0.5", "candidate-0.9", "candidate-1"]
     assert counting.calls == len(lines(whole)) - 2  # the untouched one and the first candidate are known
@@ -196,7 +196,7 @@ class CountingJudge:
         self.calls = 0
 
     def __call__(self, *arguments):
-        outer, judge = self, HeldOutJudge(*arguments)
+        outer, judge = self, HeldOutScore(*arguments)
 
         class Counted:
             samples, extractor, decoder = judge.samples, judge.extractor, staticmethod(judge.decoder)
@@ -211,7 +211,7 @@ class CountingJudge:
 def test_one_sigma_is_pairs_and_a_training(tmp_path, run_of, tokenizer, generator, latents):
     words = ("sigma=0.8", "held_out=null")
     path = post_train(run_of(tmp_path / "run", *words))
-    pairs = make_pairs(tiny.pairs_run(tmp_path / "pairs", generator, latents, "preservation=0.8", "count=96"))
+    pairs = make_pairs(tiny.pairs_run(tmp_path / "pairs", generator, latents, "sigma=0.8", "count=96"))
     terms = ("learning_rate=3e-3", "snapshot_every=3")
     by_hand = train_decoder(tiny.post_run(tmp_path / "hand", tokenizer, pairs, *terms))
     assert same(weights(path), weights(by_hand))
@@ -246,7 +246,7 @@ def test_what_does_not_fit_is_said(tmp_path, run_of, tokenizer):
 def test_held_out_sets_need_samples(samples, tokenizer, classifier):
     data, given = open_images(Digits(limit=128), 16), HeldOut(latents=samples[0], extractor={"path": classifier})
     with pytest.raises(UserError, match="holds 40 samples, 21 sets need at least 42"):
-        HeldOutJudge(given, load_tokenizer(tokenizer), data, torch.device("cpu"), sets=21)
+        HeldOutScore(given, load_tokenizer(tokenizer), data, torch.device("cpu"), sets=21)
     missing = given.model_copy(update={"latents": None})
     with pytest.raises(UserError, match=r"held_out\.latents is missing"):
-        HeldOutJudge(missing, load_tokenizer(tokenizer), data, torch.device("cpu"))
+        HeldOutScore(missing, load_tokenizer(tokenizer), data, torch.device("cpu"))

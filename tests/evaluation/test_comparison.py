@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from robustok.errors import UserError
-from robustok.evaluation.comparison import Comparison, Describer, Processes, compare
+from robustok.evaluation.comparison import Comparison, FeatureCollector, Processes, compare
 from robustok.metrics.frechet import GaussianStatistics, frechet_distance
 from robustok.metrics.kernel import kernel_distance
 from robustok.metrics.manifold import precision_recall
@@ -23,11 +23,11 @@ OTHERS = (PIXELS.flip(0)[:70].int() // 2 + 40).to(torch.uint8)
 
 
 def describe(pixels, metrics=("kid",), processes=None, rank=0, world=1, every=1, batch=16):
-    describer = Describer(Colours(), metrics, every)
+    collector = FeatureCollector(Colours(), metrics, every)
     own = torch.arange(len(pixels))[rank::world]
     for indices in own.split(batch):
-        describer.update(indices, pixels[indices])
-    return describer if processes is None else describer.finish("somewhere", processes)
+        collector.update(indices, pixels[indices])
+    return collector if processes is None else collector.finish("somewhere", processes)
 
 
 @pytest.mark.parametrize("batch", [1, 7, 90])

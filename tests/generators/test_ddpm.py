@@ -1,4 +1,4 @@
-"""The samplers of DDPM against those of diffusers, and preservation against closed forms."""
+"""The samplers of DDPM against those of diffusers, and sigma against closed forms."""
 
 import math
 from itertools import pairwise
@@ -172,7 +172,7 @@ def test_a_learned_variance_lies_between_the_fixed_ones():
     assert spread("learned", 0.0) == pytest.approx(math.sqrt(spread("small", 0.0) * spread("large", 0.0)))
 
 
-# Preservation
+# Mixtures of samples with real latents
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ancestral"])

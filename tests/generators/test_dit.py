@@ -116,7 +116,7 @@ def test_sigma(tmp_path, strategy, sampler):
     model = load(tmp_path, out_channels=2 * D)
     sampling = DDPMSampling(steps=20, strategy=strategy, sampler=sampler, guidance_scale=1.5)
     hold_sigma(model, sampling, latents_of(20, seed=3))
-    assert model.preservation_facts(sampling, 0.9)["strategy"] == strategy
+    assert model.mixture_facts(sampling, 0.9)["strategy"] == strategy
 
 
 def test_an_image_is_the_same_in_any_batch(tmp_path):

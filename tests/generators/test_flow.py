@@ -1,4 +1,4 @@
-"""Samplers, paths and preservation against closed forms: data that are Gaussian have a known velocity."""
+"""Samplers, paths and sigma against closed forms: data that are Gaussian have a known velocity."""
 
 import math
 from itertools import pairwise
@@ -17,7 +17,7 @@ from robustok.generators.flow import (
     interpolate,
     noise_level,
     path_point,
-    plan_preservation,
+    plan_mixture,
     sample_mixture,
     sampling_times,
     score_of,
@@ -219,12 +219,12 @@ def test_guidance_keeps_to_its_interval_and_channels():
     assert not DiffusionSampling(guidance_scale=1.0).guides(0.5)
 
 
-# Preservation
+# Mixtures of samples with real latents
 
 
 @pytest.mark.parametrize("noise_time", CONVENTIONS)
 def test_sigma_is_the_share_of_steps_or_of_signal(noise_time):
-    plan = lambda sigma, path="linear", **s: plan_preservation(  # noqa: E731
+    plan = lambda sigma, path="linear", **s: plan_mixture(  # noqa: E731
         DiffusionSampling(steps=10, **s), sigma, noise_time, path
     )
     for sigma in (0.0, 0.3, 0.9):
@@ -254,8 +254,8 @@ def test_the_guided_share_of_published_settings():
         steps=249, guidance_scale=6.7, guidance_interval=(0.125, 1.0), guided_channels=3, timestep_shift=0.3
     )
     for sampling, noise_time in ((sit, 1.0), (lightning, 0.0)):
-        assert plan_preservation(sampling, 0.9, noise_time).guided_share == 1  # the noisy part is left out
-        share = plan_preservation(sampling, 0.0, noise_time).guided_share
+        assert plan_mixture(sampling, 0.9, noise_time).guided_share == 1  # the noisy part is left out
+        share = plan_mixture(sampling, 0.0, noise_time).guided_share
         visited = sampling_times(sampling, noise_time)[:-1].tolist()
         low, high = sampling.guidance_interval
         assert share == sum(low <= t <= high for t in visited) / len(visited)
@@ -325,7 +325,7 @@ def test_references_that_do_not_fit():
     shape, good = (2, 4, 3), torch.zeros(2, 4, 3)
     check_reference(None, None, shape)
     check_reference(0.5, good, shape)
-    with pytest.raises(UserError, match=r"preservation is 1\.5"):
+    with pytest.raises(UserError, match=r"sigma is 1\.5"):
         check_reference(1.5, good, shape)
     with pytest.raises(UserError, match="no reference is given"):
         check_reference(0.5, None, shape)

@@ -9,8 +9,8 @@ from robustok.config import validate
 from robustok.errors import UserError
 from robustok.generators.gpt import GPT, GPT_SIZES, GPTConfig
 from robustok.generators.sampling import Sampling
-from robustok.pretrained.export import to_released
-from robustok.pretrained.load import load_released
+from robustok.pretrained.export import export_weights
+from robustok.pretrained.load import load_pretrained
 
 K, L, CLASSES = 29, 9, 5
 
@@ -184,10 +184,10 @@ def test_released_weights_load_and_come_back_as_they_were(variant):
     released = original.state_dict()
     assert {"layers.1.attention.wqkv.weight", "output.weight", "cls_embedding.embedding_table.weight"} < released.keys()
     config = CONFIG | {"derived": {"null_class": CLASSES, "ffn_hidden_dim": 24, "head_dim": 8, "grid": 3}}
-    model = load_released(family, {"model": released}, config)
+    model = load_pretrained(family, {"model": released}, config)
     tokens, labels, _ = batch(2)
     assert torch.equal(model.logits(tokens, labels), original.logits(tokens, labels))
-    assert to_released(model).keys() == released.keys()
+    assert export_weights(model).keys() == released.keys()
     assert model.latent_shape == (L, 8)
     assert model.sampling.guided
     assert model.sampling.guidance_power == 0
@@ -221,5 +221,5 @@ def test_a_null_class_that_was_never_trained_and_missing_guidance_are_reported()
 )
 def test_what_does_not_fit_is_refused_in_one_line(family, variant, config, message):
     with pytest.raises(UserError, match=message) as error:
-        load_released(family, build(variant).state_dict(), config)
+        load_pretrained(family, build(variant).state_dict(), config)
     assert "\n" not in str(error.value)

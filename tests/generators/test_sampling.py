@@ -7,7 +7,7 @@ from robustok.errors import UserError
 from robustok.generators.sampling import (
     Sampling,
     check_labels,
-    check_preservation,
+    check_mixture,
     draw_tokens,
     guidance_scales,
     guide,
@@ -158,16 +158,16 @@ def test_a_single_generator_seeds_the_images_in_turn():
 def test_bad_requests_are_refused_in_one_line():
     good = torch.zeros(2, 4, dtype=torch.int64)
     check_labels(torch.tensor([0, 9, 10]), classes=10)  # 10: no class
-    check_preservation(0.5, good, (2, 4), 8)
-    check_preservation(0, None, (2, 4), 8)
+    check_mixture(0.5, good, (2, 4), 8)
+    check_mixture(0, None, (2, 4), 8)
     for labels in (torch.tensor([11]), torch.tensor([-1]), torch.tensor([[1]]), torch.tensor([1.0])):
         with pytest.raises(UserError, match="labels"):
             check_labels(labels, classes=10)
     for sigma in (-0.1, 1.1, float("nan")):
-        with pytest.raises(UserError, match="preservation is"):
-            check_preservation(sigma, good, (2, 4), 8)
+        with pytest.raises(UserError, match="sigma is"):
+            check_mixture(sigma, good, (2, 4), 8)
     with pytest.raises(UserError, match="no reference is given"):
-        check_preservation(0.5, None, (2, 4), 8)
+        check_mixture(0.5, None, (2, 4), 8)
     for reference in (good[:1], good[:, :3], good.float(), good - 1, good + 8):
         with pytest.raises(UserError, match="reference"):
-            check_preservation(0.5, reference, (2, 4), 8)
+            check_mixture(0.5, reference, (2, 4), 8)

@@ -12,8 +12,8 @@ from robustok.errors import UserError
 from robustok.generators import GENERATORS, build_generator, check_kind, check_sampling, default_sampling
 from robustok.generators.flow import DiffusionSampling, noise_level
 from robustok.generators.sampling import Sampling
-from robustok.pretrained.export import to_released
-from robustok.pretrained.load import load_released
+from robustok.pretrained.export import export_weights
+from robustok.pretrained.load import load_pretrained
 from robustok.randomness import image_rngs
 from robustok.training.generator import squared_error
 from robustok.types import Generator, GeneratorOutput
@@ -246,7 +246,7 @@ def test_sigma_in_each_familys_time(name, strategy):
 def test_facts_of_a_mixture():
     model = build("lightningdit")
     sampling = DiffusionSampling(steps=10, timestep_shift=0.3, guidance_scale=2.0, guidance_interval=(0.5, 1.0))
-    facts = model.preservation_facts(sampling, 0.8)
+    facts = model.mixture_facts(sampling, 0.8)
     time = 0.3 * 0.8 / (1 - 0.7 * 0.8)  # of the eighth step, 0 is noise
     assert facts == {
         "strategy": "sdedit",
@@ -358,12 +358,12 @@ def test_generators_and_what_does_not_fit_them():
         build_generator(GENERATORS["rar"][1](width=16, depth=1, heads=2), (L, D), CLASSES)
 
 
-# Released checkpoints
+# Pretrained checkpoints
 
 
 def released(name, **settings):
     model = build(name, **settings)
-    return model, to_released(model)
+    return model, export_weights(model)
 
 
 def config_of(name):
@@ -383,8 +383,8 @@ def config_of(name):
 def test_there_and_back(name, settings):
     model, weights = released(name, **settings)
     assert ("x_embedder.proj.weight" in weights) == (name == "lightningdit")
-    loaded = load_released(name, {"ema": weights}, {"num_heads": 2})
-    found = to_released(loaded)
+    loaded = load_pretrained(name, {"ema": weights}, {"num_heads": 2})
+    found = export_weights(loaded)
     assert found.keys() == weights.keys()
     assert all(torch.equal(found[key], value) for key, value in weights.items())
     latents, labels = latents_of(2), torch.tensor([0, CLASSES])
@@ -397,12 +397,12 @@ def test_there_and_back(name, settings):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_released_configurations_and_statistics(name):
     _, weights = released(name)
-    model = load_released(name, weights, config_of(name))
+    model = load_pretrained(name, weights, config_of(name))
     assert model.check() == ["No latent statistics are known (latent_mean, latent_std); sampling needs them."]
     given = {"sit": {"vq_mean": 0.1, "vq_std": 0.5}, "lightningdit": {"latents_stats": {"std": torch.ones(1, D, 1, 1)}}}
     if name == "lightningdit":
         given[name]["latents_stats"]["mean"] = torch.full((1, D, 1, 1), 0.1)
-    model = load_released(name, weights, config_of(name) | given[name])
+    model = load_pretrained(name, weights, config_of(name) | given[name])
     assert model.latent_mean.unique().tolist() == [0.1 if name == "sit" else pytest.approx(0.1)]
     assert model.check() == []
 
@@ -414,7 +414,7 @@ def test_checkpoints_of_something_else(name):
 
     def refused(message, weights=weights, **words):
         with pytest.raises(UserError, match=message):
-            load_released(name, weights, config | words)
+            load_pretrained(name, weights, config | words)
 
     refused("pos_embed has other values", weights | {"pos_embed": weights["pos_embed"].flip(1)})
     refused("missing blocks.1.attn.proj.bias", {k: v for k, v in weights.items() if k != "blocks.1.attn.proj.bias"})
@@ -427,7 +427,7 @@ def test_checkpoints_of_something_else(name):
     refused("is missing; is this a checkpoint of another family", released(other)[1])
     if name == "sit":
         with pytest.raises(UserError, match="config lacks num_heads"):
-            load_released(name, weights)
+            load_pretrained(name, weights)
     else:
         refused("config gives num_heads = 4, the weights have 2", num_heads=4)
         patches = weights | {"x_embedder.proj.weight": torch.zeros(16, D, 2, 2)}

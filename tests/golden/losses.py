@@ -157,12 +157,12 @@ def objective(golden: Golden) -> None:
         perceptual = (reconstructions - images).abs().mean((1, 2, 3)).mean()
         likeness = settings["reconstruction_weight"] * pixel_loss("l2", images, reconstructions)
         likeness = likeness + settings["perceptual_weight"] * perceptual
-        judged = generator_loss(reconstructions.flatten(1) @ matrix)
-        slopes = [torch.autograd.grad(term, last_layer, retain_graph=True)[0] for term in (likeness, judged)]
+        scored = generator_loss(reconstructions.flatten(1) @ matrix)
+        slopes = [torch.autograd.grad(term, last_layer, retain_graph=True)[0] for term in (likeness, scored)]
         adaptive = adaptive_weight(*slopes, config.max_adaptive)
         total = likeness + at["vq_loss"] + at["commit_loss"] + at["sem_loss"]
         if counts:
-            total = total + config.weight * adaptive * judged
+            total = total + config.weight * adaptive * scored
         real, fake = images.flatten(1) @ matrix, reconstructions.detach().flatten(1) @ matrix
         averages.update(real.mean().item(), fake.mean().item(), golden.notes["lecam"]["decay"])
         judging = hinge_loss(real, fake) + config.lecam_weight * lecam_loss(real, fake, averages)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from table import EXACT, LOSS, USAGE, Golden, Tolerance, codebook_of, strided
 from torch import Tensor
 
-from robustok import load_released
+from robustok import load_pretrained
 from robustok.backbones import ImageNetRange
 from robustok.errors import UserError
 from robustok.losses.reconstruction import pixel_loss
@@ -54,8 +54,8 @@ def ordered_neighbours():
 def robustok_tokenizer_train(golden: Golden) -> None:
     """Losses and gradients of a training pass, with and without perturbed images."""
     notes, inputs = golden.notes, golden.companion("weights_and_images")
-    model = load_released("robustok", inputs.path).requires_grad_(True)
-    name_of, weight = FAMILIES["robustok"].released_name, model.quantizer.config.commitment_weight
+    model = load_pretrained("robustok", inputs.path).requires_grad_(True)
+    name_of, weight = FAMILIES["robustok"].export_name, model.quantizer.config.commitment_weight
     images, alpha, delta = inputs["input.images"], notes["alpha"], notes["delta"]
     semantic_weight, scale = (inputs.notes["config"][f"sem_loss_{key}"] for key in ("weight", "scale"))
     prepared = golden["output.semantic_input_strided"]

@@ -1,4 +1,4 @@
-"""Released models against their reference outputs, one function a family; see ``check.py``."""
+"""Pretrained models against their reference outputs, one function a family; see ``check.py``."""
 
 from functools import partial
 
@@ -6,7 +6,7 @@ import torch
 from table import EXACT, Golden, Run, Tolerance
 from torch import Tensor, nn
 
-from robustok import load_released
+from robustok import load_pretrained
 from robustok.generators.flow import DiffusionSampling, guided_velocity, sampling_times, trajectory
 from robustok.generators.sampling import Sampling, guidance_scales
 from robustok.generators.sit import SiT, SiTConfig
@@ -19,7 +19,7 @@ from robustok.training.generator import accuracy, cross_entropy
 
 def robustok_tokenizer(golden: Golden) -> None:
     """The paper's tokenizer; the file has float32 outputs alone, but margins computed in float64."""
-    model = load_released("robustok", golden.path)
+    model = load_pretrained("robustok", golden.path)
     images, tokens = golden["input.images"], golden["input.tokens"]
     latents = golden["output.latents"]
     quantized = model.quantizer(model.features(images))
@@ -150,7 +150,7 @@ def step_logits(model: nn.Module, labels: Tensor, tokens: Tensor, sampling: Samp
 
 def rar_generator(golden: Golden) -> None:
     """Teacher-forced logits in two orders, and cached sampling with three guidances."""
-    notes, model = golden.notes, load_released("rar", golden.path)
+    notes, model = golden.notes, load_pretrained("rar", golden.path)
     tokens, labels, forced = golden["input.tokens"], golden["input.labels"], golden["input.forced_tokens"]
     outputs = [model(tokens, labels, orders) for orders in golden["input.orders"]]
     logits = torch.stack([model.logits(tokens, labels, orders) for orders in golden["input.orders"]])
@@ -181,7 +181,7 @@ def rar_generator(golden: Golden) -> None:
 def rar_generator_grad(golden: Golden) -> None:
     """The second order of the inputs; what the file cut off the tables is zero."""
     inputs = golden.companion("weights_and_inputs")
-    model = load_released("rar", inputs.path).requires_grad_(True)
+    model = load_pretrained("rar", inputs.path).requires_grad_(True)
     output = model(inputs["input.tokens"], inputs["input.labels"], inputs["input.orders"][1])
     loss = cross_entropy(output)["cross_entropy"]
     loss.backward()

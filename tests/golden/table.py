@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from robustok import load_released
+from robustok import load_pretrained
 from robustok.tokenizers.quantizer import QuantizerConfig, VectorQuantizer
 
 
@@ -163,9 +163,9 @@ class Golden:
 
     def precisions(self, family: str, single: float, double: float) -> Iterator["Run"]:
         """The model of this file in float32 and, where there are such outputs, in float64."""
-        yield Run(self, load_released(family, self.path), torch.float32, "output.", single)
+        yield Run(self, load_pretrained(family, self.path), torch.float32, "output.", single)
         if any(name.startswith("output.fp64.") for name in self.tensors):
-            yield Run(self, load_released(family, self.path).double(), torch.float64, "output.fp64.", double)
+            yield Run(self, load_pretrained(family, self.path).double(), torch.float64, "output.fp64.", double)
 
 
 @dataclass(frozen=True)

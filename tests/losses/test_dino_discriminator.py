@@ -16,7 +16,7 @@ from robustok.losses.discriminators import DinoConfig, DinoHeads, carried_config
 from robustok.losses.discriminators.dino import DinoBackbone, LocalBatchNorm, SpectralConv1d, fit
 from robustok.training import adversary as adversaries
 from robustok.training import decoder as post_training
-from robustok.training.tokenizer import main_train
+from robustok.training.tokenizer import train_tokenizer
 
 SMALL = {"image_size": 32, "patch_size": 8, "width": 16, "depth": 3, "heads": 2, "read_after": (0, 2), "kernel_size": 3}
 RELEASED = {"num_heads": 2, "key_depths": [0, 2]}  # what the shapes do not tell of it
@@ -335,16 +335,16 @@ def test_neither_backbone_nor_heads_run_before_the_start(tmp_path, backbone_file
     monkeypatch.setattr(DinoBackbone, "forward", lambda self, *a: calls.append("see") or see(self, *a))
     monkeypatch.setattr(DinoHeads, "forward", lambda self, *a: calls.append("judge") or judge(self, *a))
     settings = (*words(backbone_file), "adversarial.start=2")
-    main_train(tiny.main_run(tmp_path / "early", *settings, "steps=2"))
+    train_tokenizer(tiny.main_run(tmp_path / "early", *settings, "steps=2"))
     assert calls == []
-    main_train(tiny.main_run(tmp_path / "late", *settings, "steps=3"))
+    train_tokenizer(tiny.main_run(tmp_path / "late", *settings, "steps=3"))
     assert calls == ["see", "judge", "see", "judge"]  # fakes for the decoder; then the real images
 
 
 def test_post_training_carries_the_heads_over_and_finds_the_backbone(tmp_path, backbone_file):
     moved = tmp_path / "moved.pth"
     moved.write_bytes(backbone_file.read_bytes())
-    main_train(tiny.main_run(tmp_path / "run", *words(moved), "steps=2"))
+    train_tokenizer(tiny.main_run(tmp_path / "run", *words(moved), "steps=2"))
     saved = load_file(tmp_path / "run" / "snapshot" / "00000002" / "discriminator.safetensors")
     moved.unlink()
     run = tiny.post_run(tmp_path / "post", tmp_path / "run", tmp_path / "pairs", *words(backbone_file)[:3])

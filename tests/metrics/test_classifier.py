@@ -12,7 +12,7 @@ from robustok.metrics.features.classifier import (
     load_classifier,
     save_classifier,
 )
-from robustok.training.classifier import accuracy, train_classifier
+from robustok.training.classifier import accuracy, fit_classifier
 
 
 def digits():
@@ -26,7 +26,7 @@ def digits():
 def trained():
     pixels, labels = digits()
     config = ClassifierConfig(width=8, steps=120, batch_size=64, learning_rate=1e-2)
-    return train_classifier(pixels[:1000], labels[:1000], config, seed=0)
+    return fit_classifier(pixels[:1000], labels[:1000], config, seed=0)
 
 
 def test_it_learns_the_digits(trained):
@@ -40,11 +40,11 @@ def test_the_seed_decides_the_weights_and_leaves_global_randomness_alone():
     pixels, labels = digits()
     config = ClassifierConfig(width=8, features=8, steps=2, batch_size=16, flip=True)
     state = torch.get_rng_state()
-    first = train_classifier(pixels, labels, config, seed=0)
+    first = fit_classifier(pixels, labels, config, seed=0)
     assert torch.equal(state, torch.get_rng_state())
     torch.rand(3)
-    assert train_classifier(pixels, labels, config, seed=0).digest == first.digest
-    assert train_classifier(pixels, labels, config, seed=1).digest != first.digest
+    assert fit_classifier(pixels, labels, config, seed=0).digest == first.digest
+    assert fit_classifier(pixels, labels, config, seed=1).digest != first.digest
 
 
 def test_training_moves_under_the_autocast_of_the_caller():
@@ -54,7 +54,7 @@ def test_training_moves_under_the_autocast_of_the_caller():
     for steps in (1, 80):
         config = ClassifierConfig(width=8, steps=steps, batch_size=64, learning_rate=1e-2, precision="bf16")
         with torch.autocast("cpu", torch.bfloat16):
-            model = train_classifier(pixels, labels, config, seed=0)
+            model = fit_classifier(pixels, labels, config, seed=0)
         losses.append(torch.nn.functional.cross_entropy(model(from_pixels(pixels[:256])), labels[:256]).item())
     assert losses[1] < 0.7 * losses[0]
 
@@ -121,4 +121,4 @@ def test_other_folders_are_refused(trained, tmp_path):
 )
 def test_bad_training_data_is_named(pixels, labels, said):
     with pytest.raises(UserError, match=said):
-        train_classifier(pixels, labels, ClassifierConfig(steps=1), seed=0)
+        fit_classifier(pixels, labels, ClassifierConfig(steps=1), seed=0)

@@ -132,7 +132,7 @@ def test_a_generator_samples_latents(generator):
 
 def test_samples_do_not_depend_on_the_batch(generator):
     settings, reference = sampling_for(generator), latents_for(generator)
-    for mixture in ({}, {"reference": reference, "preservation": 0.5}):
+    for mixture in ({}, {"reference": reference, "sigma": 0.5}):
         together = generator.generate(LABELS, settings, image_rngs(0, range(3)), **mixture)
         for i in range(3):
             own = {key: value[i : i + 1] if key == "reference" else value for key, value in mixture.items()}

@@ -1,4 +1,4 @@
-"""Released layouts are made here from models of ours with random weights; nothing is downloaded."""
+"""Pretrained layouts are made here from models of ours with random weights; nothing is downloaded."""
 
 import json
 
@@ -10,9 +10,9 @@ import robustok
 from robustok.errors import UserError
 from robustok.generators.rar import RAR, RARConfig
 from robustok.generators.sampling import Sampling
-from robustok.pretrained.export import to_released
+from robustok.pretrained.export import export_weights
 from robustok.pretrained.families import ALIASES, FAMILIES, choose_family, families_named, recognise
-from robustok.pretrained.load import load_released
+from robustok.pretrained.load import load_pretrained
 from robustok.randomness import image_rngs
 from robustok.tokenizers.robustok import RobusTok, RobusTokConfig
 from tiny_models import PLAIN, RELEASES, VIT, released, tiny_generator, tiny_tokenizer
@@ -50,7 +50,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def every():
-    """Released weights by family; tests leave them as they are."""
+    """Pretrained weights by family; tests leave them as they are."""
     assert RELEASES.keys() == FAMILIES.keys()  # a new family gets a line in tiny_models.py
     return {family: released(family)[0] for family in FAMILIES}
 
@@ -61,11 +61,11 @@ def every():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_released_model_does_what_it_did_and_goes_back_bit_for_bit(family):
     weights, model = released(family)
-    loaded = robustok.load_released(family, weights, RELEASES[family][1])
+    loaded = robustok.load_pretrained(family, weights, RELEASES[family][1])
     assert type(loaded) is type(model)
     assert not loaded.training
     assert not any(p.requires_grad for p in loaded.parameters())
-    assert same(to_released(loaded), weights)
+    assert same(export_weights(loaded), weights)
     if FAMILIES[family].kind == "tokenizer":
         latents = model.encode(images())
         assert torch.equal(loaded.encode(images()), latents)
@@ -90,27 +90,27 @@ def test_a_file_brings_its_configuration(family, every, tmp_path):
     """As metadata, with tensors that are none of the model's; nothing else is told."""
     metadata = {"state_keys": json.dumps([*every[family]]), "config": json.dumps(RELEASES[family][1])}
     save_file(every[family] | {"output.x": torch.ones(1)}, tmp_path / "a.safetensors", metadata)
-    assert same(to_released(load_released(family, tmp_path / "a.safetensors")), every[family])
+    assert same(export_weights(load_pretrained(family, tmp_path / "a.safetensors")), every[family])
     with pytest.raises(UserError, match=r"unexpected output\.x"):
-        load_released(family, every[family] | {"output.x": torch.ones(1)}, metadata["config"])
+        load_pretrained(family, every[family] | {"output.x": torch.ones(1)}, metadata["config"])
     if RELEASES[family][1]:
         with pytest.raises(UserError, match="config"):
-            load_released(family, tmp_path / "a.safetensors", {"depth": 3, "n_layer": 3, "ch": 3, "n_head": 3})
+            load_pretrained(family, tmp_path / "a.safetensors", {"depth": 3, "n_layer": 3, "ch": 3, "n_head": 3})
 
 
 def test_a_configuration_that_nobody_typed_is_named_as_such(every, tmp_path):
     save_file(every["robustok"], tmp_path / "a.safetensors", {"config": '{"num_heads": 2, "embed_dim": 8}'})
     with pytest.raises(UserError, match=r"embed_dim = 8, the weights have 16.*This config is the one in the file"):
-        load_released("robustok", tmp_path / "a.safetensors")
-    assert load_released("robustok", tmp_path / "a.safetensors", {"num_heads": 2}).config.encoder.heads == 2
+        load_pretrained("robustok", tmp_path / "a.safetensors")
+    assert load_pretrained("robustok", tmp_path / "a.safetensors", {"num_heads": 2}).config.encoder.heads == 2
 
 
 def test_averaged_weights_are_preferred_and_the_teacher_is_dropped(every):
     other = {name: tensor + 1 for name, tensor in every["rar"].items()}
-    assert same(to_released(load_released("rar", {"model": other, "ema": every["rar"]})), every["rar"])
+    assert same(export_weights(load_pretrained("rar", {"model": other, "ema": every["rar"]})), every["rar"])
     teacher = {"semantic_model.cls_token": torch.zeros(1, 1, 16), "semantic_model.norm.weight": torch.ones(16)}
     assert same(
-        to_released(load_released("robustok", every["robustok"] | teacher, TOKENIZER_CONFIG)), every["robustok"]
+        export_weights(load_pretrained("robustok", every["robustok"] | teacher, TOKENIZER_CONFIG)), every["robustok"]
     )
 
 
@@ -118,7 +118,7 @@ def test_orders_are_visited_as_they_were(every):
     model = released("rar")[1]
     tokens, labels = torch.arange(32).reshape(2, 16) % 16, torch.tensor([0, 5])
     orders = torch.stack([torch.arange(16), torch.arange(15, -1, -1)])
-    loaded = load_released("rar", every["rar"], RAR_CONFIG)
+    loaded = load_pretrained("rar", every["rar"], RAR_CONFIG)
     assert torch.equal(loaded.logits(tokens, labels, orders), model.logits(tokens, labels, orders))
     assert torch.equal(loaded.logits(tokens, labels, orders[1]), model.logits(tokens, labels, orders[1].repeat(2, 1)))
     assert (loaded.config.heads, loaded.config.dropout, loaded.sampling) == (2, 0.2, Sampling())
@@ -158,9 +158,9 @@ def test_weights_without_a_released_place_are_not_dropped():
     vit = {"width": 16, "depth": 1, "heads": 2}
     config = RobusTokConfig(image_size=16, patch_size=8, latents=9, encoder=vit, decoder=vit)
     with pytest.raises(UserError, match="no place for decoder"):
-        to_released(RobusTok(config))
+        export_weights(RobusTok(config))
     with pytest.raises(UserError, match="Linear has no released layout"):
-        to_released(torch.nn.Linear(2, 2))
+        export_weights(torch.nn.Linear(2, 2))
 
 
 # Names
@@ -229,13 +229,13 @@ def test_the_weights_of_every_other_family_are_refused_by_name(every, family):
         for config in ({}, RELEASES[family][1], RELEASES[other][1]):
             if other != family:
                 with pytest.raises(UserError, match=f"These look like the weights of {other}: try family={other}$"):
-                    load_released(family, weights, config)
+                    load_pretrained(family, weights, config)
 
 
 def test_weights_of_no_family_are_refused():
     for family, (_, config) in RELEASES.items():
         with pytest.raises(UserError, match="another family"):
-            load_released(family, {"conv.weight": torch.zeros(3, 3)}, config)
+            load_pretrained(family, {"conv.weight": torch.zeros(3, 3)}, config)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -250,10 +250,10 @@ def test_a_key_too_few_or_too_many_and_a_transposed_shape_are_named(every, famil
             changed.append(without | {name: tensor.transpose(0, 1)})
         for given in changed:
             with pytest.raises(UserError) as error:
-                load_released(family, given, RELEASES[family][1])
+                load_pretrained(family, given, RELEASES[family][1])
             assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"unexpected surprise\.weight"):
-        load_released(family, every[family] | {"surprise.weight": torch.ones(1)}, RELEASES[family][1])
+        load_pretrained(family, every[family] | {"surprise.weight": torch.ones(1)}, RELEASES[family][1])
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_a_key_too_few_or_too_many_and_a_transposed_shape_are_named(every, famil
 )
 def test_a_configuration_that_does_not_fit_is_refused(every, family, config, said):
     with pytest.raises(UserError, match=said) as error:
-        load_released(family, every[family], config)
+        load_pretrained(family, every[family], config)
     assert "\n" not in str(error.value)
 
 
@@ -298,14 +298,14 @@ def test_a_configuration_that_does_not_fit_is_refused(every, family, config, sai
     ],
 )
 def test_sizes_and_forms_that_no_release_has_but_another_may(family, model, config):
-    weights = to_released(model())
+    weights = export_weights(model())
     wrapped = {f"_orig_mod.module.{name}": tensor for name, tensor in weights.items()}
-    assert same(to_released(load_released(family, wrapped, config)), weights)
+    assert same(export_weights(load_pretrained(family, wrapped, config)), weights)
     key = "block_size" if "block_size" in config else "mlp_ratio" if family in ("robustok", "sit") else "channel_mult"
     with pytest.raises(UserError, match=key):
-        load_released(family, weights, config | {key: {"channel_mult": (1, 4)}.get(key, 3.5)})
+        load_pretrained(family, weights, config | {key: {"channel_mult": (1, 4)}.get(key, 3.5)})
 
 
 def test_the_number_of_heads_matters(every):
-    one = load_released("robustok", every["robustok"], {"heads": 1})
+    one = load_pretrained("robustok", every["robustok"], {"heads": 1})
     assert not torch.allclose(one.features(images()), tiny_tokenizer("robustok").features(images()))

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 
 from robustok.config import plain, validate
 from robustok.errors import UserError
-from robustok.pretrained.export import to_released
+from robustok.pretrained.export import export_weights
 from robustok.pretrained.families import FAMILIES
-from robustok.pretrained.load import load_released
+from robustok.pretrained.load import load_pretrained
 from robustok.snapshots import write_snapshot
 from robustok.tokenizers import TOKENIZERS, encoder_digest, frozen_weights, load_tokenizer
 from robustok.tokenizers.conv import Attention, ConvConfig, Downsample, Upsample, to_grid, to_row
@@ -184,15 +184,15 @@ def test_parts_against_their_formulas():
     torch.testing.assert_close(up(x), up.conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3)))
 
 
-# Released layouts
+# Pretrained layouts
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_released_layout_and_back(name, tmp_path):
     tokenizer, images = build(name), some_images()
-    released = to_released(tokenizer)
+    released = export_weights(tokenizer)
     config = {"args": {"dropout": 0.0}, "derived": GROUPS | {"image_range": [-1, 1], "downsample": 4}}
-    again = load_released(RELEASES[name], released, config)
+    again = load_pretrained(RELEASES[name], released, config)
     assert torch.equal(again.encode(images), tokenizer.encode(images))
     assert torch.equal(again.decode(again.encode(images)), tokenizer.decode(tokenizer.encode(images)))
     assert again.image_size == 256  # the shapes do not tell it
@@ -203,7 +203,7 @@ def test_released_layout_and_back(name, tmp_path):
 
 def test_released_names():
     """One name of every kind, as the loading code of each release expects it."""
-    llamagen, maskgit, kl = (to_released(build(name)).keys() for name in SIZES)
+    llamagen, maskgit, kl = (export_weights(build(name)).keys() for name in SIZES)
     assert {
         "encoder.conv_blocks.2.res.0.nin_shortcut.weight",
         "encoder.conv_blocks.2.attn.0.proj_out.bias",
@@ -234,18 +234,18 @@ def test_released_names():
 
 def test_what_released_files_hold_besides():
     others = ("foundation_model.x", "linear_proj.weight", "loss.discriminator.y")
-    weights = to_released(build("kl")) | {name: torch.zeros(1) for name in others}
-    assert load_released("vavae", weights, GROUPS).licence == "MIT"
+    weights = export_weights(build("kl")) | {name: torch.zeros(1) for name in others}
+    assert load_pretrained("vavae", weights, GROUPS).licence == "MIT"
     with pytest.raises(UserError, match=r"unexpected surprise\.z"):
-        load_released("vavae", weights | {"surprise.z": torch.zeros(1)}, GROUPS)
-    without = {name: w for name, w in to_released(build("llamagen")).items() if name != "quantize.codebook_used"}
-    assert "quantize.codebook_used" not in to_released(load_released("llamagen_tokenizer", without, GROUPS))
+        load_pretrained("vavae", weights | {"surprise.z": torch.zeros(1)}, GROUPS)
+    without = {name: w for name, w in export_weights(build("llamagen")).items() if name != "quantize.codebook_used"}
+    assert "quantize.codebook_used" not in export_weights(load_pretrained("llamagen_tokenizer", without, GROUPS))
 
 
 def test_encoder_and_decoder_may_differ():
     decoder = SIDES["decoder"] | {"multipliers": [2, 1, 4], "attention": [1]}
     tokenizer, images = build("llamagen", decoder=decoder), some_images()
-    again = load_released("llamagen_tokenizer", to_released(tokenizer), GROUPS | {"decoder_ch_mult": [2, 1, 4]})
+    again = load_pretrained("llamagen_tokenizer", export_weights(tokenizer), GROUPS | {"decoder_ch_mult": [2, 1, 4]})
     assert again.config.decoder.multipliers == (2, 1, 4)
     tokens = tokenizer.encode(images)
     assert torch.equal(again.decode(tokens), tokenizer.decode(tokens))
@@ -268,15 +268,15 @@ def test_double_precision():
 
 def test_bad_input_is_one_sentence():
     llamagen, kl = build("llamagen"), build("kl")
-    released = to_released(llamagen)
+    released = export_weights(llamagen)
     for call, words in (
         (lambda: llamagen.encode(some_images(1, 18, 16)), "divisible by 4"),
         (lambda: llamagen.decode(torch.zeros(2, 16)), "int64"),
         (lambda: kl.decode(torch.zeros(2, 16, 7)), r"\(N, L, 5\)"),
-        (lambda: load_released("vavae", released), "another family"),
-        (lambda: load_released("llamagen_tokenizer", released, {"codebook_size": 64}), "codebook_size = 64"),
-        (lambda: load_released("llamagen_tokenizer", released, {"norm_eps": 1e-5}), "norm_eps"),
-        (lambda: load_released("llamagen_tokenizer", released), "groups 32 do not divide"),
+        (lambda: load_pretrained("vavae", released), "another family"),
+        (lambda: load_pretrained("llamagen_tokenizer", released, {"codebook_size": 64}), "codebook_size = 64"),
+        (lambda: load_pretrained("llamagen_tokenizer", released, {"norm_eps": 1e-5}), "norm_eps"),
+        (lambda: load_pretrained("llamagen_tokenizer", released), "groups 32 do not divide"),
         (lambda: validate(KLConfig, {"decoder": {"multipliers": [1, 2]}}), "as many multipliers"),
         (lambda: validate(LlamaGenConfig, {"image_size": 250}), "image_size is 250"),
         (lambda: validate(MaskGITConfig, {"encoder": {"groups": 3}}), "groups 3"),

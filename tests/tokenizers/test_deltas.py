@@ -12,11 +12,11 @@ from torch import nn
 import tiny
 from robustok.cli import main
 from robustok.commands.generate import GenerateRun, generate
-from robustok.commands.make_delta import MakeDeltaRun, save_delta
+from robustok.commands.make_delta import MakeDeltaRun, make_delta
 from robustok.errors import UserError
-from robustok.snapshots import read_header, read_snapshot, split_strength, write_snapshot
+from robustok.snapshots import read_header, read_snapshot, split_scale, write_snapshot
 from robustok.tokenizers import encoder_digest, load_tokenizer
-from robustok.tokenizers.deltas import apply_delta, make_delta
+from robustok.tokenizers.deltas import apply_delta, compute_delta
 
 
 def moved(module, size=0.1, seed=0):
@@ -47,7 +47,7 @@ def post_trained(tmp_path_factory, tokenizer):
 
 
 def saved(out, tokenizer, post_trained, **settings):
-    return save_delta(MakeDeltaRun(out=out, tokenizer=tokenizer, post_trained=post_trained, **settings))
+    return make_delta(MakeDeltaRun(out=out, tokenizer=tokenizer, post_trained=post_trained, **settings))
 
 
 # Functions
@@ -61,7 +61,7 @@ def test_both_ends_are_exact_whatever_the_floats():
         scales = 10.0 ** torch.randint(-12, 6, module.weight.shape, generator=rng)
         module.weight.data = scales * torch.randn(module.weight.shape, generator=rng)
     original.weight.data[0, :2], post_trained.weight.data[0, :2] = torch.tensor([0.0, -0.0]), torch.tensor([-0.0, 0.0])
-    delta = make_delta(original, post_trained)
+    delta = compute_delta(original, post_trained)
     assert delta.relative_error == 0
     plain = original.weight + delta.tensors["weight"]
     assert not torch.equal(plain, post_trained.weight)  # the sum alone would not do
@@ -72,7 +72,7 @@ def test_both_ends_are_exact_whatever_the_floats():
 def test_in_between_is_the_straight_line():
     original = nn.Linear(30, 20)
     post_trained = moved(original)
-    delta = make_delta(original, post_trained)
+    delta = compute_delta(original, post_trained)
     for strength in (-0.5, 0.25, 1.5):
         found = apply_delta(copy.deepcopy(original), delta, strength)
         expected = torch.lerp(original.weight.double(), post_trained.weight.double(), strength)
@@ -83,8 +83,8 @@ def test_what_did_not_change_takes_no_space():
     original = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     post_trained = copy.deepcopy(original)
     post_trained[1].bias.data += 1
-    assert make_delta(original, post_trained).tensors.keys() == {"1.bias"}
-    nothing = make_delta(original, original)
+    assert compute_delta(original, post_trained).tensors.keys() == {"1.bias"}
+    nothing = compute_delta(original, original)
     assert (nothing.tensors, nothing.relative_error) == ({}, 0)
 
 
@@ -94,7 +94,7 @@ def test_a_difference_of_low_rank_is_found(layer):
     rng = torch.Generator().manual_seed(0)
     low = torch.randn(rows, 3, generator=rng) @ torch.randn(3, layer.weight[0].numel(), generator=rng)
     post_trained.weight.data += low.view_as(layer.weight)
-    delta = make_delta(layer, post_trained, rank=3)
+    delta = compute_delta(layer, post_trained, rank=3)
     assert delta.tensors["weight:up"].shape == (rows, 3)
     assert delta.relative_error < 1e-6
     found = apply_delta(copy.deepcopy(layer), delta).weight
@@ -104,22 +104,22 @@ def test_a_difference_of_low_rank_is_found(layer):
 def test_the_error_of_a_lora_is_that_of_the_lost_singular_values():
     original = nn.Linear(40, 30)
     post_trained = moved(original)
-    found = make_delta(original, post_trained, rank=5)
+    found = compute_delta(original, post_trained, rank=5)
     difference = (post_trained.weight - original.weight).double()
     s = torch.linalg.svdvals(difference)
     bias = (post_trained.bias - original.bias).double().square().sum()  # kept whole
     expected = (s[5:].square().sum() / (s.square().sum() + bias)).sqrt().item()
     assert found.relative_error == pytest.approx(expected, rel=1e-4)
-    errors = [make_delta(original, post_trained, rank=rank).relative_error for rank in (1, 4, 9, 15)]
+    errors = [compute_delta(original, post_trained, rank=rank).relative_error for rank in (1, 4, 9, 15)]
     assert errors == sorted(errors, reverse=True)
-    whole = make_delta(original, post_trained, rank=20)  # 20 * (40 + 30) numbers are more than 40 * 30
+    whole = compute_delta(original, post_trained, rank=20)  # 20 * (40 + 30) numbers are more than 40 * 30
     assert whole.tensors.keys() == {"weight", "bias"}
 
 
 def test_bfloat16_halves_the_size_and_says_what_it_costs():
     original = nn.Linear(50, 50)
     post_trained = moved(original)
-    delta = make_delta(original, post_trained, dtype=torch.bfloat16)
+    delta = compute_delta(original, post_trained, dtype=torch.bfloat16)
     assert {tensor.dtype for tensor in delta.tensors.values()} == {torch.bfloat16}
     assert 1e-4 < delta.relative_error < 2**-8
     found = apply_delta(copy.deepcopy(original), delta).weight
@@ -129,10 +129,10 @@ def test_bfloat16_halves_the_size_and_says_what_it_costs():
 
 def test_what_is_no_pair_is_refused():
     with pytest.raises(UserError, match="differ in more than numbers, first in bias"):
-        make_delta(nn.Linear(3, 2), nn.Linear(3, 2, bias=False))
+        compute_delta(nn.Linear(3, 2), nn.Linear(3, 2, bias=False))
     with pytest.raises(UserError, match="first in weight"):
-        make_delta(nn.Linear(3, 2), nn.Linear(4, 2))
-    delta = make_delta(original := nn.Linear(3, 2), moved(original))
+        compute_delta(nn.Linear(3, 2), nn.Linear(4, 2))
+    delta = compute_delta(original := nn.Linear(3, 2), moved(original))
     with pytest.raises(UserError, match=f"belongs to the tokenizer with the digest {delta.base}, this one has "):
         apply_delta(moved(original, seed=1), delta)
 
@@ -152,10 +152,10 @@ def test_a_delta_is_a_tokenizer(tmp_path, tokenizer, post_trained):
     assert not half.training
     assert read_header(f"{tmp_path / 'delta'}@0.5")["post_trained"] == {
         **{"steps": 5, "sigma": 0.5},
-        **{"delta": "whole", "delta_strength": 0.5},
+        **{"delta": "whole", "delta_scale": 0.5},
     }
-    assert read_header(tmp_path / "delta")["post_trained"]["delta_strength"] == 1
-    assert "delta_strength" not in read_header(post_trained)["post_trained"]
+    assert read_header(tmp_path / "delta")["post_trained"]["delta_scale"] == 1
+    assert "delta_scale" not in read_header(post_trained)["post_trained"]
 
 
 def test_the_original_has_to_be_the_very_one(tmp_path, tokenizer, post_trained):
@@ -181,7 +181,7 @@ def test_strengths_are_for_deltas(tmp_path, tokenizer, post_trained):
         load_tokenizer(f"{post_trained}@half")
     odd = tmp_path / "a@2"
     odd.mkdir()
-    assert split_strength(odd) == (odd, None)  # a folder may be called so
+    assert split_scale(odd) == (odd, None)  # a folder may be called so
     saved(tmp_path / "delta", tokenizer, post_trained)
     with pytest.raises(UserError, match="exists"):
         saved(tmp_path / "delta", tokenizer, post_trained)
@@ -202,7 +202,7 @@ def test_generate_and_evaluate_take_strengths(tmp_path, tokenizer, post_trained,
     assert main(["evaluate", *words, f"out={tmp_path / 'run'}"]) == 0
     lines = [yaml.safe_load(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     found = {line["decoder"]: line for line in lines if line["metric"] == "gfid"}
-    assert [found[name].get("delta_strength") for name in decoders] == [None, 0.0, 0.5, 1.0]
+    assert [found[name].get("delta_scale") for name in decoders] == [None, 0.0, 0.5, 1.0]
     assert found["s0"]["value"] == found["original"]["value"]
     assert len({found[name]["value"] for name in ("s0", "s50", "s100")}) == 3
     assert all(math.isfinite(line["value"]) for line in lines)

@@ -5,7 +5,7 @@ import torch
 
 from robustok.cli import main
 from robustok.errors import UserError
-from robustok.pretrained.load import load_released
+from robustok.pretrained.load import load_pretrained
 from robustok.snapshots import resolve
 from robustok.tokenizers import diffusers_dc, diffusers_vq, encoder_digest, load_tokenizer
 from robustok.types import DiscreteTokenizer, Tokenizer
@@ -111,8 +111,8 @@ def test_there_and_back(capsys, tmp_path, family, class_name, settings):
     assert main(["convert", *words]) == 0
     tokenizer = load_tokenizer(resolve(ours))
     assert tokenizer.config.name == family
-    assert encoder_digest(tokenizer) == encoder_digest(load_released(family, tmp_path / "theirs"))
-    assert main(["convert", f"family={family}", "to=released", f"weights={ours}", f"out={back}"]) == 0
+    assert encoder_digest(tokenizer) == encoder_digest(load_pretrained(family, tmp_path / "theirs"))
+    assert main(["convert", f"family={family}", "to=export", f"weights={ours}", f"out={back}"]) == 0
     again = getattr(diffusers, class_name).from_pretrained(back)
     assert all(torch.equal(value, network.state_dict()[name]) for name, value in again.state_dict().items())
     capsys.readouterr()

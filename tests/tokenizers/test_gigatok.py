@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 from robustok.config import plain, validate
 from robustok.errors import UserError
-from robustok.pretrained.export import to_released
-from robustok.pretrained.load import load_released
+from robustok.pretrained.export import export_weights
+from robustok.pretrained.load import load_pretrained
 from robustok.snapshots import write_snapshot
 from robustok.tokenizers import encoder_digest, frozen_weights, load_tokenizer
 from robustok.tokenizers.gigatok import AdaptiveNorm, CrossBlock, DepthToSpace, GigaTok, GigaTokConfig, pyramid
@@ -149,8 +149,8 @@ def test_every_place_starts_from_the_first_latent_and_reads_the_row():
 )
 def test_released_layout_and_back(settings, tmp_path):
     tokenizer, images = build(**settings), some_images()
-    released = to_released(tokenizer)
-    again = load_released("gigatok_tokenizer", released, CONFIG)
+    released = export_weights(tokenizer)
+    again = load_pretrained("gigatok_tokenizer", released, CONFIG)
     assert again.config == tokenizer.config
     tokens = tokenizer.encode(images)
     assert torch.equal(again.encode(images), tokens)
@@ -160,7 +160,7 @@ def test_released_layout_and_back(settings, tmp_path):
 
 
 def test_released_names_and_shapes():
-    shapes = {name: tuple(tensor.shape) for name, tensor in to_released(build()).items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in export_weights(build()).items()}
     for name, shape in {
         "s2to1encoder.positional_embedding": (16, 1, 16),
         "s2to1encoder.latent_token_positional_embedding": (8, 1, 16),
@@ -189,15 +189,15 @@ def test_double_precision():
 
 def test_bad_input_is_one_sentence():
     tokenizer = build()
-    released = to_released(tokenizer)
+    released = export_weights(tokenizer)
     for call, words in (
         (lambda: tokenizer.encode(some_images(1, 16)), r"takes \(N, 3, 8, 8\)"),
         (lambda: tokenizer.decode(torch.zeros(2, 16, dtype=torch.int64)), "a row of 8"),
         (lambda: tokenizer.decode(torch.zeros(2, 8, dtype=torch.int64), grid=(2, 4)), "a grid of 2 x 4"),
         (lambda: build(alignment=None).alignment_features(torch.zeros(2, 8, dtype=torch.int64)), "no alignment"),
-        (lambda: load_released("gigatok_tokenizer", released, {"norm_groups": 4}), "lacks encoder_heads"),
-        (lambda: load_released("gigatok_tokenizer", released, {"last_level_2d_query_init": True}), "last_level"),
-        (lambda: load_released("gigatok_tokenizer", {"x": torch.zeros(1)}), "another family"),
+        (lambda: load_pretrained("gigatok_tokenizer", released, {"norm_groups": 4}), "lacks encoder_heads"),
+        (lambda: load_pretrained("gigatok_tokenizer", released, {"last_level_2d_query_init": True}), "last_level"),
+        (lambda: load_pretrained("gigatok_tokenizer", {"x": torch.zeros(1)}), "another family"),
         (lambda: build(latents=6), "no power of two"),
         (lambda: build(grid_to_row={"width": 10, "heads": 3}), "heads 3"),
     ):

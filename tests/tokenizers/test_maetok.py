@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 from robustok.config import plain, validate
 from robustok.errors import UserError
-from robustok.pretrained.export import to_released
-from robustok.pretrained.load import load_released
+from robustok.pretrained.export import export_weights
+from robustok.pretrained.load import load_pretrained
 from robustok.snapshots import write_snapshot
 from robustok.tokenizers import encoder_digest, frozen_weights, load_tokenizer
 from robustok.tokenizers.maetok import MAETok, MAETokConfig
@@ -127,11 +127,11 @@ def test_released_weights_load_and_come_back_as_they_were(variant):
     assert ("encoder.mask_token" in released) == (variant == "rotary")
     arguments = {"num_latent_tokens": L, "vq_mean": -0.07, "vq_std": 0.6, "enc_token_drop": 0.4, "to_pixel": "linear"}
     config = {"args": arguments | {"use_rope": "rotary" in variant}, "overrides": {"num_heads": 2, "encoder_depth": 2}}
-    tokenizer = load_released("maetok_tokenizer", released, config)
+    tokenizer = load_pretrained("maetok_tokenizer", released, config)
     assert tokenizer.config == original.config
     images = some_images()
     assert torch.equal(tokenizer.encode(images), original.encode(images))
-    returned = to_released(tokenizer)
+    returned = export_weights(tokenizer)
     assert returned.keys() == released.keys()
     assert all(torch.equal(returned[name], released[name]) for name in released)
 
@@ -232,15 +232,17 @@ def test_wrong_statistics_and_ranges_are_reported_in_plain_sentences():
 )
 def test_what_does_not_fit_is_refused_in_one_line(variant, config, message):
     with pytest.raises(UserError, match=message) as error:
-        load_released("maetok_tokenizer", build(variant).state_dict(), config)
+        load_pretrained("maetok_tokenizer", build(variant).state_dict(), config)
     assert "\n" not in str(error.value)
 
 
 def test_weights_of_another_family_are_refused():
     weights = build().state_dict()
     with pytest.raises(UserError, match="another family"):
-        load_released("maetok_tokenizer", {"conv.weight": torch.zeros(3, 3)}, {"num_heads": 2})
+        load_pretrained("maetok_tokenizer", {"conv.weight": torch.zeros(3, 3)}, {"num_heads": 2})
     with pytest.raises(UserError, match="unexpected quantize"):
-        load_released("maetok_tokenizer", weights | {"quantize.embedding.weight": torch.zeros(4, 6)}, {"num_heads": 2})
+        load_pretrained(
+            "maetok_tokenizer", weights | {"quantize.embedding.weight": torch.zeros(4, 6)}, {"num_heads": 2}
+        )
     with pytest.raises(UserError, match="image_size 10 is not divisible"):
         validate(MAETokConfig, {"image_size": 10, "patch_size": 4})

@@ -30,7 +30,7 @@ def world(home: Path) -> dict[str, Callable[[Path], Config]]:
     main = tiny.main_run(
         home / "tokenizer", "steps=60", "batch_size=32", "tokenizer.quantizer.revive_every=5", *tiny.ADVERSARY
     )
-    tokenizer = tiny.main_train(main)
+    tokenizer = tiny.train_tokenizer(main)
     latents = tiny.encode(tiny.tokens_run(home / "latents", tokenizer))
     generator = tiny.train_generator(tiny.generator_run(home / "generator", latents))
     pairs = tiny.make_pairs(tiny.pairs_run(home / "pairs", generator, latents))

@@ -1,4 +1,4 @@
-"""``trainable=release``: what moves, what is seen and what is lost differ from the paper's post-training."""
+"""``trainable=authors``: what moves, what is seen and what is lost differ from the paper's post-training."""
 
 import pytest
 import torch
@@ -11,18 +11,18 @@ from robustok.data.pixels import to_pixels
 from robustok.errors import UserError
 from robustok.files import tensor_digest
 from robustok.tokenizers import encoder_digest, frozen_weights, load_tokenizer
-from robustok.training.authors import ReleasedPass
-from robustok.training.decoder import post_train
-from robustok.training.tokenizer import main_train
+from robustok.training.authors import AuthorsStep
+from robustok.training.decoder import train_decoder
+from robustok.training.tokenizer import train_tokenizer
 
-RELEASE = ("trainable=release", "steps=3", "learning_rate=1e-2")
+RELEASE = ("trainable=authors", "steps=3", "learning_rate=1e-2")
 
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory, tokenizer, pairs, classifier):
     """Run folder of the released procedure; the tokenizer learned without a teacher, so there is none here."""
     out = tmp_path_factory.mktemp("released") / "run"
-    post_train(tiny.post_run(out, tokenizer, pairs, *RELEASE, *tiny.ADVERSARY[:2]))
+    train_decoder(tiny.post_run(out, tokenizer, pairs, *RELEASE, *tiny.ADVERSARY[:2]))
     return out
 
 
@@ -47,7 +47,7 @@ def test_all_moves_but_the_transformer_of_the_encoder(tokenizer, released):
 
 
 def test_the_papers_way_moves_the_decoder_alone(tmp_path, tokenizer, pairs):
-    out = post_train(tiny.post_run(tmp_path / "run", tokenizer, pairs, *RELEASE, "trainable=decoder"))
+    out = train_decoder(tiny.post_run(tmp_path / "run", tokenizer, pairs, *RELEASE, "trainable=decoder"))
     before = load_tokenizer(tokenizer)
     assert not changed(before, load_tokenizer(out)) & frozen_weights(before).keys()
 
@@ -65,7 +65,7 @@ def test_the_teacher_sees_the_mixture(tmp_path, classifier, pairs, tokenizer):
     untaught.config = untaught.config.model_copy(
         update={"teacher_width": 16}
     )  # the classifier's width, and the encoder's
-    released = ReleasedPass(run, untaught, "generated")
+    released = AuthorsStep(run, untaught, "direct")
     latents = LatentCache(pairs).read(slice(0, 4)).latents
     images, *_, features = released.inputs(latents)
     assert torch.equal(features, released.teacher(images))
@@ -78,7 +78,7 @@ def test_the_teacher_sees_the_mixture(tmp_path, classifier, pairs, tokenizer):
 
 def test_images_are_encoded_again(tokenizer, pairs, tmp_path):
     bare, original = load_tokenizer(tokenizer), load_tokenizer(tokenizer)
-    released = ReleasedPass(tiny.post_run(tmp_path / "x", tokenizer, pairs, *RELEASE), bare, "generated")
+    released = AuthorsStep(tiny.post_run(tmp_path / "x", tokenizer, pairs, *RELEASE), bare, "direct")
     latents = LatentCache(pairs).read(slice(0, 64)).latents
     images = released.inputs(latents)[0]
     assert torch.equal(to_pixels(images), to_pixels(original.decode(latents)))
@@ -92,8 +92,8 @@ def test_images_are_encoded_again(tokenizer, pairs, tmp_path):
 
 def test_stochastic_depth_stays_active_in_the_frozen_transformer(tmp_path, pairs):
     words = ("steps=1", "tokenizer.encoder.depth=2", "tokenizer.encoder.drop_path=0.5")
-    bare = load_tokenizer(main_train(tiny.main_run(tmp_path / "main", *words)))
-    released = ReleasedPass(tiny.post_run(tmp_path / "x", tmp_path / "main", pairs, *RELEASE), bare, "generated")
+    bare = load_tokenizer(train_tokenizer(tiny.main_run(tmp_path / "main", *words)))
+    released = AuthorsStep(tiny.post_run(tmp_path / "x", tmp_path / "main", pairs, *RELEASE), bare, "direct")
     released.model.train()
     images = torch.randn(8, 3, 16, 16)
     found = [released.model(images).features for _ in range(2)]
@@ -105,20 +105,20 @@ def test_latents_of_the_tokenizer_it_came_from_are_decoded(tokenizer, released, 
     assert encoder_digest(after) == encoder_digest(before) == LatentCache(pairs).manifest.tokenizer
     assert tensor_digest(frozen_weights(after)) != tensor_digest(frozen_weights(before))  # although its codebook moved
     header = yaml.safe_load((released / "snapshot" / "00000003" / "config.yaml").read_text())
-    assert header["post_trained"]["trainable"] == "release"
+    assert header["post_trained"]["trainable"] == "authors"
 
 
 def test_what_does_not_fit_is_refused(tmp_path, tokenizer, generator, latents, classifier, pairs):
     words = ("mode=reencoded", f"tokenizer={tokenizer}")
     again = make_pairs(tiny.pairs_run(tmp_path / "pairs", generator, latents, *words))
-    with pytest.raises(UserError, match="the pairs are reencoded; make pairs mode=generated"):
-        post_train(tiny.post_run(tmp_path / "run", tokenizer, again, *RELEASE))
+    with pytest.raises(UserError, match="the pairs are reencoded; make pairs mode=direct"):
+        train_decoder(tiny.post_run(tmp_path / "run", tokenizer, again, *RELEASE))
     bare = load_tokenizer(tokenizer)
     bare.config = bare.config.model_copy(update={"teacher_width": 99})
     run = tiny.post_run(tmp_path / "x", tokenizer, pairs, "teacher.name=classifier", f"teacher.path={classifier}")
     with pytest.raises(UserError, match="the teacher has width 16, the tokenizer learned from 99"):
-        ReleasedPass(run, bare, "generated")
+        AuthorsStep(run, bare, "direct")
     bare.__class__ = type("Other", (torch.nn.Module,), {})
     with pytest.raises(UserError, match="is for robustok"):
-        ReleasedPass(run, bare, "generated")
+        AuthorsStep(run, bare, "direct")
     assert not (tmp_path / "run").exists()

@@ -13,8 +13,8 @@ from robustok.data.sources import Digits
 from robustok.errors import UserError
 from robustok.tokenizers import encoder_digest, frozen_weights, load_tokenizer
 from robustok.training import decoder as post_training
-from robustok.training.decoder import LatentDecoder, post_train
-from robustok.training.tokenizer import main_train
+from robustok.training.decoder import LatentDecoder, train_decoder
+from robustok.training.tokenizer import train_tokenizer
 
 ADVERSARY = tiny.ADVERSARY[:2]  # the carried discriminator brings its own settings
 
@@ -23,7 +23,7 @@ ADVERSARY = tiny.ADVERSARY[:2]  # the carried discriminator brings its own setti
 def post_trained(tmp_path_factory, tokenizer, pairs):
     """Run folder of post-training with the carried discriminator, which learns from the fourth step on."""
     out = tmp_path_factory.mktemp("post") / "run"
-    post_train(tiny.post_run(out, tokenizer, pairs, *ADVERSARY, "adversarial.start=3", "snapshot_every=3"))
+    train_decoder(tiny.post_run(out, tokenizer, pairs, *ADVERSARY, "adversarial.start=3", "snapshot_every=3"))
     return out
 
 
@@ -60,9 +60,9 @@ def test_training_states_keep_the_encoder_too(tokenizer, post_trained):
 
 
 def test_a_few_steps_lower_the_loss(tmp_path, tokenizer, generator, latents):
-    pairs = make_pairs(tiny.pairs_run(tmp_path / "pairs", generator, latents, "preservation=1"))
+    pairs = make_pairs(tiny.pairs_run(tmp_path / "pairs", generator, latents, "sigma=1"))
     words = ("steps=40", "log_every=10", "batch_size=32", "learning_rate=3e-3", "state_every=40")
-    post_train(tiny.post_run(tmp_path / "run", tokenizer, pairs, *words))
+    train_decoder(tiny.post_run(tmp_path / "run", tokenizer, pairs, *words))
     lines = tiny.log(tmp_path / "run")
     assert lines[-1]["pixel"] < 0.98 * lines[0]["pixel"]
 
@@ -87,7 +87,7 @@ def test_a_fresh_discriminator_is_a_function_of_the_seed(tmp_path, tokenizer, pa
     for noise in (0, 1):
         torch.manual_seed(noise)  # what ran before in this process must not matter
         words = ("adversary=fresh", *tiny.ADVERSARY, "adversarial.start=100", "steps=1")
-        path = post_train(tiny.post_run(tmp_path / str(noise), tokenizer, pairs, *words))
+        path = train_decoder(tiny.post_run(tmp_path / str(noise), tokenizer, pairs, *words))
         found.append(weights(path, "discriminator"))
     carried = weights(tokenizer / "snapshot" / "00000060", "discriminator")
     assert all(torch.equal(found[0][name], value) for name, value in found[1].items())
@@ -95,9 +95,9 @@ def test_a_fresh_discriminator_is_a_function_of_the_seed(tmp_path, tokenizer, pa
 
 
 def test_nothing_to_carry_over(tmp_path, pairs):
-    main_train(tiny.main_run(tmp_path / "bare", "steps=1"))
+    train_tokenizer(tiny.main_run(tmp_path / "bare", "steps=1"))
     with pytest.raises(UserError, match="was made by another tokenizer"):
-        post_train(tiny.post_run(tmp_path / "run", tmp_path / "bare", pairs))
+        train_decoder(tiny.post_run(tmp_path / "run", tmp_path / "bare", pairs))
     with pytest.raises(
         UserError, match=r"holds no discriminator to carry over; set adversary=fresh, or adversarial\.weight=0"
     ):
@@ -121,7 +121,7 @@ def test_the_targets_are_the_images_that_were_encoded(tokenizer, tmp_path, gener
     from robustok.commands.encode import encode
 
     latents = encode(tiny.tokens_run(tmp_path / "flipped", tokenizer, "crops=center-flip"))
-    cache = LatentCache(make_pairs(tiny.pairs_run(tmp_path / "pairs", generator, latents, "preservation=1")))
+    cache = LatentCache(make_pairs(tiny.pairs_run(tmp_path / "pairs", generator, latents, "sigma=1")))
     data, records = open_images(Digits(limit=128), 16), cache.read(slice(None))
     targets = post_training._targets(data, records)
     assert len(cache) == 256
@@ -133,14 +133,14 @@ def test_the_targets_are_the_images_that_were_encoded(tokenizer, tmp_path, gener
 
 def test_other_images_than_the_pairs_name_are_refused(tmp_path, tokenizer, pairs):
     with pytest.raises(UserError, match="pairs latents with other images"):
-        post_train(tiny.post_run(tmp_path / "run", tokenizer, pairs, "data.limit=127"))
+        train_decoder(tiny.post_run(tmp_path / "run", tokenizer, pairs, "data.limit=127"))
     assert not (tmp_path / "run").exists()
 
 
 def test_held_out_samples_choose_the_best(tmp_path, tokenizer, pairs, samples, classifier):
     judge = (f"held_out.latents={samples[0]}", f"held_out.extractor.path={classifier}", "steps=6", "snapshot_every=2")
     out = tmp_path / "good"
-    assert post_train(tiny.post_run(out, tokenizer, pairs, *judge)) == out / "snapshot" / "best"
+    assert train_decoder(tiny.post_run(out, tokenizer, pairs, *judge)) == out / "snapshot" / "best"
     values = {line["step"]: line["held_out"] for line in tiny.log(out) if "held_out" in line}
     assert sorted(values) == [0, 2, 4, 6]  # the untouched decoder is judged too
     best = min(values, key=values.get)
@@ -154,7 +154,7 @@ def test_a_decoder_that_only_gets_worse_is_not_kept(tmp_path, tokenizer, pairs, 
     values = iter([1.0, 3.0, 2.0])
     monkeypatch.setattr(post_training, "_judge", lambda *_: lambda decode: next(values))
     judge = (f"held_out.latents={samples[0]}", f"held_out.extractor.path={classifier}", "steps=4", "snapshot_every=2")
-    path = post_train(tiny.post_run(tmp_path / "run", tokenizer, pairs, *judge))
+    path = train_decoder(tiny.post_run(tmp_path / "run", tokenizer, pairs, *judge))
     untouched = weights(tokenizer / "snapshot" / "00000060")
     assert path.name == "best"
     assert all(torch.equal(weights(path)[name], value) for name, value in untouched.items())
@@ -164,6 +164,6 @@ def test_a_decoder_that_only_gets_worse_is_not_kept(tmp_path, tokenizer, pairs, 
 
 def test_the_snapshot_names_its_pairs(tokenizer, post_trained, pairs):
     header = yaml.safe_load((post_trained / "snapshot" / "00000006" / "config.yaml").read_text())
-    assert header["post_trained"] == {"steps": 6, "pairs": 128, "sigma": 0.5, "mode": "generated"}
+    assert header["post_trained"] == {"steps": 6, "pairs": 128, "sigma": 0.5, "mode": "direct"}
     assert header["latent_space"] == encoder_digest(load_tokenizer(tokenizer))
     assert json.loads((pairs / "manifest.json").read_text())["source"]["sigma"] == 0.5

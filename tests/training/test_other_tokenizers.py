@@ -16,7 +16,7 @@ from robustok.tokenizers import TOKENIZERS, encoder_digest, load_tokenizer
 from robustok.tokenizers.kl import KL, KLConfig, KLOutput
 from robustok.training import tokenizer as main_training
 from robustok.training.latent_inputs import ContinuousPass, draw_inputs
-from robustok.training.tokenizer import MainTrainingRun, main_train
+from robustok.training.tokenizer import TokenizerTrainingRun, train_tokenizer
 
 CONV = {"width": 8, "multipliers": [1, 1, 2], "blocks": 1, "attention": [], "middle_attention": False, "groups": 4}
 CODES = {"size": 32, "dim": 4, "revive_every": 3}
@@ -52,13 +52,13 @@ def run_of(out, family, *words):
     settings = json.dumps({"name": family} | FAMILIES[family])
     terms = ("reconstruction.perceptual=none", "adversarial.weight=0", "perturbation.strength=4", *RATES)
     words = (f"tokenizer={settings}", *tiny.DATA, *tiny.TRAINING, *terms, *words)
-    return load(MainTrainingRun, None, (f"out={out}", *words))
+    return load(TokenizerTrainingRun, None, (f"out={out}", *words))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_few_steps_make_a_tokenizer(tmp_path, family):
     run = run_of(tmp_path / "run", family, "steps=12", "batch_size=16", *tiny.ADVERSARY, "adversarial.start=6")
-    snapshot = main_train(run)
+    snapshot = train_tokenizer(run)
     lines = tiny.log(tmp_path / "run")
     assert lines[-1]["pixel"] < 0.7 * lines[0]["pixel"]
     for line in lines:
@@ -80,7 +80,7 @@ def test_a_few_steps_make_a_tokenizer(tmp_path, family):
 def test_an_interruption_changes_nothing(tmp_path, family, monkeypatch):
     noise = ("latent_noise=0.5",) if family == "kl" else ()
     words = (*tiny.ADVERSARY, "adversarial.start=1", "state_every=2", "log_every=3", "steps=5", *noise)
-    main_train(run_of(tmp_path / "whole", family, *words))
+    train_tokenizer(run_of(tmp_path / "whole", family, *words))
     check = main_training.check_finite
 
     def interrupt(loss, terms, step, out):
@@ -90,10 +90,10 @@ def test_an_interruption_changes_nothing(tmp_path, family, monkeypatch):
 
     monkeypatch.setattr(main_training, "check_finite", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        main_train(run_of(tmp_path / "stopped", family, *words))
+        train_tokenizer(run_of(tmp_path / "stopped", family, *words))
     monkeypatch.setattr(main_training, "check_finite", check)
     torch.manual_seed(7)  # what happened in between must not matter
-    main_train(run_of(tmp_path / "stopped", family, *words))
+    train_tokenizer(run_of(tmp_path / "stopped", family, *words))
     found, expected = (dict(tiny.saved(tmp_path / name)) for name in ("stopped", "whole"))
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -107,7 +107,7 @@ def test_wrong_latents_reach_the_loss(tmp_path, family, word):
     """Perturbed tokens, or noisy latents: the first reconstructions differ, and nothing else does."""
     pixels = {}
     for name, words in {"clean": ("perturbation.proportion=0",), "wrong": (word,)}.items():
-        main_train(run_of(tmp_path / name, family, "steps=1", *words))
+        train_tokenizer(run_of(tmp_path / name, family, "steps=1", *words))
         (pixels[name],) = (line["pixel"] for line in tiny.log(tmp_path / name))
     assert pixels["wrong"] != pixels["clean"]
 
@@ -153,7 +153,7 @@ def test_the_draws_of_processes_are_rows_of_those_of_one(tmp_path, family):
 
 def test_a_teacher_gets_a_projection(tmp_path, classifier):
     words = ("teacher.name=classifier", f"teacher.path={classifier}", "steps=2")
-    main_train(run_of(tmp_path / "run", "llamagen", *words))
+    train_tokenizer(run_of(tmp_path / "run", "llamagen", *words))
     assert all(line["semantic"] > 0 for line in tiny.log(tmp_path / "run"))
     assert load_tokenizer(tmp_path / "run").from_teacher.in_features == 16
 

@@ -20,7 +20,7 @@ from robustok.data.sources import Digits
 from robustok.errors import UserError
 from robustok.snapshots import write_snapshot
 from robustok.tokenizers import TOKENIZERS, encoder_digest, frozen_weights, load_tokenizer
-from robustok.training.decoder import post_train
+from robustok.training.decoder import train_decoder
 from tiny_models import TINY_TOKENIZERS, TWO_LEVELS
 
 SIDES = {side: {"width": 8, "multipliers": [1, 1, 2], "blocks": 1, "groups": 4} for side in ("encoder", "decoder")}
@@ -67,7 +67,7 @@ def test_the_decoder_of_every_family_learns_and_nothing_else(tmp_path, name):
     tokenizer = snapshot_of(name, tmp_path / "tokenizer")
     pairs = encode(tiny.tokens_run(tmp_path / "pairs", tokenizer))  # real latents are pairs too, those of the control
     words = ("steps=2", *ADVERSARY)  # an adaptive weight too, which asks every decoder for its last layer
-    path = post_train(tiny.post_run(tmp_path / "run", tokenizer, pairs, *words))
+    path = train_decoder(tiny.post_run(tmp_path / "run", tokenizer, pairs, *words))
     before, after = load_tokenizer(tokenizer), load_tokenizer(path)
     assert encoder_digest(before) == encoder_digest(after) == LatentCache(pairs).manifest.tokenizer
     frozen = frozen_weights(before)
@@ -102,11 +102,11 @@ def test_the_whole_story_on_continuous_latents(tmp_path, name, classifier):
     generator = run("train-generator", "generator", f"latents={latents}", *GENERATOR, *short, "steps=5", *sampling)
     images = (f"tokenizer={tokenizer}", "images=npz")
     samples = run("generate", "samples", f"generator={generator}", "count=40", *images)
-    mixing = ("preservation=0.5", "latent_dtype=float16")
+    mixing = ("sigma=0.5", "latent_dtype=float16")
     pairs = run("make-pairs", "pairs", f"generator={generator}", f"latents={latents}", *mixing)
-    judged = (f"held_out.latents={samples}", f"held_out.extractor.path={classifier}")
+    scored = (f"held_out.latents={samples}", f"held_out.extractor.path={classifier}")
     terms = ("reconstruction.perceptual=none", *tiny.DATA, *short, "steps=4", "snapshot_every=2", *ADVERSARY)
-    post = run("post-train", "post", f"tokenizer={tokenizer}", f"pairs={pairs}", *terms, *judged)
+    post = run("post-train", "post", f"tokenizer={tokenizer}", f"pairs={pairs}", *terms, *scored)
     decoders = (f"decoders.original={tokenizer}", f"decoders.post_trained={post / 'snapshot' / '00000004'}")
     metrics = (f"latents=[{samples}]", f"extractor.path={classifier}", "metrics=[gfid]")
     measured = run("evaluate", "measured", *decoders, *metrics, *tiny.DATA)
@@ -136,8 +136,8 @@ def policy_run(out, tokenizer, pairs, policy, *words):
 
 
 def test_auto_takes_what_is_there(tmp_path, tokenizer, pairs):
-    post_train(policy_run(tmp_path / "auto", tokenizer, pairs, "auto"))
-    post_train(policy_run(tmp_path / "carried", tokenizer, pairs, "carried"))
+    train_decoder(policy_run(tmp_path / "auto", tokenizer, pairs, "auto"))
+    train_decoder(policy_run(tmp_path / "carried", tokenizer, pairs, "carried"))
     found = [weights(tmp_path / name / "snapshot" / "00000001", "discriminator") for name in ("auto", "carried")]
     assert all(torch.equal(found[0][name], value) for name, value in found[1].items())
     header = yaml.safe_load((tmp_path / "auto" / "snapshot" / "00000001" / "config.yaml").read_text())
@@ -151,7 +151,7 @@ def test_a_warm_discriminator_knows_the_untouched_decoder(tmp_path, tokenizer, p
         "fresh": (),
         "reinit_warmup": ("adversary_warmup=40", "adversarial.learning_rate=1e-2"),
     }.items():
-        post_train(policy_run(tmp_path / name, tokenizer, pairs, name, "learning_rate=1e-12", *words))
+        train_decoder(policy_run(tmp_path / name, tokenizer, pairs, name, "learning_rate=1e-12", *words))
     logs = {name: tiny.log(tmp_path / name) for name in ("fresh", "reinit_warmup")}
     assert [line["step"] for line in logs["reinit_warmup"]] == [0, 1]
     assert logs["reinit_warmup"][0]["adversary_warmup"] == 40
@@ -163,7 +163,7 @@ def test_a_warm_discriminator_knows_the_untouched_decoder(tmp_path, tokenizer, p
 
 
 def test_none_is_no_discriminator(tmp_path, tokenizer, pairs):
-    path = post_train(policy_run(tmp_path / "run", tokenizer, pairs, "none"))
+    path = train_decoder(policy_run(tmp_path / "run", tokenizer, pairs, "none"))
     assert not (path / "discriminator.safetensors").exists()
     header = yaml.safe_load((path / "config.yaml").read_text())
     assert "discriminator" not in header
@@ -177,16 +177,16 @@ def test_none_is_no_discriminator(tmp_path, tokenizer, pairs):
 def test_a_run_continues_another(tmp_path, tokenizer, pairs):
     """With the same settings it is the same training; with others it goes on from the same weights."""
     words = (*ADVERSARY, "adversary=reinit_warmup", "min_learning_rate=1e-3", "adversarial.learning_rate=1e-3")
-    whole = post_train(tiny.post_run(tmp_path / "whole", tokenizer, pairs, *words, "steps=6", "state_every=6"))
-    post_train(tiny.post_run(tmp_path / "short", tokenizer, pairs, *words, "steps=2"))
+    whole = train_decoder(tiny.post_run(tmp_path / "whole", tokenizer, pairs, *words, "steps=6", "state_every=6"))
+    train_decoder(tiny.post_run(tmp_path / "short", tokenizer, pairs, *words, "steps=2"))
     go_on = (*words, "steps=6", f"continue_from={tmp_path / 'short'}")
-    long = post_train(tiny.post_run(tmp_path / "long", tokenizer, pairs, *go_on))
+    long = train_decoder(tiny.post_run(tmp_path / "long", tokenizer, pairs, *go_on))
     assert [line["step"] for line in tiny.log(tmp_path / "long")] == [3, 4, 5, 6]
     for file in ("model", "discriminator"):
         for name, value in weights(whole, file).items():
             torch.testing.assert_close(weights(long, file)[name], value, atol=1e-6, rtol=1e-5)
     with pytest.raises(UserError, match=r"cannot read the configuration .*nowhere"):
-        post_train(tiny.post_run(tmp_path / "c", tokenizer, pairs, f"continue_from={tmp_path / 'nowhere'}"))
+        train_decoder(tiny.post_run(tmp_path / "c", tokenizer, pairs, f"continue_from={tmp_path / 'nowhere'}"))
 
 
 # Storage

@@ -19,10 +19,10 @@ from robustok.runs import RunFolder
 from robustok.tokenizers.perturbation import PerturbationConfig, draw_perturbation
 from robustok.tokenizers.robustok import RobusTok
 from robustok.training.adversary import last_layer
-from robustok.training.decoder import post_train
+from robustok.training.decoder import train_decoder
 from robustok.training.generator import cross_entropy, train_generator
 from robustok.training.prepared import Prepared, PreparedInParts, adapt_blocks, blocks_of
-from robustok.training.tokenizer import main_train
+from robustok.training.tokenizer import train_tokenizer
 
 
 def run_with(*words):
@@ -206,7 +206,7 @@ def test_main_training_in_parts(tmp_path, classifier):
     words += ("teacher.name=classifier", f"teacher.path={classifier}", "reconstruction.perceptual=classifier")
     words += (f"reconstruction.perceptual_weights={classifier}", "tokenizer.quantizer.revive_every=2")
     for name, more in (("whole", ()), ("parts", SMALL)):
-        main_train(tiny.main_run(tmp_path / name, *words, *more))
+        train_tokenizer(tiny.main_run(tmp_path / name, *words, *more))
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
@@ -219,7 +219,7 @@ def test_generator_training_in_parts(tmp_path, latents):
 
 def test_post_training_in_parts(tmp_path, tokenizer, pairs):
     for name, more in (("whole", ()), ("parts", SMALL)):
-        post_train(tiny.post_run(tmp_path / name, tokenizer, pairs, *tiny.ADVERSARY[:2], "steps=4", *more))
+        train_decoder(tiny.post_run(tmp_path / name, tokenizer, pairs, *tiny.ADVERSARY[:2], "steps=4", *more))
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 

@@ -52,9 +52,9 @@ def trainings(monkeypatch, tokenizer, latents, pairs, samples, classifier):
     ar = ("steps=7", "log_every=3", "state_every=2", "snapshot_every=3", "generator.dropout=0.2", "ema_decay=0.5")
     teacher = ("teacher.name=classifier", f"teacher.path={classifier}")
     return {
-        "main": (main_training, "main_train", lambda out: tiny.main_run(out, *MAIN, *teacher)),
+        "main": (main_training, "train_tokenizer", lambda out: tiny.main_run(out, *MAIN, *teacher)),
         "generator": (generator_training, "train_generator", lambda out: tiny.generator_run(out, latents, *ar)),
-        "post": (post_training, "post_train", lambda out: tiny.post_run(out, tokenizer, pairs, *post)),
+        "post": (post_training, "train_decoder", lambda out: tiny.post_run(out, tokenizer, pairs, *post)),
     }
 
 
@@ -139,7 +139,7 @@ def test_sigkill_and_sigterm(tmp_path):
     assert killed_after < stopped_at < "00000150"
     assert f"after step {int(stopped_at)};" in " ".join(error.split())  # the state is that of the step it stopped at
 
-    main_training.main_train(run(out, *words))
-    main_training.main_train(run(tmp_path / "whole", *words))
+    main_training.train_tokenizer(run(out, *words))
+    main_training.train_tokenizer(run(tmp_path / "whole", *words))
     assert_same_run(out, tmp_path / "whole")
     assert os.path.exists(out / "snapshot" / "00000150" / "model.safetensors")

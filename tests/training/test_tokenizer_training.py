@@ -9,7 +9,7 @@ import tiny
 from robustok.config import load
 from robustok.errors import UserError
 from robustok.tokenizers import encoder_digest, load_tokenizer
-from robustok.training.tokenizer import MainTrainingRun, main_train
+from robustok.training.tokenizer import TokenizerTrainingRun, train_tokenizer
 
 TERMS = ("pixel", "perceptual", "codebook", "commitment", "semantic", "adversarial")
 
@@ -46,7 +46,7 @@ def test_the_run_folder(tokenizer):
     loaded = load_tokenizer(tokenizer)
     assert (header["kind"], header["step"], header["latent_space"]) == ("tokenizer", 60, encoder_digest(loaded))
     assert "digits train" in header["trained_on"]
-    assert load(MainTrainingRun, tokenizer / "config.yaml").tokenizer == loaded.config  # that file repeats the run
+    assert load(TokenizerTrainingRun, tokenizer / "config.yaml").tokenizer == loaded.config  # that file repeats the run
     assert not any(p.requires_grad for p in loaded.parameters())
 
 
@@ -59,7 +59,7 @@ def test_snapshots_hold_the_averaged_weights(tokenizer):
 
 
 def test_the_logged_total_is_the_sum_of_the_logged_terms(tmp_path, classifier):
-    main_train(
+    train_tokenizer(
         tiny.main_run(
             tmp_path / "run", *everything(classifier), "adversarial.start=2", "snapshot_every=3", "picture_every=3"
         )
@@ -81,7 +81,7 @@ def test_nothing_of_the_adversary_runs_before_its_start(tmp_path):
         "three": ("steps=3",),
         "started": ("steps=3", "adversarial.start=2"),
     }.items():
-        main_train(tiny.main_run(tmp_path / name, *tiny.ADVERSARY, "adversarial.start=3", *words))
+        train_tokenizer(tiny.main_run(tmp_path / name, *tiny.ADVERSARY, "adversarial.start=3", *words))
     first, third, started = (discriminator(tmp_path / name) for name in ("one", "three", "started"))
     assert len(first) > 4
     assert all(torch.equal(first[name], value) for name, value in third.items())
@@ -94,8 +94,8 @@ def test_nothing_of_the_adversary_runs_before_its_start(tmp_path):
 
 
 def test_a_weight_of_zero_trains_as_if_the_adversary_were_not_there_yet(tmp_path):
-    main_train(tiny.main_run(tmp_path / "none", "steps=3"))
-    main_train(tiny.main_run(tmp_path / "later", "steps=3", *tiny.ADVERSARY, "adversarial.start=100"))
+    train_tokenizer(tiny.main_run(tmp_path / "none", "steps=3"))
+    train_tokenizer(tiny.main_run(tmp_path / "later", "steps=3", *tiny.ADVERSARY, "adversarial.start=100"))
     for name, value in state(tmp_path / "none").items():
         if name.startswith("/tokenizer/"):
             assert torch.equal(value, state(tmp_path / "later")[name])
@@ -105,7 +105,7 @@ def test_a_weight_of_zero_trains_as_if_the_adversary_were_not_there_yet(tmp_path
 def test_perturbation_reaches_the_loss_and_the_seed_decides(tmp_path):
     pixels = {}
     for name, words in {"plain": ("perturbation.proportion=0",), "a": (), "b": (), "c": ("seed=1",)}.items():
-        main_train(tiny.main_run(tmp_path / name, "steps=2", *words))
+        train_tokenizer(tiny.main_run(tmp_path / name, "steps=2", *words))
         pixels[name] = [line["pixel"] for line in tiny.log(tmp_path / name)]
     assert pixels["a"] == pixels["b"]
     assert pixels["a"] != pixels["c"]
@@ -116,7 +116,7 @@ def test_revival_brings_codes_into_use(tmp_path):
     usage = {}
     for every in (0, 5):
         out = tmp_path / str(every)
-        main_train(tiny.main_run(out, "steps=30", f"tokenizer.quantizer.revive_every={every}", "log_every=15"))
+        train_tokenizer(tiny.main_run(out, "steps=30", f"tokenizer.quantizer.revive_every={every}", "log_every=15"))
         usage[every] = tiny.log(out)[-1]["codebook_usage"]
     assert usage[5] > usage[0]
 
@@ -124,7 +124,7 @@ def test_revival_brings_codes_into_use(tmp_path):
 def test_a_broken_loss_keeps_the_last_good_state(tmp_path):
     run = tiny.main_run(tmp_path / "run", "learning_rate=1e20", "min_learning_rate=1e20", "state_every=1")
     with pytest.raises(UserError, match=r"the loss is not finite at step \d \(pixel = "):
-        main_train(run)
+        train_tokenizer(run)
     assert all(
         value.isfinite().all() for name, value in state(tmp_path / "run").items() if name.startswith("/tokenizer/")
     )
@@ -135,7 +135,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(UserError, match="asks for more neighbours than a codebook of 32 codes has"):
         tiny.main_run(tmp_path / "run", "perturbation.strength=32")
     with pytest.raises(UserError, match="global batch is 500 and the training set has 128 images"):
-        main_train(tiny.main_run(tmp_path / "run", "batch_size=500"))
+        train_tokenizer(tiny.main_run(tmp_path / "run", "batch_size=500"))
     with pytest.raises(UserError, match=r"needs reconstruction\.perceptual_weights"):
-        main_train(tiny.main_run(tmp_path / "run", "reconstruction.perceptual=classifier"))
+        train_tokenizer(tiny.main_run(tmp_path / "run", "reconstruction.perceptual=classifier"))
     assert not (tmp_path / "run").exists()

@@ -16,7 +16,7 @@ def settings(tokenizer, latents, generator, samples, pairs, classifier):
     """Verb to its configuration in a folder; every verb starts from the same inputs, made by one process."""
     everything = (*tiny.every_term(classifier), "adversarial.start=2", "log_every=2", "learning_rate=1e-3")
     held_out = (f"held_out.latents={samples[0]}", f"held_out.extractor.path={classifier}", "snapshot_every=3")
-    judged = (
+    scored = (
         *tiny.DATA,
         "data.limit=101",
         f"tokenizer={tokenizer}",
@@ -34,11 +34,11 @@ def settings(tokenizer, latents, generator, samples, pairs, classifier):
         "generate": lambda out: tiny.samples_run(
             out, generator, "shard_size=11", f"tokenizer={tokenizer}", "images=npz"
         ),
-        "make-pairs": lambda out: tiny.pairs_run(out, generator, latents, "shard_size=50", "preservation=0.5"),
+        "make-pairs": lambda out: tiny.pairs_run(out, generator, latents, "shard_size=50", "sigma=0.5"),
         "post-train": lambda out: tiny.post_run(
             out, tokenizer, pairs, *tiny.ADVERSARY[:2], "adversarial.start=2", *held_out
         ),
-        "evaluate": lambda out: tiny.load(tiny.EvaluateRun, None, (f"out={out}", *judged)),
+        "evaluate": lambda out: tiny.load(tiny.EvaluateRun, None, (f"out={out}", *scored)),
     }
 
 

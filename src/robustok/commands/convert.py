@@ -1,10 +1,10 @@
-"""Released checkpoints to ours, and back.
+"""Pretrained checkpoints to ours, and back.
 
     robustok convert family=robustok weights=main-train.pt out=runs/tokenizer
     robustok convert family=sit weights=sit-xl.pt tokenizer=runs/maetok out=runs/generator
-    robustok convert family=robustok to=released weights=runs/post original=main-train.pt out=post-train.safetensors
+    robustok convert family=robustok to=export weights=runs/post original=main-train.pt out=post-train.safetensors
     robustok convert family=diffusers weights=DiT-XL-2-256 out=runs/dit    (its tokenizer and its generator)
-    robustok convert family=diffusers to=released weights=runs/post out=sd-vae-post
+    robustok convert family=diffusers to=export weights=runs/post out=sd-vae-post
 
 The families are those of ``pretrained.families``. Those of diffusers are folders, alone or parts of a pipeline.
 """
@@ -25,7 +25,7 @@ from robustok.files import atomic_folder
 from robustok.generators import load_generator
 from robustok.hub import is_remote
 from robustok.pretrained.diffusers_folders import fetch
-from robustok.pretrained.export import to_released
+from robustok.pretrained.export import export_weights
 from robustok.pretrained.families import (
     FAMILIES,
     FOLDERS,
@@ -35,30 +35,30 @@ from robustok.pretrained.families import (
     families_in,
     families_named,
 )
-from robustok.pretrained.load import check_all, load_checkpoint, load_folder, load_released
+from robustok.pretrained.load import check_all, load_checkpoint, load_folder, load_pretrained
 from robustok.snapshots import read_extra, read_header, write_snapshot
 from robustok.tokenizers import encoder_digest, load_tokenizer
 from robustok.types import Generator
 
 R = TypeVar("R", Family, FolderFamily)
 
-__all__ = ["FAMILIES", "ConvertRun", "convert", "load_released", "to_released"]
+__all__ = ["FAMILIES", "ConvertRun", "convert", "export_weights", "load_pretrained"]
 
 
 class ConvertRun(Config):
-    """Released weights to a snapshot, or a snapshot to released weights."""
+    """Pretrained weights to a snapshot, or a snapshot to released weights."""
 
     family: str = Field(description=f"whose layout the released file has: one of {', '.join((*FAMILIES, *FOLDERS))}")
     weights: Path = Field(
         description="released file (.pt, .bin, .ckpt or .safetensors), or hf://ORG/REPO/FILE; of diffusers the folder "
-        "of a model or a pipeline, or hf://ORG/REPO; with to=released, our snapshot or run folder"
+        "of a model or a pipeline, or hf://ORG/REPO; with to=export, our snapshot or run folder"
     )
     out: Path = Field(
-        description="folder of the snapshot; with to=released, the .safetensors file, or "
+        description="folder of the snapshot; with to=export, the .safetensors file, or "
         "a folder of diffusers; must not exist yet"
     )
-    to: Literal["snapshot", "released"] = Field(
-        "snapshot", description="snapshot: ours; released: the official names in a safetensors file"
+    to: Literal["snapshot", "export"] = Field(
+        "snapshot", description="snapshot: ours; export: the official names in a safetensors file"
     )
     config: dict[str, Any] = Field(
         {},
@@ -75,7 +75,7 @@ class ConvertRun(Config):
     licence: str | None = Field(None, description="of these weights, where it is not that of the release")
     original: Path | None = Field(
         None,
-        description="with to=released: the released file, from which comes what we have no use for but official "
+        description="with to=export: the released file, from which comes what we have no use for but official "
         "loaders ask for, such as a frozen teacher",
     )
 
@@ -94,8 +94,8 @@ def convert(run: ConvertRun) -> Path:
         raise UserError(f"{run.out} exists; choose another out=PATH or remove it first")
     names = families_named(run.family)  # before a long download
     if names[0] in FOLDERS:
-        return _export_folder(run, names) if run.to == "released" else _convert_folder(run, names)
-    if run.to == "released":
+        return _export_folder(run, names) if run.to == "export" else _convert_folder(run, names)
+    if run.to == "export":
         return write_checkpoint(run.out, _export(run))
     checkpoint = read_checkpoint(run.weights)
     family = choose_family(run.family, checkpoint.weights)
@@ -260,9 +260,9 @@ def _generator_facts(model: Generator, path: Path | None, tokenizer: nn.Module |
 
 
 def _leftover(room: Family, model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Released statistics that the model has no place for and :func:`to_released` would make up."""
-    own = {room.released_name(name) for name in model.state_dict()}
-    made_up = {name: tensor for name, tensor in to_released(model).items() if name not in own}
+    """Pretrained statistics that the model has no place for and :func:`export_weights` would make up."""
+    own = {room.export_name(name) for name in model.state_dict()}
+    made_up = {name: tensor for name, tensor in export_weights(model).items() if name not in own}
     return {name: weights[name] for name, zeros in made_up.items() if not torch.equal(weights[name].to(zeros), zeros)}
 
 
@@ -290,12 +290,12 @@ def _export_folder(run: ConvertRun, names: tuple[str, ...]) -> Path:
 def _export(run: ConvertRun) -> dict[str, Tensor]:
     """A snapshot's weights in the released layout, with what else the release stores where that is known."""
     model, names = _load_snapshot(run.weights), families_named(run.family)
-    weights, room = to_released(model), _room_of(model, run, FAMILIES, names)
+    weights, room = export_weights(model), _room_of(model, run, FAMILIES, names)
     weights |= read_extra(run.weights, "released").get("released", {})
     if run.original is not None:
         official = read_checkpoint(run.original).weights
         bare = {name: tensor for name, tensor in official.items() if not name.startswith(room.dropped)}
         check_all(bare, weights, names[0])
-        own = {room.released_name(name) for name in model.state_dict()}
+        own = {room.export_name(name) for name in model.state_dict()}
         weights |= {name: tensor for name, tensor in official.items() if name not in own}
     return weights

@@ -20,29 +20,29 @@ from robustok.commands.generate import GenerateRun, generate
 from robustok.commands.make_pairs import MakePairsRun, make_pairs
 from robustok.commands.parallel import side_by_side
 from robustok.commands.pictures import PicturesRun, draw_pictures
-from robustok.commands.train_classifier import TrainClassifierRun, train
+from robustok.commands.train_classifier import TrainClassifierRun, train_classifier
 from robustok.config import C, Config, load, read_yaml, recipe
 from robustok.console import console
 from robustok.data.sources import Data, Digits
 from robustok.evaluation.settings import EvaluateRun, Generation, Reconstruction
 from robustok.metrics.pfid import PerturbedGrid, RelativeGrid
 from robustok.report import ReportRun, report
-from robustok.training.decoder import PostTrainingRun, post_train
+from robustok.training.decoder import DecoderTrainingRun, train_decoder
 from robustok.training.generator import GeneratorTrainingRun, train_generator
-from robustok.training.tokenizer import MainTrainingRun, main_train
+from robustok.training.tokenizer import TokenizerTrainingRun, train_tokenizer
 from robustok.types import Measurement
 
 TOKENIZERS = {"plain": ["perturbation.proportion=0"], "perturbed": []}  # they differ in this and in nothing else
 RECIPES: dict[type[Config], str] = {
     TrainClassifierRun: "classifier.yaml",
-    MainTrainingRun: "tokenizer.yaml",
+    TokenizerTrainingRun: "tokenizer.yaml",
     GeneratorTrainingRun: "generator.yaml",
-    PostTrainingRun: "post.yaml",
+    DecoderTrainingRun: "post.yaml",
 }
 
 
 class DemoRun(Config):
-    """The whole story. The defaults take a few minutes on two cores."""
+    """The whole stages. The defaults take a few minutes on two cores."""
 
     out: Path = Field(Path("runs/demo"), description="run folder")
     seeds: list[int] = Field([0], min_length=1, description="seeds; the whole story is told once for each")
@@ -50,7 +50,7 @@ class DemoRun(Config):
         Path("digits"), description="folder with classifier.yaml, tokenizer.yaml, generator.yaml and post.yaml"
     )
     data: Data = Field(Digits(), description="labelled images")
-    preservation: float = Field(0.7, ge=0, le=1, description="sigma of the pairs")
+    sigma: float = Field(0.7, ge=0, le=1, description="sigma of the pairs")
     sets: int = Field(6, ge=2, description="independent sets of samples behind each gFID, for its standard error")
     samples: int = Field(1348, ge=20, description="samples in a set; the default is the number of training digits")
     grid: PerturbedGrid = Field(RelativeGrid(), description="cells of pFID")
@@ -73,7 +73,7 @@ def demo(run: DemoRun) -> list[Measurement]:
         UserError: as the verbs raise it.
     """
     for seed in run.seeds:
-        tell(run, seed)
+        run_seed(run, seed)
     files = [run.out / f"seed-{seed}" / "metrics.jsonl" for seed in run.seeds]
     lines = [line for file in files for line in file.read_text().splitlines()]
     (run.out / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
@@ -82,42 +82,44 @@ def demo(run: DemoRun) -> list[Measurement]:
     return [Measurement.from_line(json.loads(line)) for line in lines]
 
 
-def tell(run: DemoRun, seed: int) -> None:
+def run_seed(run: DemoRun, seed: int) -> None:
     """The story for one seed, in run.out/seed-N."""
-    story = Story(run, seed)
+    stages = Stages(run, seed)
     # Two classifiers that know nothing of each other: what guides the training must not be what judges it.
     side_by_side(
         {
-            name: (train, story.job(TrainClassifierRun, name, *story.images, f"seed={2 * seed + i}"))
+            name: (train_classifier, stages.job(TrainClassifierRun, name, *stages.images, f"seed={2 * seed + i}"))
             for i, name in enumerate(("classifier-metric", "classifier-guide"))
         }
     )
     side_by_side(
         {
             f"tokenizer-{name}": (
-                main_train,
-                story.job(MainTrainingRun, f"tokenizer-{name}", *story.images, story.guide, f"seed={seed}", *change),
+                train_tokenizer,
+                stages.job(
+                    TokenizerTrainingRun, f"tokenizer-{name}", *stages.images, stages.guide, f"seed={seed}", *change
+                ),
             )
             for name, change in TOKENIZERS.items()
         }
     )
     for name in TOKENIZERS:
-        tokenizer = f"tokenizer={story.here / f'tokenizer-{name}'}"
-        encode(story.job(EncodeRun, f"latents-{name}", *story.images, tokenizer, "batch_size=256"))
+        tokenizer = f"tokenizer={stages.here / f'tokenizer-{name}'}"
+        encode(stages.job(EncodeRun, f"latents-{name}", *stages.images, tokenizer, "batch_size=256"))
     side_by_side(
         {
             f"generator-{name}": (
                 train_generator,
-                story.job(GeneratorTrainingRun, f"generator-{name}", story.latents(name), f"seed={seed}"),
+                stages.job(GeneratorTrainingRun, f"generator-{name}", stages.latents(name), f"seed={seed}"),
             )
             for name in TOKENIZERS
         }
     )
-    _post_train(story)
-    _measure(story)
+    _post_train(stages)
+    _measure(stages)
 
 
-class Story:
+class Stages:
     """Paths and settings that the stages of one seed share.
 
     Args:
@@ -148,52 +150,52 @@ class Story:
         )
 
 
-def _post_train(story: Story) -> None:
+def _post_train(stages: Stages) -> None:
     """Post-train the perturbed tokenizer's decoder, and its control: as many steps on clean latents."""
-    tokenizer, generator = story.here / "tokenizer-perturbed", story.here / "generator-perturbed"
+    tokenizer, generator = stages.here / "tokenizer-perturbed", stages.here / "generator-perturbed"
     # These samples choose among the snapshots and are never reported.
-    held_out = story.sample("perturbed", "held-out", 2 * story.run.samples, 1000 * story.seed + 999)
+    held_out = stages.sample("perturbed", "held-out", 2 * stages.run.samples, 1000 * stages.seed + 999)
     words = [
-        f"seed={story.seed}",
+        f"seed={stages.seed}",
         f"tokenizer={tokenizer}",
         f"held_out.latents={held_out}",
-        f"held_out.{story.extractor}",
+        f"held_out.{stages.extractor}",
     ]
     jobs = {}
-    for name, sigma in {"post": story.run.preservation, "control": 1.0}.items():
-        pairs = f"pairs={story.here / f'pairs-{name}'}"
-        post = story.job(PostTrainingRun, name, *story.images, story.guide, *words, pairs)
-        mixing = [f"generator={generator}", f"preservation={sigma}", f"count={post.steps * post.batch_size}"]
-        make_pairs(story.job(MakePairsRun, f"pairs-{name}", story.latents("perturbed"), *mixing, "batch_size=256"))
-        jobs[name] = post_train, post
+    for name, sigma in {"post": stages.run.sigma, "control": 1.0}.items():
+        pairs = f"pairs={stages.here / f'pairs-{name}'}"
+        post = stages.job(DecoderTrainingRun, name, *stages.images, stages.guide, *words, pairs)
+        mixing = [f"generator={generator}", f"sigma={sigma}", f"count={post.steps * post.batch_size}"]
+        make_pairs(stages.job(MakePairsRun, f"pairs-{name}", stages.latents("perturbed"), *mixing, "batch_size=256"))
+        jobs[name] = train_decoder, post
     side_by_side(jobs)
 
 
-def _measure(story: Story) -> None:
+def _measure(stages: Stages) -> None:
     """All numbers and pictures of one seed, anew each time: they follow from what is in the run folder."""
-    run, here = story.run, story.here
+    run, here = stages.run, stages.here
     decoders = {"plain": {"original": "tokenizer-plain"}}
     decoders["perturbed"] = {"original": "tokenizer-perturbed", "control": "control", "post_trained": "post"}
     jobs = {}
     for name, paths in decoders.items():
         (here / f"measure-{name}" / "metrics.jsonl").unlink(missing_ok=True)
-        sets = [story.sample(name, f"{name}-{i}", run.samples, 1000 * story.seed + i) for i in range(run.sets)]
-        words = [f"tokenizer={here / f'tokenizer-{name}'}", f"tags.tokenizer={name}", story.extractor, *story.images]
+        sets = [stages.sample(name, f"{name}-{i}", run.samples, 1000 * stages.seed + i) for i in range(run.sets)]
+        words = [f"tokenizer={here / f'tokenizer-{name}'}", f"tags.tokenizer={name}", stages.extractor, *stages.images]
         words += [f"decoders.{decoder}={here / path}" for decoder, path in paths.items()]
         words += [f"latents={json.dumps([str(path) for path in sets])}", f"metrics={json.dumps(run.metrics)}"]
         words += _words("grid", run.grid.model_dump(mode="json"))
-        words += [f"seed={story.seed}", f"perturbation_seeds={run.perturbation_seeds}", "batch_size=256"]
-        jobs[f"evaluate {name}"] = evaluate, story.job(EvaluateRun, f"measure-{name}", *words)
+        words += [f"seed={stages.seed}", f"perturbation_seeds={run.perturbation_seeds}", "batch_size=256"]
+        jobs[f"evaluate {name}"] = evaluate, stages.job(EvaluateRun, f"measure-{name}", *words)
     side_by_side(jobs)
     lines = [(here / f"measure-{name}" / "metrics.jsonl").read_text() for name in decoders]
     (here / "metrics.jsonl").write_text("".join(lines))
     words = [f"tokenizers.{name}={here / f'tokenizer-{name}'}" for name in TOKENIZERS]
     words += [f"decoders.{decoder}={here / path}" for decoder, path in decoders["perturbed"].items()]
     words += [
-        f"prefix=seed-{story.seed}-",
+        f"prefix=seed-{stages.seed}-",
         f"samples={here / 'samples' / 'perturbed-0'}",
-        story.extractor,
-        *story.images,
+        stages.extractor,
+        *stages.images,
     ]
     draw_pictures(load(PicturesRun, None, [f"out={run.out / 'pictures'}", *words]))
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torchvision.models import vgg16
 
 from robustok.commands.encode import EncodeRun
-from robustok.commands.from_pretrained import Released, check_given, look_at
 from robustok.commands.generate import GenerateRun
 from robustok.commands.make_pairs import MakePairsRun
 from robustok.commands.post_train import PostTrainRun
+from robustok.commands.pretrained_sources import Pretrained, check_given, look_at
 from robustok.commands.train_classifier import TrainClassifierRun
 from robustok.config import Config, plain
 from robustok.data.dataset import open_images
@@ -35,11 +35,11 @@ from robustok.metrics.lpips import check_sides
 from robustok.tokenizers import TOKENIZERS, load_tokenizer
 from robustok.training.activations import count_activations
 from robustok.training.common import TrainingConfig
-from robustok.training.decoder import LatentDecoder, PostTrainingRun
+from robustok.training.decoder import DecoderTrainingRun, LatentDecoder
 from robustok.training.generator import GeneratorTrainingRun, cross_entropy, squared_error
 from robustok.training.latent_inputs import ContinuousPass
 from robustok.training.prepared import blocks_of
-from robustok.training.tokenizer import MainTrainingRun
+from robustok.training.tokenizer import TokenizerTrainingRun
 from robustok.types import Generator, Tokenizer
 
 Facts = dict[str, int | str]
@@ -95,7 +95,7 @@ def _size(count: int) -> str:
     return f"{count} bytes"
 
 
-def _main_training(run: MainTrainingRun) -> Facts:
+def _main_training(run: TokenizerTrainingRun) -> Facts:
     tokenizer = _meta(lambda: TOKENIZERS[run.tokenizer.name][0](run.tokenizer))
     size = _count(tokenizer.parameters())
     shape = (3, tokenizer.image_size, tokenizer.image_size)
@@ -153,12 +153,12 @@ def _generator_training(run: GeneratorTrainingRun) -> Facts:
     return facts | _activations(run, build, forward)
 
 
-def _post_training(run: PostTrainingRun | PostTrainRun) -> Facts:
+def _post_training(run: DecoderTrainingRun | PostTrainRun) -> Facts:
     sources = {"tokenizer": run.tokenizer, "generator": getattr(run, "generator", None)}
     check_given(sources)
     tokenizer = look_at(run.tokenizer, run.out)
     size, shape = _count(tokenizer.parameters()), (3, tokenizer.image_size, tokenizer.image_size)
-    released = run.trainable == "release"
+    released = run.trainable == "authors"
 
     def build() -> nn.Module:
         model = TOKENIZERS[tokenizer.config.name][0](tokenizer.config)
@@ -177,7 +177,7 @@ def _post_training(run: PostTrainingRun | PostTrainRun) -> Facts:
     trained = _count(p for p in model.parameters() if p.requires_grad)
     facts = {"tokenizer_parameters": size, "trained_parameters": trained}
     facts |= _pairs(run, tokenizer) if run.pairs is None else {"pairs": len(LatentCache(run.pairs))}
-    given = [source.weights for source in sources.values() if isinstance(source, Released)]
+    given = [source.weights for source in sources.values() if isinstance(source, Pretrained)]
     if given and not any(map(is_remote, given)):  # whose sizes are known once they are fetched
         files = [file for path in given for file in (path, *path.rglob("*")) if file.is_file()]
         facts["converted_bytes"] = sum(file.stat().st_size for file in files)
@@ -273,9 +273,9 @@ def _classifier(run: TrainClassifierRun) -> Facts:
 
 # Verbs that are not listed have nothing to estimate beyond their settings.
 ESTIMATES: dict[type[Config], Callable[[Any], Facts]] = {
-    MainTrainingRun: _main_training,
+    TokenizerTrainingRun: _main_training,
     GeneratorTrainingRun: _generator_training,
-    PostTrainingRun: _post_training,
+    DecoderTrainingRun: _post_training,
     PostTrainRun: _post_training,
     EncodeRun: _encode,
     GenerateRun: _generate,
@@ -297,14 +297,14 @@ def _decoder(tokenizer: Tokenizer) -> int:
     return sum(_count(module.parameters()) for module in tokenizer.decoder_modules())
 
 
-def _discriminator(run: MainTrainingRun | PostTrainingRun) -> int:
+def _discriminator(run: TokenizerTrainingRun | DecoderTrainingRun) -> int:
     if not run.adversarial.weight:
         return 0
     config = run.discriminator
     return _count(_meta(lambda: DISCRIMINATORS[config.name][0](config)).parameters())
 
 
-def _frozen(run: MainTrainingRun | PostTrainingRun) -> int:
+def _frozen(run: TokenizerTrainingRun | DecoderTrainingRun) -> int:
     """Parameters of the networks that only judge reconstructions."""
     vgg = VGG_PARAMETERS if run.reconstruction.perceptual == "lpips" and run.reconstruction.perceptual_weight else 0
     dino = run.discriminator.name == "dino" and run.adversarial.weight
@@ -324,7 +324,7 @@ def _activations(
     run: TrainingConfig,
     build: Callable[[], nn.Module],
     forward: Callable[[nn.Module, int], Any],
-    judged: tuple[int, int, int] | None = None,
+    scored: tuple[int, int, int] | None = None,
 ) -> Facts:
     """What the backward pass of one process needs; ``judged`` is the shape of images that loss networks see.
 
@@ -339,12 +339,12 @@ def _activations(
     common = model.fixed
 
     def see(network: nn.Module, count: int) -> Tensor:
-        return network.requires_grad_(False)(torch.zeros(count, *judged).requires_grad_())
+        return network.requires_grad_(False)(torch.zeros(count, *scored).requires_grad_())
 
-    if judged is not None and run.reconstruction.perceptual == "lpips" and run.reconstruction.perceptual_weight:
-        check_sides("vgg", judged, LPIPSLoss.REMEDY)
+    if scored is not None and run.reconstruction.perceptual == "lpips" and run.reconstruction.perceptual_weight:
+        check_sides("vgg", scored, LPIPSLoss.REMEDY)
         common += part * count_activations(lambda: vgg16(weights=None).features[:30], see, precision).sample
-    if judged is not None and run.adversarial.weight:
+    if scored is not None and run.adversarial.weight:
         common += share * count_activations(lambda: _judge(run.discriminator), see, precision).sample
     return {
         "samples_at_once": part,

@@ -6,7 +6,7 @@ from robustok.commands.generate import GenerateRun, generate
 from robustok.devices import start_accelerator
 from robustok.errors import UserError
 from robustok.evaluation.comparison import COMPARED
-from robustok.evaluation.evaluator import Judge
+from robustok.evaluation.evaluator import Evaluator
 from robustok.evaluation.reconstructions import reconstructions
 from robustok.evaluation.samples import decoded_samples, image_set
 from robustok.evaluation.settings import EvaluateRun
@@ -22,19 +22,19 @@ def evaluate(run: EvaluateRun) -> list[Measurement]:
             asked for with fewer images than it has, without ``allow_fewer``.
     """
     accelerator = start_accelerator()
-    judge = Judge(accelerator, run)
+    evaluator = Evaluator(accelerator, run)
     found: list[Measurement] = []
     if run.tokenizer is not None and run.data is not None:  # without data it decodes the generator's samples only
-        found += reconstructions(judge, run.tokenizer)
+        found += reconstructions(evaluator, run.tokenizer)
     latents = list(run.latents)
     if run.generator is not None:
-        judge.check_counts(COMPARED, run.count)
+        evaluator.check_counts(COMPARED, run.count)
         latents += [_sample(run, number) for number in range(run.sets)]
     if latents:
         decoders = run.decoders or {"original": run.tokenizer}
-        found += decoded_samples(judge, latents, decoders)
+        found += decoded_samples(evaluator, latents, decoders)
     for name, path in run.images.items():
-        found += image_set(judge, name, path)
+        found += image_set(evaluator, name, path)
     if accelerator.is_main_process:
         try:
             run.out.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from robustok.config import Config
 from robustok.errors import UserError
 from robustok.snapshots import read_header, resolve, write_snapshot
 from robustok.tokenizers import load_tokenizer
-from robustok.tokenizers.deltas import make_delta
+from robustok.tokenizers.deltas import compute_delta
 
 
 class MakeDeltaRun(Config):
@@ -34,7 +34,7 @@ class MakeDeltaRun(Config):
 
 @dataclass(frozen=True)
 class SavedDelta:
-    """What :func:`save_delta` wrote.
+    """What :func:`make_delta` wrote.
 
     Attributes:
         path: folder of the delta.
@@ -49,7 +49,7 @@ class SavedDelta:
     tokenizer_bytes: int
 
 
-def save_delta(run: MakeDeltaRun) -> SavedDelta:
+def make_delta(run: MakeDeltaRun) -> SavedDelta:
     """Write a snapshot that holds the difference alone and names the original by path and digest.
 
     Raises:
@@ -58,7 +58,7 @@ def save_delta(run: MakeDeltaRun) -> SavedDelta:
     if run.out.exists():
         raise UserError(f"{run.out} exists; choose another out=FOLDER or remove it first")
     original, post_trained = resolve(run.tokenizer), resolve(run.post_trained)
-    delta = make_delta(
+    delta = compute_delta(
         load_tokenizer(run.tokenizer), load_tokenizer(run.post_trained), run.rank, getattr(torch, run.dtype)
     )
     facts = {"base": os.path.relpath(original, run.out), "digest": delta.base, "rank": run.rank, "dtype": run.dtype}

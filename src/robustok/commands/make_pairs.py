@@ -29,7 +29,7 @@ class MakePairsRun(Config):
     out: Path = Field(description="folder of the cache of pairs; an unfinished one is completed")
     generator: Path = Field(description="generator snapshot, or run folder")
     latents: Path = Field(description="cache of the real images' latents, made by `robustok encode`")
-    preservation: float = Field(
+    sigma: float = Field(
         0.9,
         ge=0,
         le=1,
@@ -40,9 +40,9 @@ class MakePairsRun(Config):
         ge=1,
         description="number of pairs, a random subset of the latents; null, or more than there are, is all",
     )
-    mode: Literal["generated", "reencoded"] = Field(
-        "generated",
-        description="generated: the mixture itself; reencoded: decoded to uint8 and encoded again (release)",
+    mode: Literal["direct", "reencoded"] = Field(
+        "direct",
+        description="direct: the mixture itself; reencoded: decoded to uint8 and encoded again (release)",
     )
     tokenizer: Path | None = Field(None, description="needed for mode=reencoded")
     sampling: SamplingConfig | None = Field(None, description="null takes the settings stored with the generator")
@@ -88,14 +88,14 @@ def make_pairs(run: MakePairsRun) -> Path:
         real = cache.read(rows[records])
         rngs = image_rngs(run.seed, records.tolist())
         with autocast(accelerator.device, run.precision):
-            latents = generator.generate(real.labels, sampling, rngs, real.latents, run.preservation)
+            latents = generator.generate(real.labels, sampling, rngs, real.latents, run.sigma)
             if tokenizer is not None:
                 latents = reencode(tokenizer, latents)
         return record_fields(latents, real.labels, real.indices, records) | {"flips": real.flips}
 
     source = {
         "made_by": "make-pairs",
-        "sigma": run.preservation,
+        "sigma": run.sigma,
         "mode": run.mode,
         "seed": run.seed,
         "sampling": plain(sampling),
@@ -106,7 +106,7 @@ def make_pairs(run: MakePairsRun) -> Path:
         "split": cache.manifest.source.get("data"),
     }
     if cache.manifest.kind == "continuous":
-        source |= generator.preservation_facts(sampling, run.preservation)
+        source |= generator.mixture_facts(sampling, run.sigma)
         for problem in generator.check(cache.read(rows[:CHECKED]).latents):
             warnings.warn(problem, stacklevel=1)
     manifest = manifest_of(generator, run.shard_size, run.latent_dtype, len(rows), cache.manifest.data, source)

@@ -20,42 +20,41 @@ from accelerate import Accelerator
 from pydantic import Field, model_validator
 
 from robustok.commands.encode import EncodeRun, encode
-from robustok.commands.from_pretrained import (
+from robustok.commands.generate import GenerateRun, generate
+from robustok.commands.make_pairs import MakePairsRun, make_pairs
+from robustok.commands.pretrained_sources import (
     GeneratorSource,
-    Released,
+    Pretrained,
     TokenizerSource,
     check_given,
     check_together,
     convert_sources,
+    export_decoder,
     refused_as_a_whole,
-    write_released,
 )
-from robustok.commands.generate import GenerateRun, generate
-from robustok.commands.make_pairs import MakePairsRun, make_pairs
-from robustok.commands.sigma_search import Judged, Judgements, default_sigmas
+from robustok.commands.sigma_search import ScoredDecoder, SigmaSearch, default_sigmas
 from robustok.config import Config
 from robustok.console import console
 from robustok.data.dataset import open_images
 from robustok.data.latent_cache import LatentCache, LatentType
 from robustok.data.order import batch_indices
 from robustok.devices import start_accelerator
-from robustok.evaluation.held_out import HeldOutJudge
+from robustok.evaluation.held_out import HeldOutScore
 from robustok.generators import SamplingConfig
 from robustok.randomness import step_rng
 from robustok.runs import RunFolder
 from robustok.snapshots import read_extra, read_header, write_snapshot
 from robustok.tokenizers import load_tokenizer
-from robustok.training.decoder import PostTrainingRun, check_networks
-from robustok.training.decoder import post_train as train_decoder
+from robustok.training.decoder import DecoderTrainingRun, check_networks, train_decoder
 
 
 class Mixture(Config):
     """How the pairs are made; the same images and random numbers at every sigma."""
 
     count: int = Field(200_000, ge=1, description="number of pairs; not more than the training sees are made")
-    mode: Literal["generated", "reencoded"] = Field(
-        "generated",
-        description="generated: the mixture itself; reencoded: decoded to uint8 and encoded again (release)",
+    mode: Literal["direct", "reencoded"] = Field(
+        "direct",
+        description="direct: the mixture itself; reencoded: decoded to uint8 and encoded again (release)",
     )
     sampling: SamplingConfig | None = Field(None, description="null takes the settings stored with the generator")
     batch_size: int = Field(64, ge=1, description="samples at a time")
@@ -84,7 +83,7 @@ class Sweep(Config):
         return self
 
 
-class PostTrainRun(PostTrainingRun):
+class PostTrainRun(DecoderTrainingRun):
     """Everything about post-training, and about the pairs where they are not given."""
 
     tokenizer: TokenizerSource = Field(description="tokenizer snapshot, or run folder; or released weights, as below")
@@ -133,17 +132,17 @@ class PostTrainRun(PostTrainingRun):
         """Pairs that so many steps see, by default all of them, if there are as many images."""
         return min(self.mixture.count, (steps or self.steps) * self.batch_size)
 
-    def training(self, **changes: Any) -> PostTrainingRun:
+    def training(self, **changes: Any) -> DecoderTrainingRun:
         """The settings of a training alone, with changes."""
-        own = {name: getattr(self, name) for name in PostTrainingRun.model_fields}
-        return PostTrainingRun(**own | changes)
+        own = {name: getattr(self, name) for name in DecoderTrainingRun.model_fields}
+        return DecoderTrainingRun(**own | changes)
 
 
-def post_train(run: PostTrainRun | PostTrainingRun) -> Path:
+def post_train(run: PostTrainRun | DecoderTrainingRun) -> Path:
     """Post-train a decoder; convert, encode, make pairs, choose sigma where asked to. The same command again goes on.
 
     With ``sigma=auto`` the result is never worse on the held-out samples than the decoder it started from. A decoder
-    of released weights is also written in their own layout, to ``out/released``.
+    of released weights is also written in their own layout, to ``out/export``.
 
     Returns:
         The folder of the best snapshot.
@@ -153,7 +152,7 @@ def post_train(run: PostTrainRun | PostTrainingRun) -> Path:
             ``make_pairs`` and the training raise it.
     """
     accelerator = start_accelerator(run.batch_size)
-    if run.pairs is not None and not isinstance(run.tokenizer, Released):
+    if run.pairs is not None and not isinstance(run.tokenizer, Pretrained):
         best = train_decoder(run.training() if isinstance(run, PostTrainRun) else run)
     else:
         ready = _prepare(run, accelerator)
@@ -163,7 +162,7 @@ def post_train(run: PostTrainRun | PostTrainingRun) -> Path:
             pairs = run.pairs or _pairs(ready, run.sigma, run.steps)
             out = run.out / ("post" if run.pairs else f"post-{run.sigma:g}")
             best = _publish(run, accelerator, train_decoder(ready.training(out=out, pairs=pairs)), {})
-    if accelerator.is_main_process and (file := write_released(best, run.tokenizer, run.out / "released")):
+    if accelerator.is_main_process and (file := export_decoder(best, run.tokenizer, run.out / "export")):
         console.print(f"in the layout of the release: {file}", soft_wrap=True)
     accelerator.wait_for_everyone()
     return best
@@ -201,13 +200,13 @@ def _prepare(run: PostTrainRun, accelerator: Accelerator) -> PostTrainRun:
 
 def _choose(run: PostTrainRun, accelerator: Accelerator) -> Path:
     """A short training at each sigma, a long one at the best, the best of all that for the user."""
-    judgements = _judgements(run, accelerator)
-    judgements.add("untouched", None, 0, run.tokenizer)
+    search = _judgements(run, accelerator)
+    search.add("untouched", None, 0, run.tokenizer)
     steps = run.candidate_steps
     for sigma in run.candidates(read_header(run.tokenizer)["config"].get("name")):
-        judgements.add("candidate", sigma, steps, _candidate(run, sigma, steps))
-    best = judgements.best()
-    if best is judgements.untouched:
+        search.add("candidate", sigma, steps, _candidate(run, sigma, steps))
+    best = search.best()
+    if best is search.untouched:
         console.print("[yellow]no sigma made the decoder better on the held-out samples: it stays as it was[/]")
     elif steps < run.steps:
         folder = run.out / f"post-{best.sigma:g}"
@@ -216,9 +215,9 @@ def _choose(run: PostTrainRun, accelerator: Accelerator) -> Path:
         train_decoder(run.training(out=folder, pairs=pairs, held_out=None, continue_from=start))
         for path in sorted((folder / "snapshot").glob("[0-9]*")):
             if int(path.name) > steps:
-                judgements.add("continued", best.sigma, int(path.name), path)
-    judgements.show()
-    return _publish(run, accelerator, judgements.best().path, _facts(judgements))
+                search.add("continued", best.sigma, int(path.name), path)
+    search.show()
+    return _publish(run, accelerator, search.best().path, _facts(search))
 
 
 def _candidate(run: PostTrainRun, sigma: float, steps: int) -> Path:
@@ -247,7 +246,7 @@ def _pairs(run: PostTrainRun, sigma: float, steps: int) -> Path:
             out=run.out / "pairs" / f"sigma-{sigma:g}-{count}",
             generator=run.generator,
             latents=run.latents,
-            preservation=sigma,
+            sigma=sigma,
             count=count,
             seed=run.seed,
             tokenizer=run.tokenizer if run.mixture.mode == "reencoded" else None,
@@ -256,7 +255,7 @@ def _pairs(run: PostTrainRun, sigma: float, steps: int) -> Path:
     )
 
 
-def _judgements(run: PostTrainRun, accelerator: Accelerator) -> Judgements:
+def _judgements(run: PostTrainRun, accelerator: Accelerator) -> SigmaSearch:
     """What judges the decoders. Its samples have a seed that nobody else will choose, so that no result is theirs."""
     held_out, sweep = run.held_out, run.sweep
     if held_out.latents is None:
@@ -270,21 +269,21 @@ def _judgements(run: PostTrainRun, accelerator: Accelerator) -> Judgements:
         held_out = held_out.model_copy(update={"latents": generate(samples)})
     tokenizer = load_tokenizer(run.tokenizer)
     data = open_images(run.data, tokenizer.image_size, split="train")
-    make = lambda: HeldOutJudge(held_out, tokenizer, data, accelerator.device, sweep.sets)  # noqa: E731
-    return Judgements(run.out, make, accelerator, run.seed, data.describe())
+    make = lambda: HeldOutScore(held_out, tokenizer, data, accelerator.device, sweep.sets)  # noqa: E731
+    return SigmaSearch(run.out, make, accelerator, run.seed, data.describe())
 
 
-def _facts(judgements: Judgements) -> dict[str, Any]:
+def _facts(search: SigmaSearch) -> dict[str, Any]:
     """For the model card: what was tried, and how the winner did."""
 
-    def row(judged: Judged) -> dict[str, Any]:
-        change = judged.change(judgements.untouched)
-        facts = {"sigma": judged.sigma, "steps": judged.steps, "distance": round(judged.distance, 6)}
+    def row(scored: ScoredDecoder) -> dict[str, Any]:
+        change = scored.change(search.untouched)
+        facts = {"sigma": scored.sigma, "steps": scored.steps, "distance": round(scored.distance, 6)}
         return facts | {"change": round(change.value, 6), "standard_error": round(change.standard_error or 0, 6)}
 
-    best = judgements.best()
-    facts = {"distance": best.distance, "at_the_start": judgements.untouched.distance}
-    return {"held_out": facts, "sweep": [row(judged) for judged in judgements.found]}
+    best = search.best()
+    facts = {"distance": best.distance, "at_the_start": search.untouched.distance}
+    return {"held_out": facts, "sweep": [row(scored) for scored in search.found]}
 
 
 def _publish(run: PostTrainRun, accelerator: Accelerator, path: Path, facts: dict[str, Any]) -> Path:

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from rich.table import Table
 
 from robustok.console import console
-from robustok.evaluation.held_out import HeldOutJudge
+from robustok.evaluation.held_out import HeldOutScore
 from robustok.files import append_line
 from robustok.metrics.frechet import Estimate, mean_and_standard_error
 from robustok.tokenizers import load_tokenizer
@@ -29,7 +29,7 @@ def default_sigmas(family: str | None) -> list[float]:
 
 
 @dataclass(frozen=True)
-class Judged:
+class ScoredDecoder:
     """A decoder with its distances.
 
     Attributes:
@@ -51,12 +51,12 @@ class Judged:
         """Mean over the sets."""
         return statistics.fmean(self.values)
 
-    def change(self, other: "Judged") -> Estimate:
+    def change(self, other: "ScoredDecoder") -> Estimate:
         """Its distance minus that of another on the same sets, with the standard error over these."""
         return mean_and_standard_error([a - b for a, b in zip(self.values, other.values, strict=True)])
 
 
-class Judgements:
+class SigmaSearch:
     """The decoders of a run, judged once each: what is in its metrics.jsonl is not judged again.
 
     Args:
@@ -68,44 +68,44 @@ class Judgements:
     """
 
     def __init__(
-        self, folder: Path, make_judge: Callable[[], HeldOutJudge], accelerator: Accelerator, seed: int, reference: str
+        self, folder: Path, make_judge: Callable[[], HeldOutScore], accelerator: Accelerator, seed: int, reference: str
     ) -> None:
         self.folder, self._make, self._accelerator = folder, make_judge, accelerator
         self._seed, self._reference, self._judge = seed, reference, None
-        self.found: list[Judged] = []
+        self.found: list[ScoredDecoder] = []
 
     @property
-    def untouched(self) -> Judged:
+    def untouched(self) -> ScoredDecoder:
         """The decoder that post-training started from."""
         return self.found[0]
 
-    def add(self, stage: str, sigma: float | None, steps: int, path: Path) -> Judged:
-        """Judge a decoder, and write a line about it; the first one has to be the untouched one."""
+    def add(self, stage: str, sigma: float | None, steps: int, path: Path) -> ScoredDecoder:
+        """Evaluator a decoder, and write a line about it; the first one has to be the untouched one."""
         if self._accelerator.is_main_process and self._known(stage, sigma, steps) is None:
             self._write(stage, sigma, steps, path)
         self._accelerator.wait_for_everyone()
-        judged = Judged(stage, sigma, steps, path, self._known(stage, sigma, steps))
-        self.found.append(judged)
-        return judged
+        scored = ScoredDecoder(stage, sigma, steps, path, self._known(stage, sigma, steps))
+        self.found.append(scored)
+        return scored
 
-    def best(self) -> Judged:
+    def best(self) -> ScoredDecoder:
         """The lowest mean; the earlier one of equals, so that nothing replaces the untouched decoder for nothing."""
-        return min(self.found, key=lambda judged: judged.distance)
+        return min(self.found, key=lambda scored: scored.distance)
 
     def show(self) -> None:
         """Print the table."""
         table = Table("sigma", "steps", "held-out distance", "change", "standard error", box=None)
         best = self.best()
-        for judged in self.found:
-            change = judged.change(self.untouched)
+        for scored in self.found:
+            change = scored.change(self.untouched)
             error = "" if change.standard_error is None else f"{change.standard_error:.3g}"
             table.add_row(
-                "untouched" if judged.sigma is None else f"{judged.sigma:g}{' (control)' * (judged.sigma == 1)}",
-                str(judged.steps),
-                f"{judged.distance:.4g}",
-                "" if judged is self.untouched else f"{change.value:+.3g}",
-                "" if judged is self.untouched else error,
-                style="bold" if judged is best else None,
+                "untouched" if scored.sigma is None else f"{scored.sigma:g}{' (control)' * (scored.sigma == 1)}",
+                str(scored.steps),
+                f"{scored.distance:.4g}",
+                "" if scored is self.untouched else f"{change.value:+.3g}",
+                "" if scored is self.untouched else error,
+                style="bold" if scored is best else None,
             )
         console.print(table)
 
@@ -118,18 +118,18 @@ class Judgements:
         return None
 
     def _write(self, stage: str, sigma: float | None, steps: int, path: Path) -> None:
-        """Judge, and append the line."""
+        """Evaluator, and append the line."""
         self._judge = self._judge or self._make()
-        judged = Judged(stage, sigma, steps, path, self._judge(self._judge.decoder(load_tokenizer(path))))
-        value = mean_and_standard_error(judged.values)
-        change = judged.change(self.found[0] if self.found else judged)
-        details = {"stage": stage, "sigma": sigma, "steps": steps, "sets": len(judged.values), "values": judged.values}
+        scored = ScoredDecoder(stage, sigma, steps, path, self._judge(self._judge.decoder(load_tokenizer(path))))
+        value = mean_and_standard_error(scored.values)
+        change = scored.change(self.found[0] if self.found else scored)
+        details = {"stage": stage, "sigma": sigma, "steps": steps, "sets": len(scored.values), "values": scored.values}
         details |= {"change": change.value, "change_error": change.standard_error}
         line = Measurement(
             METRIC,
             value.value,
             value.standard_error,
-            self._judge.samples * len(judged.values),
+            self._judge.samples * len(scored.values),
             self._seed,
             self._judge.extractor,
             self._reference,

@@ -16,7 +16,7 @@ from robustok.data.sources import Data
 from robustok.devices import start_accelerator
 from robustok.metrics.features.classifier import ClassifierConfig, load_classifier, save_classifier
 from robustok.runs import RunFolder
-from robustok.training.classifier import accuracy, train_classifier
+from robustok.training.classifier import accuracy, fit_classifier
 
 
 class TrainClassifierRun(Config):
@@ -44,7 +44,7 @@ class TrainedClassifier:
     samples: int
 
 
-def train(run: TrainClassifierRun) -> TrainedClassifier:
+def train_classifier(run: TrainClassifierRun) -> TrainedClassifier:
     """Train a classifier, or judge the one that the same command left in the run folder before.
 
     Raises:
@@ -58,7 +58,7 @@ def train(run: TrainClassifierRun) -> TrainedClassifier:
         pixels, labels = _pixels(open_images(run.data, run.image_size, "train"))
         bar = iter(track(range(run.classifier.steps), f"train-classifier {run.out.name}", accelerator.is_main_process))
         show = lambda done, steps: next(bar, None)  # noqa: E731
-        model = train_classifier(pixels, labels, run.classifier, run.seed, accelerator.device, show)
+        model = fit_classifier(pixels, labels, run.classifier, run.seed, accelerator.device, show)
         folder.start()
         if accelerator.is_main_process:
             save_classifier(model, path)

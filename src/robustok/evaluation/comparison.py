@@ -60,7 +60,7 @@ class Processes:
         return torch.cat([rows for _, rows in parts])[places.argsort()]
 
 
-class Describer:
+class FeatureCollector:
     """Collects the images of a set in a feature space, batch by batch, and no more of them than its metrics need.
 
     Args:
@@ -153,7 +153,7 @@ def compare(fake: Reference, real: Reference, how: Comparison) -> dict[str, tupl
             error = {"standard_error_from": f"{how.halves} random halves"}
         else:
             estimate, error = Estimate(frechet_distance(fake.statistics, real.statistics, real.factor), None), {}
-        found["gfid"] = estimate, error | honesty(fake.statistics, how.inception, how.paired)
+        found["gfid"] = estimate, error | bias_facts(fake.statistics, how.inception, how.paired)
     if "gfid_infinity" in wanted and fake.count >= INFINITY_IMAGES:
         line = frechet_infinity(fake.features, real.statistics, rng=how.rng(), factor=real.factor)
         found["gfid_infinity"] = line.estimate, {"sizes": list(line.sizes), "slope": line.slope}
@@ -191,7 +191,7 @@ def paired_error(fake: Tensor, real: Tensor, halves: int, rng: torch.Generator) 
     return delete_half_error(torch.cat([fake, real], dim=1), distance, rng, halves).standard_error
 
 
-def honesty(statistics: GaussianStatistics, inception: bool, paired: bool = False) -> dict[str, Any]:
+def bias_facts(statistics: GaussianStatistics, inception: bool, paired: bool = False) -> dict[str, Any]:
     """The bias of a Frechet distance of so many images and, for FID, what it means."""
     bias = frechet_bias(statistics)
     note = small_sample_note(statistics.count, bias, statistics.dim, paired) if inception else None

@@ -1,4 +1,4 @@
-"""The judge: real images in one or more feature spaces, shared by all metrics and all processes."""
+"""The evaluator: real images in one or more feature spaces, shared by all metrics and all processes."""
 
 import importlib.metadata
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -18,7 +18,7 @@ from robustok.data.loader import batches_in_order
 from robustok.data.pixels import to_pixels
 from robustok.data.sources import Data, data_at
 from robustok.errors import UserError
-from robustok.evaluation.comparison import COMPARED, REFERENCE_IMAGES, Comparison, Describer, Processes, compare
+from robustok.evaluation.comparison import COMPARED, REFERENCE_IMAGES, Comparison, FeatureCollector, Processes, compare
 from robustok.evaluation.settings import EvaluateRun
 from robustok.metrics.features import load_extractor
 from robustok.metrics.frechet import Estimate
@@ -33,7 +33,7 @@ PUBLISHED = dict.fromkeys(
 KID_BELOW = 10_000  # images: where FID is mostly bias, KID goes beside it
 
 
-class Judge:
+class Evaluator:
     """Real images in the feature spaces of a run, and what is compared with them. Shares the work among processes.
 
     Args:
@@ -67,20 +67,20 @@ class Judge:
         if count < KID_BELOW and any(self.official) and not paired:  # its error takes the sets for independent
             references = [self.reference_of(shape, space, wanted | {"kid"}) for space in range(len(self.extractors))]
             wanted |= {"kid"} if all(reference.features is not None for reference in references) else set()
-        describers = [
-            Describer(extractor, wanted if space == 0 else wanted - {"sfid", "inception_score"})
+        collectors = [
+            FeatureCollector(extractor, wanted if space == 0 else wanted - {"sfid", "inception_score"})
             for space, extractor in enumerate(self.extractors)
         ]
         for indices, pixels in batches:
-            for describer in describers:
-                describer.update(indices, pixels)
+            for collector in collectors:
+                collector.update(indices, pixels)
         run, found = self.run, []
-        for space, describer in enumerate(describers):
+        for space, collector in enumerate(collectors):
             how = Comparison(
-                describer.metrics, run.halves, run.distance_dtype, run.shuffle, run.seed, self.official[space], paired
+                collector.metrics, run.halves, run.distance_dtype, run.shuffle, run.seed, self.official[space], paired
             )
             found.append(
-                compare(describer.finish("samples", self.processes), self.reference_of(shape, space, wanted), how)
+                compare(collector.finish("samples", self.processes), self.reference_of(shape, space, wanted), how)
             )
         return found
 
@@ -95,10 +95,10 @@ class Judge:
             one_by_one = {"kid", "precision", "recall"} & set(wanted)
             if reference.features is None and one_by_one and _has_images(path):
                 # ADM's file: moments of the whole data set, and beside them 10,000 images for precision and recall.
-                describer = Describer(extractor, one_by_one)
+                collector = FeatureCollector(extractor, one_by_one)
                 for batch in self.batches(self.open(data_at(path), None, "train")):
-                    describer.update(batch.indices, to_pixels(batch.images).to(self.device))
-                reference = replace(reference, features=describer.finish("", self.processes).features)
+                    collector.update(batch.indices, to_pixels(batch.images).to(self.device))
+                reference = replace(reference, features=collector.finish("", self.processes).features)
             self.references[key] = reference
         return self.references[key]
 
@@ -132,10 +132,10 @@ class Judge:
         kept -= {"inception_score", "gfid_infinity"} | ({"sfid"} if space else set())
 
         def make() -> Reference:
-            describer = Describer(extractor, kept, every=-(-len(images) // REFERENCE_IMAGES))
+            collector = FeatureCollector(extractor, kept, every=-(-len(images) // REFERENCE_IMAGES))
             for batch in self.batches(images):
-                describer.update(batch.indices, to_pixels(batch.images).to(self.device))
-            return describer.finish(images.describe(), self.processes)
+                collector.update(batch.indices, to_pixels(batch.images).to(self.device))
+            return collector.finish(images.describe(), self.processes)
 
         if key not in self.references:
             if self.run.cache is None:

@@ -1,4 +1,4 @@
-"""Held-out samples: latents that a generator made and no result is reported on, to judge decoders while they learn."""
+"""Held-out samples: generated latents on which decoders are compared during training, never for a result."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ from robustok.tokenizers import encoder_digest
 
 
 class HeldOut(Config):
-    """Free samples on which the snapshots are judged. Report results on other samples than these."""
+    """Free samples on which the snapshots are scored. Report results on other samples than these."""
 
     latents: Path | None = Field(
         None, description="cache of free samples, made by `robustok generate`; null only where sigma=auto makes them"
@@ -28,7 +28,7 @@ class HeldOut(Config):
     extractor: ExtractorConfig = Field(description="feature space of the Frechet distance to the real images")
 
 
-class HeldOutJudge:
+class HeldOutScore:
     """Frechet distances of a decoder's images of held-out samples to real images: the same samples for all decoders.
 
     Args:
@@ -65,7 +65,7 @@ class HeldOutJudge:
         self._factor = covariance_factor(self._reference)
 
     def decoder(self, tokenizer: nn.Module) -> Callable[[Tensor], Tensor]:
-        """The decoder of a tokenizer, brought to the judge's device."""
+        """The decoder of a tokenizer, brought to the evaluator's device."""
         return tokenizer.to(self._device).decode
 
     @torch.no_grad()

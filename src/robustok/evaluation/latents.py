@@ -10,7 +10,7 @@ from torch import Tensor
 
 from robustok.data.latent_cache import LatentCache
 from robustok.data.pixels import from_pixels
-from robustok.evaluation.evaluator import Judge
+from robustok.evaluation.evaluator import Evaluator
 from robustok.generators import load_generator
 from robustok.metrics.codebook import count_tokens
 from robustok.metrics.frechet import Estimate
@@ -21,25 +21,27 @@ GAP_IMAGES = 2_000  # decoded and encoded again, or predicted by the generator, 
 BEST = 10  # tokens among which the generator's prediction is looked for
 
 
-def gap(judge: Judge, tokenizer: Tokenizer, sets: list[LatentCache], facts: dict[str, Any]) -> list[Measurement]:
+def gap(
+    evaluator: Evaluator, tokenizer: Tokenizer, sets: list[LatentCache], facts: dict[str, Any]
+) -> list[Measurement]:
     """How far the generated latents are from those of real images, and how well the generator predicts these."""
-    images = judge.open(judge.run.data, tokenizer.image_size, "train")
+    images = evaluator.open(evaluator.run.data, tokenizer.image_size, "train")
     encoded, labels = [], []
-    for batch in judge.batches(images):
+    for batch in evaluator.batches(images):
         with torch.no_grad():
-            encoded.append((batch.indices, tokenizer.encode(batch.images.to(judge.device)).cpu()))
+            encoded.append((batch.indices, tokenizer.encode(batch.images.to(evaluator.device)).cpu()))
         labels.append((batch.indices, batch.labels))
-    encoded, labels = judge.processes.in_order(encoded), judge.processes.in_order(labels)
+    encoded, labels = evaluator.processes.in_order(encoded), evaluator.processes.in_order(labels)
     generated = torch.cat([cache.read(slice(None)).latents for cache in sets])
     codebook = tokenizer.codebook.cpu() if tokenizer.kind == "discrete" else None
-    line = partial(judge.measurement, reference=images.describe(), **facts)
+    line = partial(evaluator.measurement, reference=images.describe(), **facts)
     apart = latent_gap(generated, encoded, codebook)
     found = _lines(line, apart.figures(), apart.images)
     some = [_spread(latents, GAP_IMAGES) for latents in (generated, encoded)]
-    pairs = [side for latents in some for side in (latents, _encoded_again(judge, tokenizer, latents))]
+    pairs = [side for latents in some for side in (latents, _encoded_again(evaluator, tokenizer, latents))]
     found += _lines(line, reencoding_gap(*pairs, codebook).figures(), len(some[0]))
-    if judge.run.generator is not None and codebook is not None:
-        found += _teacher_forced(judge, some[1], _spread(labels, GAP_IMAGES), line)
+    if evaluator.run.generator is not None and codebook is not None:
+        found += _teacher_forced(evaluator, some[1], _spread(labels, GAP_IMAGES), line)
     return found
 
 
@@ -54,28 +56,28 @@ def _lines(
     ]
 
 
-def _encoded_again(judge: Judge, tokenizer: Tokenizer, latents: Tensor) -> Tensor:
+def _encoded_again(evaluator: Evaluator, tokenizer: Tokenizer, latents: Tensor) -> Tensor:
     """What the encoder makes of the images, rounded to uint8, that latents decode to."""
-    decode, found = judge.decoder(tokenizer), []
-    for indices in judge.own(len(latents)):
+    decode, found = evaluator.decoder(tokenizer), []
+    for indices in evaluator.own(len(latents)):
         with torch.no_grad():
             found.append((indices, tokenizer.encode(from_pixels(decode(latents[indices]))).cpu()))
-    return judge.processes.in_order(found)
+    return evaluator.processes.in_order(found)
 
 
 def _teacher_forced(
-    judge: Judge, tokens: Tensor, labels: Tensor, line: Callable[..., Measurement]
+    evaluator: Evaluator, tokens: Tensor, labels: Tensor, line: Callable[..., Measurement]
 ) -> list[Measurement]:
     """How well the generator predicts the tokens (N, L) of real images with these labels (N,)."""
-    generator = load_generator(judge.run.generator).to(judge.device)
+    generator = load_generator(evaluator.run.generator).to(evaluator.device)
     k, scores = min(BEST, generator.codebook_size), []
-    for indices in judge.own(len(tokens)):
-        real = tokens[indices].to(judge.device)
+    for indices in evaluator.own(len(tokens)):
+        real = tokens[indices].to(evaluator.device)
         with torch.no_grad():
-            logits = generator.logits(real, labels[indices].to(judge.device))[:, :-1]
+            logits = generator.logits(real, labels[indices].to(evaluator.device))[:, :-1]
         scores.append((indices, prediction_scores(logits, real, k)))
     counts = count_tokens(tokens, generator.codebook_size)
-    return _lines(line, teacher_forcing(judge.processes.in_order(scores), counts, k).figures(), len(tokens), k=k)
+    return _lines(line, teacher_forcing(evaluator.processes.in_order(scores), counts, k).figures(), len(tokens), k=k)
 
 
 def _spread(rows: Tensor, count: int) -> Tensor:

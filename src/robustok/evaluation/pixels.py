@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from robustok.evaluation.evaluator import Judge
+from robustok.evaluation.evaluator import Evaluator
 from robustok.metrics.frechet import Estimate
 from robustok.metrics.pixels import psnr, ssim
 from robustok.types import Measurement
@@ -13,25 +13,27 @@ from robustok.types import Measurement
 PIXELS = ("psnr", "ssim", "lpips")
 
 
-def pixel_scores(judge: Judge, pixels: Tensor, real: Tensor) -> Tensor:
+def pixel_scores(evaluator: Evaluator, pixels: Tensor, real: Tensor) -> Tensor:
     """PSNR, SSIM and LPIPS (n, 3) float64 of pairs, NaN for what is not wanted."""
     scores = torch.full((len(pixels), len(PIXELS)), torch.nan, dtype=torch.float64)
-    if "psnr" in judge.wanted:  # identical images would make the mean infinite
+    if "psnr" in evaluator.wanted:  # identical images would make the mean infinite
         scores[:, 0] = psnr(pixels, real).clamp(max=100).cpu()
-    if "ssim" in judge.wanted:
+    if "ssim" in evaluator.wanted:
         scores[:, 1] = ssim(pixels, real).cpu()
-    if judge.lpips is not None:
-        scores[:, 2] = judge.lpips(pixels, real).double().cpu()
+    if evaluator.lpips is not None:
+        scores[:, 2] = evaluator.lpips(pixels, real).double().cpu()
     return scores
 
 
-def pixel_lines(judge: Judge, scores: Tensor, line: Callable[..., Measurement]) -> list[Measurement]:
+def pixel_lines(evaluator: Evaluator, scores: Tensor, line: Callable[..., Measurement]) -> list[Measurement]:
     """A line for each of the scores (N, 3) that is wanted."""
     found = []
     for column, name in enumerate(PIXELS):
-        if name in judge.wanted:
-            facts = {"network": judge.lpips.extractor} if name == "lpips" else {}
-            found.append(line(judge.lpips.name if name == "lpips" else name, over_images(scores[:, column]), **facts))
+        if name in evaluator.wanted:
+            facts = {"network": evaluator.lpips.extractor} if name == "lpips" else {}
+            found.append(
+                line(evaluator.lpips.name if name == "lpips" else name, over_images(scores[:, column]), **facts)
+            )
     return found
 
 

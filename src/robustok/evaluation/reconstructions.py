@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from robustok.data.pixels import from_pixels, to_pixels
-from robustok.evaluation.comparison import REFERENCE_IMAGES, Describer, honesty, paired_error
-from robustok.evaluation.evaluator import Judge
+from robustok.evaluation.comparison import REFERENCE_IMAGES, FeatureCollector, bias_facts, paired_error
+from robustok.evaluation.evaluator import Evaluator
 from robustok.evaluation.pixels import over_images, pixel_lines, pixel_scores
 from robustok.metrics.codebook import codebook_perplexity, codebook_usage, count_tokens
 from robustok.metrics.frechet import Estimate, frechet_distance
@@ -21,55 +21,58 @@ from robustok.tokenizers import load_tokenizer
 from robustok.types import Measurement, Tokenizer
 
 
-def reconstructions(judge: Judge, path: Path) -> list[Measurement]:
+def reconstructions(evaluator: Evaluator, path: Path) -> list[Measurement]:
     """Reconstruction metrics on the test split, encoded once: rFID, pFID, PSNR, use of the codebook and others."""
-    tokenizer, wanted = load_tokenizer(path).to(judge.device), judge.wanted
-    images, decode = judge.open(judge.run.data, tokenizer.image_size, "test"), judge.decoder(tokenizer)
-    judge.check_counts({"rfid", "pfid", "noise_fd"}, len(images))
-    halves = judge.run.halves if len(images) <= REFERENCE_IMAGES else 0  # more of them have next to no error
+    tokenizer, wanted = load_tokenizer(path).to(evaluator.device), evaluator.wanted
+    images, decode = evaluator.open(evaluator.run.data, tokenizer.image_size, "test"), evaluator.decoder(tokenizer)
+    evaluator.check_counts({"rfid", "pfid", "noise_fd"}, len(images))
+    halves = evaluator.run.halves if len(images) <= REFERENCE_IMAGES else 0  # more of them have next to no error
     needed = {"rfid", "errors"} if halves else {"rfid"}
-    describers = [Describer(e, needed) for e in judge.extractors] if "rfid" in wanted else []
+    collectors = [FeatureCollector(e, needed) for e in evaluator.extractors] if "rfid" in wanted else []
     encoded, scores, again = [], [], []
-    for batch in judge.batches(images):
+    for batch in evaluator.batches(images):
         with torch.no_grad():
-            latents = tokenizer.encode(batch.images.to(judge.device))
-        pixels, real = decode(latents), to_pixels(batch.images).to(judge.device)
+            latents = tokenizer.encode(batch.images.to(evaluator.device))
+        pixels, real = decode(latents), to_pixels(batch.images).to(evaluator.device)
         encoded.append((batch.indices, latents.cpu()))
-        scores.append((batch.indices, pixel_scores(judge, pixels, real)))
+        scores.append((batch.indices, pixel_scores(evaluator, pixels, real)))
         if "token_agreement" in wanted and tokenizer.kind == "discrete":
             with torch.no_grad():
                 same = (tokenizer.encode(from_pixels(pixels)) == latents).double().mean(dim=1)
             again.append((batch.indices, same.cpu()))
-        for describer in describers:
-            describer.update(batch.indices, pixels)
-    latents = judge.processes.in_order(encoded)  # (N, L) or (N, L, D), the same in every process
-    line = partial(judge.measurement, samples=len(latents), reference=images.describe())
-    found = pixel_lines(judge, judge.processes.in_order(scores), line)
+        for collector in collectors:
+            collector.update(batch.indices, pixels)
+    latents = evaluator.processes.in_order(encoded)  # (N, L) or (N, L, D), the same in every process
+    line = partial(evaluator.measurement, samples=len(latents), reference=images.describe())
+    found = pixel_lines(evaluator, evaluator.processes.in_order(scores), line)
     if "codebook" in wanted and tokenizer.kind == "discrete":
         counts = count_tokens(latents, len(tokenizer.codebook))
         found.append(line("codebook_usage", Estimate(codebook_usage(counts), None)))
         found.append(line("codebook_perplexity", Estimate(codebook_perplexity(counts), None)))
     if again:
-        found.append(line("token_agreement", over_images(judge.processes.in_order(again))))
-    for space, describer in enumerate(describers):
-        fake, reference = describer.finish("reconstructions", judge.processes), judge.described(images, space, needed)
+        found.append(line("token_agreement", over_images(evaluator.processes.in_order(again))))
+    for space, collector in enumerate(collectors):
+        fake, reference = (
+            collector.finish("reconstructions", evaluator.processes),
+            evaluator.described(images, space, needed),
+        )
         value = Estimate(frechet_distance(fake.statistics, reference.statistics, reference.factor), None)
-        facts = honesty(reference.statistics, judge.official[space], paired=True)
+        facts = bias_facts(reference.statistics, evaluator.official[space], paired=True)
         if halves:
-            rng = torch.Generator().manual_seed(judge.run.seed)
+            rng = torch.Generator().manual_seed(evaluator.run.seed)
             value = Estimate(value.value, paired_error(fake.features, reference.features, halves, rng))
             facts["standard_error_from"] = f"{halves} random halves of pairs"
         found.append(line("rfid", value, space=space, **facts))
-    for space in range(len(judge.extractors)):
+    for space in range(len(evaluator.extractors)):
         if "pfid" in wanted and tokenizer.kind == "discrete":
-            found += _perturbed(judge, tokenizer, latents, judge.described(images, space), space, line)
+            found += _perturbed(evaluator, tokenizer, latents, evaluator.described(images, space), space, line)
         elif "noise_fd" in wanted and tokenizer.kind == "continuous":
-            found += _noised(judge, tokenizer, latents, judge.described(images, space), space, line)
+            found += _noised(evaluator, tokenizer, latents, evaluator.described(images, space), space, line)
     return found
 
 
 def _perturbed(
-    judge: Judge,
+    evaluator: Evaluator,
     tokenizer: Tokenizer,
     tokens: Tensor,
     reference: Reference,
@@ -77,12 +80,18 @@ def _perturbed(
     line: Callable[..., Measurement],
 ) -> list[Measurement]:
     """Every cell of pFID and their means, over the perturbation seeds."""
-    run, codebook = judge.run, tokenizer.codebook
+    run, codebook = evaluator.run, tokenizer.codebook
     protocol = perturbed_protocol(run.grid, len(codebook), run.include_self, len(tokens))
     summary = perturbed_frechet(
-        run.grid, tokens, codebook.cpu(), judge.decoder(tokenizer), judge.extractors[space], reference.statistics,
-        include_self=run.include_self, **_shared(judge),
-    )  # fmt: skip
+        run.grid,
+        tokens,
+        codebook.cpu(),
+        evaluator.decoder(tokenizer),
+        evaluator.extractors[space],
+        reference.statistics,
+        include_self=run.include_self,
+        **_shared(evaluator),
+    )
     facts = {key: value for key, value in protocol.items() if key not in ("rates", "strengths")}
     found = []
     for cell in summary.cells:
@@ -95,7 +104,7 @@ def _perturbed(
 
 
 def _noised(
-    judge: Judge,
+    evaluator: Evaluator,
     tokenizer: Tokenizer,
     latents: Tensor,
     reference: Reference,
@@ -104,8 +113,8 @@ def _noised(
 ) -> list[Measurement]:
     """Every cell of noise_fd and their mean, over the seeds of the noise."""
     summary = noise_frechet(
-        judge.run.noise, latents, judge.decoder(tokenizer), judge.extractors[space], reference.statistics,
-        **_shared(judge),
+        evaluator.run.noise, latents, evaluator.decoder(tokenizer), evaluator.extractors[space], reference.statistics,
+        **_shared(evaluator),
     )  # fmt: skip
     facts = {"protocol": summary.protocol, "space": space}
     found = [
@@ -116,9 +125,9 @@ def _noised(
     return [*found, line("noise_fd", Estimate(summary.mean, summary.standard_error), **facts)]
 
 
-def _shared(judge: Judge) -> dict[str, Any]:
+def _shared(evaluator: Evaluator) -> dict[str, Any]:
     """How the grids of noise share their work, and their seeds."""
-    run, processes = judge.run, judge.processes
+    run, processes = evaluator.run, evaluator.processes
     seeds = range(run.seed, run.seed + run.perturbation_seeds)
     add = processes.add if processes.world > 1 else None
     return {

@@ -14,7 +14,7 @@ from robustok.data.pixels import to_pixels
 from robustok.data.sources import data_at
 from robustok.errors import UserError
 from robustok.evaluation.comparison import COMPARED
-from robustok.evaluation.evaluator import Judge
+from robustok.evaluation.evaluator import Evaluator
 from robustok.evaluation.latents import gap
 from robustok.evaluation.pixels import PIXELS, pixel_lines, pixel_scores
 from robustok.metrics.frechet import Estimate, mean_and_standard_error
@@ -23,76 +23,77 @@ from robustok.tokenizers import encoder_digest, load_tokenizer
 from robustok.types import Measurement
 
 
-def decoded_samples(judge: Judge, latents: list[Path], decoders: Mapping[str, Path]) -> list[Measurement]:
+def decoded_samples(evaluator: Evaluator, latents: list[Path], decoders: Mapping[str, Path]) -> list[Measurement]:
     """Each decoder's metrics on the same latents, differences of gFID, and the gap of the latents themselves."""
     sets = [LatentCache(path) for path in latents]
-    judge.check_counts(COMPARED, min(len(cache) for cache in sets))
+    evaluator.check_counts(COMPARED, min(len(cache) for cache in sets))
     samples, labels = sum(len(cache) for cache in sets), np.concatenate([cache.labels for cache in sets])
     shared = {"sets": len(sets), "samples_per_set": len(sets[0])} | _sampling_facts(sets) | _balance(labels)
     found: list[Measurement] = []
-    values: dict[int, dict[str, list[float]]] = {space: {} for space in range(len(judge.extractors))}
+    values: dict[int, dict[str, list[float]]] = {space: {} for space in range(len(evaluator.extractors))}
     for name, path in decoders.items():
-        tokenizer = load_tokenizer(path).to(judge.device)
+        tokenizer = load_tokenizer(path).to(evaluator.device)
         for cache in sets:
             check_cache(cache, encoder_digest(tokenizer))
         facts = {"decoder": name} | _post_training_facts(path) | shared
-        if COMPARED & judge.wanted:
+        if COMPARED & evaluator.wanted:
             compared = [
-                judge.compare_set(judge.decoded(tokenizer, cache), len(cache), tokenizer.image_size) for cache in sets
+                evaluator.compare_set(evaluator.decoded(tokenizer, cache), len(cache), tokenizer.image_size)
+                for cache in sets
             ]
             for space, several in enumerate(zip(*compared, strict=True)):
-                reference = judge.reference_name(tokenizer.image_size, space)
-                line = partial(judge.measurement, samples=samples, reference=reference, space=space, **facts)
+                reference = evaluator.reference_name(tokenizer.image_size, space)
+                line = partial(evaluator.measurement, samples=samples, reference=reference, space=space, **facts)
                 found += _over_sets(several, line)
                 values[space][name] = [one["gfid"][0].value for one in several if "gfid" in one]
-        if "gap" in judge.wanted and judge.run.data is not None and name == next(iter(decoders)):
-            found += gap(judge, tokenizer, sets, facts)
+        if "gap" in evaluator.wanted and evaluator.run.data is not None and name == next(iter(decoders)):
+            found += gap(evaluator, tokenizer, sets, facts)
         # The same latents decoded twice: the difference has far less noise than either value.
         for space, by_decoder in values.items():
-            reference = judge.reference_name(tokenizer.image_size, space) if "gfid" in judge.wanted else ""
-            for other in list(by_decoder)[:-1] if "gfid" in judge.wanted else []:
+            reference = evaluator.reference_name(tokenizer.image_size, space) if "gfid" in evaluator.wanted else ""
+            for other in list(by_decoder)[:-1] if "gfid" in evaluator.wanted else []:
                 pairs = zip(by_decoder[name], by_decoder[other], strict=True)
                 change = mean_and_standard_error([a - b for a, b in pairs])
-                line = partial(judge.measurement, samples=samples, reference=reference, space=space, **facts)
+                line = partial(evaluator.measurement, samples=samples, reference=reference, space=space, **facts)
                 found.append(line("gfid_difference", change, versus=other))
     return found
 
 
-def image_set(judge: Judge, name: str, path: Path) -> list[Measurement]:
+def image_set(evaluator: Evaluator, name: str, path: Path) -> list[Measurement]:
     """Finished images, as they are, against the reference; image by image where they are paired."""
-    images = judge.open(data_at(path), None, "train")
-    judge.check_counts(COMPARED, len(images))
+    images = evaluator.open(data_at(path), None, "train")
+    evaluator.check_counts(COMPARED, len(images))
     facts = {"images": name, "source": images.describe()} | _balance(images.labels, images.classes)
-    batches = ((batch.indices, to_pixels(batch.images).to(judge.device)) for batch in judge.batches(images))
+    batches = ((batch.indices, to_pixels(batch.images).to(evaluator.device)) for batch in evaluator.batches(images))
     found: list[Measurement] = []
-    if judge.run.paired and set(PIXELS) & judge.wanted:
-        found += _paired(judge, images, facts)
-    if COMPARED & judge.wanted:
-        for space, one in enumerate(judge.compare_set(batches, len(images), images.shape, judge.run.paired)):
-            reference = judge.reference_name(images.shape, space)
+    if evaluator.run.paired and set(PIXELS) & evaluator.wanted:
+        found += _paired(evaluator, images, facts)
+    if COMPARED & evaluator.wanted:
+        for space, one in enumerate(evaluator.compare_set(batches, len(images), images.shape, evaluator.run.paired)):
+            reference = evaluator.reference_name(images.shape, space)
             line = partial(
-                judge.measurement, samples=len(images), reference=reference, space=space, uint8="as stored", **facts
+                evaluator.measurement, samples=len(images), reference=reference, space=space, uint8="as stored", **facts
             )
             found += _over_sets([one], line)
     return found
 
 
-def _paired(judge: Judge, images: ImageDataset, facts: dict[str, Any]) -> list[Measurement]:
+def _paired(evaluator: Evaluator, images: ImageDataset, facts: dict[str, Any]) -> list[Measurement]:
     """PSNR, SSIM and LPIPS of images and their originals."""
-    originals = judge.real_images(images.shape)
+    originals = evaluator.real_images(images.shape)
     if len(originals) != len(images):
         raise UserError(
             f"paired=true: {images.describe()} against {originals.describe()}; expected as many images on both sides"
         )
     scores = []
-    for batch in judge.batches(images):
+    for batch in evaluator.batches(images):
         real = originals.read(batch.indices)
         if not torch.equal(real.indices, batch.indices):
             raise UserError(f"{originals.describe()} has broken images, so that pairs are missing; repair them")
-        pair = (to_pixels(side.images).to(judge.device) for side in (batch, real))
-        scores.append((batch.indices, pixel_scores(judge, *pair)))
-    line = partial(judge.measurement, samples=len(images), reference=originals.describe(), **facts)
-    return pixel_lines(judge, judge.processes.in_order(scores), line)
+        pair = (to_pixels(side.images).to(evaluator.device) for side in (batch, real))
+        scores.append((batch.indices, pixel_scores(evaluator, *pair)))
+    line = partial(evaluator.measurement, samples=len(images), reference=originals.describe(), **facts)
+    return pixel_lines(evaluator, evaluator.processes.in_order(scores), line)
 
 
 def _over_sets(
@@ -120,7 +121,7 @@ def _balance(labels: np.ndarray, classes: Collection[str] = ("", "")) -> dict[st
 def _post_training_facts(path: Path) -> dict[str, Any]:
     """The sigma and steps of a post-trained decoder; nothing for one that only main training made."""
     found = read_header(path).get("post_trained") or {}
-    return {key: found[key] for key in ("sigma", "mode", "steps", "delta", "delta_strength") if key in found}
+    return {key: found[key] for key in ("sigma", "mode", "steps", "delta", "delta_scale") if key in found}
 
 
 def _sampling_facts(sets: list[LatentCache]) -> dict[str, Any]:

@@ -5,8 +5,8 @@
     robustok evaluate generator=runs/gen tokenizer=runs/tok ...                       samples made on the way
     robustok evaluate images.mine=samples.npz reference=VIRTUAL_imagenet256.npz ...   images of any program
 
-rFID and pFID judge reconstructions of the test split, gFID and its kin judge samples against the train split or against
-``reference``. Images are made and described once, whatever is asked of them. How each is done is in ``judging/``.
+rFID and pFID compare reconstructions with the test split, gFID and its kin samples with the train split or with
+``reference``. Images are made and their features computed once for all metrics.
 """
 
 from pathlib import Path
@@ -52,7 +52,7 @@ class EvaluateRun(Config):
     sets: int = Field(1, ge=1, description="independent sets of samples of the generator")
     sampling: SamplingConfig | None = Field(None, description="null takes the settings stored with the generator")
     images: dict[str, Path] = Field(
-        {}, description="names and finished images to judge: a folder, .npz (arr_0), .npy or parquet"
+        {}, description="names and finished images to evaluator: a folder, .npz (arr_0), .npy or parquet"
     )
     paired: bool = Field(
         False, description="image i of such a set belongs to image i of the reference: psnr, ssim, lpips apply"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from robustok.config import Config
 from robustok.errors import UserError
-from robustok.generators.flow import DiffusionSampling, PreservationPlan, check_reference, image_normals
+from robustok.generators.flow import DiffusionSampling, MixturePlan, check_reference, image_normals
 from robustok.generators.sampling import check_labels
 from robustok.randomness import image_uniforms, per_image
 
@@ -135,7 +135,7 @@ class ContinuousGenerator(nn.Module):
         sampling: Any,
         rng: torch.Generator | Sequence[torch.Generator],
         reference: Tensor | None = None,
-        preservation: float | None = None,
+        sigma: float | None = None,
     ) -> Tensor:
         """Sample latents, or mix them with the latents of real images by ``sampling.strategy``.
 
@@ -146,46 +146,46 @@ class ContinuousGenerator(nn.Module):
             sampling: sampler, guidance, strategy.
             rng: one CPU generator per image (:func:`robustok.randomness.image_rngs`), or one that seeds them.
             reference: latents (N, L, D) of real images, as the tokenizer makes them.
-            preservation: sigma in [0, 1]; 1 returns the reference, 0 or None ignores it.
+            sigma: sigma in [0, 1]; 1 returns the reference, 0 or None ignores it.
 
         Returns:
             Latents (N, L, D) on the model's device, as the tokenizer makes them.
 
         Raises:
-            UserError: labels, sampling, reference, preservation or the number of generators do not fit, or no latent
+            UserError: labels, sampling, reference, sigma or the number of generators do not fit, or no latent
                 statistics are known.
         """
         if not isinstance(sampling, self.sampling_type):
             expected = self.sampling_type().name
             raise UserError(f"{self.config.name} samples by {expected}; got sampling.name={sampling.name}")
         check_labels(labels, self.classes)
-        check_reference(preservation, reference, (len(labels), *self.latent_shape))
+        check_reference(sigma, reference, (len(labels), *self.latent_shape))
         device, dtype, rngs = self.device, self.dtype, per_image(rng, len(labels))
-        if reference is not None and preservation == 1:
+        if reference is not None and sigma == 1:
             return reference.to(device, copy=True)
         # Drawn whatever the strategy and sigma: an image has the same noise in all of them.
-        keep = image_uniforms(rngs, self.latent_shape[0]).to(device) < (preservation or 0.0)  # (N, L)
+        keep = image_uniforms(rngs, self.latent_shape[0]).to(device) < (sigma or 0.0)  # (N, L)
         draw = lambda: image_normals(rngs, self.latent_shape).to(device)  # noqa: E731
         clean = None if reference is None else self.normalise(reference.to(device))
         noise = draw().double()  # (N, L, D)
         sample = self._sampler(labels.to(device), sampling)
-        latents = sample(noise=noise, reference=clean, preservation=preservation, keep=keep[..., None], draw=draw)
+        latents = sample(noise=noise, reference=clean, sigma=sigma, keep=keep[..., None], draw=draw)
         latents = self.denormalise(latents).to(dtype)  # (N, L, D)
-        if clean is not None and preservation and sampling.strategy == "token_mix":
+        if clean is not None and sigma and sampling.strategy == "token_mix":
             return torch.where(keep[..., None], reference.to(device, dtype), latents)  # kept bit for bit
         return latents
 
     def _sampler(self, labels: Tensor, sampling: Any) -> Callable[..., Tensor]:
-        """``sample_mixture``, or its sibling, but for noise, reference, preservation, keep and draw."""
+        """``sample_mixture``, or its sibling, but for noise, reference, sigma, keep and draw."""
         raise NotImplementedError
 
-    def _plan(self, sampling: Any, preservation: float) -> PreservationPlan:
+    def _plan(self, sampling: Any, sigma: float) -> MixturePlan:
         """Where sampling starts so that this share of real latents is kept."""
         raise NotImplementedError
 
-    def preservation_facts(self, sampling: Any, preservation: float) -> dict[str, Any]:
+    def mixture_facts(self, sampling: Any, sigma: float) -> dict[str, Any]:
         """What sigma means here, for the manifest of pairs: strategy, noise level, steps and their guided share."""
-        return {"strategy": sampling.strategy, **self._plan(sampling, preservation).facts()}
+        return {"strategy": sampling.strategy, **self._plan(sampling, sigma).facts()}
 
     def _check_shape(self, latents: Tensor) -> None:
         if latents.shape[1:] != self.latent_shape:

@@ -1,4 +1,4 @@
-"""DDPM: a chain of noise levels, the steps left of it, two samplers and preservation as pure functions.
+"""DDPM: a chain of noise levels, the steps left of it, two samplers and sigma as pure functions.
 
 Time is a whole number here: 0 is the least noisy of T timesteps, T - 1 the noisiest, and -1 stands for clean latents.
 How noisy they are is said by alpha bar (a), the share of the signal's variance: sqrt(a) latents + sqrt(1 - a) noise.
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from robustok.config import Config
 from robustok.errors import UserError
-from robustok.generators.flow import PreservationPlan, Strategy, Velocity, mix
+from robustok.generators.flow import MixturePlan, Strategy, Velocity, mix
 
 
 class DDPMSampling(Config):
@@ -175,11 +175,11 @@ def _deviation(variance: str, posterior: float, beta: float, learned: Tensor) ->
     return math.sqrt(beta if variance == "large" else posterior)
 
 
-# Preservation
+# Mixtures of samples with real latents
 
 
-def plan_ddpm(sampling: DDPMSampling, preservation: float, bars: Tensor) -> PreservationPlan:
-    """Where sampling starts so that the share ``preservation`` of real latents is kept; its noise level is a deviation.
+def plan_ddpm(sampling: DDPMSampling, sigma: float, bars: Tensor) -> MixturePlan:
+    """Where sampling starts so that the share ``sigma`` of real latents is kept; its noise level is a deviation.
 
     * ``sdedit``: round((1 - sigma) * steps) steps are left. With linear betas little noise is left early: at sigma 0.9
       latents keep an amplitude of about 0.95.
@@ -189,21 +189,21 @@ def plan_ddpm(sampling: DDPMSampling, preservation: float, bars: Tensor) -> Pres
 
     Args:
         sampling: steps, spacing, guidance, strategy.
-        preservation: sigma in [0, 1].
+        sigma: sigma in [0, 1].
         bars: from :func:`alpha_bars`.
     """
     times = visited_timesteps(sampling.steps, len(bars) - 1, sampling.spacing)  # (S + 1,)
-    if sampling.strategy == "noise_only" and preservation:
-        return PreservationPlan(times[-1:], 1 - preservation, 0.0)
-    if preservation == 1:
-        return PreservationPlan(times[-1:], 0.0, 0.0)
+    if sampling.strategy == "noise_only" and sigma:
+        return MixturePlan(times[-1:], 1 - sigma, 0.0)
+    if sigma == 1:
+        return MixturePlan(times[-1:], 0.0, 0.0)
     if sampling.strategy == "sdedit":
-        times = times[sampling.steps - round((1 - preservation) * sampling.steps) :]
-    elif sampling.strategy == "sdedit_snr" and preservation:
-        start = (bars - preservation).abs().argmin()  # T is that of clean latents
+        times = times[sampling.steps - round((1 - sigma) * sampling.steps) :]
+    elif sampling.strategy == "sdedit_snr" and sigma:
+        start = (bars - sigma).abs().argmin()  # T is that of clean latents
         times = torch.cat([start[None], times[times < start]]) if start < len(bars) - 1 else times[-1:]
     level = (1 - bars[times[0]]).sqrt().item()
-    return PreservationPlan(times, level, float(sampling.guided and len(times) > 1))
+    return MixturePlan(times, level, float(sampling.guided and len(times) > 1))
 
 
 def sample_ddpm(
@@ -212,7 +212,7 @@ def sample_ddpm(
     sampling: DDPMSampling,
     bars: Tensor,
     reference: Tensor | None = None,
-    preservation: float | None = None,
+    sigma: float | None = None,
     keep: Tensor | None = None,
     draw: Callable[[], Tensor] | None = None,
     clip: float | None = None,
@@ -225,7 +225,7 @@ def sample_ddpm(
         sampling: sampler and strategy.
         bars: from :func:`alpha_bars`.
         reference: normalised real latents (N, L, D) float64.
-        preservation: sigma in [0, 1]; 0 or None ignores the reference.
+        sigma: sigma in [0, 1]; 0 or None ignores the reference.
         keep: for ``token_mix``, which latents (N, L, 1) stay as they are.
         draw: noise (N, L, D) of the sampler's next step.
         clip: as in :func:`chain`.
@@ -233,9 +233,9 @@ def sample_ddpm(
     Returns:
         Normalised latents (N, L, D) float64.
     """
-    if reference is None or not preservation:
-        reference, preservation = None, 0.0
-    plan = plan_ddpm(sampling, preservation, bars)
+    if reference is None or not sigma:
+        reference, sigma = None, 0.0
+    plan = plan_ddpm(sampling, sigma, bars)
 
     def noised(time: float) -> Tensor:
         return add_noise(reference, noise, bars[int(time)])
@@ -243,4 +243,4 @@ def sample_ddpm(
     def solve(model: Velocity, start: Tensor) -> Iterator[Tensor]:
         return chain(model, start, plan.times, bars, sampling, draw, clip)
 
-    return mix(model, solve, noised, plan, sampling.strategy, noise, reference, preservation, keep)
+    return mix(model, solve, noised, plan, sampling.strategy, noise, reference, sigma, keep)

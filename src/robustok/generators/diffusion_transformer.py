@@ -20,11 +20,11 @@ from robustok.generators.diffusion_blocks import NORM_EPSILON, TimeEmbedder
 from robustok.generators.flow import (
     DiffusionPath,
     DiffusionSampling,
-    PreservationPlan,
+    MixturePlan,
     guided_velocity,
     interpolate,
     noise_level,
-    plan_preservation,
+    plan_mixture,
     sample_mixture,
     target_velocity,
 )
@@ -137,16 +137,16 @@ class DiffusionTransformer(ContinuousGenerator):
         path = sampling.path or self.config.path
         return partial(sample_mixture, velocity, sampling=sampling, noise_time=self.noise_time, path=path)
 
-    def _plan(self, sampling: DiffusionSampling, preservation: float) -> PreservationPlan:
-        return plan_preservation(sampling, preservation, self.noise_time, sampling.path or self.config.path)
+    def _plan(self, sampling: DiffusionSampling, sigma: float) -> MixturePlan:
+        return plan_mixture(sampling, sigma, self.noise_time, sampling.path or self.config.path)
 
 
-# Released checkpoints
+# Pretrained checkpoints
 
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # by width: the published sizes S, B, L, XL
 
 
-def released_facts(weights: Mapping[str, Tensor], channels: int) -> dict[str, Any]:
+def pretrained_facts(weights: Mapping[str, Tensor], channels: int) -> dict[str, Any]:
     """What the tensors tell of every released diffusion transformer."""
     rows, width = shape_of(weights, "y_embedder.embedding_table.weight", 2)
     return {
@@ -162,7 +162,7 @@ def released_facts(weights: Mapping[str, Tensor], channels: int) -> dict[str, An
     }
 
 
-def build_released(
+def build_pretrained(
     family: type[DiffusionTransformer],
     config: type[DiffusionTransformerConfig],
     weights: Mapping[str, Tensor],

@@ -22,7 +22,7 @@ from robustok.config import validate
 from robustok.errors import UserError
 from robustok.generators.continuous import ContinuousConfig, ContinuousGenerator
 from robustok.generators.ddpm import DDPMSampling, add_noise, alpha_bars, plan_ddpm, sample_ddpm
-from robustok.generators.flow import PreservationPlan, guided_velocity
+from robustok.generators.flow import MixturePlan, guided_velocity
 from robustok.pretrained.diffusers_folders import build_network, component, load_network, read_json, write_network
 from robustok.types import GeneratorOutput
 
@@ -142,8 +142,8 @@ class DiT(ContinuousGenerator):
         model = guided_velocity(self.predict, labels, self.null_label, guidance)
         return partial(sample_ddpm, model, sampling=sampling, bars=self.bars, clip=self.config.clip)
 
-    def _plan(self, sampling: DDPMSampling, preservation: float) -> PreservationPlan:
-        return plan_ddpm(sampling, preservation, self.bars)
+    def _plan(self, sampling: DDPMSampling, sigma: float) -> MixturePlan:
+        return plan_ddpm(sampling, sigma, self.bars)
 
 
 # Folders of the library

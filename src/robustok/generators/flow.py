@@ -1,4 +1,4 @@
-"""Diffusion and flow matching: time, paths, samplers, guidance and preservation as pure functions.
+"""Diffusion and flow matching: time, paths, samplers, guidance and sigma as pure functions.
 
 Two conventions of time are in use: t = 1 is noise for some models, t = 0 for others. A model declares its own as
 ``noise_time`` and is always asked in it. What depends on the noise itself is computed from the *noise level*, which is
@@ -6,7 +6,7 @@ Two conventions of time are in use: t = 1 is noise for some models, t = 0 for ot
 
 All latents here are normalised, as the transformer sees them. Sources: Lipman et al., "Flow Matching for Generative
 Modeling" (arXiv 2210.02747); Liu et al., "Flow Straight and Fast" (arXiv 2209.03003); Ma et al., "SiT" (arXiv
-2401.08740) for the stochastic sampler; Meng et al., "SDEdit" (arXiv 2108.01073) for preservation.
+2401.08740) for the stochastic sampler; Meng et al., "SDEdit" (arXiv 2108.01073) for sigma.
 """
 
 import math
@@ -240,12 +240,12 @@ def guided_velocity(
     return velocity
 
 
-# Preservation
+# Mixtures of samples with real latents
 
 
 @dataclass(frozen=True)
-class PreservationPlan:
-    """What a preservation sigma means for a sampler.
+class MixturePlan:
+    """What a sigma means for a sampler.
 
     Attributes:
         times: those that the sampler visits, in the family's own convention; a single one where it has nothing to do.
@@ -266,10 +266,10 @@ class PreservationPlan:
         }
 
 
-def plan_preservation(
-    sampling: DiffusionSampling, preservation: float, noise_time: float, path: DiffusionPath = "linear"
-) -> PreservationPlan:
-    """Where sampling starts so that the share ``preservation`` of real latents is kept.
+def plan_mixture(
+    sampling: DiffusionSampling, sigma: float, noise_time: float, path: DiffusionPath = "linear"
+) -> MixturePlan:
+    """Where sampling starts so that the share ``sigma`` of real latents is kept.
 
     * ``sdedit``: the first round(sigma * steps) steps are skipped. The noise level is that of the time reached, which
       under a timestep shift or the SDE's last step differs from 1 - sigma.
@@ -280,24 +280,24 @@ def plan_preservation(
 
     Args:
         sampling: sampler, steps, shift, guidance, strategy.
-        preservation: sigma in [0, 1].
+        sigma: sigma in [0, 1].
         noise_time: the family's convention.
         path: of the model.
     """
     times = sampling_times(sampling, noise_time)  # (S + 1,)
-    if sampling.strategy == "noise_only" and preservation:
-        return PreservationPlan(times[-1:], 1 - preservation, 0.0)
-    if preservation == 1:
-        return PreservationPlan(times[-1:], 0.0, 0.0)
+    if sampling.strategy == "noise_only" and sigma:
+        return MixturePlan(times[-1:], 1 - sigma, 0.0)
+    if sigma == 1:
+        return MixturePlan(times[-1:], 0.0, 0.0)
     if sampling.strategy == "sdedit":
-        times = times[round(preservation * sampling.steps) :]
+        times = times[round(sigma * sampling.steps) :]
     elif sampling.strategy == "sdedit_snr":
-        level = 1 - preservation if path == "linear" else math.acos(math.sqrt(preservation)) * 2 / math.pi
+        level = 1 - sigma if path == "linear" else math.acos(math.sqrt(sigma)) * 2 / math.pi
         start = noise_level(torch.tensor([level], dtype=torch.float64), noise_time)
         times = torch.cat([start, times[noise_level(times, noise_time) < level - 1e-9]])
     steps = times[:-1].tolist()
     guided = sum(sampling.guides(time) for time in steps) / len(steps) if steps else 0.0
-    return PreservationPlan(times, noise_level(times[0], noise_time).item(), guided)
+    return MixturePlan(times, noise_level(times[0], noise_time).item(), guided)
 
 
 def sample_mixture(
@@ -307,11 +307,11 @@ def sample_mixture(
     noise_time: float,
     path: DiffusionPath,
     reference: Tensor | None = None,
-    preservation: float | None = None,
+    sigma: float | None = None,
     keep: Tensor | None = None,
     draw: Callable[[], Tensor] | None = None,
 ) -> Tensor:
-    """A free sample, or its mixture with real latents by ``sampling.strategy`` (see :func:`plan_preservation`).
+    """A free sample, or its mixture with real latents by ``sampling.strategy`` (see :func:`plan_mixture`).
 
     Args:
         velocity: the model, guided or not.
@@ -320,16 +320,16 @@ def sample_mixture(
         noise_time: the family's convention.
         path: of the model.
         reference: normalised real latents (N, L, D) float64.
-        preservation: sigma in [0, 1]; 0 or None ignores the reference.
+        sigma: sigma in [0, 1]; 0 or None ignores the reference.
         keep: for ``token_mix``, which latents (N, L, 1) stay as they are.
         draw: for the SDE, noise (N, L, D) of its next step.
 
     Returns:
         Normalised latents (N, L, D) float64.
     """
-    if reference is None or not preservation:
-        reference, preservation = None, 0.0
-    plan = plan_preservation(sampling, preservation, noise_time, path)
+    if reference is None or not sigma:
+        reference, sigma = None, 0.0
+    plan = plan_mixture(sampling, sigma, noise_time, path)
 
     def noised(time: float) -> Tensor:
         """The real latents on their straight way from the same noise."""
@@ -338,18 +338,18 @@ def sample_mixture(
     def solve(model: Velocity, start: Tensor) -> Iterator[Tensor]:
         return trajectory(model, start, plan.times, sampling.sampler, noise_time, path, draw)
 
-    return mix(velocity, solve, noised, plan, sampling.strategy, noise, reference, preservation, keep)
+    return mix(velocity, solve, noised, plan, sampling.strategy, noise, reference, sigma, keep)
 
 
 def mix(
     model: Velocity,
     solve: Callable[[Velocity, Tensor], Iterator[Tensor]],
     noised: Callable[[float], Tensor],
-    plan: PreservationPlan,
+    plan: MixturePlan,
     strategy: Strategy,
     noise: Tensor,
     reference: Tensor | None,
-    preservation: float,
+    sigma: float,
     keep: Tensor | None,
 ) -> Tensor:
     """What the strategies have in common whatever the sampler: :func:`sample_mixture` and its sibling for DDPM.
@@ -362,7 +362,7 @@ def mix(
         strategy: counts where there is a reference.
         noise: standard normal (N, L, D) float64.
         reference: normalised real latents (N, L, D) float64; None is a free sample.
-        preservation: sigma.
+        sigma: sigma.
         keep: for ``token_mix``, which latents (N, L, 1) stay as they are.
     """
     strategy = None if reference is None else strategy
@@ -375,7 +375,7 @@ def mix(
         x = state
     if strategy == "token_mix":
         return torch.where(keep, reference, x)
-    return preservation * reference + (1 - preservation) * x if strategy == "linear_mix" else x
+    return sigma * reference + (1 - sigma) * x if strategy == "linear_mix" else x
 
 
 def image_normals(rngs: Sequence[torch.Generator], shape: tuple[int, int]) -> Tensor:
@@ -385,19 +385,17 @@ def image_normals(rngs: Sequence[torch.Generator], shape: tuple[int, int]) -> Te
     return torch.stack([torch.randn(shape, generator=rng) for rng in rngs])
 
 
-def check_reference(preservation: float | None, reference: Tensor | None, shape: tuple[int, int, int]) -> None:
-    """Refuse a preservation sigma or real latents that cannot be mixed with samples of ``shape`` (N, L, D).
+def check_reference(sigma: float | None, reference: Tensor | None, shape: tuple[int, int, int]) -> None:
+    """Refuse a sigma or real latents that cannot be mixed with samples of ``shape`` (N, L, D).
 
     Raises:
         UserError: sigma outside [0, 1]; sigma above 0 without a reference; a reference of another shape or dtype.
     """
-    if preservation is not None and not 0 <= preservation <= 1:
-        raise UserError(f"preservation is {preservation}; accepted is 0 (free sample) to 1 (the reference itself)")
+    if sigma is not None and not 0 <= sigma <= 1:
+        raise UserError(f"sigma is {sigma}; accepted is 0 (free sample) to 1 (the reference itself)")
     if reference is None:
-        if preservation:
-            raise UserError(
-                f"preservation is {preservation} but no reference is given; pass the latents of real images"
-            )
+        if sigma:
+            raise UserError(f"sigma is {sigma} but no reference is given; pass the latents of real images")
         return
     if reference.shape != shape or not reference.is_floating_point():
         raise UserError(

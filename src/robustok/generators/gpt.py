@@ -326,7 +326,7 @@ class GPT(TokenGenerator):
         return problems
 
 
-# Released checkpoints
+# Pretrained checkpoints
 
 NAMES = {
     "dim": "width",

@@ -18,9 +18,9 @@ from robustok.generators.diffusion_blocks import MLP, NORM_EPSILON, Attention, B
 from robustok.generators.diffusion_transformer import (
     DiffusionTransformer,
     DiffusionTransformerConfig,
-    build_released,
+    build_pretrained,
     check_tables,
-    released_facts,
+    pretrained_facts,
 )
 from robustok.generators.flow import DiffusionSampling
 
@@ -123,7 +123,7 @@ def _grid(side: int) -> tuple[Tensor, Tensor]:
     return places // side, places % side
 
 
-# Released checkpoints
+# Pretrained checkpoints
 
 NAMES = {
     "hidden_size": "width",
@@ -154,7 +154,7 @@ PUBLISHED = DiffusionSampling(
 )
 
 
-def from_released(weights: Mapping[str, Tensor], config: dict[str, Any]) -> LightningDiT:
+def from_pretrained(weights: Mapping[str, Tensor], config: dict[str, Any]) -> LightningDiT:
     """A LightningDiT of the sizes and the variant that the tensors tell, not yet with these weights.
 
     The latent statistics are in a file of their own (``latents_stats.pt`` with ``mean`` and ``std``); without them the
@@ -169,7 +169,7 @@ def from_released(weights: Mapping[str, Tensor], config: dict[str, Any]) -> Ligh
         raise UserError(f"x_embedder.proj has patches of {patch}; robustok has LightningDiT with patches of 1 only")
     length = shape_of(weights, "pos_embed", 3)[1]
     swiglu, rope = "blocks.0.mlp.w12.weight" in weights, "feat_rope.freqs_cos" in weights
-    facts = released_facts(weights, channels) | {
+    facts = pretrained_facts(weights, channels) | {
         "mlp_width": shape_of(weights, "blocks.0.mlp.w3.weight" if swiglu else "blocks.0.mlp.fc2.weight", 2)[1],
         "input_size": round(length**0.5),
         "swiglu": swiglu,
@@ -180,13 +180,13 @@ def from_released(weights: Mapping[str, Tensor], config: dict[str, Any]) -> Ligh
     if rope:
         facts["heads"] = width // shape_of(weights, "feat_rope.freqs_cos", 2)[1]
     settings = settle(facts, config, NAMES) | {"shift": not facts["unshifted"]}
-    model = build_released(LightningDiT, LightningDiTConfig, weights, settings, (length, channels))
+    model = build_pretrained(LightningDiT, LightningDiTConfig, weights, settings, (length, channels))
     model.sampling = PUBLISHED if (width, facts["depth"]) == (1152, 28) else DiffusionSampling()
     check_tables(model, weights)
     return model
 
 
-def released_name(name: str) -> str:
+def export_name(name: str) -> str:
     """The release's name of our weight."""
     return name.replace("x_embedder.", "x_embedder.proj.", 1)
 

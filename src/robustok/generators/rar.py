@@ -301,7 +301,7 @@ def drop_labels(labels: Tensor, rate: float, null_label: int, rng: torch.Generat
     return labels.masked_fill(dropped.to(labels.device), null_label)
 
 
-# Released checkpoints
+# Pretrained checkpoints
 
 NAMES = {
     "hidden_size": "width",
@@ -326,7 +326,7 @@ CODE_WIDTHS = {1024: 256}  # by codes: MaskGIT's; RobusTok's codes are 64 wide
 SPARE_POSITIONS, SPARE_TIMESTEPS = 1024, 100  # rows of the released tables beyond the tokens of an image
 
 
-def from_released(weights: Mapping[str, Tensor], config: dict[str, Any]) -> RAR:
+def from_pretrained(weights: Mapping[str, Tensor], config: dict[str, Any]) -> RAR:
     """A generator of the sizes that the released tensors tell, down to the heads; not yet with these weights.
 
     Raises:

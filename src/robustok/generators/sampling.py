@@ -1,4 +1,4 @@
-"""Guidance, temperature, truncation, preservation and random draws of token sampling: pure functions of logits.
+"""Guidance, temperature, truncation, sigma and random draws of token sampling: pure functions of logits.
 
 Every image has a random generator of its own and spends exactly one uniform number on each of its tokens. Image 4711 is
 therefore the same in whatever batch, on whatever process it is sampled (up to the rounding of the logits).
@@ -130,12 +130,12 @@ def token_chooser(
     rngs: Sequence[torch.Generator],
     length: int,
     reference: Tensor | None,
-    preservation: float | None,
+    sigma: float | None,
     device: torch.device,
 ) -> Callable[[int, Tensor], Tensor]:
     """What decides each token of a sample, or of its mixture with real tokens.
 
-    Each position keeps its real token with probability ``preservation``, drawn once per image before everything else.
+    Each position keeps its real token with probability ``sigma``, drawn once per image before everything else.
     The draws are made even where nothing is kept: the tokens of an image use the same numbers whatever sigma is.
 
     Args:
@@ -143,13 +143,13 @@ def token_chooser(
         rngs: one per image.
         length: L.
         reference: tokens (N, L) int64 of real images, or None.
-        preservation: sigma in [0, 1], or None for 0.
+        sigma: sigma in [0, 1], or None for 0.
         device: of the logits.
 
     Returns:
         A function of the step and the guided logits (N, K) that gives tokens (N,) int64.
     """
-    keep = image_uniforms(rngs, length).to(device) < (preservation or 0.0)  # (N, L)
+    keep = image_uniforms(rngs, length).to(device) < (sigma or 0.0)  # (N, L)
     uniforms = image_uniforms(rngs, length).to(device)  # (N, L)
     real = None if reference is None else reference.to(device)
 
@@ -175,20 +175,18 @@ def check_labels(labels: Tensor, classes: int) -> None:
         )
 
 
-def check_preservation(
-    preservation: float | None, reference: Tensor | None, shape: tuple[int, int], codebook_size: int
-) -> None:
-    """Refuse a preservation sigma or reference tokens that cannot be mixed with samples of ``shape`` (N, L).
+def check_mixture(sigma: float | None, reference: Tensor | None, shape: tuple[int, int], codebook_size: int) -> None:
+    """Refuse a sigma or reference tokens that cannot be mixed with samples of ``shape`` (N, L).
 
     Raises:
         UserError: sigma outside [0, 1]; sigma above 0 without a reference; a reference of another shape or dtype, or
             with tokens outside 0..K-1.
     """
-    if preservation is not None and not 0 <= preservation <= 1:
-        raise UserError(f"preservation is {preservation}; accepted is 0 (free sample) to 1 (the reference itself)")
+    if sigma is not None and not 0 <= sigma <= 1:
+        raise UserError(f"sigma is {sigma}; accepted is 0 (free sample) to 1 (the reference itself)")
     if reference is None:
-        if preservation:
-            raise UserError(f"preservation is {preservation} but no reference is given; pass the tokens of real images")
+        if sigma:
+            raise UserError(f"sigma is {sigma} but no reference is given; pass the tokens of real images")
         return
     if reference.shape != shape or reference.dtype != torch.int64:
         raise UserError(

@@ -18,9 +18,9 @@ from robustok.generators.diffusion_blocks import MLP, NORM_EPSILON, Attention, B
 from robustok.generators.diffusion_transformer import (
     DiffusionTransformer,
     DiffusionTransformerConfig,
-    build_released,
+    build_pretrained,
     check_tables,
-    released_facts,
+    pretrained_facts,
 )
 from robustok.generators.flow import DiffusionSampling
 
@@ -61,7 +61,7 @@ def position_table(length: int, width: int) -> Tensor:
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[None, :, :width]
 
 
-# Released checkpoints
+# Pretrained checkpoints
 
 NAMES = {
     "hidden_size": "width",
@@ -90,7 +90,7 @@ NAMES = {
 PUBLISHED = DiffusionSampling(sampler="euler_maruyama", steps=250, guidance_scale=1.9, guidance_interval=(0.0, 0.75))
 
 
-def from_released(weights: Mapping[str, Tensor], config: dict[str, Any]) -> SiT:
+def from_pretrained(weights: Mapping[str, Tensor], config: dict[str, Any]) -> SiT:
     """A SiT of the sizes that the tensors and the flat configuration tell, not yet with these weights.
 
     ``num_heads`` is in no tensor, but known for the published widths. The latent statistics are in the configuration
@@ -101,13 +101,13 @@ def from_released(weights: Mapping[str, Tensor], config: dict[str, Any]) -> SiT:
     """
     width, channels = shape_of(weights, "x_embedder.weight", 2)
     length = shape_of(weights, "pos_embed", 3)[1]
-    facts = released_facts(weights, channels) | {
+    facts = pretrained_facts(weights, channels) | {
         "mlp_width": shape_of(weights, "blocks.0.mlp.fc1.weight", 2)[0],
         "mlp_ratio": ratio_of(weights, "blocks.0.mlp.fc1.bias", width, config.get("mlp_ratio")),
         "input_size": length,
         "sequence": True,
     }
-    model = build_released(SiT, SiTConfig, weights, settle(facts, config, NAMES), (length, channels))
+    model = build_pretrained(SiT, SiTConfig, weights, settle(facts, config, NAMES), (length, channels))
     model.sampling = PUBLISHED if (width, facts["depth"]) == (1152, 28) else DiffusionSampling()
     check_tables(model, weights)
     return model

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustok.errors import UserError
-from robustok.generators.sampling import Sampling, check_labels, check_preservation, token_chooser
+from robustok.generators.sampling import Sampling, check_labels, check_mixture, token_chooser
 from robustok.randomness import per_image
 
 LAYER_NORM_EPSILON = 1e-6
@@ -272,11 +272,11 @@ class TokenGenerator(nn.Module):
         sampling: Sampling,
         rng: torch.Generator | Sequence[torch.Generator],
         reference: Tensor | None = None,
-        preservation: float | None = None,
+        sigma: float | None = None,
     ) -> Tensor:
         """Sample tokens in raster order, or mix them with the tokens of real images.
 
-        For a mixture, each position keeps its real token with probability ``preservation``, drawn once per image before
+        For a mixture, each position keeps its real token with probability ``sigma``, drawn once per image before
         everything else. The mixture is what the model sees as context, so sampled tokens fit the kept ones.
 
         Args:
@@ -284,19 +284,19 @@ class TokenGenerator(nn.Module):
             sampling: guidance, temperature, top_k, top_p.
             rng: one CPU generator per image (:func:`robustok.randomness.image_rngs`), or one that seeds them.
             reference: tokens (N, L) int64 of real images.
-            preservation: sigma in [0, 1]; 1 returns the reference, 0 or None ignores it.
+            sigma: sigma in [0, 1]; 1 returns the reference, 0 or None ignores it.
 
         Returns:
             Tokens (N, L) int64 on the model's device.
 
         Raises:
-            UserError: labels, reference, preservation or the number of generators do not fit.
+            UserError: labels, reference, sigma or the number of generators do not fit.
         """
         check_labels(labels, self.classes)
-        check_preservation(preservation, reference, (len(labels), self.length), self.codebook_size)
+        check_mixture(sigma, reference, (len(labels), self.length), self.codebook_size)
         device, rngs = next(self.parameters()).device, per_image(rng, len(labels))
-        choose = token_chooser(sampling, rngs, self.length, reference, preservation, device)
-        if reference is not None and preservation == 1:
+        choose = token_chooser(sampling, rngs, self.length, reference, sigma, device)
+        if reference is not None and sigma == 1:
             return reference.to(device, copy=True)
         with evaluating(self):
             return self._sample(labels.to(device), sampling, choose)

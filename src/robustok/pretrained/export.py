@@ -6,7 +6,7 @@ from robustok.errors import UserError
 from robustok.pretrained.families import FAMILIES
 
 
-def to_released(model: nn.Module) -> dict[str, Tensor]:
+def export_weights(model: nn.Module) -> dict[str, Tensor]:
     """The model's weights under the official names and in the official shapes, bit for bit, on the CPU.
 
     They share memory with the model. What nothing reads but official loaders ask for is only made up here: statistics
@@ -21,5 +21,5 @@ def to_released(model: nn.Module) -> dict[str, Tensor]:
             f"a {type(model).__name__} has no released layout; "
             f"convertible are {', '.join(sorted({family.model.__name__ for family in FAMILIES.values()}))}"
         )
-    weights = {room.released_name(name): tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    weights = {room.export_name(name): tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     return room.complete(model, weights)

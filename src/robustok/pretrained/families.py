@@ -2,7 +2,7 @@
 
 Reading is strict: every tensor of a file has its place in the model, every weight of the model comes from the file.
 
-To add a family: write ``from_released`` beside its model, a function from the released tensors to a model of their
+To add a family: write ``from_pretrained`` beside its model, a function from the released tensors to a model of their
 sizes, and add a line to ``FAMILIES``.
 """
 
@@ -44,7 +44,7 @@ class Family:
         build: released tensors and flat configuration to a model of these sizes, not yet with these weights.
         has: names by which a state dict of this family is told from all others,
         lacks: given that it has none of these.
-        released_name: our name of a weight to the release's.
+        export_name: our name of a weight to the release's.
         complete: our model and its renamed weights to the official layout.
         dropped: prefixes of released tensors that our model has no use for.
         discriminator: tensors and configuration of the discriminator in training checkpoints to our network.
@@ -55,7 +55,7 @@ class Family:
     build: Callable[[Mapping[str, Tensor], dict[str, Any]], nn.Module]
     has: tuple[str, ...]
     lacks: tuple[str, ...] = ()
-    released_name: Callable[[str], str] = lambda name: name
+    export_name: Callable[[str], str] = lambda name: name
     complete: Callable[[Any, dict[str, Tensor]], dict[str, Tensor]] = lambda model, weights: weights
     dropped: tuple[str, ...] = ()
     discriminator: Callable[[Mapping[str, Tensor], Mapping[str, Any]], nn.Module] | None = None
@@ -68,62 +68,62 @@ FAMILIES = {
     "robustok": Family(
         "tokenizer",
         RobusTok,
-        robustok_release.from_released,
+        robustok_release.from_pretrained,
         ("encoder.latent_tokens", CODEBOOK),
         ("encoder.latent_pos_embed",),
-        robustok_release.released_name,
+        robustok_release.export_name,
         robustok_release.complete,
         robustok_release.DROPPED,
         load_heads,
     ),
-    "rar": Family("generator", rar.RAR, rar.from_released, ("target_aware_pos_embed",)),
+    "rar": Family("generator", rar.RAR, rar.from_pretrained, ("target_aware_pos_embed",)),
     "llamagen_tokenizer": Family(
         "tokenizer",
         llamagen.LlamaGen,
-        llamagen.from_released,
+        llamagen.from_pretrained,
         ("encoder.conv_blocks.0.res.0.conv1.weight", CODEBOOK),
         ("s2to1encoder.ln_pre.weight",),
-        llamagen.released_name,
+        llamagen.export_name,
         llamagen.complete,
     ),
     "llamagen_gpt": Family("generator", gpt.GPT, gpt.from_llamagen, (CLASSES,), ("positional_embedding",)),
     "gigatok_tokenizer": Family(
         "tokenizer",
         gigatok.GigaTok,
-        gigatok.from_released,
+        gigatok.from_pretrained,
         ("s2to1encoder.ln_pre.weight",),
         (),
-        gigatok.released_name,
+        gigatok.export_name,
         gigatok.complete,
     ),
     "gigatok_gpt": Family("generator", gpt.GPT, gpt.from_gigatok, (CLASSES, "positional_embedding")),
     "maskgit_vqgan": Family(
         "tokenizer",
         maskgit.MaskGIT,
-        maskgit.from_released,
+        maskgit.from_pretrained,
         ("encoder.mid.0.conv1.weight", CODEBOOK),
         ("quant_conv.weight",),
-        maskgit.released_name,
+        maskgit.export_name,
         vq.without_teacher,
     ),
-    "maetok_tokenizer": Family("tokenizer", maetok.MAETok, maetok.from_released, ("encoder.latent_pos_embed",)),
-    "sit": Family("generator", sit.SiT, sit.from_released, ("x_embedder.weight", "t_embedder.mlp.0.weight")),
+    "maetok_tokenizer": Family("tokenizer", maetok.MAETok, maetok.from_pretrained, ("encoder.latent_pos_embed",)),
+    "sit": Family("generator", sit.SiT, sit.from_pretrained, ("x_embedder.weight", "t_embedder.mlp.0.weight")),
     "vavae": Family(
         "tokenizer",
         kl.KL,
-        kl.from_released,
+        kl.from_pretrained,
         ("encoder.mid.block_1.conv1.weight", "post_quant_conv.weight"),
         (CODEBOOK,),
-        kl.released_name,
+        kl.export_name,
         dropped=kl.DROPPED,
     ),
     "lightningdit": Family(
         "generator",
         lightningdit.LightningDiT,
-        lightningdit.from_released,
+        lightningdit.from_pretrained,
         ("x_embedder.proj.weight", "t_embedder.mlp.0.weight"),
         (),
-        lightningdit.released_name,
+        lightningdit.export_name,
         lightningdit.complete,
     ),
 }

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from robustok.checkpoints import Checkpoint, choose_weights, flatten_config, read_checkpoint
 from robustok.errors import UserError
 from robustok.pretrained.diffusers_folders import fetch
-from robustok.pretrained.export import to_released
+from robustok.pretrained.export import export_weights
 from robustok.pretrained.families import FAMILIES, FOLDERS, choose_family, families_in, families_named, recognise
 
 # Loading and the way back
 
 
-def load_released(
+def load_pretrained(
     family: str, weights: str | Path | Mapping[str, Any], config: Mapping[str, Any] | str | None = None
 ) -> nn.Module:
     """Load a released model; in eval mode, frozen, on the CPU.
@@ -33,7 +33,7 @@ def load_released(
         config: what the shapes do not tell, under the release's names (``num_heads``) or ours (``heads``), nested as
             released configurations are or flat, or such a mapping as JSON. Other keys are ignored unless they look
             like a misspelling, and a value that contradicts the weights is refused. None: what the file, or a JSON
-            file beside it, says. Each family's ``from_released`` tells what it cannot do without.
+            file beside it, says. Each family's ``from_pretrained`` tells what it cannot do without.
 
     Returns:
         A tokenizer; or a generator with ``sampling`` (as published, where its size is), ``latent_shape`` (L, D) and
@@ -61,7 +61,7 @@ def load_released(
 
 
 def load_folder(family: str, path: str | Path, config: Mapping[str, Any]) -> nn.Module:
-    """:func:`load_released` of one of the ``FOLDERS``."""
+    """:func:`load_pretrained` of one of the ``FOLDERS``."""
     room = FOLDERS[family]
     if unknown := [key for key in config if key not in room.words]:
         raise UserError(f"config has {unknown[0]!r}, which {family} does not take; known: {', '.join(room.words)}")
@@ -69,12 +69,12 @@ def load_folder(family: str, path: str | Path, config: Mapping[str, Any]) -> nn.
 
 
 def load_checkpoint(family: str, checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> nn.Module:
-    """:func:`load_released` of a file that was read already; ``family`` is one of ``FAMILIES``."""
+    """:func:`load_pretrained` of a file that was read already; ``family`` is one of ``FAMILIES``."""
     room, looks = FAMILIES[family], recognise(checkpoint.weights)
     tensors = {name: tensor for name, tensor in checkpoint.weights.items() if not name.startswith(room.dropped)}
     try:
         model = room.build(tensors, dict(flatten_config(checkpoint.config if config is None else config)))
-        check_all(tensors, to_released(model), family)
+        check_all(tensors, export_weights(model), family)
     except UserError as error:
         reason = str(error) if str(error).endswith("?") else f"{error}."
         if reason.startswith("config") and config is None and checkpoint.config:
@@ -83,7 +83,7 @@ def load_checkpoint(family: str, checkpoint: Checkpoint, config: Mapping[str, An
             reason += f" These look like the weights of {looks}: try family={looks}"
         raise UserError(reason.removesuffix(".")) from None
     state = model.state_dict()
-    model.load_state_dict({name: tensors[room.released_name(name)].reshape(t.shape) for name, t in state.items()})
+    model.load_state_dict({name: tensors[room.export_name(name)].reshape(t.shape) for name, t in state.items()})
     return model.eval().requires_grad_(False)
 
 

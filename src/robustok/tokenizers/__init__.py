@@ -10,7 +10,7 @@ from pydantic import Field
 from robustok.config import validate
 from robustok.errors import UserError
 from robustok.files import tensor_digest
-from robustok.snapshots import Snapshot, load_weights, read_snapshot, split_strength
+from robustok.snapshots import Snapshot, load_weights, read_snapshot, split_scale
 from robustok.tokenizers.deltas import Delta, apply_delta
 from robustok.tokenizers.diffusers_dc import DiffusersDC, DiffusersDCConfig
 from robustok.tokenizers.diffusers_kl import DiffusersKL, DiffusersKLConfig
@@ -54,7 +54,7 @@ def load_tokenizer(path: str | Path, strength: float | None = None) -> Tokenizer
             missing or another one, a strength for what is no delta.
     """
     snapshot = read_snapshot(path, kind="tokenizer")
-    strength = split_strength(path)[1] if strength is None else strength
+    strength = split_scale(path)[1] if strength is None else strength
     if "delta" in snapshot.header:
         return _load_delta(snapshot, 1.0 if strength is None else strength)
     if strength is not None:
@@ -68,7 +68,7 @@ def load_tokenizer(path: str | Path, strength: float | None = None) -> Tokenizer
     family, config = TOKENIZERS[settings["name"]]
     tokenizer = family(validate(config, settings, source=str(path)))
     load_weights(tokenizer, snapshot)
-    if (snapshot.header.get("post_trained") or {}).get("trainable") == "release":
+    if (snapshot.header.get("post_trained") or {}).get("trainable") in ("authors", "release"):
         tokenizer.latent_space = snapshot.header["latent_space"]  # of the tokenizer whose latents it learned to decode
     return tokenizer.eval().requires_grad_(False)
 

@@ -36,7 +36,7 @@ class Delta:
     relative_error: float
 
 
-def make_delta(
+def compute_delta(
     original: nn.Module, post_trained: nn.Module, rank: int | None = None, dtype: torch.dtype = torch.float32
 ) -> Delta:
     """The difference between a tokenizer and its post-trained self.
@@ -85,7 +85,7 @@ def apply_delta(tokenizer: nn.Module, delta: Delta, strength: float = 1.0) -> nn
 
     Args:
         tokenizer: the original.
-        delta: from :func:`make_delta`.
+        delta: from :func:`compute_delta`.
         strength: 0 is the original, 1 the post-trained one; more, or less than 0, goes on along the line.
 
     Returns:

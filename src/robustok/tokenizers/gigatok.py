@@ -317,10 +317,10 @@ class DepthToSpace(nn.Module):
         return x.permute(0, 3, 4, 1, 5, 2).flatten(4, 5).flatten(2, 3)  # (N, C, 2 H, 2 W)
 
 
-# Released weights
+# Pretrained weights
 
 
-def from_released(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> GigaTok:
+def from_pretrained(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> GigaTok:
     """A tokenizer of the sizes that released weights and a flat configuration tell; not yet with these weights.
 
     The shapes do not tell the heads: without ``encoder_heads`` and ``decoder_heads`` they are 64 wide.
@@ -328,7 +328,7 @@ def from_released(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> G
     Raises:
         UserError: weights of another family, or a configuration that is incomplete or contradicts them.
     """
-    facts, sides = llamagen.released_facts(weights)
+    facts, sides = llamagen.pretrained_facts(weights)
     places, _, _ = shape_of(weights, "s2to1encoder.positional_embedding", 3)
     facts["grid"] = round(places**0.5)
     facts |= {
@@ -357,7 +357,7 @@ def from_released(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> G
         if settings[f"{side}_heads"] % 1:
             width = facts[f"{side}_width"]
             raise UserError(f"config lacks {side}_heads, which the shapes of a width of {width} do not tell; give it")
-    ours = llamagen.released_settings(settings, sides)
+    ours = llamagen.pretrained_settings(settings, sides)
     ours |= {key: settings[key] for key in ("latents", "adaptive_norm", "depth_to_space")}
     for ours_name, side in (("grid_to_row", "encoder"), ("row_to_grid", "decoder")):
         ours[ours_name] = {key: settings[f"{side}_{key}"] for key in ("width", "depth", "heads")}
@@ -368,7 +368,7 @@ def from_released(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> G
     return GigaTok(validate(GigaTokConfig, ours, source="config"))
 
 
-def released_name(name: str) -> str:
+def export_name(name: str) -> str:
     """The release's name of our weight."""
     return rename(name, NAMES)
 

@@ -198,7 +198,7 @@ class KL(nn.Module):
         return [] if images is None else image_problems(images, self.decode(self.encode(images)))
 
 
-def from_released(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> KL:
+def from_pretrained(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> KL:
     """A tokenizer of the sizes that VA-VAE's weights and a flat configuration tell; not yet with these weights.
 
     Raises:
@@ -229,6 +229,6 @@ def from_released(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> K
     return KL(validate(KLConfig, ours, source="config"))
 
 
-def released_name(name: str) -> str:
+def export_name(name: str) -> str:
     """VA-VAE's name of our weight."""
     return rename(name, NAMES)

@@ -70,21 +70,21 @@ class LlamaGen(VQTokenizer):
         self.decoder = Decoder(config.decoder, config.z_channels, config.decoder.blocks + 1, lowest_first=True)
 
 
-def from_released(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> LlamaGen:
+def from_pretrained(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> LlamaGen:
     """A tokenizer of the sizes that released weights and a flat configuration tell; not yet with these weights.
 
     Raises:
         UserError: weights of another family, or a configuration that contradicts them.
     """
-    facts, sides = released_facts(weights)
+    facts, sides = pretrained_facts(weights)
     settings = settle(facts, dict(config), CONFIG_NAMES, **DEFAULTS)
-    return LlamaGen(validate(LlamaGenConfig, released_settings(settings, sides), source="config"))
+    return LlamaGen(validate(LlamaGenConfig, pretrained_settings(settings, sides), source="config"))
 
 
 DEFAULTS = {"normalize": True, "commitment_weight": 0.25, "dropout": 0.0, "groups": 32, "image_size": 256}
 
 
-def released_facts(weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+def pretrained_facts(weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """What the shapes tell, under our names; and the sizes of encoder and decoder. GigaTok's network is alike."""
     encoder = conv_sizes(weights, "encoder", NAMES)
     decoder = conv_sizes(weights, "decoder", NAMES, extra_blocks=1, lowest_first=True)
@@ -104,7 +104,7 @@ def released_facts(weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[
     return facts, {"encoder": encoder, "decoder": decoder}
 
 
-def released_settings(settings: Mapping[str, Any], sides: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def pretrained_settings(settings: Mapping[str, Any], sides: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """What :class:`LlamaGenConfig` and GigaTok's configuration have in common."""
     shared = {key: settings[key] for key in ("groups", "dropout")}
     quantizer = {"size": settings["codebook_size"], "dim": settings["codebook_dim"]}
@@ -113,7 +113,7 @@ def released_settings(settings: Mapping[str, Any], sides: Mapping[str, Mapping[s
     return {side: {**sizes, **shared} for side, sizes in sides.items()} | {"quantizer": quantizer} | own
 
 
-def released_name(name: str) -> str:
+def export_name(name: str) -> str:
     """The release's name of our weight."""
     return rename(name, NAMES)
 

@@ -388,7 +388,7 @@ def rotary_frequencies(size: TransformerConfig, base: float) -> Tensor:
     return waves.flatten(2)
 
 
-# Released checkpoints
+# Pretrained checkpoints
 
 NAMES = {
     "image_size": "image_size",
@@ -417,7 +417,7 @@ NAMES = {
 DINOV2_HEADS = {384: 6, 768: 12, 1024: 16, 1536: 24}  # by width
 
 
-def from_released(weights: Mapping[str, Tensor], config: dict[str, Any]) -> MAETok:
+def from_pretrained(weights: Mapping[str, Tensor], config: dict[str, Any]) -> MAETok:
     """A tokenizer of the sizes that the released tensors and the flat configuration tell, not yet with these weights.
 
     The configuration must give ``vq_mean`` and ``vq_std`` for :meth:`MAETok.normalise` to do anything, and

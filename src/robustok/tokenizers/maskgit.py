@@ -121,7 +121,7 @@ class MaskGITBlock(nn.Module):
         return h + (x if self.shortcut is None else self.shortcut(h))
 
 
-def from_released(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> MaskGIT:
+def from_pretrained(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> MaskGIT:
     """A tokenizer of the sizes that released weights and a flat configuration tell; not yet with these weights.
 
     Raises:
@@ -161,6 +161,6 @@ def from_released(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> M
     return MaskGIT(validate(MaskGITConfig, ours, source="config"))
 
 
-def released_name(name: str) -> str:
+def export_name(name: str) -> str:
     """The release's name of our weight."""
     return rename(name, NAMES)

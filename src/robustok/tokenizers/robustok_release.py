@@ -41,7 +41,7 @@ PREFIXES = {  # ours: the release's
 }
 
 
-def from_released(weights: Mapping[str, Tensor], config: dict[str, Any]) -> RobusTok:
+def from_pretrained(weights: Mapping[str, Tensor], config: dict[str, Any]) -> RobusTok:
     """A tokenizer of the sizes that the tensors and the flat configuration tell, not yet with these weights.
 
     ``num_heads`` is in no tensor, but known for the published width of 768.
@@ -90,7 +90,7 @@ def from_released(weights: Mapping[str, Tensor], config: dict[str, Any]) -> Robu
     return RobusTok(validate(RobusTokConfig, ours, source="config"))
 
 
-def released_name(name: str) -> str:
+def export_name(name: str) -> str:
     """The release's name of our weight."""
     for own, released in PREFIXES.items():
         if name.startswith(own):

@@ -18,7 +18,7 @@ from robustok.training.common import TrainingConfig
 from robustok.types import Tokenizer, TokenizerOutput
 
 
-class ReleasedPass:
+class AuthorsStep:
     """What the released training step does around its model.
 
     Attributes:
@@ -36,9 +36,9 @@ class ReleasedPass:
 
     def __init__(self, run: TrainingConfig, tokenizer: Tokenizer, mode: str | None) -> None:
         if not isinstance(tokenizer, RobusTok):
-            raise UserError(f"trainable=release is for robustok, got {tokenizer.config.name}; set trainable=decoder")
-        if mode != "generated":
-            raise UserError(f"trainable=release encodes images itself, the pairs are {mode}; make pairs mode=generated")
+            raise UserError(f"trainable=authors is for robustok, got {tokenizer.config.name}; set trainable=decoder")
+        if mode not in ("direct", "generated"):
+            raise UserError(f"trainable=authors encodes images itself, the pairs are {mode}; make pairs mode=direct")
         self.run = run
         self.untouched = copy.deepcopy(tokenizer).eval().requires_grad_(False)
         self.model = tokenizer.requires_grad_(True)

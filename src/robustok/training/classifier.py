@@ -10,7 +10,7 @@ from robustok.data.pixels import from_pixels
 from robustok.metrics.features.classifier import ClassifierConfig, Convolution, SmallClassifier, check_images
 
 
-def train_classifier(
+def fit_classifier(
     pixels: Tensor,
     labels: Tensor,
     config: ClassifierConfig,

@@ -21,7 +21,7 @@ from robustok.data.latent_cache import LatentCache, LatentRecords, check_cache, 
 from robustok.data.sources import Data
 from robustok.devices import any_process, autocast, start_accelerator
 from robustok.errors import UserError
-from robustok.evaluation.held_out import HeldOut, HeldOutJudge
+from robustok.evaluation.held_out import HeldOut, HeldOutScore
 from robustok.files import tensor_digest
 from robustok.losses.adversarial import AdversarialConfig
 from robustok.losses.discriminators import DiscriminatorConfig, PatchConfig, carried_config, frozen_features
@@ -33,7 +33,7 @@ from robustok.runs import RunFolder, Stopped, termination
 from robustok.snapshots import read_extra, read_header, resolve, write_snapshot
 from robustok.tokenizers import encoder_digest, load_tokenizer
 from robustok.training.adversary import Adversary, last_layer
-from robustok.training.authors import ReleasedPass
+from robustok.training.authors import AuthorsStep
 from robustok.training.common import (
     Meter,
     TrainingConfig,
@@ -51,7 +51,7 @@ from robustok.types import Tokenizer
 PAIR_FACTS = ("strategy", "noise_level", "sampler_steps", "guided_share", "generator", "sampling", "seed")
 
 
-class PostTrainingRun(TrainingConfig):
+class DecoderTrainingRun(TrainingConfig):
     """Everything about post-training; the defaults are the released settings, in steps."""
 
     steps: int = Field(19_500, ge=1, description="number of training steps")
@@ -72,11 +72,11 @@ class PostTrainingRun(TrainingConfig):
     adversary_warmup: int = Field(
         500, ge=1, description="steps for which reinit_warmup trains the new discriminator before the decoder learns"
     )
-    trainable: Literal["decoder", "release"] = Field(
+    trainable: Literal["decoder", "authors"] = Field(
         "decoder",
-        description="decoder: it alone; release: all but the encoder's transformer, on images that are encoded again",
+        description="decoder: it alone; authors: all but the encoder's transformer, on images that are encoded again",
     )
-    teacher: TeacherConfig = TeacherConfig()  # of trainable=release
+    teacher: TeacherConfig = TeacherConfig()  # of trainable=authors
     discriminator: DiscriminatorConfig = Field(
         PatchConfig(), description="a new discriminator; a carried one brings its settings, all but weights"
     )
@@ -111,7 +111,7 @@ class LatentDecoder(nn.Module):
         return self.tokenizer.decode(latents)
 
 
-def post_train(run: PostTrainingRun) -> Path:
+def train_decoder(run: DecoderTrainingRun) -> Path:
     """Post-train a decoder; resume if the run folder holds a state.
 
     Returns:
@@ -135,8 +135,8 @@ def post_train(run: PostTrainingRun) -> Path:
     judge = _judge(run, bare, data, device) if run.held_out is not None and accelerator.is_main_process else None
     folder = RunFolder(run, accelerator.is_main_process)
 
-    bare.latent_space = before if run.trainable == "release" else None  # whose latents it decodes, though it moves
-    released = ReleasedPass(run, bare, pairs.manifest.source.get("mode")) if run.trainable == "release" else None
+    bare.latent_space = before if run.trainable == "authors" else None  # whose latents it decodes, though it moves
+    released = AuthorsStep(run, bare, pairs.manifest.source.get("mode")) if run.trainable == "authors" else None
     model = LatentDecoder(bare) if released is None else released.model
     frozen = {name for name, p in bare.named_parameters() if not p.requires_grad}
     untouched = _digest(bare, frozen)
@@ -262,14 +262,14 @@ def _targets(data: ImageDataset, records: LatentRecords) -> Tensor:
 
 
 def _judge(
-    run: PostTrainingRun, tokenizer: nn.Module, data: ImageDataset, device: torch.device
+    run: DecoderTrainingRun, tokenizer: nn.Module, data: ImageDataset, device: torch.device
 ) -> Callable[[Callable], float]:
     """Function of a decoder: Frechet distance of its images of the held-out samples to the real images."""
-    judge = HeldOutJudge(run.held_out, tokenizer, data, device)
+    judge = HeldOutScore(run.held_out, tokenizer, data, device)
     return lambda decode: judge(decode)[0]
 
 
-def _policy(run: PostTrainingRun) -> str:
+def _policy(run: DecoderTrainingRun) -> str:
     """Where the discriminator comes from: ``run.adversary``, decided where it is auto."""
     if not run.adversarial.weight:
         return "none"
@@ -278,7 +278,7 @@ def _policy(run: PostTrainingRun) -> str:
     return run.adversary
 
 
-def check_networks(run: PostTrainingRun) -> None:
+def check_networks(run: DecoderTrainingRun) -> None:
     """Load what judges images, and drop it again: before hours of making pairs, not after them.
 
     Raises:
@@ -292,7 +292,7 @@ def check_networks(run: PostTrainingRun) -> None:
         load_extractor(run.held_out.extractor, device)
 
 
-def _adversary(run: PostTrainingRun, accelerator: Any) -> Adversary | None:
+def _adversary(run: DecoderTrainingRun, accelerator: Any) -> Adversary | None:
     """The discriminator that main training left in the snapshot, or a new one, or none."""
     if _policy(run) == "none":
         return None
@@ -300,7 +300,7 @@ def _adversary(run: PostTrainingRun, accelerator: Any) -> Adversary | None:
     return Adversary(run, run.adversarial, config, accelerator, weights)
 
 
-def _discriminator(run: PostTrainingRun) -> tuple[DiscriminatorConfig, Path | None]:
+def _discriminator(run: DecoderTrainingRun) -> tuple[DiscriminatorConfig, Path | None]:
     """Its settings, and the file of its weights where it is carried over."""
     if _policy(run) != "carried":
         return run.discriminator, None
@@ -316,7 +316,7 @@ def _warm_up(
     untouched: nn.Module,
     records: Iterator[LatentRecords],
     targets: Callable[[LatentRecords], Tensor],
-    run: PostTrainingRun,
+    run: DecoderTrainingRun,
 ) -> dict[str, float]:
     """Train a new discriminator on the untouched decoder's images: at its first guesses a decoder would unlearn.
 
@@ -337,14 +337,14 @@ def _previous_state(path: Path) -> tuple[int, dict[str, Any]]:
     Raises:
         UserError: there is no such run, or it has none.
     """
-    found = RunFolder(load(PostTrainingRun, path / "config.yaml", [f"out={path}"]), main=False).load_state()
+    found = RunFolder(load(DecoderTrainingRun, path / "config.yaml", [f"out={path}"]), main=False).load_state()
     if found is None:
         raise UserError(f"{path} holds no state to continue from; give the folder of a post-training run")
     return found
 
 
 def _header(
-    run: PostTrainingRun, step: int, average: nn.Module, adversary: Adversary | None, pairs: LatentCache
+    run: DecoderTrainingRun, step: int, average: nn.Module, adversary: Adversary | None, pairs: LatentCache
 ) -> dict[str, Any]:
     """What a snapshot says: all that the original says, and how its decoder was post-trained."""
     original, source = read_header(run.tokenizer), pairs.manifest.source

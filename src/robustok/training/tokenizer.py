@@ -40,7 +40,7 @@ from robustok.training.prepared import PreparedInParts
 from robustok.training.states import load_module, load_optimizer, whole
 
 
-class MainTrainingRun(TrainingConfig):
+class TokenizerTrainingRun(TrainingConfig):
     """Everything about the main training of a tokenizer; the defaults are the paper's ImageNet run, in steps."""
 
     steps: int = Field(250_200, ge=1, description="number of training steps")
@@ -66,7 +66,7 @@ class MainTrainingRun(TrainingConfig):
     picture_every: int = Field(0, ge=0, description="steps between pictures of reconstructions in samples/; 0 is none")
 
     @model_validator(mode="after")
-    def _latents_fit(self) -> "MainTrainingRun":
+    def _latents_fit(self) -> "TokenizerTrainingRun":
         if not self.discrete:
             if self.teacher.name != "none":
                 raise ValueError(
@@ -90,7 +90,7 @@ class MainTrainingRun(TrainingConfig):
         return TOKENIZERS[self.tokenizer.name][0].kind == "discrete"
 
 
-def main_train(run: MainTrainingRun) -> Path:
+def train_tokenizer(run: TokenizerTrainingRun) -> Path:
     """Train a tokenizer; resume if the run folder holds a state.
 
     Returns:
@@ -211,7 +211,7 @@ def main_train(run: MainTrainingRun) -> Path:
     return folder.path / "snapshot" / f"{run.steps:08d}"
 
 
-def _build(run: MainTrainingRun, teacher: Teacher | None) -> nn.Module:
+def _build(run: TokenizerTrainingRun, teacher: Teacher | None) -> nn.Module:
     """The tokenizer, with a projection of the teacher where it needs one."""
     config, family = run.tokenizer, TOKENIZERS[run.tokenizer.name][0]
     own = config.encoder.width if config.name == "robustok" else None  # whose own projection serves such a teacher too
@@ -241,7 +241,7 @@ def _picture(path: Path, images: Tensor, average: nn.Module) -> None:
 
 
 def _write_snapshot(
-    folder: RunFolder, run: MainTrainingRun, step: int, average: nn.Module, adversary: Adversary | None, data: str
+    folder: RunFolder, run: TokenizerTrainingRun, step: int, average: nn.Module, adversary: Adversary | None, data: str
 ) -> None:
     """EMA weights for users; the discriminator goes along for post-training."""
     header = {

@@ -1,4 +1,4 @@
-"""The differentiable augmentation that images of either side pass through before they are judged."""
+"""The differentiable augmentation that images of either side pass through before they are scored."""
 
 import torch
 import torch.nn.functional as F

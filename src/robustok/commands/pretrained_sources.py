@@ -29,7 +29,7 @@ from robustok.hub import download, is_remote
 from robustok.model_card import model_card
 from robustok.pretrained.diffusers_folders import AUTOENCODERS, fetch
 from robustok.pretrained.families import FAMILIES, FOLDERS, families_named
-from robustok.pretrained.load import load_released
+from robustok.pretrained.load import load_pretrained
 from robustok.snapshots import read_header
 from robustok.tokenizers import TOKENIZERS, encoder_digest, load_tokenizer
 from robustok.types import Tokenizer
@@ -37,7 +37,7 @@ from robustok.types import Tokenizer
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")  # of released files; what has none of them is a folder
 
 
-class Released(Config):
+class Pretrained(Config):
     """A model as it was released, where the path of a snapshot or run folder may stand too."""
 
     family: str = Field(description="whose layout the released file has, as robustok convert takes it")
@@ -51,13 +51,13 @@ class Released(Config):
     licence: str | None = Field(None, description="of these weights, where it is not that of the release")
 
 
-class ReleasedTokenizer(Released):
+class PretrainedTokenizer(Pretrained):
     """A released tokenizer."""
 
     discriminator: bool = Field(True, description="take along the discriminator that training left in the file")
 
 
-class ReleasedGenerator(Released):
+class PretrainedGenerator(Pretrained):
     """A released generator."""
 
     statistics: Path | None = Field(
@@ -66,16 +66,16 @@ class ReleasedGenerator(Released):
 
 
 def _form(value: Any) -> str:
-    return "released" if isinstance(value, dict | Released) else "path"
+    return "released" if isinstance(value, dict | Pretrained) else "path"
 
 
 TokenizerSource = Annotated[
-    Annotated[Path, Tag("path")] | Annotated[ReleasedTokenizer, Tag("released")], Discriminator(_form)
+    Annotated[Path, Tag("path")] | Annotated[PretrainedTokenizer, Tag("released")], Discriminator(_form)
 ]
 GeneratorSource = Annotated[
-    Annotated[Path, Tag("path")] | Annotated[ReleasedGenerator, Tag("released")], Discriminator(_form)
+    Annotated[Path, Tag("path")] | Annotated[PretrainedGenerator, Tag("released")], Discriminator(_form)
 ]
-Sources = Mapping[str, Path | Released | None]
+Sources = Mapping[str, Path | Pretrained | None]
 """Where "tokenizer" and "generator" come from; None where there is none."""
 
 
@@ -89,7 +89,7 @@ def check_given(sources: Sources) -> None:
         UserError: says which file is meant, and where it is to be had.
     """
     for name, source in sources.items():
-        if not isinstance(source, Released):
+        if not isinstance(source, Pretrained):
             continue
         if source.weights is None:
             where = f" ({source.published})" if source.published else ""
@@ -116,13 +116,13 @@ def refused_as_a_whole(sources: Sources, out: Path) -> Iterator[None]:
         shutil.rmtree(out, ignore_errors=True)
         reason = str(error)
         for name, source in sources.items():
-            if isinstance(source, Released):  # its snapshot is gone
+            if isinstance(source, Pretrained):  # its snapshot is gone
                 reason = reason.replace(str(out / name), str(source.weights))
         raise UserError(reason) from None
 
 
 def convert_sources(sources: Sources, out: Path) -> dict[str, Path]:
-    """Released models to snapshots in the run folder, those apart that are there already; paths stay what they are.
+    """Pretrained models to snapshots in the run folder, those apart that are there already; paths stay what they are.
 
     Args:
         sources: "tokenizer", and "generator" where there is one.
@@ -136,14 +136,14 @@ def convert_sources(sources: Sources, out: Path) -> dict[str, Path]:
     """
     paths: dict[str, Path] = {}
     for name, source in sources.items():
-        if isinstance(source, Released) and not (out / name / "model.safetensors").exists():
+        if isinstance(source, Pretrained) and not (out / name / "model.safetensors").exists():
             _convert(name, source, out / name, paths.get("tokenizer"))
         if source is not None:
-            paths[name] = out / name if isinstance(source, Released) else source
+            paths[name] = out / name if isinstance(source, Pretrained) else source
     return paths
 
 
-def _convert(name: str, source: Released, out: Path, tokenizer: Path | None) -> None:
+def _convert(name: str, source: Pretrained, out: Path, tokenizer: Path | None) -> None:
     own = {key: value for key, value in source if key != "published"}
     try:
         convert(ConvertRun(out=out, **own, **({"tokenizer": tokenizer} if name == "generator" else {})))
@@ -206,20 +206,20 @@ def _check_generator(paths: Mapping[str, Path], tokenizer: Tokenizer, space: str
         )
 
 
-def look_at(source: Path | ReleasedTokenizer, out: Path) -> Tokenizer:
+def look_at(source: Path | PretrainedTokenizer, out: Path) -> Tokenizer:
     """The tokenizer that a run would start from, without writing anything."""
-    if not isinstance(source, Released):
+    if not isinstance(source, Pretrained):
         return load_tokenizer(source)
     if (out / "tokenizer" / "model.safetensors").exists():
         return load_tokenizer(out / "tokenizer")
     config = {key: value for key, value in source.config.items() if key != "discriminator"}
-    return load_released(source.family, source.weights, config or None)
+    return load_pretrained(source.family, source.weights, config or None)
 
 
 # After it
 
 
-def write_released(snapshot: Path, source: Path | ReleasedTokenizer, out: Path) -> Path | None:
+def export_decoder(snapshot: Path, source: Path | PretrainedTokenizer, out: Path) -> Path | None:
     """Write a post-trained tokenizer in the layout of the file that it came from, and a card beside it.
 
     Args:
@@ -233,7 +233,7 @@ def write_released(snapshot: Path, source: Path | ReleasedTokenizer, out: Path) 
     Raises:
         UserError: as ``convert`` raises it.
     """
-    if isinstance(source, Released):
+    if isinstance(source, Pretrained):
         family, name = source.family, source.weights
         original = None if families_named(family)[0] in FOLDERS else name
     else:
@@ -242,7 +242,7 @@ def write_released(snapshot: Path, source: Path | ReleasedTokenizer, out: Path) 
             return None
     target = out / (f"{name.stem}.safetensors" if name.suffix in SUFFIXES else _part(name))
     if not target.exists():
-        convert(ConvertRun(family=family, to="released", weights=snapshot, original=original, out=target))
+        convert(ConvertRun(family=family, to="export", weights=snapshot, original=original, out=target))
     header = read_header(snapshot)
     (out / "README.md").write_text(model_card(header, use=_use(header, name, target, family)))
     if original is not None:  # its official loader, and ours, may need the configuration beside it
@@ -288,5 +288,5 @@ def _use(header: Mapping[str, Any], name: Path, target: Path, family: str) -> st
     return (
         f"In the place of the original `{name.name}`:\n\n```python\nimport torch\nfrom safetensors.torch import "
         f'load_file\ntorch.save({content}, "{name.name}")\n```\n\n'
-        f'In robustok: `robustok.load_released("{family}", "{target.name}")`.'
+        f'In robustok: `robustok.load_pretrained("{family}", "{target.name}")`.'
     )
