@@ -19,7 +19,6 @@ from robustok.report.figures import amplified_difference, curve_keys
 from robustok.report.results import (
     Estimate,
     arrange,
-    differences,
     matching_rows,
     mean_over_seeds,
     without_digest,
@@ -300,19 +299,19 @@ def test_broken_lines_and_files_are_noted(demo):
     ("after", "control", "sentence", "result", "against"),
     [
         (
-            *(6.0, 7.0, "Post-training lowered gFD by 20 %, below the control (perturbed tokenizer, σ = 0.9)."),
+            *(6.0, 7.0, "Post-training lowered gFD by 20 %; it is below the control (perturbed tokenizer, σ = 0.9)."),
             *("lower, -20 %5.3 standard errors", "lower, -14 %3.5 standard errors"),
         ),
         (
-            *(9.0, 7.0, "Post-training raised gFD by 20 %, above the control (perturbed tokenizer, σ = 0.9)."),
+            *(9.0, 7.0, "Post-training raised gFD by 20 %; it is above the control (perturbed tokenizer, σ = 0.9)."),
             *("higher, +20 %5.3 standard errors", "higher, +29 %7.1 standard errors"),
         ),
         (
-            *(7.3, 7.2, "Post-training did not clearly change gFD, not clearly different from the control"),
+            *(7.3, 7.2, "Post-training did not clearly change gFD; it is not clearly different from the control"),
             *("no clear change, -2.7 %0.7 standard errors", "no clear change, +1.4 %0.4 standard errors"),
         ),
         (
-            *(7.5, 7.5, "Post-training did not clearly change gFD, not clearly different from the control"),
+            *(7.5, 7.5, "Post-training did not clearly change gFD; it is not clearly different from the control"),
             *("no clear change, +0.0 %0.0 standard errors", "no clear change, +0.0 %0.0 standard errors"),
         ),
     ],
@@ -378,10 +377,13 @@ def test_estimates():
     assert str(mean_over_seeds(seeds)) == str(Estimate(2.0, 1.0, (), 2))
     assert str(mean_over_seeds({0: Estimate(1.0, 0.1)})) == str(Estimate(1.0, 0.1))
     assert math.isnan(mean_over_seeds({}).value)
-    one = mean_over_seeds(differences({0: Estimate(4.0, 0.4)}, {0: Estimate(5.0, 0.3)}))
-    assert (one.value, one.standard_error) == pytest.approx((-1.0, 0.5))
-    other = mean_over_seeds(differences({0: Estimate(4.0, 0.4)}, {1: Estimate(5.0, 0.3)}))  # no seed has both
-    assert (other.value, other.standard_error) == pytest.approx((-1.0, 0.5))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_unpaired_differences_combine_both_errors(tmp_path, seed):
+    before, after = {"standard_error": 0.3}, {"standard_error": 0.4, "seed": seed}  # also where no seed has both
+    lines = [line("gfid", 5.0, **before), line("gfid", 4.0, decoder="post_trained", sigma=0.9, **after)]
+    assert page_of(tmp_path, lines).change(f"post-trained {MINUS} original")[3] == f"{MINUS}1.000 ± 0.500"
 
 
 def paired_lines(effect=-0.3, error=0.05, **more):
@@ -445,7 +447,10 @@ def test_a_sweep_finds_its_own_differences(tmp_path):
     assert found[f"{control}0.9"] == "no clear change, -3.5 %0.5 standard errors"
     # The headline shows the lowest of them, and says of how many.
     text = headline(tmp_path, lines)
-    assert "lowered gFD by 8.9 %, not clearly different from the control (plain tokenizer, σ = 0.9). Of 2 such" in text
+    assert (
+        "lowered gFD by 8.9 %; it is not clearly different from the control (plain tokenizer, σ = 0.9). Of 2 such"
+        in text
+    )
 
 
 def test_a_partner_has_the_same_guidance_rather_than_the_same_sigma(tmp_path):

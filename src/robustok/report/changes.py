@@ -2,9 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from robustok.report import results
 from robustok.report.names import capital, decimal, decoder_name, describe, joined, label, plus_minus
 from robustok.report.results import Column, Estimate, Row, Seeds, Table, matching_rows, mean_over_seeds
 
@@ -104,9 +103,8 @@ def headline(table: Table, found: Sequence[Change]) -> tuple[str, list[Card]]:
         return _without_changes(table)
     comparable = [c for c in trained if c.column == trained[0].column]
     best = min(comparable, key=lambda c: c.difference.value if math.isfinite(c.difference.value) else math.inf)
-    control = next(
-        (c for c in found if (c.row, c.column) == (best.row, best.column) and c.versus.decoder == "control"), None
-    )
+    controls = [c for c in found if c.versus.decoder == "control"]
+    control = next((c for c in controls if (c.row, c.column) == (best.row, best.column)), None)
     name, what, post = label(best.column), decoder_name(best.row.decoder), best.row.decoder == "post_trained"
     title = f"{name} before → after post-training" if post else f"{name}, {decoder_name(best.versus.decoder)} → {what}"
     number = f"{decimal(best.before.value)} → {decimal(best.after.value)}"
@@ -126,7 +124,7 @@ def headline(table: Table, found: Sequence[Change]) -> tuple[str, list[Card]]:
     subject = "Post-training" if post else f"{capital(what)} instead of {decoder_name(best.versus.decoder)}"
     sentence = f"{subject} {EFFECTS.get(best.verdict, 'has no comparable')} {name}"
     sentence += f" by {best.percent[1:]}" if best.verdict in ("lower", "higher") and best.percent else ""
-    sentence += f", {AGAINST.get(control.verdict, 'not comparable with')} the control" if control else ""
+    sentence += f"; it is {AGAINST.get(control.verdict, 'not comparable with')} the control" if control else ""
     many = f" Of {len(trained)} such comparisons, this one has the lowest difference." if len(trained) > 1 else ""
     return f"{sentence} ({describe(best.row)}).{many}", cards
 
@@ -147,7 +145,27 @@ def _without_changes(table: Table) -> tuple[str, list[Card]]:
 
 
 def _change(table: Table, row: Row, versus: Row, column: Column) -> Change:
+    """Seed by seed: as measured on the same latents, or both errors combined as if independent."""
     before, after = table.cells[versus][column], table.cells[row][column]
-    paired = results.paired_difference(table, row, versus, column)
-    each = results.differences(after, before, paired)
-    return Change(row, versus, column, mean_over_seeds(before), mean_over_seeds(after), each, bool(paired))
+    paired = _paired(table, row, versus, column)
+    seeds = {seed: _minus(after[seed], before[seed]) for seed in after if seed in before} | paired
+    means = mean_over_seeds(before), mean_over_seeds(after)
+    return Change(row, versus, column, *means, seeds or {None: _minus(*means[::-1])}, bool(paired))
+
+
+def _paired(table: Table, after: Row, before: Row, column: Column) -> Seeds:
+    """The difference on the same latents, for the seeds for which that has a standard error of its own.
+
+    A line of metrics.jsonl gives the settings of one decoder only, and either may be the first. So the difference is
+    used only where no second row fits the other decoder.
+    """
+    for row, other, sign in ((after, before, 1), (before, after, -1)):
+        found = table.paired.get((row, other.decoder, column), {})
+        known = {seed: replace(one, value=sign * one.value) for seed, one in found.items() if math.isfinite(one.errors)}
+        if known and matching_rows(table, row, other.decoder, column) == [other]:
+            return known
+    return {}
+
+
+def _minus(a: Estimate, b: Estimate) -> Estimate:
+    return Estimate(a.value - b.value, math.hypot(a.standard_error, b.standard_error))

@@ -13,8 +13,6 @@ import numpy as np
 
 from robustok.types import UserError
 
-STAGES = ("classifier", "tokenizer-plain", "tokenizer", "generator-plain", "generator", "pairs", "post", "control")
-
 
 @dataclass(frozen=True)
 class Result:
@@ -61,19 +59,16 @@ class ImageRows:
 
 @dataclass(frozen=True)
 class BeforeAfter:
-    """The same latents decoded by two or three decoders.
+    """The same latents by two or three decoders.
 
     Attributes:
-        before, after, control: images (N, H, W, 3) uint8; ``control`` may be None.
-        labels: N texts.
+        decoded: images (N, H, W, 3) uint8 by "before", "after" and perhaps "control".
         score_before, score_after: (N,) float, lower is better; NaN where unknown.
     """
 
     title: str
     score_name: str
-    before: np.ndarray
-    after: np.ndarray
-    control: np.ndarray | None
+    decoded: dict[str, np.ndarray]
     labels: tuple[str, ...]
     score_before: np.ndarray
     score_after: np.ndarray
@@ -124,15 +119,11 @@ def collect(folder: Path, title: str | None = None) -> Report:
         if "pictures" in own:
             pictures += filter(None, map(files.picture, sorted((here / "pictures").glob("*.npz"))))
     if not runs:
-        raise UserError(
-            f"found no log.jsonl or metrics.jsonl under {folder}; give a run folder, or make one: robustok demo"
-        )
-    runs.sort(key=lambda run: _stage(run.group))  # stable: seeds stay in order
+        raise UserError(f"found no log.jsonl or metrics.jsonl under {folder}; give a run folder, or run robustok demo")
     latest = _latest(results)
     if len(latest) < len(results):
         files.notes.append(f"{len(results) - len(latest)} measurements were repeated; the last one of each counts.")
-    rows = tuple(picture for picture in pictures if isinstance(picture, ImageRows))
-    pairs = tuple(picture for picture in pictures if isinstance(picture, BeforeAfter))
+    rows, pairs = (tuple(p for p in pictures if isinstance(p, kind)) for kind in (ImageRows, BeforeAfter))
     title = folder.resolve().name if title is None else title
     return Report(title, tuple(runs), latest, rows, pairs, tuple(files.notes))
 
@@ -217,14 +208,8 @@ def _run(files: _Files, path: Path) -> Run:
     group = "/".join(part for part in name.split("/") if not re.fullmatch(r"seed-\d+", part))
     seed = re.search(r"(?:^|/)seed-(\d+)(?:/|$)", name)
     progress = sorted((path / "samples").glob("*.png"), key=lambda file: natural(file.stem))
-    return Run(
-        name=name,
-        group=group,
-        seed=seed[1] if seed else "",
-        config=files.text(path / "config.yaml"),
-        log=tuple(steps[step] for step in sorted(steps)),
-        progress=tuple(filter(files.inside, progress)),
-    )
+    log, config = tuple(steps[step] for step in sorted(steps)), files.text(path / "config.yaml")
+    return Run(name, group, seed[1] if seed else "", config, log, tuple(filter(files.inside, progress)))
 
 
 def _result(line: dict[str, Any], group: str) -> Result | None:
@@ -259,39 +244,29 @@ def _latest(results: list[Result]) -> tuple[Result, ...]:
 
 def _picture(arrays: dict[str, np.ndarray], stem: str) -> ImageRows | BeforeAfter:
     """Check the arrays of one file; a ValueError describes what is wrong."""
-    title = str(arrays["title"]) if "title" in arrays else stem.replace("_", " ").replace("-", " ")
+    seed = re.match(r"seed-(\d+)-", stem)
+    title = str(arrays.get("title", stem.replace("_", " ").replace("-", " "))) + (f", seed {seed[1]}" if seed else "")
     if "images" in arrays:
-        images = _pixels(arrays, "images", 5)
+        images = _pixels(arrays["images"], 5)
         titles = arrays.get("row_titles", np.full(len(images), ""))
         if titles.shape != (len(images),):
             raise ValueError(f"row_titles has shape {titles.shape}, expected ({len(images)},)")
         return ImageRows(title, tuple(map(str, titles)), images)
     if not {"before", "after"} <= arrays.keys():
         raise ValueError(f"found the arrays {sorted(arrays)}, expected images, or before and after")
-    before, after = _pixels(arrays, "before", 4), _pixels(arrays, "after", 4)
-    control = _pixels(arrays, "control", 4) if "control" in arrays else None
-    if before.shape != after.shape or (control is not None and control.shape != before.shape):
+    decoded = {key: _pixels(arrays[key], 4) for key in ("before", "after", "control") if key in arrays}
+    shape = decoded["before"].shape
+    if any(images.shape != shape for images in decoded.values()):
         raise ValueError("before, after and control differ in shape")
-    count = len(before)
-    labels = arrays.get("labels", np.full(count, ""))
-    scores = [np.asarray(arrays.get(key, np.full(count, np.nan)), float) for key in ("score_before", "score_after")]
-    if any(array.shape != (count,) for array in (labels, *scores)):
-        raise ValueError(f"labels and scores must have the shape ({count},), one for each image")
-    score_name = str(arrays.get("score_name", "score"))
-    return BeforeAfter(title, score_name, before, after, control, tuple(map(str, labels)), *scores)
+    labels = arrays.get("labels", np.full(shape[0], ""))
+    scores = [np.asarray(arrays.get(f"score_{key}", np.full(shape[0], np.nan)), float) for key in ("before", "after")]
+    if any(array.shape != shape[:1] for array in (labels, *scores)):
+        raise ValueError(f"labels and scores must have the shape ({shape[0]},), one for each image")
+    return BeforeAfter(title, str(arrays.get("score_name", "score")), decoded, tuple(map(str, labels)), *scores)
 
 
-def _pixels(arrays: dict[str, np.ndarray], key: str, dims: int) -> np.ndarray:
-    array = arrays[key]
+def _pixels(array: np.ndarray, dims: int) -> np.ndarray:
     if array.dtype != np.uint8 or array.ndim != dims or array.shape[-1] != 3 or array.size == 0:
         shape = "(R, C, H, W, 3)" if dims == 5 else "(N, H, W, 3)"
-        raise ValueError(f"{key} is {array.dtype} of shape {array.shape}, expected uint8 {shape}")
+        raise ValueError(f"found {array.dtype} of shape {array.shape}, expected uint8 {shape}")
     return array
-
-
-def _stage(group: str) -> tuple[str, int]:
-    """A sort key that puts the stages of one experiment in the order in which they are trained."""
-    parent, _, stage = group.rpartition("/")
-    if not stage:
-        return parent, -1
-    return parent, next((index for index, word in enumerate(STAGES) if stage.startswith(word)), len(STAGES))

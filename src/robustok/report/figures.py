@@ -16,7 +16,7 @@ from PIL import Image
 from robustok.report.collect import BeforeAfter, ImageRows, Run, number
 from robustok.report.names import decimal, joined
 
-COLOURS = ("#2f6690", "#c8553d", "#5a8a54", "#8a5a83", "#b08900", "#4d4d4d")  # .c0 to .c5 in style.css
+COLOURS = ("#2f6690", "#c8553d", "#5a8a54", "#8a5a83", "#b08900", "#4d4d4d")
 ORDER = ("held_out", "total", "pixel", "perceptual", "adversarial", "codebook", "commitment", "semantic")
 NO_CURVE = {"step", "seconds", "time", "seed"}
 POINTS = 250  # of a curve
@@ -26,7 +26,7 @@ RANKED = 8  # images shown as most improved, and as most worsened
 
 @dataclass(frozen=True)
 class Picture:
-    """An image of the page: data URI, text in its place, width in CSS pixels (0: as the page decides)."""
+    """An image of the page: data URI, alternative text, width in CSS pixels (0: as the page decides)."""
 
     uri: str
     alt: str
@@ -36,12 +36,14 @@ class Picture:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Pictures under a title; ``legend`` names the colours of a plot."""
+    """Pictures under a title; ``legend`` names the colours of a plot, ``rows`` are a table of its points."""
 
     title: str
     pictures: tuple[Picture, ...]
     note: str = ""
     legend: tuple[str, ...] = ()
+    rows: tuple[tuple[str, ...], ...] = ()
+    best: int = -1
 
 
 @dataclass(frozen=True)
@@ -61,27 +63,24 @@ def slider(images: BeforeAfter, budget: int) -> Slider:
         images: the decoded images.
         budget: how many pixels of each decoder may be shown.
     """
-    count, height, width, _ = images.before.shape
+    count, height, width, _ = images.decoded["before"].shape
     shown = max(1, min(count, 256, budget // (height * width)))
     change = images.score_after - images.score_before
     order = [int(i) for i in np.argsort(change, kind="stable") if math.isfinite(change[i])]
     # Of many images, those that changed most for better and for worse are among the ones shown.
     half = min(RANKED, shown // 3)
     chosen = sorted([*dict.fromkeys([*order[:half], *order[::-1][:half], *range(count)])][:shown])
-    layers = {"before": images.before[chosen], "after": images.after[chosen]}
-    if images.control is not None:
-        layers["control"] = images.control[chosen]
+    layers = {name: decoded[chosen] for name, decoded in images.decoded.items()}
     amplified, factor = amplified_difference(layers["before"], layers["after"])
     layers[f"difference × {factor}"] = amplified
     names = {i: joined([f"image {i}", images.labels[i]]) for i in chosen}
+    scale = max(1, round(64 / width))  # small images appear about 64 wide
 
     def strip(i: int) -> Picture:
         pixels = np.concatenate([layer[chosen.index(i)] for layer in layers.values()], axis=1)
         scores = f"{decimal(images.score_before[i], 3)} → {decimal(images.score_after[i], 3)}"
         caption = joined([images.labels[i], scores if math.isfinite(change[i]) else ""], ": ")
-        return Picture(
-            png(pixels), f"{names[i]}: {', '.join(layers)}", len(layers) * width * magnification(width), caption
-        )
+        return Picture(png(pixels), f"{names[i]}: {', '.join(layers)}", pixels.shape[1] * scale, caption)
 
     strips = {
         "Most improved": [i for i in order[:RANKED] if change[i] < 0 and i in names],
@@ -92,19 +91,14 @@ def slider(images: BeforeAfter, budget: int) -> Slider:
         fell, rose = (change < 0).sum(), (change > 0).sum()
         note += f" Beneath: label and {images.score_name} (lower is better), which fell for {fell} and rose for {rose}"
         note += f" of {len(order)} images."
-    tiles = tuple(
-        tuple(
-            Picture(png(layers[name][k]), f"{names[i]}, {name}", width * magnification(width))
-            for name in ("before", "after")
-        )
-        for k, i in enumerate(chosen)
-    )
-    galleries = [
-        Gallery(title, tuple(map(strip, indices)), note)
-        for title, indices in (strips if any(strips.values()) else {"Side by side": chosen[:12]}).items()
-        if indices
-    ]
-    return Slider(images.title, f"{shown} of {count} images." if shown < count else "", tiles, tuple(galleries))
+
+    def tile(k: int, layer: str) -> Picture:
+        return Picture(png(layers[layer][k]), f"{names[chosen[k]]}, {layer}", width * scale)
+
+    tiles = tuple((tile(k, "before"), tile(k, "after")) for k in range(shown))
+    strips = strips if any(strips.values()) else {"Side by side": chosen[:12]}
+    galleries = tuple(Gallery(title, tuple(map(strip, shown)), note) for title, shown in strips.items() if shown)
+    return Slider(images.title, f"{shown} of {count} images." if shown < count else "", tiles, galleries)
 
 
 def strips(rows: ImageRows, budget: int) -> Gallery:
@@ -147,11 +141,6 @@ def amplified_difference(before: np.ndarray, after: np.ndarray) -> tuple[np.ndar
     brightest = max(1.0, float(np.percentile(change, 99)))
     factor = int(2 ** np.clip(math.floor(math.log2(255 / brightest)), 0, 5))
     return np.minimum(change * factor, 255).astype(np.uint8), factor
-
-
-def magnification(width: int) -> int:
-    """How many CSS pixels show one pixel of an image, so that small images appear about 64 wide."""
-    return max(1, round(64 / width))
 
 
 def png(pixels: np.ndarray) -> str:
@@ -212,7 +201,9 @@ def plot(lines: Sequence[np.ndarray], baseline: float = math.nan, log: bool = Fa
             marker = "o" if len(points) <= MARKED else None
             axes.plot(*points.T[:2], joins, color=colour, linewidth=1.1, marker=marker, markersize=2.4)
             if points.shape[1] == 3:
-                axes.errorbar(*points.T[:2], np.nan_to_num(points[:, 2]), fmt="none", ecolor=colour, elinewidth=0.8)
+                axes.errorbar(
+                    *points.T[:2], np.nan_to_num(np.abs(points[:, 2])), fmt="none", ecolor=colour, elinewidth=0.8
+                )
         if math.isfinite(baseline):
             axes.axhline(baseline, color="#5c6370", linewidth=0.8, linestyle=(0, (4, 3)))
         axes.xaxis.set_major_locator(MaxNLocator(4))

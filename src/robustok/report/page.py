@@ -55,7 +55,8 @@ def render(report: Report) -> str:
     functions = (names.capital, names.counts, names.decimal, names.decoder_name, names.describe, names.joined)
     functions += (names.label, names.plus_minus, names.settings, mean_over_seeds, raw)
     templates.filters |= {function.__name__: function for function in functions}
-    style, script = (templates.get_template(file).render() for file in ("style.css", "script.js"))
+    style = templates.get_template("style.css").render(colours=figures.COLOURS)
+    script = templates.get_template("script.js").render()
     table = arrange([result for result in report.results if result.metric != sweeps.HELD_OUT])
     found = changes.changes(table)
     sentence, cards = changes.headline(table, found)
@@ -77,8 +78,7 @@ def render(report: Report) -> str:
         latent_columns=_heads([c for c in table.columns if c.metric in LATENTS]),
         changes=found,
         heat_maps=_heat_maps(table),
-        choices=sweeps.choices(report.results),
-        sweeps=sweeps.sweeps(report.results),
+        sweeps=sweeps.choices(report.results) + sweeps.sweeps(report.results),
         curves=figures.curves(report.runs),
         protocols=_protocols(report.results),
         listed=listed,

@@ -154,37 +154,6 @@ def mean_over_seeds(seeds: Seeds) -> Estimate:
     return Estimate(float(values.mean()), float(error), _samples(finite), len(finite), baseline=baseline)
 
 
-def differences(after: Seeds, before: Seeds, paired: Seeds | None = None) -> Seeds:
-    """``after`` - ``before``, seed by seed; that of the means, under the seed None, where no seed has both.
-
-    Args:
-        after: the first number.
-        before: the second number.
-        paired: ``after`` - ``before`` on the same latents, where it was measured. Other seeds combine both errors as if
-            they were independent, which is too large for decoders of the same latents.
-    """
-
-    def minus(a: Estimate, b: Estimate) -> Estimate:
-        return Estimate(a.value - b.value, math.hypot(a.standard_error, b.standard_error))
-
-    each = {seed: minus(after[seed], before[seed]) for seed in after if seed in before} | (paired or {})
-    return each or {None: minus(mean_over_seeds(after), mean_over_seeds(before))}
-
-
-def paired_difference(table: Table, after: Row, before: Row, column: Column) -> Seeds:
-    """``after`` - ``before`` on the same latents, for the seeds for which that has a standard error of its own.
-
-    A line of metrics.jsonl gives the settings of one decoder only, and either may be the first. So the difference is
-    used only where no second row fits the other decoder.
-    """
-    for row, other, sign in ((after, before, 1), (before, after, -1)):
-        found = table.paired.get((row, other.decoder, column), {})
-        known = {seed: one for seed, one in found.items() if math.isfinite(one.errors)}
-        if known and matching_rows(table, row, other.decoder, column) == [other]:
-            return {seed: replace(one, value=sign * one.value) for seed, one in known.items()}
-    return {}
-
-
 def matching_rows(table: Table, row: Row, decoder: str, column: Column) -> list[Row]:
     """Rows of the same tokenizer with another decoder that share most settings; sigma only decides between equals."""
 
@@ -220,11 +189,9 @@ def _varying_settings(results: Sequence[Result]) -> Any:
     """
     values: dict[tuple[str, ...], dict[Any, set[str]]] = {}
     for result in results:
-        for key in SETTINGS:
-            if result.record.get(key) is not None:
-                who = (result.group, result.tokenizer, result.decoder, key)
-                seed = result.seed if key == "steps" else None
-                values.setdefault(who, {}).setdefault(seed, set()).add(str(result.record[key]))
+        for key in (key for key in SETTINGS if result.record.get(key) is not None):
+            seeds = values.setdefault((result.group, result.tokenizer, result.decoder, key), {})
+            seeds.setdefault(result.seed if key == "steps" else None, set()).add(str(result.record[key]))
 
     def settings(result: Result) -> tuple[tuple[str, str], ...]:
         found = []

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,17 +17,11 @@ STAGES = {"candidate": "short training", "continued": "continued"}
 Curves = dict[str, dict[float, Seeds]]  # name, x, seed
 
 
-@dataclass(frozen=True)
-class Choice:
-    """How sigma was chosen: a plot, and for each decoder sigma, steps, distance, change and number of sets."""
+def choices(results: Sequence[Result]) -> list[Gallery]:
+    """The candidates of every run that chose sigma, against the decoder before post-training.
 
-    gallery: Gallery
-    rows: tuple[tuple[str, ...], ...]
-    best: int
-
-
-def choices(results: Sequence[Result]) -> list[Choice]:
-    """The candidates of every run that chose sigma, against the decoder before post-training."""
+    The rows of each gallery are sigma, steps, distance, change and number of sets.
+    """
     found = []
     for (group, seed), lines in _grouped(results, lambda r: (r.group, r.seed), HELD_OUT).items():
         before = [line for line in lines if line.record.get("stage") == "untouched"][:1]
@@ -44,9 +38,8 @@ def choices(results: Sequence[Result]) -> list[Choice]:
         chosen = f"σ = {rows[best][0]}" if best else "the decoder before post-training"
         note = f"Distances on validation samples, the same latents for every decoder. The lowest is that of {chosen}."
         title = joined(["Choice of σ", group, f"seed {seed}" if seed else ""])
-        found.append(
-            Choice(_gallery(title, "validation distance against σ", curves, before[0].value, note), rows, best)
-        )
+        gallery = _gallery(title, "validation distance against σ", curves, before[0].value)
+        found.append(replace(gallery, note=note, rows=rows, best=best))
     return found
 
 
@@ -90,7 +83,7 @@ def _post_trained(result: Result) -> bool:
     return result.decoder != "original" and (not math.isfinite(strength) or strength == 1)
 
 
-def _gallery(title: str, alt: str, curves: Curves, before: float, note: str = "") -> Gallery:
+def _gallery(title: str, alt: str, curves: Curves, before: float) -> Gallery:
     """A plot of means over seeds and, dashed, the decoder before post-training; its text lists the points."""
     lines, texts = [], []
     for name, points in curves.items():
@@ -101,7 +94,7 @@ def _gallery(title: str, alt: str, curves: Curves, before: float, note: str = ""
         texts.append(of + joined(f"{decimal(mean.value)} at {x:g}" for x, mean in means.items()))
     texts += [f"before post-training {decimal(before)}"] if math.isfinite(before) else []
     picture = Picture(plot(lines, before), f"{alt}: {'; '.join(texts)}")
-    return Gallery(title, (picture,), note, tuple(curves) if len(curves) > 1 else ())
+    return Gallery(title, (picture,), legend=tuple(curves) if len(curves) > 1 else ())
 
 
 def _number(result: Result, key: str) -> float:
