@@ -574,6 +574,13 @@ def test_settings_that_vary_make_rows_of_their_own(tmp_path):
     assert [row.settings for row in arrange(collect(tmp_path).results).rows] == [(("steps", "10"),), (("steps", "20"),)]
 
 
+def test_stages_are_in_the_order_of_training(tmp_path):
+    for name in ("a/control", "a/generator", "a/post", "a/tokenizer", "a/seed-10/post", "a/seed-2/post"):
+        write_lines(tmp_path / name / "log.jsonl", [{"step": 0, "total": 1.0}])
+    names = [run.name for run in collect(tmp_path).runs]
+    assert names == [f"a/{n}" for n in ("tokenizer", "generator", "post", "seed-2/post", "seed-10/post", "control")]
+
+
 def test_resumed_log_keeps_the_later_line(tmp_path):
     write_lines(
         tmp_path / "log.jsonl", [{"step": s, "total": v} for s, v in ((0, 3), (10, 2), (20, 9), (10, 2), (20, 1))]
@@ -669,26 +676,33 @@ def test_report_imports_no_torch():
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
+def browse(page, folder, *flags):
+    """Open a page in a headless browser with a new profile; its standard output and its console's lines."""
+    quiet = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --hide-scrollbars"
+    quiet += " --disable-component-update --disable-sync --enable-logging=stderr"
+    command = [CHROMIUM, *quiet.split(), f"--user-data-dir={folder / 'profile'}", *flags, page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout, [text for text in done.stderr.splitlines() if "CONSOLE" in text]
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="found no chromium, chromium-browser or google-chrome")
 @pytest.mark.parametrize("size", [(1280, 800), (390, 844)])
 def test_first_screen_shows_numbers_and_images_in_a_browser(tmp_path, size):
-    folder = tmp_path / "run"
+    folder, file = tmp_path / "run", tmp_path / "screen.png"
     write_lines(folder / "metrics.jsonl", study())
+    write_lines(folder / "log.jsonl", [{"step": step, "total": 1.0 / (step + 1)} for step in range(5)])
     images = np.zeros((24, 16, 16, 3), np.uint8)
     images[..., 0] = 255
     (folder / "pictures").mkdir()
     np.savez(folder / "pictures" / "samples.npz", before=images, after=images[..., ::-1])  # red before, blue after
-    page, file = write_report(folder), tmp_path / "screen.png"
-    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --hide-scrollbars"
-    flags += " --disable-component-update --disable-sync --enable-logging=stderr"
-    paths = [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={file}", f"--window-size={size[0]},{size[1]}"]
-    done = subprocess.run(
-        [CHROMIUM, *flags.split(), *paths, page.as_uri()], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert "Content Security Policy" not in done.stderr  # neither style nor script was refused
+    page = write_report(folder)
+    _, console = browse(page, tmp_path, f"--screenshot={file}", f"--window-size={size[0]},{size[1]}")
+    assert console == []  # neither style nor script nor image was refused
     screen = np.asarray(Image.open(file).convert("RGB")).astype(int)
     red, blue = ((screen[..., a] > 250) & (screen[..., 1] < 5) & (screen[..., b] < 5) for a, b in ((0, 2), (2, 0)))
-    # Three cards on one screen, then a row of images at least, each half after and half before: style and script work.
+    # Beneath the numbers there is a row of images at least, each half before and half after.
     assert min(red.sum(), blue.sum()) > 30 * 64 * min(4, size[0] // 100)
-    top = np.argwhere(red).min(0)[0]
-    assert 200 < top < size[1] - 64
+    assert 200 < np.argwhere(red).min(0)[0] < size[1] - 64
+    if size[0] == 1280:  # the script shows the slider
+        document, _ = browse(page, tmp_path, "--dump-dom")
+        assert "<label>before" in document

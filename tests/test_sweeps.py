@@ -69,7 +69,12 @@ def test_held_out_distances_are_no_results(tmp_path):
 
 
 def test_broken_lines_are_left_out(tmp_path):
-    lines = [*SWEEP, held_out("candidate", "auto", 20, 4.0), held_out("dreamt", 0.5, 20, 4.0)]
+    lines = [
+        *SWEEP,
+        held_out("candidate", "auto", 20, 4.0),
+        held_out("dreamt", 0.5, 20, 4.0),
+        held_out([], 0.5, 20, 4.0),
+    ]
     (alt,) = figures(page_of(tmp_path, lines))
     assert "at 0.5" not in alt
     assert not figures(page_of(tmp_path, SWEEP[1:]))  # without the untouched one there is nothing to compare with

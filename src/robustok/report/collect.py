@@ -13,6 +13,8 @@ import numpy as np
 
 from robustok.types import UserError
 
+STAGES = ("classifier", "tokenizer", "generator", "pairs", "post", "control")  # in the order of training
+
 
 @dataclass(frozen=True)
 class Result:
@@ -86,7 +88,7 @@ class Report:
     notes: tuple[str, ...]
 
 
-def collect(folder: Path, title: str | None = None) -> Report:
+def collect(folder: str | Path, title: str | None = None) -> Report:
     """Read every run folder under ``folder``.
 
     Where a folder has a metrics.jsonl of its own, those beneath it are not read, since a study repeats the lines of its
@@ -120,6 +122,7 @@ def collect(folder: Path, title: str | None = None) -> Report:
             pictures += filter(None, map(files.picture, sorted((here / "pictures").glob("*.npz"))))
     if not runs:
         raise UserError(f"found no log.jsonl or metrics.jsonl under {folder}; give a run folder, or run robustok demo")
+    runs.sort(key=_stage)  # stable: seeds stay in order
     latest = _latest(results)
     if len(latest) < len(results):
         files.notes.append(f"{len(results) - len(latest)} measurements were repeated; the last one of each counts.")
@@ -210,6 +213,12 @@ def _run(files: _Files, path: Path) -> Run:
     progress = sorted((path / "samples").glob("*.png"), key=lambda file: natural(file.stem))
     log, config = tuple(steps[step] for step in sorted(steps)), files.text(path / "config.yaml")
     return Run(name, group, seed[1] if seed else "", config, log, tuple(filter(files.inside, progress)))
+
+
+def _stage(run: Run) -> tuple[str, int]:
+    """A sort key: the stages of one experiment in the order of training, after the experiment itself."""
+    parent, _, name = run.group.rpartition("/")
+    return parent, next((i for i, stage in enumerate(STAGES) if name.startswith(stage)), len(STAGES) if name else -1)
 
 
 def _result(line: dict[str, Any], group: str) -> Result | None:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from robustok.report.results import LATENTS, Column, Estimate, Row
 
+NBSP = "\N{NO-BREAK SPACE}"
 LABELS = {
     **{"rfid": "rFID", "gfid": "gFID", "pfid": "pFID", "fid": "FID", "sfid": "sFID", "kid": "KID"},
     **{"pfid_geometric_mean": "pFID (geometric mean)", "noise_fd": "FID under latent noise"},
@@ -32,7 +33,7 @@ def other_features(column: Column) -> bool:
 
 def arrow(column: Column) -> str:
     """The better direction, or nothing where that is not clear."""
-    return " ↓" if column.metric in LOWER else " ↑" if column.metric in HIGHER else ""
+    return f"{NBSP}↓" if column.metric in LOWER else f"{NBSP}↑" if column.metric in HIGHER else ""
 
 
 def decoder_name(decoder: str) -> str:
@@ -42,7 +43,8 @@ def decoder_name(decoder: str) -> str:
 
 def settings(row: Row) -> str:
     """What distinguishes a row from others of the same tokenizer and decoder, for example "σ = 0.9"."""
-    return joined(f"{'σ' if key == 'sigma' else key.replace('_', ' ')} = {value}" for key, value in row.settings)
+    names = {key: "σ" if key == "sigma" else key.replace("_", " ") for key, _ in row.settings}
+    return joined(f"{names[key]}{NBSP}={NBSP}{value}" for key, value in row.settings)
 
 
 def describe(row: Row) -> str:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -181,7 +181,7 @@ def _samples(estimates: Sequence[Estimate]) -> tuple[int, ...]:
     return tuple(sorted({count for estimate in estimates for count in estimate.samples}))
 
 
-def _varying_settings(results: Sequence[Result]) -> Any:
+def _varying_settings(results: Sequence[Result]) -> Callable[[Result], tuple[tuple[str, str], ...]]:
     """A function from a result to the settings that vary among results of its tokenizer and decoder.
 
     The number of steps counts only where it varies within a seed, since each seed keeps the best of its snapshots. The

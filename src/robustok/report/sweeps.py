@@ -25,7 +25,9 @@ def choices(results: Sequence[Result]) -> list[Gallery]:
     found = []
     for (group, seed), lines in _grouped(results, lambda r: (r.group, r.seed), HELD_OUT).items():
         before = [line for line in lines if line.record.get("stage") == "untouched"][:1]
-        tried = [line for line in lines if line.record.get("stage") in STAGES and math.isfinite(_number(line, "sigma"))]
+        tried = [
+            line for line in lines if str(line.record.get("stage")) in STAGES and math.isfinite(_number(line, "sigma"))
+        ]
         if not before or not tried:
             continue
         curves: Curves = {}
