@@ -105,7 +105,7 @@ def test_usage_errors_are_one_line_and_code_2(capsys, tmp_path, monkeypatch, arg
 @pytest.fixture
 def verb_that(monkeypatch):
     """Let every verb call the given function with the configuration of ``report``."""
-    from robustok.report import ReportRun
+    from robustok.commands.report import ReportRun
 
     return lambda function: monkeypatch.setattr(cli.Verb, "load", lambda self: (function, ReportRun))
 

@@ -167,8 +167,8 @@ CLEAN = {
     "tokenizers/__init__.py": "from robustok.tokenizers.vq import VQ",
     "tokenizers/vq.py": "from robustok.errors import UserError",
     "metrics/pfid.py": "from robustok.tokenizers.perturbation import perturb",
-    "report/page.py": "from robustok.errors import UserError\nfrom robustok.report.plot import curve",
-    "report/plot.py": "",
+    "report/page.py": "from robustok.errors import UserError\nfrom robustok.report.figures import curve",
+    "report/figures.py": "",
     "data/pixels.py": "def from_pixels(pixels):\n    return pixels.float() / 127.5 - 1",
 }
 

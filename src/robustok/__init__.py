@@ -4,8 +4,6 @@ The public names are imported when they are first used, so that ``import robusto
 """
 
 import importlib
-import sys
-from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
@@ -17,6 +15,7 @@ _SOURCES = {
     "load_tokenizer": "robustok.tokenizers",
     "load_generator": "robustok.generators",
     "load_pretrained": "robustok.pretrained.load",
+    "export_weights": "robustok.pretrained.export",
     "open_images": "robustok.data.dataset",
     "to_pixels": "robustok.data.pixels",
     "from_pixels": "robustok.data.pixels",
@@ -44,8 +43,7 @@ _SOURCES = {
     "MakeDeltaRun": "robustok.commands.make_delta",
     "evaluate": "robustok.commands.evaluate",
     "EvaluateRun": "robustok.evaluation.settings",
-    "report": "robustok.report",
-    "ReportRun": "robustok.report",
+    "write_report": "robustok.report",
     "convert": "robustok.commands.convert",
     "ConvertRun": "robustok.commands.convert",
 }
@@ -64,18 +62,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-class _Package(ModuleType):
-    """``robustok.encode`` is the function, always.
-
-    Importing the submodule ``robustok.encode`` makes Python set the attribute of that name to the module, whenever that
-    happens. Here the function keeps its name; ``from robustok.encode import EncodeRun`` works as ever.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _SOURCES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -81,7 +81,7 @@ VERBS = {
         "MakeDeltaRun",
     ),
     "evaluate": Verb("measure rFID, pFID, gFID and others", "robustok.commands.evaluate", "evaluate", "EvaluateRun"),
-    "report": Verb("make one HTML page of run folders", "robustok.report", "report", "ReportRun"),
+    "report": Verb("make one HTML page of run folders", "robustok.commands.report", "report", "ReportRun"),
     "convert": Verb(
         "turn released checkpoints into ours, and back", "robustok.commands.convert", "convert", "ConvertRun"
     ),

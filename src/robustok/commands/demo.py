@@ -20,13 +20,13 @@ from robustok.commands.generate import GenerateRun, generate
 from robustok.commands.make_pairs import MakePairsRun, make_pairs
 from robustok.commands.parallel import side_by_side
 from robustok.commands.pictures import PicturesRun, draw_pictures
+from robustok.commands.report import ReportRun, report
 from robustok.commands.train_classifier import TrainClassifierRun, train_classifier
 from robustok.config import C, Config, load, read_yaml, recipe
 from robustok.console import console
 from robustok.data.sources import Data, Digits
 from robustok.evaluation.settings import EvaluateRun, Generation, Reconstruction
 from robustok.metrics.pfid import PerturbedGrid, RelativeGrid
-from robustok.report import ReportRun, report
 from robustok.training.decoder import DecoderTrainingRun, train_decoder
 from robustok.training.generator import GeneratorTrainingRun, train_generator
 from robustok.training.tokenizer import TokenizerTrainingRun, train_tokenizer

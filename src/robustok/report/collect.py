@@ -1,11 +1,10 @@
-"""Run folders to a :class:`Report`: what was logged, measured and pictured, read once, checked and arranged."""
+"""Read run folders: what was measured, logged and drawn, checked and put into dataclasses."""
 
 import json
 import math
 import os
 import re
 import zipfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,24 +13,16 @@ import numpy as np
 
 from robustok.errors import UserError
 
-SETTINGS = (
-    *("sigma", "strategy", "mode", "steps", "guidance_scale", "guidance_power", "guidance_from", "guidance_until"),
-    *("temperature", "top_k", "top_p", "sampler"),
-)
-CELLS = {"pfid_mean": "pfid"}  # a mean stands in the table under the name of its cells
+STAGES = ("classifier", "tokenizer", "generator", "pairs", "post", "control")  # in the order of training
 
 
 @dataclass(frozen=True)
 class Result:
-    """One line of metrics.jsonl.
+    """One line of metrics.jsonl; ``record`` is the line as it was written, numbers that it lacks are NaN.
 
     Attributes:
         group: folder of the file, relative to the reported one ("" if the same), without the folder of its seed.
-        metric: its name without the number of images.
-        fewer: that number as "@2000", where fewer images were judged than published values stand on; else "".
-        value: the number; NaN where the line has none.
-        standard_error: NaN where the line has none.
-        record: the whole line as it was written.
+        fewer: the number of images as "@2000" where it is smaller than for published values; else "".
     """
 
     group: str
@@ -39,25 +30,17 @@ class Result:
     fewer: str
     value: float
     standard_error: float
-    samples: int | None
-    seed: Any
+    seed: int | str | None
     extractor: str
     reference: str
     tokenizer: str
     decoder: str
-    rate: float
-    strength: float
     record: dict[str, Any]
-
-    @property
-    def is_cell(self) -> bool:
-        """Whether it is one cell of a grid over rate and strength."""
-        return self.metric == "pfid" and math.isfinite(self.rate) and math.isfinite(self.strength)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder: its configuration as text, its log and its progress pictures in order of steps."""
+    """One run folder: its configuration (YAML), its log by step and the files of its progress pictures."""
 
     name: str
     group: str
@@ -68,8 +51,8 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Grid:
-    """Pictures in rows with a title each: ``images`` (R, C, H, W, 3) uint8."""
+class ImageRows:
+    """Images in rows with a title each: ``images`` (R, C, H, W, 3) uint8."""
 
     title: str
     row_titles: tuple[str, ...]
@@ -77,20 +60,17 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """The same generated latents through two or three decoders.
+class BeforeAfter:
+    """The same latents by two or three decoders.
 
     Attributes:
-        before, after, control: pictures (N, H, W, 3) uint8; ``control`` may be None.
-        labels: N words.
+        decoded: images (N, H, W, 3) uint8 by "before", "after" and perhaps "control".
         score_before, score_after: (N,) float, lower is better; NaN where unknown.
     """
 
     title: str
     score_name: str
-    before: np.ndarray
-    after: np.ndarray
-    control: np.ndarray | None
+    decoded: dict[str, np.ndarray]
     labels: tuple[str, ...]
     score_before: np.ndarray
     score_after: np.ndarray
@@ -98,21 +78,21 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Report:
-    """All that the page shows. ``notes`` says what could not be read."""
+    """All that the page shows. ``notes`` lists what could not be read."""
 
     title: str
     runs: tuple[Run, ...]
     results: tuple[Result, ...]
-    grids: tuple[Grid, ...]
-    comparisons: tuple[Comparison, ...]
+    rows: tuple[ImageRows, ...]
+    pairs: tuple[BeforeAfter, ...]
     notes: tuple[str, ...]
 
 
-def collect(folder: Path, title: str | None = None) -> Report:
+def collect(folder: str | Path, title: str | None = None) -> Report:
     """Read every run folder under ``folder``.
 
-    A folder's own metrics.jsonl stands for the whole tree beneath it, and so does its own ``pictures`` folder:
-    numbers that a stage wrote and the study repeats count once.
+    Where a folder has a metrics.jsonl of its own, those beneath it are not read, since a study repeats the lines of its
+    stages; the same holds for the folder ``pictures``. Files that a link moves outside ``folder`` are not read.
 
     Raises:
         UserError: the folder is missing or holds no run.
@@ -120,52 +100,87 @@ def collect(folder: Path, title: str | None = None) -> Report:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"found no folder {folder}; give the path of a run folder such as runs/demo")
-    notes: list[str] = []
-    runs, results, grids, comparisons = [], [], [], []
-    measured: list[Path] = []  # folders whose own metrics.jsonl speaks for those beneath
-    pictured: list[Path] = []
-    for path in _run_folders(folder):
-        name = path.relative_to(folder).as_posix().removeprefix(".")
-        runs.append(_read_run(path, name, notes))
-        if (path / "metrics.jsonl").is_file() and not _beneath(path, measured):
-            measured.append(path)
-            lines = read_lines(path / "metrics.jsonl", _inside(name, "metrics.jsonl"), notes)
-            results += [r for r in (_result(line, _group(name), name, notes) for line in lines) if r]
-        if (path / "pictures").is_dir() and not _beneath(path, pictured):
-            pictured.append(path)
-            for file in sorted((path / "pictures").glob("*.npz")):
-                picture = _read_picture(file, _inside(name, f"pictures/{file.name}"), notes)
-                (grids if isinstance(picture, Grid) else comparisons).extend([picture] if picture else [])
-    runs.sort(key=lambda run: _stage(run.group))  # stable: seeds stay in order
-    if not runs:
-        raise UserError(
-            f"found no log.jsonl or metrics.jsonl under {folder}; give a run folder, or make one: robustok demo"
-        )
-    if title is None:
-        title = folder.resolve().name
-    return Report(title, tuple(runs), _latest(results, notes), tuple(grids), tuple(comparisons), tuple(notes))
-
-
-def read_lines(path: Path, name: str, notes: list[str]) -> list[dict[str, Any]]:
-    """JSON objects of a file, one a line. A line that is none (a run may be writing it) is skipped and noted."""
-    lines, broken = [], []
-    for index, text in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
-        if not text.strip():
+    files = _Files(folder)
+    runs, results, pictures = [], [], []
+    owners: dict[str, list[Path]] = {"metrics.jsonl": [], "pictures": []}
+    for path, folders, names in os.walk(folder):  # parents before children
+        folders[:] = sorted((f for f in folders if f not in ("state", "snapshot") and f[0] != "."), key=natural)
+        if not {"log.jsonl", "metrics.jsonl"}.intersection(names):
             continue
+        here = Path(path)
+        own = [name for name, above in owners.items() if (here / name).exists() and not {*above} & {*here.parents}]
+        for name in own:
+            owners[name].append(here)
+        run = _run(files, here)
+        runs.append(run)
+        if "metrics.jsonl" in own:
+            found = [_result(line, run.group) for line in files.lines(here / "metrics.jsonl")]
+            results += filter(None, found)
+            if None in found:
+                files.note(here / "metrics.jsonl", f"{found.count(None)} lines without the name of a metric; skipped.")
+        if "pictures" in own:
+            pictures += filter(None, map(files.picture, sorted((here / "pictures").glob("*.npz"))))
+    if not runs:
+        raise UserError(f"found no log.jsonl or metrics.jsonl under {folder}; give a run folder, or run robustok demo")
+    runs.sort(key=_stage)  # stable: seeds stay in order
+    latest = _latest(results)
+    if len(latest) < len(results):
+        files.notes.append(f"{len(results) - len(latest)} measurements were repeated; the last one of each counts.")
+    rows, pairs = (tuple(p for p in pictures if isinstance(p, kind)) for kind in (ImageRows, BeforeAfter))
+    title = folder.resolve().name if title is None else title
+    return Report(title, tuple(runs), latest, rows, pairs, tuple(files.notes))
+
+
+class _Files:
+    """The files of the reported folder, and notes on those that could not be read."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.real_root, self.notes = root, root.resolve(), []
+
+    def note(self, path: Path, text: str) -> None:
+        self.notes.append(f"{path.relative_to(self.root).as_posix()}: {text}")
+
+    def inside(self, path: Path) -> bool:
+        """Whether this is a file of the folder, and no link to somewhere else, which a shared page must not show."""
+        if path.is_file() and not path.resolve().is_relative_to(self.real_root):
+            self.note(path, "is a link to a file outside the folder; skipped.")
+            return False
+        return path.is_file()
+
+    def text(self, path: Path) -> str:
+        """Its text; "" where there is no such file."""
         try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            line = None
-        if isinstance(line, dict):
-            lines.append(line)
-        else:
-            broken.append(index)
-    if broken:
-        which = (
-            f"line {broken[0]} is" if len(broken) == 1 else f"{len(broken)} lines (the first is line {broken[0]}) are"
-        )
-        notes.append(f"{name}: {which} not a JSON object; skipped.")
-    return lines
+            return path.read_text(encoding="utf-8", errors="replace") if self.inside(path) else ""
+        except OSError as error:
+            self.note(path, f"{error.strerror}; skipped.")
+            return ""
+
+    def lines(self, path: Path) -> list[dict[str, Any]]:
+        """JSON objects, one a line. Other lines (a run may be writing the last one) are skipped and noted."""
+        lines, broken = [], []
+        for index, text in enumerate(self.text(path).split("\n"), start=1):
+            try:
+                line = json.loads(text) if text.strip() else {}
+            except (ValueError, RecursionError):
+                line = None
+            if not isinstance(line, dict):
+                broken.append(index)
+            elif line:
+                lines.append(line)
+        if broken:
+            self.note(path, f"not a JSON object in {len(broken)} lines (the first is line {broken[0]}); skipped.")
+        return lines
+
+    def picture(self, path: Path) -> ImageRows | BeforeAfter | None:
+        """The images of an .npz file; None, with a note, where they are not as they should be."""
+        try:
+            if not self.inside(path):
+                return None
+            with np.load(path, allow_pickle=False) as file:
+                return _picture({key: file[key] for key in file.files}, path.stem)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+            self.note(path, f"{' '.join(str(error).split()) or 'not readable'}; skipped.")
+            return None
 
 
 def number(value: Any) -> float:
@@ -179,140 +194,90 @@ def number(value: Any) -> float:
     return value if math.isfinite(value) else math.nan
 
 
-def _run_folders(folder: Path) -> list[Path]:
-    """Folders that hold a log or metrics, parents before children; ``state`` and ``snapshot`` are not searched."""
-    found = []
-    for path, folders, files in os.walk(folder):
-        folders[:] = sorted((f for f in folders if f not in ("state", "snapshot") and f[0] != "."), key=natural)
-        if "log.jsonl" in files or "metrics.jsonl" in files:
-            found.append(Path(path))
-    return found
+def natural(text: str) -> list[tuple[int, str]]:
+    """A sort key that puts seed-2 before seed-10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text)]
 
 
-def _read_run(path: Path, name: str, notes: list[str]) -> Run:
-    log = read_lines(path / "log.jsonl", _inside(name, "log.jsonl"), notes) if (path / "log.jsonl").is_file() else []
-    # A step may have several lines, such as losses and a held-out value. A resumed run logs some steps twice: then the
-    # later line counts, which is the one that its weights went through.
+def _run(files: _Files, path: Path) -> Run:
+    # A step may have several lines, such as losses and a validation score. A resumed run logs some steps twice; the
+    # later line holds the values of the weights that were kept.
     steps: dict[float, dict[str, Any]] = {}
-    for line in log:
+    for line in files.lines(path / "log.jsonl"):
         if math.isfinite(number(line.get("step"))):
             steps.setdefault(line["step"], {}).update(line)
-    config = path / "config.yaml"
-    text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
+    name = path.relative_to(files.root).as_posix().removeprefix(".")
+    # Without the folder of its seed, so that the seeds of one experiment come together.
+    group = "/".join(part for part in name.split("/") if not re.fullmatch(r"seed-\d+", part))
     seed = re.search(r"(?:^|/)seed-(\d+)(?:/|$)", name)
     progress = sorted((path / "samples").glob("*.png"), key=lambda file: natural(file.stem))
-    ordered = tuple(steps[step] for step in sorted(steps))
-    return Run(name, _group(name), seed[1] if seed else "", text, ordered, tuple(progress))
+    log, config = tuple(steps[step] for step in sorted(steps)), files.text(path / "config.yaml")
+    return Run(name, group, seed[1] if seed else "", config, log, tuple(filter(files.inside, progress)))
 
 
-def _result(line: dict[str, Any], group: str, name: str, notes: list[str]) -> Result | None:
+def _stage(run: Run) -> tuple[str, int]:
+    """A sort key: the stages of one experiment in the order of training, after the experiment itself."""
+    parent, _, name = run.group.rpartition("/")
+    return parent, next((i for i, stage in enumerate(STAGES) if name.startswith(stage)), len(STAGES) if name else -1)
+
+
+def _result(line: dict[str, Any], group: str) -> Result | None:
+    """None where the line does not name its metric."""
     if not isinstance(line.get("metric"), str):
-        notes.append(f"{_inside(name, 'metrics.jsonl')}: a line without the name of its metric was skipped.")
         return None
-    text = {key: "" if line.get(key) is None else str(line[key]) for key in ("extractor", "reference", "tokenizer")}
-    samples = number(line.get("samples"))
+    if "delta_strength" in line:  # its name in 0.1.0
+        line = line | {"delta_scale": line["delta_strength"]}
+    seed = line.get("seed")
     metric, at, count = line["metric"].partition("@")
+    text = {key: "" if line.get(key) is None else str(line[key]) for key in ("extractor", "reference", "tokenizer")}
     return Result(
         group=group,
-        metric=CELLS.get(metric, metric),
+        metric="pfid" if metric == "pfid_mean" else metric,  # the mean has the name of the cells of its grid
         fewer=at + count,
         value=number(line.get("value")),
         standard_error=number(line.get("standard_error")),
-        samples=int(samples) if math.isfinite(samples) else None,
-        seed=line.get("seed") if isinstance(line.get("seed"), int | str) else None,
+        seed=seed if isinstance(seed, int | str) else None,
         decoder=str(line.get("decoder") or line.get("images") or "original"),
-        rate=number(line.get("rate")),
-        strength=number(line.get("strength")),
         record=line,
         **text,
     )
 
 
-def _latest(results: list[Result], notes: list[str]) -> tuple[Result, ...]:
-    """Keep the last of the lines that differ in nothing but their numbers: a measurement that was repeated."""
+def _latest(results: list[Result]) -> tuple[Result, ...]:
+    """Of lines that differ in their numbers only, the last one: a measurement that was repeated."""
     latest = {}
     for result in results:
         numbers = ("value", "standard_error", "baseline", "versions", "seconds")
         same = {key: value for key, value in result.record.items() if key not in numbers}
         latest[result.group, json.dumps(same, sort_keys=True)] = result
-    if len(latest) < len(results):
-        notes.append(f"{len(results) - len(latest)} measurements were made again later; the last one of each counts.")
     return tuple(latest.values())
 
 
-def _read_picture(path: Path, name: str, notes: list[str]) -> Grid | Comparison | None:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-        return _picture(arrays, path.stem)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
-        notes.append(f"{name}: {' '.join(str(error).split()) or 'not readable'}; skipped.")
-        return None
-
-
-def _picture(arrays: dict[str, np.ndarray], stem: str) -> Grid | Comparison:
-    """Check the arrays of one file; a ValueError says what is wrong."""
-    title = str(arrays["title"]) if "title" in arrays else stem.replace("_", " ").replace("-", " ")
+def _picture(arrays: dict[str, np.ndarray], stem: str) -> ImageRows | BeforeAfter:
+    """Check the arrays of one file; a ValueError describes what is wrong."""
+    seed = re.match(r"seed-(\d+)-", stem)
+    title = str(arrays.get("title", stem.replace("_", " ").replace("-", " "))) + (f", seed {seed[1]}" if seed else "")
     if "images" in arrays:
-        images = _pixels(arrays, "images", 5)
+        images = _pixels(arrays["images"], 5)
         titles = arrays.get("row_titles", np.full(len(images), ""))
         if titles.shape != (len(images),):
             raise ValueError(f"row_titles has shape {titles.shape}, expected ({len(images)},)")
-        return Grid(title, tuple(map(str, titles)), images)
+        return ImageRows(title, tuple(map(str, titles)), images)
     if not {"before", "after"} <= arrays.keys():
         raise ValueError(f"found the arrays {sorted(arrays)}, expected images, or before and after")
-    before, after = _pixels(arrays, "before", 4), _pixels(arrays, "after", 4)
-    control = _pixels(arrays, "control", 4) if "control" in arrays else None
-    if before.shape != after.shape or (control is not None and control.shape != before.shape):
+    decoded = {key: _pixels(arrays[key], 4) for key in ("before", "after", "control") if key in arrays}
+    shape = decoded["before"].shape
+    if any(images.shape != shape for images in decoded.values()):
         raise ValueError("before, after and control differ in shape")
-    count = len(before)
-    labels = arrays.get("labels", np.full(count, ""))
-    scores = [np.asarray(arrays.get(key, np.full(count, np.nan)), float) for key in ("score_before", "score_after")]
-    if any(array.shape != (count,) for array in (labels, *scores)):
-        raise ValueError(f"labels and scores must have the shape ({count},), one for each picture")
-    return Comparison(
-        title,
-        str(arrays.get("score_name", "score")),
-        before,
-        after,
-        control,
-        tuple(map(str, labels)),
-        scores[0],
-        scores[1],
-    )
+    labels = arrays.get("labels", np.full(shape[0], ""))
+    scores = [np.asarray(arrays.get(f"score_{key}", np.full(shape[0], np.nan)), float) for key in ("before", "after")]
+    if any(array.shape != shape[:1] for array in (labels, *scores)):
+        raise ValueError(f"labels and scores must have the shape ({shape[0]},), one for each image")
+    return BeforeAfter(title, str(arrays.get("score_name", "score")), decoded, tuple(map(str, labels)), *scores)
 
 
-def _pixels(arrays: dict[str, np.ndarray], key: str, dims: int) -> np.ndarray:
-    array = arrays[key]
+def _pixels(array: np.ndarray, dims: int) -> np.ndarray:
     if array.dtype != np.uint8 or array.ndim != dims or array.shape[-1] != 3 or array.size == 0:
-        raise ValueError(
-            f"{key} is {array.dtype} of shape {array.shape}, expected uint8 ({'R, C, ' * (dims == 5)}H, W, 3)"
-        )
+        shape = "(R, C, H, W, 3)" if dims == 5 else "(N, H, W, 3)"
+        raise ValueError(f"found {array.dtype} of shape {array.shape}, expected uint8 {shape}")
     return array
-
-
-def _beneath(path: Path, folders: Sequence[Path]) -> bool:
-    return any(folder in path.parents for folder in folders)
-
-
-def _inside(name: str, file: str) -> str:
-    return f"{name}/{file}" if name else file
-
-
-def _group(name: str) -> str:
-    """A run's name without the folder of its seed, so that seeds of one experiment come together."""
-    return "/".join(part for part in name.split("/") if not re.fullmatch(r"seed-\d+", part))
-
-
-def _stage(group: str) -> tuple[str, int]:
-    """A sort key that puts the stages of one experiment in the order of the story."""
-    parent, _, stage = group.rpartition("/")
-    story = ("classifier", "tokenizer-plain", "tokenizer", "generator-plain", "generator", "pairs", "post", "control")
-    if not stage:
-        return parent, -1
-    return parent, next((index for index, word in enumerate(story) if stage.startswith(word)), len(story))
-
-
-def natural(text: str) -> list[tuple[int, str]]:
-    """A sort key that puts seed-2 before seed-10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
