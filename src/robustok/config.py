@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Tag, ValidationError
 
 from robustok.errors import UserError
+from robustok.files import one_line, write_file
 
 
 class Config(BaseModel):
@@ -74,9 +75,13 @@ def validate(model: type[C], settings: dict[str, Any], source: str = "the settin
         raise UserError(_explain(model, error, source)) from None
 
 
-def save(config: Config, path: Path) -> None:
-    """Write the whole configuration as YAML; that file alone repeats the run."""
-    path.write_text(yaml.safe_dump(plain(config), sort_keys=False))
+def save(config: Config, path: str | Path) -> None:
+    """Write the whole configuration as YAML; that file alone repeats the run.
+
+    Raises:
+        UserError: the disk is full, or the file cannot be written.
+    """
+    write_file(path, yaml.safe_dump(plain(config), sort_keys=False))
 
 
 def plain(config: Config) -> dict[str, Any]:
@@ -161,7 +166,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise UserError(f"cannot read the configuration {path}: {reason}; give the path of a YAML file") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is not valid YAML: {one_line(error)}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):

@@ -15,7 +15,7 @@ from torch import Tensor
 from robustok.config import Config, differences, plain, read_yaml, save, validate
 from robustok.console import console
 from robustok.errors import UserError
-from robustok.files import append_line, atomic_folder
+from robustok.files import append_line, atomic_folder, write_file
 from robustok.snapshots import read_weights
 
 
@@ -81,16 +81,7 @@ class RunFolder:
         file = self.path / "config.yaml"
         if not self.main or file.exists():
             return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_suffix(".tmp")
-            save(self.run, temporary)
-            temporary.replace(file)
-        except OSError as error:
-            raise UserError(
-                f"cannot write the run folder {self.path}: {error.strerror}; "
-                "free some space or choose another out=FOLDER"
-            ) from None
+        save(self.run, file)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line to log.jsonl."""
@@ -147,9 +138,7 @@ class RunFolder:
                     kept.append(line)
             except (ValueError, KeyError):
                 continue  # half a line, written when the process was killed
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        temporary.replace(file)
+        write_file(file, "".join(line + "\n" for line in kept))
 
 
 def _settings(run: Config, file: Path) -> dict[str, Any]:

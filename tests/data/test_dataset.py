@@ -294,8 +294,8 @@ def test_lazy_and_held_images_are_the_same(tmp_path, monkeypatch):
     held = open_images(Folder(path=tmp_path, holdout=0), 8)
     monkeypatch.setattr("robustok.data.dataset.MEMORY_LIMIT", 0)
     lazy = open_images(Folder(path=tmp_path, holdout=0), 8)
-    assert lazy._memory is None
-    assert held._memory is not None
+    assert not lazy.in_memory
+    assert held.in_memory
     assert torch.equal(held.read(range(20)).images, lazy.read(range(20)).images)
 
 

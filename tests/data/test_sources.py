@@ -254,7 +254,7 @@ def test_a_path_is_the_data_set_that_lies_there(tmp_path):
     [
         ("nowhere", None, "does not exist"),
         ("notes.txt", "text", "is a file of another kind"),
-        ("cache/manifest.json", "{}", "holds latents, which a tokenizer has to decode"),
+        ("cache/manifest.json", "{}", "holds latents, which a tokenizer must decode"),
         ("run/config.yaml", "{}", "holds a model or a run"),
     ],
 )
