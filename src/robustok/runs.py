@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from robustok.config import Config, differences, plain, read_yaml, save, validate
+from robustok.config import Config, differences, plain, read_settings, save, validate
 from robustok.console import console
 from robustok.errors import UserError
 from robustok.files import append_line, atomic_folder, write_file
@@ -143,7 +143,7 @@ class RunFolder:
 
 def _settings(run: Config, file: Path) -> dict[str, Any]:
     """The settings in a run's config.yaml; those that were not known when it was written have their defaults."""
-    settings = read_yaml(file)
+    settings = read_settings(type(run), file)
     try:
         return plain(validate(type(run), settings))
     except UserError:  # of another verb, perhaps: the keys that differ say so

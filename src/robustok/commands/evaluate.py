@@ -4,7 +4,6 @@ from pathlib import Path
 
 from robustok.commands.generate import GenerateRun, generate
 from robustok.devices import start_accelerator
-from robustok.errors import UserError
 from robustok.evaluation.comparison import COMPARED
 from robustok.evaluation.evaluator import Evaluator
 from robustok.evaluation.reconstructions import reconstructions
