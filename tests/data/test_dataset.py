@@ -14,30 +14,7 @@ from robustok.data.order import batch_indices, batch_seeds
 from robustok.data.pixels import from_pixels, to_pixels
 from robustok.data.sources import Digits, Folder
 from robustok.errors import UserError
-
-
-def picture(seed=0, width=8, height=8, mode="RGB"):
-    """A smooth random picture: noise enlarged, so that resizing is well behaved."""
-    noise = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    return Image.fromarray(noise).resize((width, height), Image.Resampling.BILINEAR).convert(mode)
-
-
-def encoded(image, form="PNG"):
-    stream = io.BytesIO()
-    image.save(stream, form)
-    return stream.getvalue()
-
-
-def save_tree(root, classes=("cat", "dog"), count=10):
-    for c, name in enumerate(classes):
-        (root / name).mkdir(parents=True)
-        for i in range(count):
-            picture(100 * c + i, 9, 7).save(root / name / f"{i:03d}.png")
-    return root
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+from tiny_images import encoded, picture, save_tree, truncate
 
 
 @pytest.fixture(scope="module")

@@ -132,6 +132,22 @@ def test_ranks_share_the_shards_and_a_killed_run_goes_on(tmp_path):
     assert np.array_equal(LatentCache(tmp_path).read(slice(None)).seeds, whole["seeds"])
 
 
+def test_pairs_of_the_first_version_are_continued(tmp_path):
+    fill(tmp_path, manifest(source={"mode": "generated"}))
+    file = tmp_path / "manifest.json"
+    assert "generated" in file.read_text()
+    create_cache(tmp_path, manifest(source={"mode": "direct"}))
+    assert LatentCache(tmp_path).manifest.source["mode"] == "direct"
+
+
+def test_paths_may_be_text(tmp_path):
+    m = manifest()
+    create_cache(str(tmp_path), m)
+    for k in missing_shards(str(tmp_path)):
+        write_shard(str(tmp_path), k, shard(m, k, records(m)))
+    assert LatentCache(str(tmp_path)).path == tmp_path
+
+
 def test_opening_an_unfinished_cache_leaves_the_writer_alone(tmp_path):
     create_cache(tmp_path, manifest())
     half = tmp_path / ".shard-00000.safetensors.tmp"

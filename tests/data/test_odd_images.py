@@ -10,7 +10,6 @@ import io
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
-from test_dataset import encoded, picture, truncate
 
 from robustok.data.crops import center_crop, to_rgb
 from robustok.data.dataset import open_images
@@ -18,6 +17,7 @@ from robustok.data.loader import batches_in_order
 from robustok.data.pixels import to_pixels
 from robustok.data.sources import Folder
 from robustok.errors import UserError
+from tiny_images import encoded, picture, truncate
 
 
 def adm(image, size):

@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_dataset import encoded, picture, save_tree, truncate
 
 from robustok.config import Config, validate
 from robustok.data.dataset import open_images
@@ -16,6 +15,7 @@ from robustok.data.loader import batches_in_order
 from robustok.data.pixels import to_pixels
 from robustok.data.sources import Cifar10, Data, Digits, Folder, Npz, Parquet, data_at
 from robustok.errors import UserError
+from tiny_images import encoded, picture, save_tree, truncate
 
 
 def save_parquet(path, count=12, labels=None, names=("cat", "dog"), column="img", row_group_size=5):

@@ -334,8 +334,10 @@ def _read_manifest(path: str | Path) -> Manifest:
         )
     try:
         record = json.loads(file.read_text())
+        if record.get("source", {}).get("mode") == "generated":  # how version 0.1.0 called "direct"
+            record["source"]["mode"] = "direct"
         return Manifest(**(record | {"latent_shape": tuple(record["latent_shape"])}))
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         known = ", ".join(f.name for f in fields(Manifest))
         raise UserError(
             f"{file} is no manifest ({error}); expected a JSON object with {known}; remove the cache"
