@@ -4,6 +4,7 @@ import pickle
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from torch import nn
 
 from robustok import files, snapshots
@@ -44,6 +45,28 @@ def test_round_trip(tmp_path):
     card = (tmp_path / "a" / "README.md").read_text()
     assert "robustok.load_tokenizer" in card
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "robustok"
+
+
+@pytest.mark.parametrize(
+    ("licence", "named"),
+    [
+        ("MIT", "mit"),
+        ("CC-BY-NC-4.0, that of DiT's code and weights", "cc-by-nc-4.0"),
+        ("Apache-2.0 for the weights of RAR; those of RobusTok were released without a licence", "other"),
+        ("none: the weights were released without a licence", "other"),
+        (None, None),
+    ],
+)
+def test_the_card_has_the_licence_and_the_origin_for_the_hub(tmp_path, licence, named):
+    more = {"licence": licence} if licence else {}
+    write(tmp_path / "a", **more, source={"file": "hf://org/repo@v1/a/b.pt", "part": "ema", "family": "vq"})
+    card = (tmp_path / "a" / "README.md").read_text()
+    data = yaml.safe_load(card.split("---")[1])
+    assert (data.get("license"), data["base_model"], data["tags"]) == (named, "org/repo", ["image-tokenizer"])
+    assert ("## Licence" in card) == (licence is not None)
+    assert ModelCard(card).data.license == named
+    write(tmp_path / "b", source={"file": "theirs.pt", "part": "ema", "family": "vq"})
+    assert "base_model" not in (tmp_path / "b" / "README.md").read_text()
 
 
 def test_an_exception_leaves_the_old_one(tmp_path):

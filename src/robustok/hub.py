@@ -18,6 +18,15 @@ def is_remote(path: str | Path) -> bool:
     return re.match(r"hf:/", str(path)) is not None
 
 
+def repository_of(address: str | Path) -> str:
+    """``ORG/REPO`` of an address on the Hub.
+
+    Raises:
+        UserError: not such an address.
+    """
+    return _parse(address)[0]
+
+
 def download(address: str | Path) -> Path:
     """Fetch ``hf://ORG/REPO/FILE`` or ``hf://ORG/REPO@REVISION/FILE`` into the cache of huggingface_hub.
 
