@@ -104,6 +104,7 @@ class RobusTok(nn.Module):
 
     kind = "discrete"
     image_range = (-1.0, 1.0)
+    latent_space: str | None = None
     licence = "none: the weights were released without a licence"
 
     def __init__(self, config: RobusTokConfig, pretrained: bool = False) -> None:
