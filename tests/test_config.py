@@ -29,7 +29,7 @@ class Circle(Config):
 
 class Box(Config):
     name: Literal["box"] = "box"
-    path: Path = Field(description="where it stands")
+    path: Path = Field(description="path of the file")
     colour: str = Field("red", description="of the line")
 
 
@@ -91,7 +91,7 @@ def test_what_is_saved_repeats_the_run(tmp_path):
         (["steps=0"], ["steps = 0", "greater than or equal to 1"]),
         (["steps=3"], ["steps 3 are odd; choose an even number"]),
         (["shape.name=star"], ["shape", "'star'", "'circle'", "'box'"]),
-        (["shape.name=box"], ["'shape.path' is missing", "where it stands"]),
+        (["shape.name=box"], ["'shape.path' is missing", "path of the file"]),
         (["shape.path=x"], ["'shape.path' belongs to another variant", "shape.name=box"]),
         (["shape.radius=-1"], ["shape.radius = -1", "greater than 0"]),
         (["betas=[1]"], ["betas"]),
@@ -115,13 +115,13 @@ def test_a_missing_key_is_named():
 
 def test_a_variant_without_default_has_to_be_named():
     class Needs(Config):
-        place: Annotated[Circle | Box, Field(discriminator="name")] = Field(description="which one")
+        shape: Annotated[Circle | Box, Field(discriminator="name")] = Field(description="which one")
 
-    with pytest.raises(UserError, match=r"'place.name' is missing; which one: one of box, circle$"):
-        load(Needs, None, ["place.colour=blue"])
-    with pytest.raises(UserError, match="'place' is missing; which one"):
+    with pytest.raises(UserError, match=r"'shape.name' is missing; which one: one of box, circle$"):
+        load(Needs, None, ["shape.colour=blue"])
+    with pytest.raises(UserError, match="'shape' is missing; which one"):
         load(Needs)
-    assert load(Needs, None, ["place.name=box", "place.path=p"]).place == Box(path="p")
+    assert load(Needs, None, ["shape.name=box", "shape.path=p"]).shape == Box(path="p")
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_settings_list_every_key_with_its_default_and_description():
         ("shape.name", "circle", "one of box, circle", ()),
         ("shape.radius", "1.0", "in metres", ("circle",)),
         ("shape.colour", "red", "of the line", ()),
-        ("shape.path", None, "where it stands", ("box",)),
+        ("shape.path", None, "path of the file", ("box",)),
     ]
 
 
@@ -277,5 +277,5 @@ def test_new_and_unrelated_settings_are_left_alone(tmp_path, recwarn):
 
 
 def test_every_renamed_setting_exists_in_a_command():
-    known = {s.key for verb in VERBS for s in list_settings(VERBS[verb].load()[1])}
+    known = {s.key for command in VERBS for s in list_settings(VERBS[command].load()[1])}
     assert set(RENAMED_KEYS.values()) | {key for key, _ in RENAMED_VALUES} <= known

@@ -86,21 +86,21 @@ def test_an_exception_leaves_the_old_one(tmp_path):
     assert torch.equal(read_snapshot(tmp_path / "a", "tokenizer").weights["bias"], weights(2)["bias"])
 
 
-@pytest.mark.parametrize("place", ["save_file", "replace_folder"])
-def test_a_full_disk_leaves_the_old_one(tmp_path, monkeypatch, place):
+@pytest.mark.parametrize("function", ["save_file", "replace_folder"])
+def test_a_full_disk_leaves_the_old_one(tmp_path, monkeypatch, function):
     write(tmp_path / "a", seed=1)
 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(snapshots if place == "save_file" else files, place, full)
+    monkeypatch.setattr(snapshots if function == "save_file" else files, function, full)
     with pytest.raises(UserError, match=r"cannot write .*No space left on device; free some space"):
         write(tmp_path / "a", seed=2)
     assert names(tmp_path) == ["a"]
     assert torch.equal(read_snapshot(tmp_path / "a", "tokenizer").weights["bias"], weights(1)["bias"])
 
 
-def test_what_a_killed_process_left_is_no_snapshot(tmp_path):
+def test_a_half_written_folder_is_no_snapshot(tmp_path):
     write(tmp_path / "run" / "snapshot" / "00000010")
     half = tmp_path / "run" / "snapshot" / ".00000020.tmp"
     half.mkdir()
@@ -173,7 +173,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
         load_tokenizer(tmp_path / "b")
 
 
-def test_the_digest_sees_names_shapes_types_and_values():
+def test_the_digest_depends_on_names_shapes_types_and_values():
     base = {"a": torch.zeros(2, 3), "b": torch.ones(())}
     others = [
         {"c": torch.zeros(2, 3), "b": torch.ones(())},

@@ -197,11 +197,11 @@ def flatten_config(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield key, list(value) if isinstance(value, tuple) else value
 
 
-def settle(facts: dict[str, Any], config: dict[str, Any], names: dict[str, str], **defaults: Any) -> dict[str, Any]:
+def settle(found: dict[str, Any], config: dict[str, Any], names: dict[str, str], **defaults: Any) -> dict[str, Any]:
     """A model's settings under our names: from the weights, else from the configuration, else from the defaults.
 
     Args:
-        facts: settings read from the weights.
+        found: settings read from the weights.
         config: a flat configuration, under the authors' names or ours; other keys are ignored.
         names: the authors' names to ours.
         defaults: by our names.
@@ -214,12 +214,12 @@ def settle(facts: dict[str, Any], config: dict[str, Any], names: dict[str, str],
     for key, value in config.items():
         if key in known:
             own = known[key]
-            if own in facts and facts[own] != value:
-                raise UserError(f"config gives {key} = {value!r}, the weights have {facts[own]!r}; correct one of them")
+            if own in found and found[own] != value:
+                raise UserError(f"config gives {key} = {value!r}, the weights have {found[own]!r}; correct one of them")
             settled[own] = value
         elif near := difflib.get_close_matches(key, known, n=1, cutoff=0.85):
             raise UserError(f"config: unknown key {key!r}; did you mean {near[0]!r}?")
-    return settled | facts
+    return settled | found
 
 
 def shape_of(weights: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Arrays of images on disk: read image by image, written batch by batch, and what is said of files that are no such."""
+"""Arrays of images on disk: read image by image, written batch by batch, and errors for other files."""
 
 import pickle
 import tracemalloc
@@ -73,7 +73,7 @@ def test_a_data_set_of_them(tmp_path, monkeypatch, name, workers):
     assert f"{name} train, as they are, 8x8, 12 images" in dataset.describe()
 
 
-def test_the_same_pixels_are_the_same_data_whatever_the_file(tmp_path):
+def test_the_same_pixels_are_the_same_data_in_every_file_format(tmp_path):
     prints = set()
     for name, write in WRITERS.items():
         write(tmp_path / name, images())
@@ -149,7 +149,7 @@ def test_writing_holds_one_batch_and_shows_only_whole_files(tmp_path):
     assert (tmp_path / "again.npz").read_bytes() == content
 
 
-# What is no array of images
+# Files that are no arrays of images
 
 
 def npz(**arrays):

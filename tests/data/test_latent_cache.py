@@ -22,10 +22,10 @@ from robustok.errors import UserError
 
 
 def manifest(**changes):
-    facts = dict(
+    defaults = dict(
         kind="discrete", latent_shape=(6, 3), codebook_size=50, classes=4, count=23, shard_size=5, tokenizer="t1"
     )
-    return Manifest(**(facts | {"source": {"sigma": 0.7, "seeds": [1, 2]}} | changes))
+    return Manifest(**(defaults | {"source": {"sigma": 0.7, "seeds": [1, 2]}} | changes))
 
 
 def records(m, seed=0):
@@ -65,7 +65,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_written_is_read(tmp_path, kind):
+def test_written_records_are_read(tmp_path, kind):
     m = manifest(**KINDS[kind])
     whole = fill(tmp_path / "cache", m)
     cache = LatentCache(tmp_path / "cache")
@@ -315,7 +315,7 @@ def test_training_order_is_a_function_of_seed_and_step(tmp_path):
 
 
 def private_memory():
-    """Bytes that only this process holds: what is mapped from files is not among them."""
+    """Bytes that only this process holds, without files mapped into memory."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
@@ -332,7 +332,7 @@ def test_training_streams_a_cache_larger_than_its_memory(tmp_path):
         write_shard(tmp_path, k, {"latents": tokens ^ k, "labels": zeros, "indices": numbers, "seeds": zeros})
     assert sum(file.stat().st_size for file in tmp_path.glob("shard*")) > 5 * budget
     fill(tmp_path / "small", manifest())
-    next(training_latents(LatentCache(tmp_path / "small"), 8, 0, 0, 1))  # what libraries allocate once
+    next(training_latents(LatentCache(tmp_path / "small"), 8, 0, 0, 1))  # libraries allocate some memory once
     before, peak, total = private_memory(), 0, 0
     for step, batch in enumerate(training_latents(LatentCache(tmp_path), 256, 0, 0, m.count // 256)):
         total += batch.indices.sum().item()
