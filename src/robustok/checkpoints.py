@@ -118,8 +118,9 @@ def _metadata_beside(path: Path) -> tuple[list[str] | None, dict[str, Any] | Non
     return _of_type(content.get("state_dict_keys"), list), _of_type(content.get("config", content), dict)
 
 
-def file_beside(path: Path) -> Path | None:
+def file_beside(path: str | Path) -> Path | None:
     """The JSON file beside weights on disk with the model's configuration, if there is one."""
+    path = Path(path)
     names = [path.with_suffix(".json"), *([path.with_name("config.json")] if path.stem in HUB_STEMS else [])]
     return next((name for name in names if name.is_file()), None)
 

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from robustok.errors import UserError
 from robustok.files import one_line, write_file
 
-# Settings of files that an older version wrote: a key is renamed if the configuration has the new one and not the old.
+# Dotted settings in files of older versions. A key is renamed in a configuration that has the new key and not the old.
 RENAMED_KEYS = {"preservation": "sigma"}
 RENAMED_VALUES = {
     ("mixture.mode", "generated"): "direct",
@@ -183,39 +183,35 @@ def read_settings(model: type[Config], file: str | Path, command: str | None = N
             raise UserError(f"{file} holds settings for {', '.join(presets)}, not for {command}; leave it out")
         settings = presets[command] or {}
     known, notes = dict(_keys(model)), []
-    for old, new in RENAMED_KEYS.items():
-        group, last = _group(settings, old)
-        if last in group and old not in known and new in known:
+    for key, group, last in list(_items(settings)):
+        new, value = RENAMED_KEYS.get(key), group[last]
+        if new in known and key not in known:
             _set(settings, new.split("."), group.pop(last))
-            notes.append(f"{old} is now {new}")
-    for (key, old), new in RENAMED_VALUES.items():
-        group, last = _group(settings, key)
-        if key in known and group.get(last) == old:
-            group[last] = new
-            notes.append(f"{key}={old} is now {key}={new}")
+            notes.append(f"{key} is now {new}")
+        elif key in known and isinstance(value, str) and (key, value) in RENAMED_VALUES:
+            group[last] = RENAMED_VALUES[key, value]
+            notes.append(f"{key}={value} is now {key}={group[last]}")
     if notes:
         warnings.warn(f"{file} was written by an older version: {', '.join(notes)}", stacklevel=2)
     return settings
 
 
-def _group(settings: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
-    """The nested dictionary of a dotted key, empty if there is none, and the key's last part."""
-    *parents, last = key.split(".")
-    for parent in parents:
-        settings = settings.get(parent)
-        if not isinstance(settings, dict):
-            return {}, last
-    return settings, last
+def _items(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Dotted keys of nested settings, each with the dictionary that holds it and its key there."""
+    for key, value in settings.items():
+        yield f"{prefix}{key}", settings, key
+        if isinstance(value, dict):
+            yield from _items(value, f"{prefix}{key}.")
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping.
 
     Raises:
         UserError: the file is missing, is not YAML or holds no mapping.
     """
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise UserError(f"cannot read the configuration {path}: {reason}; give the path of a YAML file") from None

@@ -140,11 +140,11 @@ def replace_folder(source: Path, target: Path) -> None:
         source.rename(target)
 
 
-def append_line(file: Path, record: Mapping[str, Any]) -> None:
+def append_line(file: str | Path, record: Mapping[str, Any]) -> None:
     """Append one JSON object as a line.
 
     Raises:
         UserError: the disk is full, or the file cannot be written.
     """
-    with writing(file), file.open("a") as handle:
+    with writing(file), open(file, "a") as handle:
         handle.write(json.dumps(record) + "\n")

@@ -236,10 +236,11 @@ class LatentCache:
         if found["latents"].dtype == np.int16:  # the bits of bfloat16, which numpy does not know
             found["latents"] = torch.from_numpy(found["latents"]).view(torch.bfloat16).float().numpy()
         _check_latents(found["latents"], self.manifest, str(self.path))
-        latents = np.int64 if self.manifest.kind == "discrete" else np.float32
-        types = {"latents": latents, "labels": np.int64, "indices": np.int64, "seeds": np.int64}
+        types = dict.fromkeys(OPTIONAL, np.uint8)
+        if self.manifest.kind == "continuous":
+            types["latents"] = np.float32
         return LatentRecords(
-            **{name: torch.from_numpy(value.astype(types.get(name, np.uint8))) for name, value in found.items()}
+            **{name: torch.from_numpy(v.astype(types.get(name, np.int64))) for name, v in found.items()}
         )
 
     def _gather(self, rows: np.ndarray) -> dict[str, np.ndarray]:
