@@ -11,10 +11,10 @@ import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Tag, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Tag, ValidationError, ValidationInfo
 
 from robustok.errors import UserError
 
@@ -26,6 +26,17 @@ class Config(BaseModel):
 
 
 C = TypeVar("C", bound=Config)
+
+
+def _divides_width(heads: int, info: ValidationInfo) -> int:
+    width = info.data.get("width")
+    if width is not None and width % heads:
+        raise ValueError(f"heads must divide width, which is {width}")
+    return heads
+
+
+Heads = Annotated[int, Field(gt=0, description="attention heads; must divide width"), AfterValidator(_divides_width)]
+"""Setting of a transformer whose ``width`` is declared before it."""
 
 
 def load(
