@@ -121,7 +121,7 @@ def _main_training(run: TokenizerTrainingRun) -> Facts:
 
 
 def _generator_training(run: GeneratorTrainingRun) -> Facts:
-    discrete = getattr(GENERATORS[run.generator.name][0], "kind", "discrete") == "discrete"
+    discrete = GENERATORS[run.generator.name][0].kind == "discrete"
     if run.latents.exists() or not discrete:
         m = LatentCache(run.latents).manifest
         check_kind(run.generator.name, m.kind, str(run.latents))
@@ -259,9 +259,9 @@ def _cache(model: Tokenizer | Generator, records: int, run: EncodeRun | Generate
 
 def _latent_bytes(model: Tokenizer | Generator, dtype: str = "float32") -> int:
     length, width = model.latent_shape
-    if getattr(model, "kind", "discrete") == "continuous":
+    if model.kind == "continuous":
         return length * width * getattr(torch, dtype).itemsize
-    codes = model.codebook_size if hasattr(model, "codebook_size") else len(model.codebook)
+    codes = model.codebook_size if isinstance(model, Generator) else len(model.codebook)
     return length * (2 if codes <= 65536 else 4)
 
 

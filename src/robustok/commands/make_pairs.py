@@ -106,7 +106,7 @@ def make_pairs(run: MakePairsRun) -> Path:
         "split": cache.manifest.source.get("data"),
     }
     if cache.manifest.kind == "continuous":
-        source |= generator.mixture_facts(sampling, run.sigma)
+        source |= generator.mixture_details(sampling, run.sigma)
         for problem in generator.check(cache.read(rows[:CHECKED]).latents):
             warnings.warn(problem, stacklevel=1)
     manifest = manifest_of(generator, run.shard_size, run.latent_dtype, len(rows), cache.manifest.data, source)

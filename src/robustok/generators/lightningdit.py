@@ -26,7 +26,7 @@ from robustok.generators.flow import DiffusionSampling
 
 
 class LightningDiTConfig(DiffusionTransformerConfig):
-    """A LightningDiT. The default size is LightningDiT-XL; the four switches are on in all published ones."""
+    """A LightningDiT. The default size is XL; rope, rms_norm, swiglu and shift are on in all published models."""
 
     name: Literal["lightningdit"] = "lightningdit"
     noise_levels: Literal["uniform", "logit_normal"] = Field("logit_normal", description="distribution in training")
@@ -37,7 +37,7 @@ class LightningDiTConfig(DiffusionTransformerConfig):
 
 
 class RotaryTable(nn.Module):
-    """Fixed cosines and sines (L, head width): the first half of a head turns by the row, the second by the column."""
+    """Fixed cosines and sines (L, head width): half of a head rotates by the row, the other half by the column."""
 
     def __init__(self, side: int, head_width: int) -> None:
         super().__init__()
@@ -49,14 +49,14 @@ class RotaryTable(nn.Module):
         self.register_buffer("freqs_sin", angles.sin())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Turn neighbouring pairs of (N, heads, L, head width)."""
+        """Rotate neighbouring pairs of (N, heads, L, head width)."""
         even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)  # each (N, heads, L, head width / 2)
-        turned = torch.stack([-odd, even], dim=-1).flatten(-2)
-        return x * self.freqs_cos + turned * self.freqs_sin
+        swapped = torch.stack([-odd, even], dim=-1).flatten(-2)
+        return x * self.freqs_cos + swapped * self.freqs_sin
 
 
 class LightningDiT(DiffusionTransformer):
-    """Velocity field of a square grid of latents, which are a sequence (N, L, D) in raster order at its edge.
+    """Velocity of a square grid of latents, passed as a sequence (N, L, D) in raster order.
 
     Raises:
         UserError: L is no square number, or rotary positions with heads whose width does not divide by 4.
@@ -98,7 +98,7 @@ class LightningDiT(DiffusionTransformer):
         return self.feat_rope(x) if self.config.rope else x
 
     def velocity(self, latents: Tensor, times: Tensor | float, labels: Tensor) -> Tensor:
-        """As in :class:`DiffusionTransformer`; also takes the release's layout (N, D, H, W), which it then returns."""
+        """As in :class:`DiffusionTransformer`; also takes the authors' layout (N, D, H, W), and then returns it."""
         if latents.ndim != 4:
             return super().velocity(latents, times, labels)
         if latents.shape[2:] != (self.side, self.side):
@@ -118,9 +118,9 @@ def grid_table(side: int, width: int) -> Tensor:
 
 
 def _grid(side: int) -> tuple[Tensor, Tensor]:
-    """Row and column of each place in raster order, each (L,)."""
-    places = torch.arange(side**2)
-    return places // side, places % side
+    """Row and column of each index in raster order, each (L,)."""
+    indices = torch.arange(side**2)
+    return indices // side, indices % side
 
 
 # Pretrained checkpoints

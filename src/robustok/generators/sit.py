@@ -1,4 +1,4 @@
-"""SiT, the diffusion transformer that MAETok is published with, over latents without a grid.
+"""SiT, the diffusion transformer that MAETok is published with, for latents without a grid.
 
 Sources: Ma et al., "SiT: Exploring Flow and Diffusion-based Generative Models with Scalable Interpolant Transformers"
 (arXiv 2401.08740); Chen et al., "Masked Autoencoders Are Effective Tokenizers for Diffusion Models" (arXiv 2502.03444).
@@ -32,7 +32,7 @@ class SiTConfig(DiffusionTransformerConfig):
 
 
 class SiT(DiffusionTransformer):
-    """Velocity field of a sequence of latents, for MAETok and other tokenizers without a grid."""
+    """Velocity of a sequence of latents, for MAETok and other tokenizers without a grid."""
 
     noise_time = 1.0
     licence = "Apache-2.0 by the card of the weights; the code was released without a licence"
