@@ -193,7 +193,8 @@ class ContinuousGenerator(nn.Module):
         Raises:
             UserError: always.
         """
-        raise UserError(f"compile=true is for generators of tokens, {self.config.name} is none; set compile=false")
+        name = self.config.name
+        raise UserError(f"cache.compile=true is for generators of tokens, {name} is none; set cache.compile=false")
 
     def _check_shape(self, latents: Tensor) -> None:
         if latents.shape[1:] != self.latent_shape:

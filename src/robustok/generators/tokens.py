@@ -150,7 +150,7 @@ class TokenGenerator(nn.Module):
         compiler = os.environ.get("CXX", "g++")
         if next(self.parameters()).device.type == "cpu" and shutil.which(compiler) is None:
             raise UserError(
-                f"compile=true needs a C++ compiler and {compiler} is none; install g++ or set compile=false"
+                f"cache.compile=true needs a C++ compiler and {compiler} is none; install g++, or leave it out"
             )
         self._compiled = torch.compile(self._transform, mode="reduce-overhead", dynamic=False)
 
