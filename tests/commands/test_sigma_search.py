@@ -229,7 +229,8 @@ def test_what_does_not_fit_is_refused(tmp_path, run_of, tokenizer):
         (("generator=null",), r"no pairs: give pairs=PATH, or generator and sigma \(generator missing\)"),
         (("sigma=1.2",), "sigma 1.2 is to be a share from 0 to 1, or auto"),
         (("held_out=null",), r"sigma=auto compares decoders on held-out samples; set held_out\.extractor\.path"),
-        (("sweep.sigmas=[0.5,2]",), r"sweep\.sigmas .* shares from 0 to 1"),
+        (("sweep.sigmas=[0.5,2]",), r"sweep\.sigmas\.1 = 2: .*less than or equal to 1"),
+        (("sweep.sigmas=[]",), r"sweep\.sigmas = \[\]: .*at least 1 item"),
     ):
         with pytest.raises(UserError, match=said):
             run_of(tmp_path / "run", *words)

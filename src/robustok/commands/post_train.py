@@ -14,7 +14,7 @@ which users load:
 
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from accelerate import Accelerator
 from pydantic import Field, model_validator
@@ -62,19 +62,14 @@ class Mixture(Config):
 class Sweep(Config):
     """How sigma=auto searches for the best sigma."""
 
-    sigmas: list[float] | None = Field(
+    sigmas: list[Annotated[float, Field(ge=0, le=1)]] | None = Field(
         None,
+        min_length=1,
         description="candidates; null: [0.7, 0.8, 0.9, 1] for family robustok, else [0.8, 0.9, 0.95, 1]",
     )
     steps: int | None = Field(None, ge=1, description="training steps of a candidate; null is a tenth of steps")
     sets: int = Field(4, ge=2, description="held-out sets, over which differences have a standard error")
     samples: int = Field(2_500, ge=2, description="samples in a held-out set, if held_out.latents does not give them")
-
-    @model_validator(mode="after")
-    def _sigmas_are_shares(self) -> "Sweep":
-        if self.sigmas is not None and (not self.sigmas or not all(0 <= sigma <= 1 for sigma in self.sigmas)):
-            raise ValueError(f"sweep.sigmas {self.sigmas} are to be one or more shares from 0 to 1")
-        return self
 
 
 class PostTrainRun(DecoderTrainingRun):

@@ -4,6 +4,8 @@ A family of tokens inherits from ``TokenGenerator`` and is built from (config, c
 continuous latents inherits from ``ContinuousGenerator`` and is built from (config, latent_shape, classes).
 """
 
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,9 +31,7 @@ GENERATORS = {
     "lightningdit": (LightningDiT, LightningDiTConfig),
     "dit": (DiT, DiTConfig),
 }
-GeneratorConfig = Annotated[
-    RARConfig | GPTConfig | SiTConfig | LightningDiTConfig | DiTConfig, Field(discriminator="name")
-]
+GeneratorConfig = Annotated[reduce(or_, (config for _, config in GENERATORS.values())), Field(discriminator="name")]
 
 
 def _sampling_name(value: Any) -> str | None:

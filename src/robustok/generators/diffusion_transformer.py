@@ -5,7 +5,7 @@ gate every block (adaLN-zero). Parameters have the names of the authors' code. L
 ``robustok.types``: W width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from robustok.checkpoints import depth_of, shape_of
 from robustok.config import Heads, validate
 from robustok.errors import UserError
 from robustok.generators.continuous import ContinuousConfig, ContinuousGenerator
-from robustok.generators.diffusion_blocks import NORM_EPSILON, TimeEmbedder
+from robustok.generators.diffusion_blocks import NORM_EPSILON, Attention, Block, FinalLayer, TimeEmbedder
 from robustok.generators.diffusion_sampling import Model, guided_model
 from robustok.generators.flow import (
     DiffusionPath,
@@ -27,6 +27,8 @@ from robustok.generators.flow import (
     target_velocity,
 )
 from robustok.types import GeneratorOutput
+
+NormOf = Callable[[int], nn.Module]
 
 
 class DiffusionTransformerConfig(ContinuousConfig):
@@ -60,6 +62,23 @@ class DiffusionTransformer(ContinuousGenerator):
 
     def _assemble(self) -> None:
         raise NotImplementedError
+
+    def _stack(
+        self, norm: NormOf, head_norm: NormOf, mlp: Callable[[int, int], nn.Module], hidden: int, shift: bool = True
+    ) -> None:
+        """Build ``blocks`` and ``final_layer``: norms by width, and MLPs by width and hidden width."""
+        config, width = self.config, self.config.width
+        self.blocks = nn.ModuleList(
+            Block(
+                Attention(width, config.heads, head_norm if config.qk_norm else None),
+                mlp(width, hidden),
+                norm,
+                width,
+                shift,
+            )
+            for _ in range(config.depth)
+        )
+        self.final_layer = FinalLayer(width, self.latent_shape[1] * (1 + config.learn_sigma), norm)
 
     def _initialise(self) -> None:
         for module in self.modules():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from robustok.checkpoints import settle, shape_of
 from robustok.errors import UserError
-from robustok.generators.diffusion_blocks import MLP, NORM_EPSILON, Attention, Block, FinalLayer, SwiGLU
+from robustok.generators.diffusion_blocks import MLP, NORM_EPSILON, SwiGLU
 from robustok.generators.diffusion_transformer import (
     DiffusionTransformer,
     DiffusionTransformerConfig,
@@ -66,7 +66,7 @@ class LightningDiT(DiffusionTransformer):
     licence = "MIT"
 
     def _assemble(self) -> None:
-        config, (length, channels) = self.config, self.latent_shape
+        config, length = self.config, self.latent_shape[0]
         self.side = round(length**0.5)
         if self.side**2 != length:
             raise UserError(f"lightningdit models a square grid, got {length} latents per image; sit takes any number")
@@ -78,21 +78,10 @@ class LightningDiT(DiffusionTransformer):
         if config.rms_norm:
             norm = head_norm = partial(nn.RMSNorm, eps=NORM_EPSILON)
         mlp, ratio = (SwiGLU, 8 / 3) if config.swiglu else (MLP, 4)
-        hidden = config.mlp_width or int(ratio * config.width)
         self.register_buffer("pos_embed", grid_table(self.side, config.width))
         if config.rope:
             self.feat_rope = RotaryTable(self.side, head_width)
-        self.blocks = nn.ModuleList(
-            Block(
-                Attention(config.width, config.heads, head_norm if config.qk_norm else None),
-                mlp(config.width, hidden),
-                norm,
-                config.width,
-                config.shift,
-            )
-            for _ in range(config.depth)
-        )
-        self.final_layer = FinalLayer(config.width, channels * (1 + config.learn_sigma), norm)
+        self._stack(norm, head_norm, mlp, config.mlp_width or int(ratio * config.width), config.shift)
 
     def _rotate(self, x: Tensor) -> Tensor:
         return self.feat_rope(x) if self.config.rope else x

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from robustok.checkpoints import ratio_of, settle, shape_of
-from robustok.generators.diffusion_blocks import MLP, NORM_EPSILON, Attention, Block, FinalLayer
+from robustok.generators.diffusion_blocks import MLP, NORM_EPSILON
 from robustok.generators.diffusion_transformer import (
     DiffusionTransformer,
     DiffusionTransformerConfig,
@@ -38,20 +38,10 @@ class SiT(DiffusionTransformer):
     licence = "Apache-2.0 by the card of the weights; the code was released without a licence"
 
     def _assemble(self) -> None:
-        config, (length, channels) = self.config, self.latent_shape
+        width = self.config.width
+        self.register_buffer("pos_embed", position_table(self.latent_shape[0], width))
         norm = partial(nn.LayerNorm, eps=NORM_EPSILON, elementwise_affine=False)
-        hidden = config.mlp_width or 4 * config.width
-        self.register_buffer("pos_embed", position_table(length, config.width))
-        self.blocks = nn.ModuleList(
-            Block(
-                Attention(config.width, config.heads, nn.LayerNorm if config.qk_norm else None),
-                MLP(config.width, hidden),
-                norm,
-                config.width,
-            )
-            for _ in range(config.depth)
-        )
-        self.final_layer = FinalLayer(config.width, channels * (1 + config.learn_sigma), norm)
+        self._stack(norm, nn.LayerNorm, MLP, self.config.mlp_width or 4 * width)
 
 
 def position_table(length: int, width: int) -> Tensor:
