@@ -69,11 +69,11 @@ def test_records_of_an_image_lie_together(tmp_path, tokenizer, photos, monkeypat
     assert len(expected.unique(dim=0)) == COUNT * (8 if crops == "ten" else variants)
     assert found.indices.tolist() == [i for i in range(COUNT) for _ in range(variants)]
     assert found.labels.tolist() == [int(file.parent.name[-1]) for file in files for _ in range(variants)]
-    flips, places = {"center": ([0], [0]), "center-flip": ([0, 1], [0, 0])}.get(
+    flips, numbers = {"center": ([0], [0]), "center-flip": ([0, 1], [0, 0])}.get(
         crops, ([0] * 5 + [1] * 5, [1, 2, 3, 4, 5] * 2)
     )
     assert found.flips.tolist() == flips * COUNT
-    assert found.crops.tolist() == places * COUNT
+    assert found.crops.tolist() == numbers * COUNT
     assert cache.manifest.source["crops"] == crops
 
 
@@ -131,8 +131,8 @@ def test_a_part_of_the_images_is_a_part_of_the_whole_cache(tmp_path, tokenizer, 
 def test_a_broken_image_is_replaced_in_all_its_crops(tmp_path, tokenizer, photos):
     truncate(sorted(photos.rglob("*.png"))[4])
     found = records(encode(run(tmp_path / "cache", tokenizer, photos, "crops=ten")))
-    places = [0, 1, 2, 3, 5, *range(5, COUNT)]  # the next one takes its place, with its label
-    assert found.indices.tolist() == [i for i in places for _ in range(10)]
+    good = [0, 1, 2, 3, 5, *range(5, COUNT)]  # the next good image replaces a broken one, with its label
+    assert found.indices.tolist() == [i for i in good for _ in range(10)]
     assert torch.equal(found.latents[40:50], found.latents[50:60])
     assert found.labels[40] == found.labels[50]
 

@@ -49,8 +49,8 @@ def decoded(cache, tokenizer):
 
 
 def alone(rank=0, world=1, **others):
-    facts = dict(process_index=rank, num_processes=world, is_main_process=rank == 0)
-    return SimpleNamespace(**facts, wait_for_everyone=lambda: None, gather=lambda pixels: pixels, **others)
+    process = dict(process_index=rank, num_processes=world, is_main_process=rank == 0)
+    return SimpleNamespace(**process, wait_for_everyone=lambda: None, gather=lambda pixels: pixels, **others)
 
 
 def together(world, work):

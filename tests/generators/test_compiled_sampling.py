@@ -29,7 +29,7 @@ def sample(model, count=4):
 
 @torch.no_grad()
 def compiled(name):
-    """A model told to compile, after its logits and tokens have been those of one that was not, with any weights."""
+    """A model with a compiled step, whose logits and tokens equal those of an uncompiled one, whatever the weights."""
     model, other = build(name), build(name, seed=1)
     tokens, labels, _ = batch(4)
     full, plain = full_logits(model, tokens, labels, GUIDED), sample(model)

@@ -40,7 +40,7 @@ def norm(x, weight=1.0, bias=0.0):
 
 
 def logits_by_hand(model, tokens, label, order):
-    """RAR read aloud for one image: every position, head and earlier position in a loop of its own."""
+    """RAR written out for one image: every position, head and earlier position in a loop of its own."""
     state = model.state_dict()
     heads, width = model.config.heads, model.config.width
     own, target, times = (state[n][0] for n in ("pos_embed", "target_aware_pos_embed", "timesteps_embeddings"))

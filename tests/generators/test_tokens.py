@@ -49,7 +49,7 @@ def test_mixtures_are_drawn_from_their_own_prefix(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_preservation_1_is_the_reference_and_0_ignores_it(name):
+def test_sigma_1_is_the_reference_and_0_ignores_it(name):
     model = build(name)
     reference, labels, _ = batch(6)
 
@@ -65,7 +65,7 @@ def test_preservation_1_is_the_reference_and_0_ignores_it(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_preservation_leaves_the_stream_of_a_shared_generator_alone(name):
+def test_a_shared_rng_advances_alike_at_every_sigma(name):
     model = build(name)
     reference, labels, _ = batch(2)
     after = []
