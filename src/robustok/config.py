@@ -12,16 +12,28 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
 
 from robustok.errors import UserError
 from robustok.files import one_line, write_file
 
 # Dotted settings in files of older versions. A key is renamed in a configuration that has the new key and not the old.
-RENAMED_KEYS = {"preservation": "sigma"}
+RENAMED_KEYS = {
+    "preservation": "sigma",
+    "batch_size": "cache.batch_size",
+    "shard_size": "cache.shard_size",
+    "precision": "cache.precision",
+    "compile": "cache.compile",
+    "latent_dtype": "cache.dtype",
+    "mixture.batch_size": "cache.batch_size",
+    "mixture.shard_size": "cache.shard_size",
+    "mixture.precision": "cache.precision",
+    "mixture.compile": "cache.compile",
+    "mixture.latent_dtype": "cache.dtype",
+}
 RENAMED_VALUES = {
     ("mixture.mode", "generated"): "direct",
     ("mode", "generated"): "direct",
@@ -37,6 +49,17 @@ class Config(BaseModel):
 
 
 C = TypeVar("C", bound=Config)
+
+
+def _divides_width(heads: int, info: ValidationInfo) -> int:
+    width = info.data.get("width")
+    if width is not None and width % heads:
+        raise ValueError(f"heads must divide width, which is {width}")
+    return heads
+
+
+Heads = Annotated[int, Field(gt=0, description="attention heads; must divide width"), AfterValidator(_divides_width)]
+"""Setting of a transformer whose ``width`` is declared before it."""
 
 
 def load(

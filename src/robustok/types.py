@@ -103,7 +103,33 @@ class GeneratorOutput:
 
 @runtime_checkable
 class Generator(Protocol):
-    """A class-conditional model of latents."""
+    """A class-conditional model of latents; every implementation is an ``nn.Module``.
+
+    Attributes:
+        kind: "discrete" (tokens) or "continuous" (vectors).
+        config: its settings; ``config.name`` is its family.
+        classes: number of classes.
+        null_label: the label of "no class"; equals ``classes``.
+        latent_shape: (L, D), latents per image and their width.
+        codebook_size: K; None for continuous latents.
+        latent_space: digest of the tokenizer whose latents these are; None where unknown.
+        sampling_type: class of its sampling settings.
+        sampling: sampling settings stored with the weights.
+        objective: name of its training loss.
+        licence: of the pretrained weights.
+    """
+
+    kind: Literal["discrete", "continuous"]
+    config: Config
+    classes: int
+    null_label: int
+    latent_shape: tuple[int, int]
+    codebook_size: int | None
+    latent_space: str | None
+    sampling_type: type[Config]
+    sampling: Config
+    objective: str
+    licence: str
 
     def generate(
         self,
@@ -116,16 +142,39 @@ class Generator(Protocol):
         """Sample latents, or the mixture of samples and real latents that post-training learns from.
 
         Args:
-            labels: classes (N,) int64.
-            sampling: guidance, temperature, top_k, top_p.
+            labels: classes (N,) int64; ``null_label`` samples without a class.
+            sampling: of ``sampling_type``.
             rng: one random generator for each image (a sequence of N), or a single one that seeds each image in turn.
-            reference: latents (N, L) of real images, needed with ``sigma``.
-            sigma: sigma in [0, 1], the share of the reference that is kept. 1 returns the reference,
-                0 (or None) is a free sample.
+            reference: latents of real images, tokens (N, L) int64 or (N, L, D) float32, needed with ``sigma``.
+            sigma: share in [0, 1] of the reference that is kept. 1 returns the reference, 0 (or None) is a free sample.
 
         Returns:
-            Latents: tokens (N, L) int64 for token generators.
+            Latents: tokens (N, L) int64, or (N, L, D) float32.
         """
+        ...
+
+    def mixture_details(self, sampling: Config, sigma: float) -> dict[str, Any]:
+        """What sigma means with these settings, for the manifest of pairs; empty for tokens."""
+        ...
+
+    def compile_sampling(self) -> None:
+        """Compile the sampling step from now on.
+
+        Raises:
+            UserError: this family or device does not support it.
+        """
+        ...
+
+    def check(self, latents: Tensor | None = None) -> list[str]:
+        """Sentences on what is wrong with converted weights or, given some, with the latents; empty if nothing is."""
+        ...
+
+    def to(self, device: torch.device) -> "Generator":
+        """As in ``nn.Module``."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """As in ``nn.Module``."""
         ...
 
 

@@ -37,7 +37,7 @@ def pipeline(path):
     return path
 
 
-def verb(name, out, *words):
+def command(name, out, *words):
     assert main([name, f"out={out}", *words]) == 0, name
     return out
 
@@ -45,9 +45,9 @@ def verb(name, out, *words):
 @pytest.mark.parametrize("sigma", ["0.8", "auto"])
 def test_a_pipeline_is_post_trained(tmp_path, sigma, classifier):
     given = pipeline(tmp_path / "DiT")
-    ours = verb("convert", tmp_path / "ours", "family=diffusers", f"weights={given}")
+    ours = command("convert", tmp_path / "ours", "family=diffusers", f"weights={given}")
     tokenizer, generator = f"tokenizer={ours / 'tokenizer'}", f"generator={ours / 'generator'}"
-    latents = verb("encode", tmp_path / "latents", tokenizer, *tiny.DATA)
+    latents = command("encode", tmp_path / "latents", tokenizer, *tiny.DATA)
     sampling = {"name": "ddpm", "sampler": "ancestral", "variance": "learned", "steps": 5, "guidance_scale": 1.5}
     words = [
         tokenizer,
@@ -60,9 +60,9 @@ def test_a_pipeline_is_post_trained(tmp_path, sigma, classifier):
     ]
     words += [f"mixture.sampling={json.dumps(sampling | {'guided_channels': 3})}", "reconstruction.perceptual=none"]
     if sigma == "auto":
-        judge = [f"held_out.extractor.path={classifier}", "sweep.sigmas=[0.8,1.0]", "sweep.samples=20", "sweep.sets=2"]
-        words += [*judge, "sweep.steps=2"]
-    post = verb("post-train", tmp_path / "post", *words, *tiny.DATA, *SHORT, *tiny.ADVERSARY, "adversary_warmup=2")
+        words += ["sweep.sigmas=[0.8,1.0]", "sweep.samples=20", "sweep.sets=2", "sweep.steps=2"]
+        words += [f"held_out.extractor.path={classifier}"]
+    post = command("post-train", tmp_path / "post", *words, *tiny.DATA, *SHORT, *tiny.ADVERSARY, "adversary_warmup=2")
     header = yaml.safe_load((post / "snapshot" / "best" / "config.yaml").read_text())
     pairs = [LatentCache(path).manifest.source for path in (post / "pairs").glob("sigma-0.8-*")]
     assert pairs[0]["strategy"] == "sdedit"
@@ -74,13 +74,13 @@ def test_a_pipeline_is_post_trained(tmp_path, sigma, classifier):
     assert header["post_trained"]["sigma"] == 0.8
     assert header["protocol"]["noise_level"] == pytest.approx(pairs[0]["noise_level"])
 
-    samples = verb("generate", tmp_path / "samples", generator, "count=20", "sampling.name=ddpm", "sampling.steps=3")
+    samples = command("generate", tmp_path / "samples", generator, "count=20", "sampling.name=ddpm", "sampling.steps=3")
     scored = [f"extractor.path={classifier}", "metrics=[gfid]"]
     decoders = [f"decoders.original={ours / 'tokenizer'}", f"decoders.post_trained={post}", f"latents=[{samples}]"]
-    measured = verb("evaluate", tmp_path / "measured", *decoders, *scored, *tiny.DATA)
+    measured = command("evaluate", tmp_path / "measured", *decoders, *scored, *tiny.DATA)
     assert "gfid" in (measured / "metrics.jsonl").read_text()
 
-    back = verb("convert", tmp_path / "back", "family=diffusers", "to=export", f"weights={post}")
+    back = command("convert", tmp_path / "back", "family=diffusers", "to=export", f"weights={post}")
     before = diffusers.AutoencoderKL.from_pretrained(given / "vae").eval()
     after = diffusers.AutoencoderKL.from_pretrained(back).eval()
     changed = {
@@ -99,19 +99,19 @@ def test_a_pipeline_is_post_trained(tmp_path, sigma, classifier):
 
 def test_a_dit_learns_from_a_cache_and_goes_back(tmp_path):
     """Training of a generator, by what its folder's library calls the same sizes."""
-    ours = verb("convert", tmp_path / "ours", "family=diffusers_kl", f"weights={pipeline(tmp_path / 'DiT')}")
-    latents = verb("encode", tmp_path / "latents", f"tokenizer={ours}", *tiny.DATA)
+    ours = command("convert", tmp_path / "ours", "family=diffusers_kl", f"weights={pipeline(tmp_path / 'DiT')}")
+    latents = command("encode", tmp_path / "latents", f"tokenizer={ours}", *tiny.DATA)
     sizes = '{"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}'
     words = ["generator.name=dit", f"generator.settings={sizes}", f"latents={latents}", *SHORT, "steps=3"]
     words += ["sampling.name=ddpm", "sampling.steps=4", "sampling.guidance_scale=2.0"]
     assert main(["train-generator", *words, f"out={tmp_path / 'generator'}", "--dry-run"]) == 0
-    generator = verb("train-generator", tmp_path / "generator", *words)
+    generator = command("train-generator", tmp_path / "generator", *words)
     lines = tiny.log(generator)
     assert all(line["noise_prediction"] > 0 for line in lines)
     assert lines[-1]["noise_prediction"] != lines[0]["noise_prediction"]
-    pairs = verb("make-pairs", tmp_path / "pairs", f"generator={generator}", f"latents={latents}", "sigma=0.5")
+    pairs = command("make-pairs", tmp_path / "pairs", f"generator={generator}", f"latents={latents}", "sigma=0.5")
     assert LatentCache(pairs).manifest.source["sampler_steps"] == 2
-    back = verb("convert", tmp_path / "back", "family=dit", "to=export", f"weights={generator}")
+    back = command("convert", tmp_path / "back", "family=dit", "to=export", f"weights={generator}")
     assert diffusers.DiTTransformer2DModel.from_pretrained(back).config.num_embeds_ada_norm == 10
 
 
@@ -127,7 +127,7 @@ def test_one_command_turns_a_pipeline_into_a_folder_of_its_autoencoder(tmp_path)
         "mixture.sampling.steps=5",
     ]
     words += ["reconstruction.perceptual=none", *tiny.DATA, *SHORT, *tiny.ADVERSARY, "adversary_warmup=2"]
-    post = verb("post-train", tmp_path / "post", *words)
+    post = command("post-train", tmp_path / "post", *words)
     before = diffusers.AutoencoderKL.from_pretrained(given / "vae").state_dict()
     after = diffusers.AutoencoderKL.from_pretrained(post / "export" / "vae").state_dict()
     changed = {name.split(".")[0] for name, weight in after.items() if not torch.equal(weight, before[name])}
@@ -135,6 +135,6 @@ def test_one_command_turns_a_pipeline_into_a_folder_of_its_autoencoder(tmp_path)
     assert "CC-BY-NC" not in (post / "export" / "README.md").read_text()  # that is DiT's, not its autoencoder's
 
     snapshots = [f"{name}={post / name}" for name in SOURCES]
-    again = verb("post-train", tmp_path / "again", *snapshots, *words[2:])
+    again = command("post-train", tmp_path / "again", *snapshots, *words[2:])
     written = diffusers.AutoencoderKL.from_pretrained(next((again / "export").glob("*/"))).state_dict()
     assert all(torch.equal(written[name], after[name]) for name in after)

@@ -4,7 +4,6 @@ from importlib import import_module
 
 import pytest
 import torch
-from test_tokens import GUIDED, MODELS, batch, build, forced_logits, full_logits
 
 import tiny
 from robustok.commands.generate import generate
@@ -12,6 +11,7 @@ from robustok.data.latent_cache import LatentCache
 from robustok.errors import UserError
 from robustok.randomness import image_rngs
 from tiny_models import tiny_generator
+from tiny_tokens import GUIDED, MODELS, batch, build, forced_logits, full_logits
 
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 
@@ -29,7 +29,7 @@ def sample(model, count=4):
 
 @torch.no_grad()
 def compiled(name):
-    """A model told to compile, after its logits and tokens have been those of one that was not, with any weights."""
+    """A model with a compiled step, whose logits and tokens equal those of an uncompiled one, whatever the weights."""
     model, other = build(name), build(name, seed=1)
     tokens, labels, _ = batch(4)
     full, plain = full_logits(model, tokens, labels, GUIDED), sample(model)
@@ -65,14 +65,14 @@ def test_a_compiled_step_gives_the_same_tokens(name):
     compiled(name)
 
 
-def test_the_verb_compiles_where_it_can(tmp_path, generator, samples, monkeypatch, uncompiled):
-    made = LatentCache(generate(tiny.samples_run(tmp_path / "a", generator, "seed=1", "compile=true")))
+def test_the_command_compiles_where_it_can(tmp_path, generator, samples, monkeypatch, uncompiled):
+    made = LatentCache(generate(tiny.samples_run(tmp_path / "a", generator, "seed=1", "cache.compile=true")))
     assert torch.equal(made.read(slice(None)).latents, LatentCache(samples[0]).read(slice(None)).latents)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="needs a C\\+\\+ compiler"):
-        generate(tiny.samples_run(tmp_path / "b", generator, "compile=true"))
+        generate(tiny.samples_run(tmp_path / "b", generator, "cache.compile=true"))
     monkeypatch.setattr(
         import_module("robustok.commands.generate"), "load_generator", lambda path: tiny_generator("sit")
     )
     with pytest.raises(UserError, match="compile=true is for generators of tokens"):
-        generate(tiny.samples_run(tmp_path / "c", generator, "compile=true"))
+        generate(tiny.samples_run(tmp_path / "c", generator, "cache.compile=true"))

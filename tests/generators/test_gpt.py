@@ -3,7 +3,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_tokens import GPTS as VARIANTS
 
 from robustok.config import validate
 from robustok.errors import UserError
@@ -11,6 +10,7 @@ from robustok.generators.gpt import GPT, GPT_SIZES, GPTConfig
 from robustok.generators.sampling import Sampling
 from robustok.pretrained.export import export_weights
 from robustok.pretrained.load import load_pretrained
+from tiny_tokens import GPTS as VARIANTS
 
 K, L, CLASSES = 29, 9, 5
 
@@ -44,12 +44,13 @@ def layer_norm(x, weight, bias):
     return (x - x.mean()) / (x.var(unbiased=False) + 1e-5).sqrt() * weight + bias
 
 
-def turned(x, place):
-    """A query or key of head width 8, turned for row and column of its token; the class vanishes."""
-    if place is None:
+def rotated(x, position):
+    """A query or key of head width 8, rotated by row and column of its token; that of the class is zero."""
+    if position is None:
         return torch.zeros_like(x)
     x = x.clone()
-    for pair, angle in enumerate([place[0], place[0] / 100, place[1], place[1] / 100]):  # 10000 ** (-2 / 4) is 1 / 100
+    row, column = position
+    for pair, angle in enumerate([row, row / 100, column, column / 100]):  # 10000 ** (-2 / 4) is 1 / 100
         a, b = x[2 * pair].item(), x[2 * pair + 1].item()
         x[2 * pair] = a * math.cos(angle) - b * math.sin(angle)
         x[2 * pair + 1] = b * math.cos(angle) + a * math.sin(angle)
@@ -57,12 +58,12 @@ def turned(x, place):
 
 
 def logits_by_hand(model, tokens, label):
-    """The method read aloud for one image: every position, head and earlier position in a loop of its own."""
+    """The method written out for one image: every position, head and earlier position in a loop of its own."""
     state, config = model.state_dict(), model.config
     heads, groups, width, side = config.heads, config.kv_heads or config.heads, config.width, math.isqrt(L)
     xs = [state["cls_embedding.embedding_table.weight"][label], *state["tok_embeddings.weight"][tokens]]
     if config.positions == "learned":
-        xs = [x + place for x, place in zip(xs, state["positional_embedding"], strict=True)]
+        xs = [x + position for x, position in zip(xs, state["positional_embedding"], strict=True)]
     condition = F.silu(xs[0])
     for i in range(config.depth):
         block = {k.removeprefix(f"layers.{i}."): v for k, v in state.items() if k.startswith(f"layers.{i}.")}
@@ -80,8 +81,8 @@ def logits_by_hand(model, tokens, label):
                     for n, part in (("q_norm", q), ("k_norm", k))
                 )
             if config.positions == "rotary":
-                place = divmod(p - 1, side) if p else None
-                q, k = [turned(h, place) for h in q], [turned(h, place) for h in k]
+                position = divmod(p - 1, side) if p else None
+                q, k = [rotated(h, position) for h in q], [rotated(h, position) for h in k]
             queries.append(q), keys.append(k), values.append(v)
         for p in range(len(xs)):
             mixed = []
@@ -179,15 +180,15 @@ CONFIG = {"args": {"n_head": 4, "block_size": L, "vocab_size": K, "num_classes":
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_released_weights_load_and_come_back_as_they_were(variant):
+def test_pretrained_weights_load_and_are_exported_unchanged(variant):
     original, family = build(variant), "llamagen_gpt" if "giga" not in variant else "gigatok_gpt"
-    released = original.state_dict()
-    assert {"layers.1.attention.wqkv.weight", "output.weight", "cls_embedding.embedding_table.weight"} < released.keys()
+    weights = original.state_dict()
+    assert {"layers.1.attention.wqkv.weight", "output.weight", "cls_embedding.embedding_table.weight"} < weights.keys()
     config = CONFIG | {"derived": {"null_class": CLASSES, "ffn_hidden_dim": 24, "head_dim": 8, "grid": 3}}
-    model = load_pretrained(family, {"model": released}, config)
+    model = load_pretrained(family, {"model": weights}, config)
     tokens, labels, _ = batch(2)
     assert torch.equal(model.logits(tokens, labels), original.logits(tokens, labels))
-    assert export_weights(model).keys() == released.keys()
+    assert export_weights(model).keys() == weights.keys()
     assert model.latent_shape == (L, 8)
     assert model.sampling.guided
     assert model.sampling.guidance_power == 0

@@ -1,4 +1,4 @@
-"""SiT and LightningDiT: the velocity by hand, latents and their statistics, mixtures, released layouts."""
+"""SiT and LightningDiT: the velocity by hand, latents and their statistics, mixtures, the authors' layouts."""
 
 import math
 
@@ -59,8 +59,8 @@ def norm(x, rms, weight=None, bias=None, epsilon=1e-6):
     return x * (1 if weight is None else weight) + (0 if bias is None else bias)
 
 
-def turned(x, row, column):
-    """Pairs of neighbours turned: those of the first half by the row, those of the second by the column."""
+def rotated(x, row, column):
+    """Pairs of neighbours rotated: those of the first half by the row, those of the second by the column."""
     pairs, turns = x.view(-1, 2), []
     quarter = len(pairs) // 2
     for i, (a, b) in enumerate(pairs.tolist()):
@@ -69,7 +69,7 @@ def turned(x, row, column):
     return torch.tensor(turns, dtype=x.dtype)
 
 
-def place(name, i, width):
+def position(name, i, width):
     """Fixed position embedding of latent i."""
     if name == "sit":
         waves = [i / 10_000 ** (2 * k / width) for k in range(width // 2)]
@@ -82,7 +82,7 @@ def place(name, i, width):
 
 
 def velocity_by_hand(model, latents, time, label):
-    """The transformer read aloud for one image: every latent, head and pair of latents in a loop of its own."""
+    """The transformer written out for one image: every latent, head and pair of latents in a loop of its own."""
     state, c = model.state_dict(), model.config
     name, rms = c.name, getattr(c, "rms_norm", False)
     side, head_width = round(L**0.5), c.width // c.heads
@@ -90,7 +90,7 @@ def velocity_by_hand(model, latents, time, label):
     wave = torch.tensor([math.cos(w) for w in waves] + [math.sin(w) for w in waves], dtype=torch.float64)
     condition = linear(state, "t_embedder.mlp.2", F.silu(linear(state, "t_embedder.mlp.0", wave)))
     condition = F.silu(condition + state["y_embedder.embedding_table.weight"][label])
-    xs = [linear(state, "x_embedder", latents[i]) + place(name, i, c.width) for i in range(L)]
+    xs = [linear(state, "x_embedder", latents[i]) + position(name, i, c.width) for i in range(L)]
     for b in range(c.depth):
         block = {k.removeprefix(f"blocks.{b}."): v for k, v in state.items() if k.startswith(f"blocks.{b}.")}
         parts = list(linear(block, "adaLN_modulation.1", condition).view(-1, c.width))
@@ -105,7 +105,7 @@ def velocity_by_hand(model, latents, time, label):
             if c.qk_norm:
                 bias = block.get(f"attn.{which}_norm.bias")
                 h = norm(h, rms, block[f"attn.{which}_norm.weight"], bias, 1e-6 if rms else 1e-5)
-            return turned(h, i // side, i % side) if getattr(c, "rope", False) else h
+            return rotated(h, i // side, i % side) if getattr(c, "rope", False) else h
 
         qkv = [linear(block, "attn.qkv", normed(x, 0)).view(3, c.heads, head_width) for x in xs]
         queries = [[place_head(h, "q", i) for h in qkv[i][0]] for i in range(L)]
@@ -176,7 +176,7 @@ def test_shapes_that_no_model_has():
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_latents_are_normalised_at_the_edge(name):
-    """A model told the statistics makes from raw latents what one without makes from normalised ones."""
+    """A model with statistics returns for raw latents what one without returns for normalised ones."""
     raw, plain = build(name, **STATISTICS, latent_multiplier=0.5), build(name, latent_mean=0.0, latent_std=1.0)
     mean, std = (torch.tensor(STATISTICS[key]) for key in ("latent_mean", "latent_std"))
     latents, labels = latents_of(2) * std + mean, torch.tensor([0, 1])
@@ -194,7 +194,7 @@ def test_latents_are_normalised_at_the_edge(name):
 
 def test_statistics_that_cannot_be():
     model = build("sit")
-    with pytest.raises(UserError, match="knows no latent statistics"):
+    with pytest.raises(UserError, match="has no latent statistics"):
         model.generate(torch.tensor([0]), DiffusionSampling(steps=1), image_rngs(0, [0]))
     with pytest.raises(UserError, match="latent_std is missing"):
         build("sit", latent_mean=0.0)
@@ -246,9 +246,9 @@ def test_sigma_in_each_familys_time(name, strategy):
 def test_facts_of_a_mixture():
     model = build("lightningdit")
     sampling = DiffusionSampling(steps=10, timestep_shift=0.3, guidance_scale=2.0, guidance_interval=(0.5, 1.0))
-    facts = model.mixture_facts(sampling, 0.8)
+    details = model.mixture_details(sampling, 0.8)
     time = 0.3 * 0.8 / (1 - 0.7 * 0.8)  # of the eighth step, 0 is noise
-    assert facts == {
+    assert details == {
         "strategy": "sdedit",
         "noise_level": pytest.approx(1 - time),
         "sampler_steps": 2,
@@ -361,7 +361,7 @@ def test_generators_and_what_does_not_fit_them():
 # Pretrained checkpoints
 
 
-def released(name, **settings):
+def authors_weights(name, **settings):
     model = build(name, **settings)
     return model, export_weights(model)
 
@@ -381,7 +381,7 @@ def config_of(name):
 
 @pytest.mark.parametrize(("name", "settings"), VARIANTS, ids=lambda v: v if isinstance(v, str) else "-".join(v) or "-")
 def test_there_and_back(name, settings):
-    model, weights = released(name, **settings)
+    model, weights = authors_weights(name, **settings)
     assert ("x_embedder.proj.weight" in weights) == (name == "lightningdit")
     loaded = load_pretrained(name, {"ema": weights}, {"num_heads": 2})
     found = export_weights(loaded)
@@ -395,8 +395,8 @@ def test_there_and_back(name, settings):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_released_configurations_and_statistics(name):
-    _, weights = released(name)
+def test_published_configurations_and_statistics(name):
+    _, weights = authors_weights(name)
     model = load_pretrained(name, weights, config_of(name))
     assert model.check() == ["No latent statistics are known (latent_mean, latent_std); sampling needs them."]
     given = {"sit": {"vq_mean": 0.1, "vq_std": 0.5}, "lightningdit": {"latents_stats": {"std": torch.ones(1, D, 1, 1)}}}
@@ -409,7 +409,7 @@ def test_released_configurations_and_statistics(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_checkpoints_of_something_else(name):
-    _, weights = released(name)
+    _, weights = authors_weights(name)
     config = config_of(name)
 
     def refused(message, weights=weights, **words):
@@ -424,7 +424,7 @@ def test_checkpoints_of_something_else(name):
     refused("did you mean 'num_classes'", num_clases=5)
     refused("config gives norm_eps", norm_eps=1e-5)
     other = {"sit": "lightningdit", "lightningdit": "sit"}[name]
-    refused("is missing; is this a checkpoint of another family", released(other)[1])
+    refused("is missing; is this a checkpoint of another family", authors_weights(other)[1])
     if name == "sit":
         with pytest.raises(UserError, match="config lacks num_heads"):
             load_pretrained(name, weights)
