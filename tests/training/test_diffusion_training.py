@@ -12,7 +12,7 @@ from robustok.commands.make_pairs import make_pairs
 from robustok.data.latent_cache import LatentCache, Manifest, create_cache, write_shard
 from robustok.errors import UserError
 from robustok.generators import load_generator
-from robustok.training import generator as generator_training
+from robustok.training import state as training_state
 from robustok.training.generator import draw_step, latent_statistics, train_generator
 
 L, D, CLASSES, COUNT = 4, 3, 3, 90
@@ -95,7 +95,7 @@ def test_statistics_that_are_given_stay(tmp_path, cache):
 def test_an_interrupted_training_ends_in_the_same_bits(tmp_path, cache, name, monkeypatch):
     run = lambda out: run_of(out, cache, name, "steps=6", "state_every=2", "log_every=3")  # noqa: E731
     train_generator(run(tmp_path / "whole"))
-    check = generator_training.check_finite
+    check = training_state.check_finite
 
     def interrupt(loss, terms, step, out):
         if step == 3:
@@ -103,7 +103,7 @@ def test_an_interrupted_training_ends_in_the_same_bits(tmp_path, cache, name, mo
         check(loss, terms, step, out)
 
     with monkeypatch.context() as patch:
-        patch.setattr(generator_training, "check_finite", interrupt)
+        patch.setattr(training_state, "check_finite", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train_generator(run(tmp_path / "stopped"))
     torch.manual_seed(1)  # what happened in between must not matter

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 import tiny
 from robustok.training import generator as generator_training
+from robustok.training import state as training_state
 
 SETTINGS = ("fsdp=true", "gradient_accumulation=2", "gradient_checkpointing=true", "learning_rate=1e-3", "clip_norm=1")
 
@@ -28,8 +29,8 @@ def worlds(tmp_path_factory, tokenizer, latents, pairs, classifier):
     }
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
     with pytest.MonkeyPatch.context() as patch:
-        check = generator_training.check_finite
-        patch.setattr(generator_training, "check_finite", lambda *a: stop(3, *a) or check(*a))
+        check = training_state.check_finite
+        patch.setattr(training_state, "check_finite", lambda *a: stop(3, *a) or check(*a))
         for world in (one, two):
             with pytest.raises(KeyboardInterrupt):
                 generator_training.train_generator(runs["resumed"][1](world / "resumed"))

@@ -1,6 +1,8 @@
-"""What a run will need, for ``--dry-run``: parameters, memory, steps and disk, without training or writing anything.
+"""What a run needs, for ``--dry-run``: parameters, memory, steps and disk, without training or writing anything.
 
-Models are built without memory (on PyTorch's meta device), so that the largest is counted at once on any machine.
+Models are built on PyTorch's meta device, without memory. Activations are an estimate: a forward pass on the meta
+device, with fused attention, counts what autograd saves in float32. Under bf16 autocast they are ``BF16_SHARE`` of
+that, and a copy of the weights.
 """
 
 import json
@@ -10,8 +12,11 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
 from torchvision.models import vgg16
 
 from robustok.commands.encode import EncodeRun
@@ -24,49 +29,48 @@ from robustok.config import Config, plain
 from robustok.data.dataset import open_images
 from robustok.data.latent_cache import LatentCache
 from robustok.devices import has_fast_bf16
-from robustok.generators import GENERATORS, build_generator, check_kind, load_generator
+from robustok.generators import build_generator, check_kind, load_generator
+from robustok.generators.continuous import ContinuousConfig
 from robustok.hub import is_remote
-from robustok.losses.discriminators import DISCRIMINATORS, DiscriminatorConfig
+from robustok.losses.discriminators import DISCRIMINATORS
 from robustok.losses.discriminators.dino import DinoBackbone
 from robustok.losses.perceptual import LPIPSLoss
 from robustok.losses.semantic import TeacherConfig
 from robustok.metrics.features.classifier import SmallClassifier
 from robustok.metrics.lpips import check_sides
 from robustok.tokenizers import TOKENIZERS, load_tokenizer
-from robustok.training.activations import count_activations
 from robustok.training.common import TrainingConfig
 from robustok.training.decoder import DecoderTrainingRun, LatentDecoder
 from robustok.training.generator import GeneratorTrainingRun, cross_entropy, squared_error
-from robustok.training.latent_inputs import ContinuousPass
-from robustok.training.prepared import blocks_of
-from robustok.training.tokenizer import TokenizerTrainingRun
+from robustok.training.prepared import adapt_blocks, blocks_of
+from robustok.training.tokenizer import ContinuousPass, TokenizerTrainingRun
 from robustok.types import Generator, Tokenizer
 
 Facts = dict[str, int | str]
+Forward = Callable[[nn.Module, int], Any]  # runs a model on this many samples
 
 FLOAT = 4  # bytes; weights, gradients and optimiser states are float32, whatever the autocast dtype
-RECORD = 4 + 8 + 8 + 1  # bytes of a cache's record beside its latents: label, index, seed, flip
-
-VGG_PARAMETERS = 14_714_688  # of the perceptual network
-PAPER = {"latent_shape": (256, 64), "codebook_size": 4096, "classes": 1000}  # where the cache is still to be made
+RECORD = 4 + 8 + 8 + 1  # bytes of a record of a cache beside its latents: label, index, seed, flip
+BF16_SHARE = 0.7  # of the activations in float32; with it the peaks measured on an H100 are met within 10 %
+PAPER = {"latent_shape": (256, 64), "codebook_size": 4096, "classes": 1000}  # where there is no cache yet
 
 NOTES = {
     "training_memory_bytes": "in a process: weights, gradients, Adam's two moments, averaged weights, frozen networks",
-    "activations_bytes": "on top: what the samples that a process has in memory at once keep for the backward pass",
+    "activations_bytes": "estimate, in addition: what a process keeps for the backward pass of the samples at once",
     "checkpointed_activations_bytes": "the same with gradient_checkpointing=true",
     "cache_bytes_per_image": "of an encoded image, or crop",
-    "state_bytes": "each; the two newest are kept, a third is there while it is written",
+    "state_bytes": "each; the two newest are kept, and a third while it is written",
     "snapshot_bytes": "each",
     "disk_bytes": "states and snapshots; logs and pictures come on top",
     "cache_bytes": "the whole cache",
     "pairs_bytes": "of all sigmas that are tried",
     "latents_bytes": "of the images, which are encoded first",
-    "converted_bytes": "at most, of snapshots of the released files",
+    "converted_bytes": "at most, of snapshots of the pretrained files",
 }
 
 
 def estimate(run: Config) -> Facts:
-    """Facts about a run by name; those that end in ``_bytes`` are sizes.
+    """Estimates for a run by name; those that end in ``_bytes`` are sizes.
 
     Raises:
         UserError: what the run starts from (latents, tokenizer, images) is missing or unusable.
@@ -75,16 +79,15 @@ def estimate(run: Config) -> Facts:
 
 
 def show(run: Config, facts: Facts, as_json: bool) -> str:
-    """The merged configuration with its facts: one JSON object, or YAML in which the facts are comments."""
+    """The merged configuration with its estimates: one JSON object, or YAML with the estimates as comments."""
     if as_json:
         return json.dumps({"config": plain(run), "facts": facts}, indent=2)
-    lines = []
+    lines = [yaml.safe_dump(plain(run), sort_keys=False).rstrip()]
     for name, value in facts.items():
-        size = name.endswith("_bytes")
-        words = name.removesuffix("_bytes").replace("_", " ")
-        shown = _size(value) if size else f"{value:,}" if isinstance(value, int) else value
-        lines.append(f"# {words}: {shown}{f' ({NOTES[name]})' if name in NOTES else ''}")
-    return "\n".join([yaml.safe_dump(plain(run), sort_keys=False).rstrip(), *lines])
+        label = name.removesuffix("_bytes").replace("_", " ")
+        text = _size(value) if name.endswith("_bytes") else f"{value:,}" if isinstance(value, int) else value
+        lines.append(f"# {label}: {text}{f' ({NOTES[name]})' if name in NOTES else ''}")
+    return "\n".join(lines)
 
 
 def _size(count: int) -> str:
@@ -95,100 +98,90 @@ def _size(count: int) -> str:
     return f"{count} bytes"
 
 
-def _main_training(run: TokenizerTrainingRun) -> Facts:
+# Trainings
+
+
+def _tokenizer_training(run: TokenizerTrainingRun) -> Facts:
     tokenizer = _meta(lambda: TOKENIZERS[run.tokenizer.name][0](run.tokenizer))
-    size = _count(tokenizer.parameters())
-    shape = (3, tokenizer.image_size, tokenizer.image_size)
+    size, side = _count(tokenizer.parameters()), tokenizer.image_size
+    decoder = sum(_count(module.parameters()) for module in tokenizer.decoder_modules())
 
-    def forward(model: nn.Module, count: int) -> Tensor:
-        inputs = () if run.discrete else (torch.zeros(count, *tokenizer.latent_shape),)
-        return model(torch.zeros(count, *shape), *inputs).reconstructions
+    def forward(model: nn.Module, count: int) -> Any:
+        images = torch.zeros(count, 3, side, side)
+        return model(images) if run.discrete else model(images, torch.zeros(count, *tokenizer.latent_shape))
 
-    def build() -> nn.Module:
-        model = TOKENIZERS[run.tokenizer.name][0](run.tokenizer)
-        return model if run.discrete else ContinuousPass(model)
-
-    frozen = _frozen(run) + _teacher(run.teacher, run.tokenizer)
+    model = tokenizer if run.discrete else ContinuousPass(tokenizer)
     return {
         "tokenizer_parameters": size,
-        "encoder_parameters": size - _decoder(tokenizer),
-        "decoder_parameters": _decoder(tokenizer),
+        "encoder_parameters": size - decoder,
+        "decoder_parameters": decoder,
         "latents_per_image": tokenizer.latent_shape[0],
         "cache_bytes_per_image": _latent_bytes(tokenizer) + RECORD,
-        **_training(run, tokenizer, size, _discriminator(run), frozen),
-        **_activations(run, build, forward, shape),
+        **_training(run, model, forward, side, _teacher(run.teacher, run.tokenizer)),
     }
 
 
 def _generator_training(run: GeneratorTrainingRun) -> Facts:
-    discrete = getattr(GENERATORS[run.generator.name][0], "kind", "discrete") == "discrete"
-    if run.latents.exists() or not discrete:
-        m = LatentCache(run.latents).manifest
-        check_kind(run.generator.name, m.kind, str(run.latents))
-        sizes, source = {name: getattr(m, name) for name in PAPER}, str(run.latents)
-    else:
-        sizes, source = PAPER, f"{run.latents} is not there yet; counted for the paper's tokens"
+    continuous = isinstance(run.generator, ContinuousConfig)
+    sizes, source = PAPER, f"{run.latents} is not there yet; counted for the paper's tokens"
+    if run.latents.exists() or continuous:
+        manifest = LatentCache(run.latents).manifest
+        check_kind(run.generator.name, manifest.kind, str(run.latents))
+        sizes, source = {name: getattr(manifest, name) for name in PAPER}, str(run.latents)
     length, width = sizes["latent_shape"]
+    model = _meta(lambda: build_generator(run.generator, **sizes))
+    if continuous and model.latent_mean is None:
+        model.set_latent_statistics([0.0] * width, [1.0] * width, run.generator.latent_multiplier)
 
-    def build() -> nn.Module:
-        model = build_generator(run.generator, **sizes)
-        if not discrete and model.latent_mean is None:
-            model.set_latent_statistics([0.0] * width, [1.0] * width, run.generator.latent_multiplier)
-        return model
-
-    generator = _meta(build)
-    facts = {"generator_parameters": _count(generator.parameters()), "latents": source, "latents_per_image": length}
-    facts |= {"codebook_size": sizes["codebook_size"]} if discrete else {"latent_width": width}
-
-    def forward(model: nn.Module, count: int) -> None:
+    def forward(model: nn.Module, count: int) -> Any:
         labels = torch.zeros(count, dtype=torch.long)
-        if discrete:
-            output = model(torch.zeros(count, length, dtype=torch.long), labels)
-            cross_entropy(output)
-        else:
-            latents = torch.zeros(count, length, width)
-            squared_error(model(latents, labels, torch.zeros(count), latents))
+        if not continuous:
+            return cross_entropy(model(torch.zeros(count, length, dtype=torch.long), labels))
+        latents = torch.zeros(count, length, width)
+        return squared_error(model(latents, labels, torch.zeros(count), latents))
 
-    facts |= _training(run, generator, _count(generator.parameters()))
-    return facts | _activations(run, build, forward)
+    return {
+        "generator_parameters": _count(model.parameters()),
+        "latents": source,
+        "latents_per_image": length,
+        **({"latent_width": width} if continuous else {"codebook_size": sizes["codebook_size"]}),
+        **_training(run, model, forward),
+    }
 
 
 def _post_training(run: DecoderTrainingRun | PostTrainRun) -> Facts:
-    sources = {"tokenizer": run.tokenizer, "generator": getattr(run, "generator", None)}
+    sources = {"tokenizer": run.tokenizer}
+    if isinstance(run, PostTrainRun):
+        sources["generator"] = run.generator
     check_given(sources)
-    tokenizer = look_at(run.tokenizer, run.out)
-    size, shape = _count(tokenizer.parameters()), (3, tokenizer.image_size, tokenizer.image_size)
-    released = run.trainable == "authors"
-
-    def build() -> nn.Module:
-        model = TOKENIZERS[tokenizer.config.name][0](tokenizer.config)
-        if not released:
-            return LatentDecoder(model)
+    loaded = look_at(run.tokenizer, run.out)
+    size, side, authors = _count(loaded.parameters()), loaded.image_size, run.trainable == "authors"
+    tokenizer = _meta(lambda: TOKENIZERS[loaded.config.name][0](loaded.config))
+    if authors:
+        model = tokenizer
         model.encoder.backbone.requires_grad_(False)
-        return model
+    else:
+        model = LatentDecoder(tokenizer)
 
-    def forward(model: nn.Module, count: int) -> Tensor:
-        if released:
-            return model(torch.zeros(count, *shape)).reconstructions
-        discrete, (length, width) = tokenizer.kind == "discrete", tokenizer.latent_shape
+    def forward(model: nn.Module, count: int) -> Any:
+        if authors:
+            return model(torch.zeros(count, 3, side, side))
+        length, width = loaded.latent_shape
+        discrete = loaded.kind == "discrete"
         return model(torch.zeros(count, length, dtype=torch.long) if discrete else torch.zeros(count, length, width))
 
-    model = _meta(build)
-    trained = _count(p for p in model.parameters() if p.requires_grad)
-    facts = {"tokenizer_parameters": size, "trained_parameters": trained}
-    facts |= _pairs(run, tokenizer) if run.pairs is None else {"pairs": len(LatentCache(run.pairs))}
+    facts = {"tokenizer_parameters": size, "trained_parameters": _count(_trainable(model))}
+    facts |= _pairs(run, loaded) if run.pairs is None else {"pairs": len(LatentCache(run.pairs))}
     given = [source.weights for source in sources.values() if isinstance(source, Pretrained)]
-    if given and not any(map(is_remote, given)):  # whose sizes are known once they are fetched
+    if given and not any(map(is_remote, given)):  # remote files have no size before they are downloaded
         files = [file for path in given for file in (path, *path.rglob("*")) if file.is_file()]
         facts["converted_bytes"] = sum(file.stat().st_size for file in files)
-    # The release decodes with an untouched copy, and has the teacher.
-    frozen = _frozen(run) + (size + _teacher(run.teacher, tokenizer.config) if released else 0)
-    facts |= _training(run, model, trained, _discriminator(run), frozen)
-    return facts | _activations(run, build, forward, shape)
+    # The authors' procedure has a copy of the original tokenizer, and the teacher.
+    return facts | _training(run, model, forward, side, size + _teacher(run.teacher, loaded.config) if authors else 0)
 
 
 def _pairs(run: PostTrainRun, tokenizer: Tokenizer) -> Facts:
-    """What is made before a training: latents where there are none, and pairs, of each sigma that is tried."""
+    """What is made before the training: latents, if there are none, and pairs of each sigma that is tried."""
     record, facts = _latent_bytes(tokenizer, run.mixture.latent_dtype) + RECORD, {}
     count = run.pairs_seen()
     if run.latents is None:
@@ -201,36 +194,129 @@ def _pairs(run: PostTrainRun, tokenizer: Tokenizer) -> Facts:
     return {"pairs": count, "pairs_bytes": records * record, **facts}
 
 
-def _training(run: TrainingConfig, model: nn.Module, trained: int, discriminator: int = 0, frozen: int = 0) -> Facts:
+def _training(
+    run: TrainingConfig, model: nn.Module, forward: Forward, image_size: int | None = None, frozen: int = 0
+) -> Facts:
     """What the three trainings have in common.
 
     Args:
         run: its configuration.
-        model: without memory.
-        trained: how many of its parameters learn.
-        discriminator: parameters of the discriminator, all of which learn.
-        frozen: parameters of networks that do not.
+        model: what is trained, on the meta device.
+        forward: its forward pass.
+        image_size: of the images that the losses compare; None for a generator.
+        frozen: parameters of frozen networks, without those of the losses.
     """
-    processes, size = int(os.environ.get("WORLD_SIZE", "1")), _count(model.parameters())
+    processes, size, trained = int(os.environ.get("WORLD_SIZE", "1")), _count(model.parameters()), _trainable(model)
+    share = run.batch_size // processes
+    part = share // run.gradient_accumulation
+    perceptual, backbone, discriminator = (None, None, None) if image_size is None else _loss_networks(run, image_size)
+    learned = _count(trained), _count(discriminator.parameters()) if discriminator else 0
+    frozen += sum(_count(network.parameters()) for network in (perceptual, backbone) if network)
     sharded = _count(p for block in blocks_of(model) for p in block.parameters()) if run.fsdp else 0
-    # The averaged weights are whole in every process.
-    memory = 2 * size + 3 * trained - 4 * (sharded - sharded // processes) + 4 * discriminator + frozen
+    # The averaged weights are not sharded.
+    memory = 2 * size + 3 * learned[0] - 4 * (sharded - sharded // processes) + 4 * learned[1] + frozen
     snapshots = -(-run.steps // run.snapshot_every) if run.snapshot_every else 1
-    state = FLOAT * (2 * size + 2 * trained + 3 * discriminator)
-    snapshot = FLOAT * (size + discriminator)
+    state, snapshot = FLOAT * (2 * size + 2 * learned[0] + 3 * learned[1]), FLOAT * (size + learned[1])
+
+    # The discriminator gets all samples of a process at once, the other networks one part of them.
+    losses = _saved_by_loss(perceptual, part, image_size) if perceptual else 0
+    if discriminator:
+        losses += _saved_by_loss(nn.Sequential(*filter(None, (backbone, discriminator))), share, image_size)
+    whole = saved_bytes(model, lambda m: forward(m, part))
+    checkpointed, blocks = whole, len(blocks_of(model))
+    if blocks:
+        adapt_blocks(model, checkpointing=True, compiling=False)
+        inputs = saved_bytes(model, lambda m: forward(m, part))
+        checkpointed = inputs + (whole - inputs) // blocks  # the activations of one block at a time
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    bf16 = run.precision == "bf16" or (run.precision == "auto" and has_fast_bf16(device))
+    scale, copy = (BF16_SHARE, 2 * size) if bf16 else (1, 0)
     return {
-        **({"discriminator_parameters": discriminator} if discriminator else {}),
+        **({"discriminator_parameters": learned[1]} if discriminator else {}),
         **({"frozen_parameters": frozen} if frozen else {}),
         "steps": run.steps,
         "samples_seen": run.steps * run.batch_size,
         "processes": processes,
-        "samples_per_process_and_step": run.batch_size // processes,
+        "samples_per_process_and_step": share,
         "training_memory_bytes": FLOAT * memory,
         "state_bytes": state,
         "snapshots": snapshots,
         "snapshot_bytes": snapshot,
         "disk_bytes": 2 * state + snapshots * snapshot,
+        "samples_at_once": part,
+        "activations_bytes": round(scale * (losses + whole)) + copy,
+        "checkpointed_activations_bytes": round(scale * (losses + checkpointed)) + copy,
+        "activation_dtype": "bf16" if bf16 else "float32",
     }
+
+
+def _loss_networks(run: TokenizerTrainingRun | DecoderTrainingRun, image_size: int) -> tuple[nn.Module | None, ...]:
+    """The perceptual network, the discriminator's frozen backbone and the discriminator, where the run has them."""
+    perceptual = backbone = discriminator = None
+    if run.reconstruction.perceptual == "lpips" and run.reconstruction.perceptual_weight:
+        check_sides("vgg", (3, image_size, image_size), LPIPSLoss.REMEDY)
+        perceptual = _meta(lambda: vgg16(weights=None).features[:30])
+    if run.adversarial.weight:
+        discriminator = _meta(lambda: DISCRIMINATORS[run.discriminator.name][0](run.discriminator))
+        if run.discriminator.name == "dino":
+            backbone = _meta(lambda: DinoBackbone(run.discriminator))
+    return perceptual, backbone, discriminator
+
+
+def _teacher(teacher: TeacherConfig, tokenizer: Config) -> int:
+    """Parameters of the semantic teacher; those of a small classifier are neglected."""
+    if teacher.name != "timm":
+        return 0
+    size = {"img_size": tokenizer.image_size, "patch_size": tokenizer.patch_size}
+    sizes = size if teacher.model.startswith("vit_") else {}
+    return _count(_meta(lambda: timm.create_model(teacher.model, num_classes=0, **sizes)).parameters())
+
+
+# Activations
+
+
+class _SaveAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        output = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return gradient, gradient, gradient
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention that saves queries, keys, values and output, as fused kernels do, and no matrix of weights."""
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function is F.scaled_dot_product_attention:
+            return _SaveAttention.apply(*args[:3])
+        return function(*args, **(kwargs or {}))
+
+
+def saved_bytes(model: nn.Module, forward: Callable[[nn.Module], Any]) -> int:
+    """Bytes that autograd saves in a forward pass on the meta device in float32, weights aside."""
+    storages: dict[int, torch.UntypedStorage] = {}  # by id, which is unique as long as they are held
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[id(storage)] = storage
+        return tensor
+
+    with torch.device("meta"), _FusedAttention(), saved_tensors_hooks(note, lambda x: x):
+        forward(model.eval())
+    weights = {id(parameter.untyped_storage()) for parameter in model.parameters()}
+    return sum(storage.nbytes() for key, storage in storages.items() if key not in weights)
+
+
+def _saved_by_loss(network: nn.Module, count: int, image_size: int) -> int:
+    shape = (count, 3, image_size, image_size)
+    return saved_bytes(network.requires_grad_(False), lambda m: m(torch.zeros(shape, requires_grad=True)))
+
+
+# Caches and classifiers
 
 
 def _encode(run: EncodeRun) -> Facts:
@@ -271,9 +357,9 @@ def _classifier(run: TrainClassifierRun) -> Facts:
     return {"classifier_parameters": size, "steps": run.classifier.steps, "snapshot_bytes": FLOAT * size}
 
 
-# Verbs that are not listed have nothing to estimate beyond their settings.
+# Other commands have nothing to estimate.
 ESTIMATES: dict[type[Config], Callable[[Any], Facts]] = {
-    TokenizerTrainingRun: _main_training,
+    TokenizerTrainingRun: _tokenizer_training,
     GeneratorTrainingRun: _generator_training,
     DecoderTrainingRun: _post_training,
     PostTrainRun: _post_training,
@@ -293,67 +379,5 @@ def _count(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-def _decoder(tokenizer: Tokenizer) -> int:
-    return sum(_count(module.parameters()) for module in tokenizer.decoder_modules())
-
-
-def _discriminator(run: TokenizerTrainingRun | DecoderTrainingRun) -> int:
-    if not run.adversarial.weight:
-        return 0
-    config = run.discriminator
-    return _count(_meta(lambda: DISCRIMINATORS[config.name][0](config)).parameters())
-
-
-def _frozen(run: TokenizerTrainingRun | DecoderTrainingRun) -> int:
-    """Parameters of the networks that only judge reconstructions."""
-    vgg = VGG_PARAMETERS if run.reconstruction.perceptual == "lpips" and run.reconstruction.perceptual_weight else 0
-    dino = run.discriminator.name == "dino" and run.adversarial.weight
-    return vgg + (_count(_meta(lambda: DinoBackbone(run.discriminator)).parameters()) if dino else 0)
-
-
-def _teacher(teacher: TeacherConfig, tokenizer: Config) -> int:
-    """Parameters of the semantic teacher; a small classifier's do not matter."""
-    if teacher.name != "timm":
-        return 0
-    size = {"img_size": tokenizer.image_size, "patch_size": tokenizer.patch_size}
-    sizes = size if teacher.model.startswith("vit_") else {}
-    return _count(_meta(lambda: timm.create_model(teacher.model, num_classes=0, **sizes)).parameters())
-
-
-def _activations(
-    run: TrainingConfig,
-    build: Callable[[], nn.Module],
-    forward: Callable[[nn.Module, int], Any],
-    scored: tuple[int, int, int] | None = None,
-) -> Facts:
-    """What the backward pass of one process needs; ``judged`` is the shape of images that loss networks see.
-
-    Only the discriminator sees all samples of the process at once, the others a part of them (gradient accumulation).
-    """
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    fast = run.precision == "bf16" or (run.precision == "auto" and has_fast_bf16(device))
-    precision = "bf16" if fast else "float32"
-    share = run.batch_size // int(os.environ.get("WORLD_SIZE", "1"))
-    part = share // run.gradient_accumulation
-    model = count_activations(build, forward, precision)
-    common = model.fixed
-
-    def see(network: nn.Module, count: int) -> Tensor:
-        return network.requires_grad_(False)(torch.zeros(count, *scored).requires_grad_())
-
-    if scored is not None and run.reconstruction.perceptual == "lpips" and run.reconstruction.perceptual_weight:
-        check_sides("vgg", scored, LPIPSLoss.REMEDY)
-        common += part * count_activations(lambda: vgg16(weights=None).features[:30], see, precision).sample
-    if scored is not None and run.adversarial.weight:
-        common += share * count_activations(lambda: _judge(run.discriminator), see, precision).sample
-    return {
-        "samples_at_once": part,
-        "activations_bytes": common + part * model.sample,
-        "checkpointed_activations_bytes": common + part * model.checkpointed,
-        "activation_dtype": precision,
-    }
-
-
-def _judge(config: DiscriminatorConfig) -> nn.Module:
-    heads = DISCRIMINATORS[config.name][0](config)
-    return nn.Sequential(DinoBackbone(config), heads) if config.name == "dino" else heads
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
