@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from robustok.cli import VERBS
+from robustok.cli import COMMANDS
 from robustok.commands.dry_run import estimate
 from robustok.commands.post_train import PostTrainRun
 from robustok.config import load, read_yaml, recipe
@@ -149,4 +149,4 @@ def test_the_preset_changes_nothing_else():
 
 
 def test_the_preset_names_verbs():
-    assert read_yaml(recipe("imagenet256/authors.yaml"))["settings"].keys() <= VERBS.keys()
+    assert read_yaml(recipe("imagenet256/authors.yaml"))["settings"].keys() <= COMMANDS.keys()
