@@ -234,11 +234,11 @@ def test_results_go_to_stdout_and_nothing_else_does(capsys, pipeline, tmp_path):
 
 
 def test_the_same_command_again_is_done_at_once(capsys, pipeline):
-    for name, verb in PIPELINE.items():
+    for name, command in PIPELINE.items():
         before = {file: file.stat().st_mtime_ns for file in (pipeline / name).rglob("*.safetensors")}
-        code, _, err = run(capsys, *words(verb, pipeline, str(pipeline / name)))
+        code, _, err = run(capsys, *words(command, pipeline, str(pipeline / name)))
         assert (code, err) == (0, "")
-        assert {file: file.stat().st_mtime_ns for file in (pipeline / name).rglob("*.safetensors")} == before, verb
+        assert {file: file.stat().st_mtime_ns for file in (pipeline / name).rglob("*.safetensors")} == before, command
 
 
 def test_evaluate_prints_a_table_or_json(capsys, pipeline, tmp_path):
@@ -287,25 +287,25 @@ def test_settings_from_a_file_and_from_words_are_the_same(capsys, tmp_path):
 # Estimates
 
 
-@pytest.mark.parametrize("verb", [*PIPELINE.values(), "evaluate"])
-def test_a_dry_run_writes_nothing(capsys, pipeline, tmp_path, verb):
-    code, text, err = run(capsys, *words(verb, pipeline, str(tmp_path / "out")), "--dry-run", "--json")
+@pytest.mark.parametrize("command", [*PIPELINE.values(), "evaluate"])
+def test_a_dry_run_writes_nothing(capsys, pipeline, tmp_path, command):
+    code, text, err = run(capsys, *words(command, pipeline, str(tmp_path / "out")), "--dry-run", "--json")
     assert (code, err) == (0, "")
     assert json.loads(text)["config"]["out"] == str(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("name", "verb"), [(n, v) for n, v in PIPELINE.items() if v in ("main-train", "train-generator", "post-train")]
+    ("name", "command"), [(n, v) for n, v in PIPELINE.items() if v in ("main-train", "train-generator", "post-train")]
 )
-def test_parameters_and_disk_are_estimated_well(capsys, pipeline, name, verb):
+def test_parameters_and_disk_are_estimated_well(capsys, pipeline, name, command):
     from safetensors.torch import load_file
 
-    _, text, _ = run(capsys, *words(verb, pipeline, "x"), "--dry-run", "--json")
+    _, text, _ = run(capsys, *words(command, pipeline, "x"), "--dry-run", "--json")
     facts = json.loads(text)["facts"]
     snapshot = pipeline / name / "snapshot" / "00000003"
     stored = load_file(snapshot / "model.safetensors")
-    kind = "generator" if verb == "train-generator" else "tokenizer"
+    kind = "generator" if command == "train-generator" else "tokenizer"
     assert facts[f"{kind}_parameters"] == sum(tensor.numel() for tensor in stored.values())
     assert facts["steps"] == 3
     assert facts["samples_seen"] == 24
@@ -315,12 +315,12 @@ def test_parameters_and_disk_are_estimated_well(capsys, pipeline, name, verb):
 
 
 @pytest.mark.parametrize(
-    ("name", "verb"), [(n, v) for n, v in PIPELINE.items() if v in ("encode", "generate", "make-pairs")]
+    ("name", "command"), [(n, v) for n, v in PIPELINE.items() if v in ("encode", "generate", "make-pairs")]
 )
-def test_the_size_of_a_cache_is_estimated_well(capsys, pipeline, name, verb):
+def test_the_size_of_a_cache_is_estimated_well(capsys, pipeline, name, command):
     from safetensors.numpy import load_file
 
-    _, text, _ = run(capsys, *words(verb, pipeline, "x"), "--dry-run", "--json")
+    _, text, _ = run(capsys, *words(command, pipeline, "x"), "--dry-run", "--json")
     facts = json.loads(text)["facts"]
     shards = [load_file(file) for file in (pipeline / name).glob("*.safetensors")]
     assert facts["shards"] == len(shards)

@@ -148,5 +148,5 @@ def test_the_preset_changes_nothing_else():
     assert release.model_copy(update={"trainable": "decoder", "teacher": paper.teacher}) == paper
 
 
-def test_the_preset_names_verbs():
+def test_the_preset_names_commands():
     assert read_yaml(recipe("imagenet256/authors.yaml"))["settings"].keys() <= COMMANDS.keys()

@@ -1,4 +1,4 @@
-"""Training of diffusion generators on continuous latents, and what the verbs make with them."""
+"""Training of diffusion generators on continuous latents, and the commands that use them."""
 
 import numpy as np
 import pytest
@@ -76,7 +76,7 @@ def test_the_snapshot_says_what_sampling_needs(trained, cache, name):
 
 
 def test_statistics_of_a_cache(cache):
-    """In chunks as at once, and exact where the mean is far larger than the deviation."""
+    """In chunks as at once, and exact where the mean is far larger than the standard deviation."""
     latents = records(cache).latents.double().flatten(0, 1)  # (N * L, D)
     for rows in (7, 4096):
         mean, std = latent_statistics(LatentCache(cache), rows)
@@ -126,7 +126,7 @@ def test_draws_are_a_function_of_seed_and_step(tmp_path, cache):
     assert abs(noise.std().item() - 1) < 0.05
 
 
-# Verbs
+# Commands
 
 
 @pytest.mark.parametrize("name", FAMILIES)

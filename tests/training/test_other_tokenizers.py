@@ -1,4 +1,4 @@
-"""Main training of the families beside robustok: the same objective for tokens, less of it for continuous latents."""
+"""Main training of the families other than robustok: the same loss for tokens, fewer terms for continuous latents."""
 
 import json
 

@@ -34,9 +34,11 @@ def worlds(tmp_path_factory, tokenizer, latents, pairs, classifier):
         for world in (one, two):
             with pytest.raises(KeyboardInterrupt):
                 generator_training.train_generator(runs["resumed"][1](world / "resumed"))
-    for name, (verb, run) in runs.items():
-        tiny.VERBS[verb][0](run(one / name))
-    words = [w for name, (verb, run) in runs.items() for w in tiny.command(verb, run(two / name), two / f"{name}.yaml")]
+    for name, (command, run) in runs.items():
+        tiny.VERBS[command][0](run(one / name))
+    words = [
+        w for name, (command, run) in runs.items() for w in tiny.command(command, run(two / name), two / f"{name}.yaml")
+    ]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tiny.__file__]
     done = subprocess.run([*launch, *words], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -46,7 +46,7 @@ from robustok.training.prepared import adapt_blocks, blocks_of
 from robustok.training.tokenizer import ContinuousPass, TokenizerTrainingRun
 from robustok.types import Generator, Tokenizer
 
-Facts = dict[str, int | str]
+Estimates = dict[str, int | str]
 Forward = Callable[[nn.Module, int], Any]  # runs a model on this many samples
 
 FLOAT = 4  # bytes; weights, gradients and optimiser states are float32, whatever the autocast dtype
@@ -69,7 +69,7 @@ NOTES = {
 }
 
 
-def estimate(run: Config) -> Facts:
+def estimate(run: Config) -> Estimates:
     """Estimates for a run by name; those that end in ``_bytes`` are sizes.
 
     Raises:
@@ -78,12 +78,12 @@ def estimate(run: Config) -> Facts:
     return ESTIMATES[type(run)](run) if type(run) in ESTIMATES else {}
 
 
-def show(run: Config, facts: Facts, as_json: bool) -> str:
+def show(run: Config, found: Estimates, as_json: bool) -> str:
     """The merged configuration with its estimates: one JSON object, or YAML with the estimates as comments."""
     if as_json:
-        return json.dumps({"config": plain(run), "facts": facts}, indent=2)
+        return json.dumps({"config": plain(run), "facts": found}, indent=2)
     lines = [yaml.safe_dump(plain(run), sort_keys=False).rstrip()]
-    for name, value in facts.items():
+    for name, value in found.items():
         label = name.removesuffix("_bytes").replace("_", " ")
         text = _size(value) if name.endswith("_bytes") else f"{value:,}" if isinstance(value, int) else value
         lines.append(f"# {label}: {text}{f' ({NOTES[name]})' if name in NOTES else ''}")
@@ -101,7 +101,7 @@ def _size(count: int) -> str:
 # Trainings
 
 
-def _tokenizer_training(run: TokenizerTrainingRun) -> Facts:
+def _tokenizer_training(run: TokenizerTrainingRun) -> Estimates:
     tokenizer = _meta(lambda: TOKENIZERS[run.tokenizer.name][0](run.tokenizer))
     size, side = _count(tokenizer.parameters()), tokenizer.image_size
     decoder = sum(_count(module.parameters()) for module in tokenizer.decoder_modules())
@@ -121,7 +121,7 @@ def _tokenizer_training(run: TokenizerTrainingRun) -> Facts:
     }
 
 
-def _generator_training(run: GeneratorTrainingRun) -> Facts:
+def _generator_training(run: GeneratorTrainingRun) -> Estimates:
     continuous = isinstance(run.generator, ContinuousConfig)
     sizes, source = PAPER, f"{run.latents} is not there yet; counted for the paper's tokens"
     if run.latents.exists() or continuous:
@@ -149,7 +149,7 @@ def _generator_training(run: GeneratorTrainingRun) -> Facts:
     }
 
 
-def _post_training(run: DecoderTrainingRun | PostTrainRun) -> Facts:
+def _post_training(run: DecoderTrainingRun | PostTrainRun) -> Estimates:
     sources = {"tokenizer": run.tokenizer}
     if isinstance(run, PostTrainRun):
         sources["generator"] = run.generator
@@ -170,33 +170,33 @@ def _post_training(run: DecoderTrainingRun | PostTrainRun) -> Facts:
         discrete = loaded.kind == "discrete"
         return model(torch.zeros(count, length, dtype=torch.long) if discrete else torch.zeros(count, length, width))
 
-    facts = {"tokenizer_parameters": size, "trained_parameters": _count(_trainable(model))}
-    facts |= _pairs(run, loaded) if run.pairs is None else {"pairs": len(LatentCache(run.pairs))}
+    found = {"tokenizer_parameters": size, "trained_parameters": _count(_trainable(model))}
+    found |= _pairs(run, loaded) if run.pairs is None else {"pairs": len(LatentCache(run.pairs))}
     given = [source.weights for source in sources.values() if isinstance(source, Pretrained)]
     if given and not any(map(is_remote, given)):  # remote files have no size before they are downloaded
         files = [file for path in given for file in (path, *path.rglob("*")) if file.is_file()]
-        facts["converted_bytes"] = sum(file.stat().st_size for file in files)
+        found["converted_bytes"] = sum(file.stat().st_size for file in files)
     # The authors' procedure has a copy of the original tokenizer, and the teacher.
-    return facts | _training(run, model, forward, side, size + _teacher(run.teacher, loaded.config) if authors else 0)
+    return found | _training(run, model, forward, side, size + _teacher(run.teacher, loaded.config) if authors else 0)
 
 
-def _pairs(run: PostTrainRun, tokenizer: Tokenizer) -> Facts:
+def _pairs(run: PostTrainRun, tokenizer: Tokenizer) -> Estimates:
     """What is made before the training: latents, if there are none, and pairs of each sigma that is tried."""
-    record, facts = _latent_bytes(tokenizer, run.mixture.latent_dtype) + RECORD, {}
+    record, found = _latent_bytes(tokenizer, run.mixture.latent_dtype) + RECORD, {}
     count = run.pairs_seen()
     if run.latents is None:
         count = min(count, len(open_images(run.data, tokenizer.image_size, "train")))
-        facts["latents_bytes"] = count * record
+        found["latents_bytes"] = count * record
     records = count
     if run.sigma == "auto":
         steps, tried = run.candidate_steps, len(run.candidates(tokenizer.config.name))
         records = tried * min(count, run.pairs_seen(steps)) + (count if steps < run.steps else 0)
-    return {"pairs": count, "pairs_bytes": records * record, **facts}
+    return {"pairs": count, "pairs_bytes": records * record, **found}
 
 
 def _training(
     run: TrainingConfig, model: nn.Module, forward: Forward, image_size: int | None = None, frozen: int = 0
-) -> Facts:
+) -> Estimates:
     """What the three trainings have in common.
 
     Args:
@@ -319,26 +319,26 @@ def _saved_by_loss(network: nn.Module, count: int, image_size: int) -> int:
 # Caches and classifiers
 
 
-def _encode(run: EncodeRun) -> Facts:
+def _encode(run: EncodeRun) -> Estimates:
     tokenizer = load_tokenizer(run.tokenizer)
     images = len(open_images(run.data, tokenizer.image_size, run.split))
     images = min(images, run.count or images)
     return {"images": images, **_cache(tokenizer, images * run.variants, run)}
 
 
-def _generate(run: GenerateRun) -> Facts:
-    facts = _cache(load_generator(run.generator), run.count, run)
+def _generate(run: GenerateRun) -> Estimates:
+    found = _cache(load_generator(run.generator), run.count, run)
     if run.tokenizer is not None:
-        facts["images_bytes"] = run.count * 3 * load_tokenizer(run.tokenizer).image_size ** 2  # of uint8 pixels
-    return facts
+        found["images_bytes"] = run.count * 3 * load_tokenizer(run.tokenizer).image_size ** 2  # of uint8 pixels
+    return found
 
 
-def _make_pairs(run: MakePairsRun) -> Facts:
+def _make_pairs(run: MakePairsRun) -> Estimates:
     available = len(LatentCache(run.latents))
     return _cache(load_generator(run.generator), min(run.count or available, available), run)
 
 
-def _cache(model: Tokenizer | Generator, records: int, run: EncodeRun | GenerateRun | MakePairsRun) -> Facts:
+def _cache(model: Tokenizer | Generator, records: int, run: EncodeRun | GenerateRun | MakePairsRun) -> Estimates:
     size = records * (_latent_bytes(model, run.latent_dtype) + RECORD)
     return {"records": records, "shards": -(-records // run.shard_size), "cache_bytes": size}
 
@@ -351,14 +351,14 @@ def _latent_bytes(model: Tokenizer | Generator, dtype: str = "float32") -> int:
     return length * (2 if codes <= 65536 else 4)
 
 
-def _classifier(run: TrainClassifierRun) -> Facts:
+def _classifier(run: TrainClassifierRun) -> Estimates:
     classes = len(open_images(run.data, run.image_size, "test").classes)
     size = _count(_meta(lambda: SmallClassifier(run.classifier, classes)).parameters())
     return {"classifier_parameters": size, "steps": run.classifier.steps, "snapshot_bytes": FLOAT * size}
 
 
 # Other commands have nothing to estimate.
-ESTIMATES: dict[type[Config], Callable[[Any], Facts]] = {
+ESTIMATES: dict[type[Config], Callable[[Any], Estimates]] = {
     TokenizerTrainingRun: _tokenizer_training,
     GeneratorTrainingRun: _generator_training,
     DecoderTrainingRun: _post_training,

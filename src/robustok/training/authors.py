@@ -40,7 +40,7 @@ class AuthorsStep:
         if mode not in ("direct", "generated"):
             raise UserError(f"trainable=authors encodes images itself, the pairs are {mode}; make pairs mode=direct")
         self.run = run
-        self.untouched = copy.deepcopy(tokenizer).eval().requires_grad_(False)
+        self.original = copy.deepcopy(tokenizer).eval().requires_grad_(False)
         self.model = tokenizer.requires_grad_(True)
         self.model.encoder.backbone.requires_grad_(False)
         self.teacher = None
@@ -56,7 +56,7 @@ class AuthorsStep:
     @torch.no_grad()
     def inputs(self, latents: Tensor) -> tuple:
         """Inputs of the model's forward: images (N, 3, H, W) of the mixtures, and the teacher's features."""
-        images = from_pixels(to_pixels(self.untouched.decode(latents)))  # rounded to 8 bits, as in a PNG
+        images = from_pixels(to_pixels(self.original.decode(latents)))  # rounded to 8 bits, as in a PNG
         return images, None, None, 0, None if self.teacher is None else self.teacher(images)
 
     def reconstructions(self, output: TokenizerOutput) -> Tensor:
