@@ -7,7 +7,7 @@ that, and a copy of the weights.
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import timm
@@ -41,13 +41,12 @@ from robustok.metrics.lpips import check_sides
 from robustok.tokenizers import TOKENIZERS, load_tokenizer
 from robustok.training.common import TrainingConfig
 from robustok.training.decoder import DecoderTrainingRun, LatentDecoder
-from robustok.training.generator import GeneratorTrainingRun, cross_entropy, squared_error
+from robustok.training.generator import GeneratorTrainingRun
 from robustok.training.prepared import adapt_blocks, blocks_of
 from robustok.training.tokenizer import ContinuousPass, TokenizerTrainingRun
 from robustok.types import Generator, Tokenizer
 
 Estimates = dict[str, int | str]
-Forward = Callable[[nn.Module, int], Any]  # runs a model on this many samples
 
 FLOAT = 4  # bytes; weights, gradients and optimiser states are float32, whatever the autocast dtype
 RECORD = 4 + 8 + 8 + 1  # bytes of a record of a cache beside its latents: label, index, seed, flip
@@ -103,21 +102,21 @@ def _size(count: int) -> str:
 
 def _tokenizer_training(run: TokenizerTrainingRun) -> Estimates:
     tokenizer = _meta(lambda: TOKENIZERS[run.tokenizer.name][0](run.tokenizer))
-    size, side = _count(tokenizer.parameters()), tokenizer.image_size
-    decoder = sum(_count(module.parameters()) for module in tokenizer.decoder_modules())
-
-    def forward(model: nn.Module, count: int) -> Any:
-        images = torch.zeros(count, 3, side, side)
-        return model(images) if run.discrete else model(images, torch.zeros(count, *tokenizer.latent_shape))
-
-    model = tokenizer if run.discrete else ContinuousPass(tokenizer)
+    size, decoder = _count(tokenizer), sum(map(_count, tokenizer.decoder_modules()))
+    noise = () if run.discrete else (_zeros(run, *tokenizer.latent_shape),)
     return {
         "tokenizer_parameters": size,
         "encoder_parameters": size - decoder,
         "decoder_parameters": decoder,
         "latents_per_image": tokenizer.latent_shape[0],
         "cache_bytes_per_image": _latent_bytes(tokenizer) + RECORD,
-        **_training(run, model, forward, side, _teacher(run.teacher, run.tokenizer)),
+        **_training(
+            run,
+            tokenizer if run.discrete else ContinuousPass(tokenizer),
+            (_images(run, tokenizer), *noise),
+            _loss_networks(run, tokenizer.image_size),
+            _teacher(run.teacher, run.tokenizer),
+        ),
     }
 
 
@@ -130,54 +129,41 @@ def _generator_training(run: GeneratorTrainingRun) -> Estimates:
         sizes, source = {name: getattr(manifest, name) for name in PAPER}, str(run.latents)
     length, width = sizes["latent_shape"]
     model = _meta(lambda: build_generator(run.generator, **sizes))
-    if continuous and model.latent_mean is None:
-        model.set_latent_statistics([0.0] * width, [1.0] * width, run.generator.latent_multiplier)
-
-    def forward(model: nn.Module, count: int) -> Any:
-        labels = torch.zeros(count, dtype=torch.long)
-        if not continuous:
-            return cross_entropy(model(torch.zeros(count, length, dtype=torch.long), labels))
-        latents = torch.zeros(count, length, width)
-        return squared_error(model(latents, labels, torch.zeros(count), latents))
-
+    labels = _zeros(run).long()
+    if continuous:
+        if model.latent_mean is None:
+            model.set_latent_statistics([0.0] * width, [1.0] * width, run.generator.latent_multiplier)
+        inputs = (_zeros(run, length, width), labels, _zeros(run), _zeros(run, length, width))
+    else:
+        inputs = (_zeros(run, length).long(), labels)
     return {
-        "generator_parameters": _count(model.parameters()),
+        "generator_parameters": _count(model),
         "latents": source,
         "latents_per_image": length,
         **({"latent_width": width} if continuous else {"codebook_size": sizes["codebook_size"]}),
-        **_training(run, model, forward),
+        **_training(run, model, inputs),
     }
 
 
 def _post_training(run: DecoderTrainingRun | PostTrainRun) -> Estimates:
-    sources = {"tokenizer": run.tokenizer}
-    if isinstance(run, PostTrainRun):
-        sources["generator"] = run.generator
+    sources = {"tokenizer": run.tokenizer} | ({"generator": run.generator} if isinstance(run, PostTrainRun) else {})
     check_given(sources)
-    loaded = look_at(run.tokenizer, run.out)
-    size, side, authors = _count(loaded.parameters()), loaded.image_size, run.trainable == "authors"
-    tokenizer = _meta(lambda: TOKENIZERS[loaded.config.name][0](loaded.config))
-    if authors:
-        model = tokenizer
+    tokenizer = look_at(run.tokenizer, run.out).to("meta")
+    size, frozen = _count(tokenizer), 0
+    if run.trainable == "authors":
+        model, inputs = tokenizer.requires_grad_(True), _images(run, tokenizer)
         model.encoder.backbone.requires_grad_(False)
+        frozen = size + _teacher(run.teacher, tokenizer.config)  # a copy of the original tokenizer decodes
     else:
-        model = LatentDecoder(tokenizer)
-
-    def forward(model: nn.Module, count: int) -> Any:
-        if authors:
-            return model(torch.zeros(count, 3, side, side))
-        length, width = loaded.latent_shape
-        discrete = loaded.kind == "discrete"
-        return model(torch.zeros(count, length, dtype=torch.long) if discrete else torch.zeros(count, length, width))
-
-    found = {"tokenizer_parameters": size, "trained_parameters": _count(_trainable(model))}
-    found |= _pairs(run, loaded) if run.pairs is None else {"pairs": len(LatentCache(run.pairs))}
+        model, (length, width) = LatentDecoder(tokenizer), tokenizer.latent_shape
+        inputs = _zeros(run, length).long() if tokenizer.kind == "discrete" else _zeros(run, length, width)
+    found = {"tokenizer_parameters": size, "trained_parameters": _count(model, trainable=True)}
+    found |= _pairs(run, tokenizer) if run.pairs is None else {"pairs": len(LatentCache(run.pairs))}
     given = [source.weights for source in sources.values() if isinstance(source, Pretrained)]
     if given and not any(map(is_remote, given)):  # remote files have no size before they are downloaded
         files = [file for path in given for file in (path, *path.rglob("*")) if file.is_file()]
         found["converted_bytes"] = sum(file.stat().st_size for file in files)
-    # The authors' procedure has a copy of the original tokenizer, and the teacher.
-    return found | _training(run, model, forward, side, size + _teacher(run.teacher, loaded.config) if authors else 0)
+    return found | _training(run, model, (inputs,), _loss_networks(run, tokenizer.image_size), frozen)
 
 
 def _pairs(run: PostTrainRun, tokenizer: Tokenizer) -> Estimates:
@@ -195,72 +181,75 @@ def _pairs(run: PostTrainRun, tokenizer: Tokenizer) -> Estimates:
 
 
 def _training(
-    run: TrainingConfig, model: nn.Module, forward: Forward, image_size: int | None = None, frozen: int = 0
+    run: TrainingConfig,
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    losses: tuple[int, int, int] = (0, 0, 0),
+    frozen: int = 0,
 ) -> Estimates:
     """What the three trainings have in common.
 
     Args:
         run: its configuration.
         model: what is trained, on the meta device.
-        forward: its forward pass.
-        image_size: of the images that the losses compare; None for a generator.
-        frozen: parameters of frozen networks, without those of the losses.
+        inputs: of its forward pass, for the samples at once.
+        losses: from :func:`_loss_networks`.
+        frozen: parameters of other frozen networks.
     """
-    processes, size, trained = int(os.environ.get("WORLD_SIZE", "1")), _count(model.parameters()), _trainable(model)
-    share = run.batch_size // processes
-    part = share // run.gradient_accumulation
-    perceptual, backbone, discriminator = (None, None, None) if image_size is None else _loss_networks(run, image_size)
-    learned = _count(trained), _count(discriminator.parameters()) if discriminator else 0
-    frozen += sum(_count(network.parameters()) for network in (perceptual, backbone) if network)
-    sharded = _count(p for block in blocks_of(model) for p in block.parameters()) if run.fsdp else 0
+    processes, size, trained = _processes(), _count(model), _count(model, trainable=True)
+    discriminator, frozen = losses[0], frozen + losses[1]
+    blocks = blocks_of(model)
+    sharded = sum(map(_count, blocks)) if run.fsdp else 0
     # The averaged weights are not sharded.
-    memory = 2 * size + 3 * learned[0] - 4 * (sharded - sharded // processes) + 4 * learned[1] + frozen
+    memory = 2 * size + 3 * trained - 4 * (sharded - sharded // processes) + 4 * discriminator + frozen
     snapshots = -(-run.steps // run.snapshot_every) if run.snapshot_every else 1
-    state, snapshot = FLOAT * (2 * size + 2 * learned[0] + 3 * learned[1]), FLOAT * (size + learned[1])
-
-    # The discriminator gets all samples of a process at once, the other networks one part of them.
-    losses = _saved_by_loss(perceptual, part, image_size) if perceptual else 0
-    if discriminator:
-        losses += _saved_by_loss(nn.Sequential(*filter(None, (backbone, discriminator))), share, image_size)
-    whole = saved_bytes(model, lambda m: forward(m, part))
-    checkpointed, blocks = whole, len(blocks_of(model))
+    state, snapshot = FLOAT * (2 * size + 2 * trained + 3 * discriminator), FLOAT * (size + discriminator)
+    whole = checkpointed = saved_bytes(model, *inputs)
     if blocks:
         adapt_blocks(model, checkpointing=True, compiling=False)
-        inputs = saved_bytes(model, lambda m: forward(m, part))
-        checkpointed = inputs + (whole - inputs) // blocks  # the activations of one block at a time
+        kept = saved_bytes(model, *inputs)
+        checkpointed = kept + (whole - kept) // len(blocks)  # the activations of one block at a time
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     bf16 = run.precision == "bf16" or (run.precision == "auto" and has_fast_bf16(device))
     scale, copy = (BF16_SHARE, 2 * size) if bf16 else (1, 0)
     return {
-        **({"discriminator_parameters": learned[1]} if discriminator else {}),
+        **({"discriminator_parameters": discriminator} if discriminator else {}),
         **({"frozen_parameters": frozen} if frozen else {}),
         "steps": run.steps,
         "samples_seen": run.steps * run.batch_size,
         "processes": processes,
-        "samples_per_process_and_step": share,
+        "samples_per_process_and_step": run.batch_size // processes,
         "training_memory_bytes": FLOAT * memory,
         "state_bytes": state,
         "snapshots": snapshots,
         "snapshot_bytes": snapshot,
         "disk_bytes": 2 * state + snapshots * snapshot,
-        "samples_at_once": part,
-        "activations_bytes": round(scale * (losses + whole)) + copy,
-        "checkpointed_activations_bytes": round(scale * (losses + checkpointed)) + copy,
+        "samples_at_once": len(inputs[0]),
+        "activations_bytes": round(scale * (losses[2] + whole)) + copy,
+        "checkpointed_activations_bytes": round(scale * (losses[2] + checkpointed)) + copy,
         "activation_dtype": "bf16" if bf16 else "float32",
     }
 
 
-def _loss_networks(run: TokenizerTrainingRun | DecoderTrainingRun, image_size: int) -> tuple[nn.Module | None, ...]:
-    """The perceptual network, the discriminator's frozen backbone and the discriminator, where the run has them."""
-    perceptual = backbone = discriminator = None
+def _loss_networks(run: TokenizerTrainingRun | DecoderTrainingRun, image_size: int) -> tuple[int, int, int]:
+    """Parameters of the discriminator, of the frozen networks of the losses, and bytes that their activations need."""
+    discriminator, frozen, saved = 0, 0, 0
+    images = torch.zeros(run.batch_size // _processes(), 3, image_size, image_size, device="meta", requires_grad=True)
     if run.reconstruction.perceptual == "lpips" and run.reconstruction.perceptual_weight:
-        check_sides("vgg", (3, image_size, image_size), LPIPSLoss.REMEDY)
-        perceptual = _meta(lambda: vgg16(weights=None).features[:30])
+        check_sides("vgg", images.shape[1:], LPIPSLoss.REMEDY)
+        network = _meta(lambda: vgg16(weights=None).features[:30])
+        frozen += _count(network)
+        saved += (
+            saved_bytes(network.requires_grad_(False), images) // run.gradient_accumulation
+        )  # one part of the images at a time
     if run.adversarial.weight:
-        discriminator = _meta(lambda: DISCRIMINATORS[run.discriminator.name][0](run.discriminator))
+        networks = [_meta(lambda: DISCRIMINATORS[run.discriminator.name][0](run.discriminator))]
+        discriminator = _count(networks[0])
         if run.discriminator.name == "dino":
-            backbone = _meta(lambda: DinoBackbone(run.discriminator))
-    return perceptual, backbone, discriminator
+            networks.insert(0, _meta(lambda: DinoBackbone(run.discriminator)))
+            frozen += _count(networks[0])
+        saved += saved_bytes(nn.Sequential(*networks).requires_grad_(False), images)
+    return discriminator, frozen, saved
 
 
 def _teacher(teacher: TeacherConfig, tokenizer: Config) -> int:
@@ -269,7 +258,7 @@ def _teacher(teacher: TeacherConfig, tokenizer: Config) -> int:
         return 0
     size = {"img_size": tokenizer.image_size, "patch_size": tokenizer.patch_size}
     sizes = size if teacher.model.startswith("vit_") else {}
-    return _count(_meta(lambda: timm.create_model(teacher.model, num_classes=0, **sizes)).parameters())
+    return _count(_meta(lambda: timm.create_model(teacher.model, num_classes=0, **sizes)))
 
 
 # Activations
@@ -282,10 +271,6 @@ class _SaveAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, output)
         return output
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return gradient, gradient, gradient
-
 
 class _FusedAttention(TorchFunctionMode):
     """Attention that saves queries, keys, values and output, as fused kernels do, and no matrix of weights."""
@@ -296,7 +281,7 @@ class _FusedAttention(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def saved_bytes(model: nn.Module, forward: Callable[[nn.Module], Any]) -> int:
+def saved_bytes(model: nn.Module, *inputs: Tensor) -> int:
     """Bytes that autograd saves in a forward pass on the meta device in float32, weights aside."""
     storages: dict[int, torch.UntypedStorage] = {}  # by id, which is unique as long as they are held
 
@@ -306,14 +291,9 @@ def saved_bytes(model: nn.Module, forward: Callable[[nn.Module], Any]) -> int:
         return tensor
 
     with torch.device("meta"), _FusedAttention(), saved_tensors_hooks(note, lambda x: x):
-        forward(model.eval())
+        model.eval()(*inputs)
     weights = {id(parameter.untyped_storage()) for parameter in model.parameters()}
     return sum(storage.nbytes() for key, storage in storages.items() if key not in weights)
-
-
-def _saved_by_loss(network: nn.Module, count: int, image_size: int) -> int:
-    shape = (count, 3, image_size, image_size)
-    return saved_bytes(network.requires_grad_(False), lambda m: m(torch.zeros(shape, requires_grad=True)))
 
 
 # Caches and classifiers
@@ -353,7 +333,7 @@ def _latent_bytes(model: Tokenizer | Generator, dtype: str = "float32") -> int:
 
 def _classifier(run: TrainClassifierRun) -> Estimates:
     classes = len(open_images(run.data, run.image_size, "test").classes)
-    size = _count(_meta(lambda: SmallClassifier(run.classifier, classes)).parameters())
+    size = _count(_meta(lambda: SmallClassifier(run.classifier, classes)))
     return {"classifier_parameters": size, "steps": run.classifier.steps, "snapshot_bytes": FLOAT * size}
 
 
@@ -375,9 +355,19 @@ def _meta(build: Callable[[], nn.Module]) -> nn.Module:
         return build()
 
 
-def _count(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(parameter.numel() for parameter in parameters)
+def _count(model: nn.Module, trainable: bool = False) -> int:
+    """Number of parameters, or of those that are trained."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad or not trainable)
 
 
-def _trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _zeros(run: TrainingConfig, *shape: int) -> Tensor:
+    """Zeros of this shape for each of the samples that a process has in memory at once, on the meta device."""
+    return torch.zeros(run.batch_size // _processes() // run.gradient_accumulation, *shape, device="meta")
+
+
+def _images(run: TrainingConfig, tokenizer: Tokenizer) -> Tensor:
+    return _zeros(run, 3, tokenizer.image_size, tokenizer.image_size)
