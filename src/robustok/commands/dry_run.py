@@ -237,11 +237,9 @@ def _loss_networks(run: TokenizerTrainingRun | DecoderTrainingRun, image_size: i
     images = torch.zeros(run.batch_size // _processes(), 3, image_size, image_size, device="meta", requires_grad=True)
     if run.reconstruction.perceptual == "lpips" and run.reconstruction.perceptual_weight:
         check_sides("vgg", images.shape[1:], LPIPSLoss.REMEDY)
-        network = _meta(lambda: vgg16(weights=None).features[:30])
+        network = _meta(lambda: vgg16(weights=None).features[:30]).requires_grad_(False)
         frozen += _count(network)
-        saved += (
-            saved_bytes(network.requires_grad_(False), images) // run.gradient_accumulation
-        )  # one part of the images at a time
+        saved += saved_bytes(network, images) // run.gradient_accumulation  # a part of the images at a time
     if run.adversarial.weight:
         networks = [_meta(lambda: DISCRIMINATORS[run.discriminator.name][0](run.discriminator))]
         discriminator = _count(networks[0])
