@@ -42,7 +42,6 @@ class TokenizerTrainingRun(TrainingConfig):
     batch_size: int = Field(1024, ge=1, description="images in the global batch, all processes together")
     learning_rate: float = Field(2.4e-4, gt=0, description="peak learning rate")
     min_learning_rate: float = Field(5e-5, ge=0, description="learning rate at the last step of the cosine")
-    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up from 0")
     data: Data = Field(description="training images")
     augmentation: Augmentation = Augmentation()
     tokenizer: TokenizerConfig = RobusTokConfig()
