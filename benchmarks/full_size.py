@@ -21,7 +21,7 @@ import torch
 from torchvision.models import vgg16
 
 from robustok import runs
-from robustok.commands import dry_run as estimate
+from robustok.commands.dry_run import estimate
 from robustok.config import load, plain
 from robustok.data.dataset import open_images
 from robustok.data.latent_cache import Manifest, create_cache, write_shard
@@ -31,7 +31,7 @@ from robustok.snapshots import write_snapshot
 from robustok.tokenizers import encoder_digest
 from robustok.tokenizers import robustok as tokenizers
 from robustok.tokenizers.robustok import RobusTok
-from robustok.training import common
+from robustok.training import common, state
 from robustok.training import decoder as post_training
 from robustok.training import generator as generator_training
 from robustok.training import tokenizer as main_training
@@ -39,7 +39,11 @@ from robustok.training import tokenizer as main_training
 COMMON = ["batch_size=1", "steps=2", "warmup_steps=0", "log_every=1", "precision=float32", "snapshot_every=0"]
 LOSSES = ["adversarial.start=0", "adversarial.warmup_steps=null"]
 RELEASED = ["trainable=authors", "teacher.name=timm"]
-MODULES = {"main-train": main_training, "train-generator": generator_training, "post-train": post_training}
+TRAININGS = {
+    "main-train": main_training.train_tokenizer,
+    "train-generator": generator_training.train_generator,
+    "post-train": post_training.train_decoder,
+}
 
 
 def random_backbone(name: str, weights: object, role: str, setting: str, **sizes: int) -> torch.nn.Module:
@@ -95,14 +99,12 @@ def measure(name: str, words: list[str]) -> dict[str, float]:
     moments, start = [], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with tempfile.TemporaryDirectory() as folder:
         verb, run = prepare(name, Path(folder), words)
-        module = MODULES[verb]
-        module._write_snapshot = lambda *_: None
-        check = module.check_finite
-        module.check_finite = lambda *a: moments.append(time.perf_counter()) or check(*a)  # once a step
-        facts = estimate.ESTIMATES[type(run)](run)
-        {"main-train": main_training.train_tokenizer, "train-generator": generator_training.train_generator}.get(
-            verb, post_training.post_train
-        )(run)
+        main_training._write_snapshot = generator_training._write_snapshot = lambda *_: None
+        post_training.Snapshots._write = lambda *_: None
+        check = state.check_finite
+        state.check_finite = lambda *a: moments.append(time.perf_counter()) or check(*a)  # once a step
+        facts = estimate(run)
+        TRAININGS[verb](run)
     expected = facts["training_memory_bytes"] + facts["activations_bytes"]
     if run.gradient_checkpointing:
         expected = facts["training_memory_bytes"] + facts["checkpointed_activations_bytes"]

@@ -34,7 +34,7 @@ from robustok.losses import semantic
 from robustok.losses.discriminators import dino
 from robustok.tokenizers import load_tokenizer
 from robustok.tokenizers import robustok as tokenizers
-from robustok.training import adversary, prepared
+from robustok.training import adversary, prepared, state
 from robustok.training import decoder as post_training
 from robustok.training.authors import AuthorsStep
 
@@ -63,7 +63,7 @@ def from_png(path: Path):
 def seconds_a_step(name: str, folder: Path, twice: bool) -> list[float]:
     """CPU seconds of each step but the first; losses are differentiated once or twice."""
     moments = []
-    check = post_training.check_finite
+    check = state.check_finite
     _, run = prepare(name, folder, [f"steps={STEPS}", "log_every=100"])
     png = folder / "mixture.png"
     decode_to_png(run, png)
@@ -71,12 +71,12 @@ def seconds_a_step(name: str, folder: Path, twice: bool) -> list[float]:
     with (
         mock.patch.object(prepared, "differentiated", differentiated),
         mock.patch.object(adversary, "differentiated", differentiated),
-        mock.patch.object(post_training, "check_finite", lambda *a: moments.append(time.process_time()) or check(*a)),
-        mock.patch.object(post_training, "_write_snapshot"),
+        mock.patch.object(state, "check_finite", lambda *a: moments.append(time.process_time()) or check(*a)),
+        mock.patch.object(post_training.Snapshots, "_write"),
         mock.patch.object(runs.RunFolder, "save_state"),
         mock.patch.object(AuthorsStep, "inputs", from_png(png)),
     ):
-        post_training.post_train(run)
+        post_training.train_decoder(run)
     return [after - before for before, after in itertools.pairwise(moments)]
 
 

@@ -1,4 +1,4 @@
-"""Whatever a user gets wrong is answered by one line and exit code 2, and nothing is written or lost."""
+"""A mistake of the user ends in one line and exit code 2; nothing is written or lost."""
 
 import errno
 import importlib.util
@@ -28,7 +28,7 @@ MODEL = [*VIT, *TOKENIZER, *TRAINING, *LOSSES, "perturbation.strength=4"]
 
 @pytest.fixture
 def refused(capsys, tmp_path):
-    """Function that runs a command, which must answer with one line, code 2 and no trace of itself in ``tmp_path``."""
+    """Function that runs a command and checks: one line, code 2, and nothing written to ``tmp_path``."""
 
     def check(*arguments: str, said: tuple[str, ...], notes: int = 0, writes: bool = False) -> str:
         before = contents(tmp_path)
@@ -112,9 +112,9 @@ def test_more_neighbours_than_codes_in_an_evaluation(refused, pipeline, tmp_path
     )
 
 
-@pytest.mark.parametrize("verb", ["main-train", "train-generator", "post-train"])
-def test_not_enough_images_for_the_batch(refused, pipeline, tmp_path, verb):
-    arguments = [*words(verb, pipeline, str(tmp_path / "run")), "batch_size=64"]
+@pytest.mark.parametrize("command", ["main-train", "train-generator", "post-train"])
+def test_not_enough_images_for_the_batch(refused, pipeline, tmp_path, command):
+    arguments = [*words(command, pipeline, str(tmp_path / "run")), "batch_size=64"]
     refused(*arguments, said=("batch is 64", "has 48", "1 to 48"))
 
 
@@ -177,9 +177,9 @@ def parquet(path: Path, labels: list[int]) -> Path:
     pixels = np.zeros((16, 16, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path.with_suffix(".png"))
     images = [{"bytes": path.with_suffix(".png").read_bytes(), "path": None}] * len(labels)
-    facts = {"info": {"features": {"label": {"names": ["cat", "dog"]}}}}
+    schema = {"info": {"features": {"label": {"names": ["cat", "dog"]}}}}
     table = pyarrow.table({"image": images, "label": labels}).replace_schema_metadata(
-        {"huggingface": json.dumps(facts)}
+        {"huggingface": json.dumps(schema)}
     )
     pyarrow.parquet.write_table(table, path)
     return path
@@ -211,9 +211,9 @@ def test_no_snapshot_at_all(refused, pipeline, tmp_path):
     refused(*arguments, f"tokenizer={pipeline / 'latents'}", said=("latents holds no snapshot",))
 
 
-def spoilt(pipeline: Path, name: str, tmp_path: Path, change) -> Path:
+def damaged(pipeline: Path, name: str, tmp_path: Path, change) -> Path:
     """A copy of a snapshot whose header went through ``change``."""
-    copy = tmp_path / f"spoilt-{name}"
+    copy = tmp_path / f"damaged-{name}"
     shutil.copytree(pipeline / name / "snapshot" / "00000003", copy)
     header = yaml.safe_load((copy / "config.yaml").read_text())
     change(header)
@@ -222,10 +222,10 @@ def spoilt(pipeline: Path, name: str, tmp_path: Path, change) -> Path:
 
 
 def test_weights_of_another_shape(refused, pipeline, tmp_path):
-    copy = spoilt(pipeline, "tokenizer", tmp_path, lambda h: h["config"]["encoder"].update(width=32))
+    copy = damaged(pipeline, "tokenizer", tmp_path, lambda h: h["config"]["encoder"].update(width=32))
     arguments = [*words("encode", pipeline, str(tmp_path / "latents")), f"tokenizer={copy}"]
     refused(*arguments, said=("weights do not fit its config.yaml", "expected"))
-    copy = spoilt(pipeline, "generator", tmp_path, lambda h: h.update(codebook_size=99))
+    copy = damaged(pipeline, "generator", tmp_path, lambda h: h.update(codebook_size=99))
     arguments = [*words("generate", pipeline, str(tmp_path / "samples")), f"generator={copy}"]
     refused(*arguments, said=("weights do not fit its config.yaml",))
 
@@ -240,14 +240,14 @@ def test_weights_of_another_shape(refused, pipeline, tmp_path):
     ],
 )
 def test_a_damaged_header(refused, pipeline, tmp_path, change, said):
-    copy = spoilt(pipeline, "generator", tmp_path, change)
+    copy = damaged(pipeline, "generator", tmp_path, change)
     refused(*words("generate", pipeline, str(tmp_path / "samples")), f"generator={copy}", said=(said,))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.yaml"])
 @pytest.mark.parametrize("damage", ["cut", "remove", "fill"])
 def test_damaged_files(refused, pipeline, tmp_path, name, damage):
-    copy = spoilt(pipeline, "tokenizer", tmp_path, lambda h: None)
+    copy = damaged(pipeline, "tokenizer", tmp_path, lambda h: None)
     content = (copy / name).read_bytes()
     if damage == "remove":
         (copy / name).unlink()
@@ -260,7 +260,7 @@ def test_damaged_files(refused, pipeline, tmp_path, name, damage):
 
 
 @pytest.mark.parametrize(
-    ("verb", "name", "change", "said"),
+    ("command", "name", "change", "said"),
     [
         ("main-train", "tokenizer", "seed=5", "seed: 0 -> 5"),
         ("train-generator", "generator", "generator.width=32", "generator.width: 16 -> 32"),
@@ -268,24 +268,24 @@ def test_damaged_files(refused, pipeline, tmp_path, name, damage):
         ("train-classifier", "classifier", "classifier.steps=5", "classifier.steps: 4 -> 5"),
     ],
 )
-def test_a_run_folder_of_another_configuration(refused, pipeline, tmp_path, verb, name, change, said):
+def test_a_run_folder_of_another_configuration(refused, pipeline, tmp_path, command, name, change, said):
     shutil.copytree(pipeline / name, tmp_path / "run")
     said = ("another configuration", said, "choose another out")
-    refused(*words(verb, pipeline, str(tmp_path / "run")), change, said=said)
+    refused(*words(command, pipeline, str(tmp_path / "run")), change, said=said)
 
 
-@pytest.mark.parametrize("verb", ["main-train", "train-generator", "post-train", "train-classifier"])
-def test_a_folder_that_holds_something_else(refused, pipeline, tmp_path, verb):
+@pytest.mark.parametrize("command", ["main-train", "train-generator", "post-train", "train-classifier"])
+def test_a_folder_that_holds_something_else(refused, pipeline, tmp_path, command):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "thesis.tex").write_text("years of work")
-    refused(*words(verb, pipeline, str(tmp_path / "run")), said=("is not empty", "choose another out"))
-    refused(*words(verb, pipeline, str(tmp_path / "run" / "thesis.tex")), said=("thesis.tex",))
+    (tmp_path / "run" / "thesis.tex").write_text("text")
+    refused(*words(command, pipeline, str(tmp_path / "run")), said=("is not empty", "choose another out"))
+    refused(*words(command, pipeline, str(tmp_path / "run" / "thesis.tex")), said=("thesis.tex",))
 
 
-@pytest.mark.parametrize("verb", ["encode", "generate", "make-pairs", "evaluate"])
-def test_a_file_where_a_folder_should_be(refused, pipeline, tmp_path, verb):
+@pytest.mark.parametrize("command", ["encode", "generate", "make-pairs", "evaluate"])
+def test_a_file_where_a_folder_should_be(refused, pipeline, tmp_path, command):
     (tmp_path / "file").write_text("")
-    refused(*words(verb, pipeline, str(tmp_path / "file" / "out")), said=(f"{tmp_path / 'file'}",))
+    refused(*words(command, pipeline, str(tmp_path / "file" / "out")), said=(f"{tmp_path / 'file'}",))
 
 
 @pytest.fixture(scope="session")
@@ -354,7 +354,7 @@ def test_missing_perceptual_weights(refused, tmp_path):
 def test_missing_teacher_discriminator_and_extractor(refused, pipeline, tmp_path):
     out = f"out={tmp_path / 'run'}"
     refused("main-train", *MAIN_TRAIN, out, "teacher.name=classifier", said=("teacher.path",))
-    bare = spoilt(pipeline, "tokenizer", tmp_path, lambda h: h.pop("discriminator"))
+    bare = damaged(pipeline, "tokenizer", tmp_path, lambda h: h.pop("discriminator"))
     carried = [*words("post-train", pipeline, str(tmp_path / "run")), "adversary=carried"]
     refused(*carried, f"tokenizer={bare}", said=("no discriminator", "fresh"))
     arguments = words("evaluate", pipeline, str(tmp_path / "run"))
@@ -367,10 +367,10 @@ def test_missing_teacher_discriminator_and_extractor(refused, pipeline, tmp_path
 # Failures in the middle of a run
 
 
-@pytest.mark.parametrize("verb", ["main-train", "train-generator", "post-train"])
-def test_a_loss_that_is_not_finite(refused, pipeline, tmp_path, verb):
+@pytest.mark.parametrize("command", ["main-train", "train-generator", "post-train"])
+def test_a_loss_that_is_not_finite(refused, pipeline, tmp_path, command):
     out = tmp_path / "run"
-    arguments = [*words(verb, pipeline, str(out)), "learning_rate=1e20", "steps=20", "clip_norm=0", "state_every=1"]
+    arguments = [*words(command, pipeline, str(out)), "learning_rate=1e20", "steps=20", "clip_norm=0", "state_every=1"]
     line = refused(*arguments, said=("the loss is not finite at step", "lower learning_rate", "is kept"), writes=True)
     step = int(line.split("at step ")[1].split()[0])
     states = sorted((out / "state").iterdir())
@@ -409,13 +409,13 @@ def file_size_limit(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("verb", ["main-train", "train-generator", "post-train"])
-def test_a_disk_that_is_full_from_the_start(refused, pipeline, tmp_path, verb):
+@pytest.mark.parametrize("command", ["main-train", "train-generator", "post-train"])
+def test_a_disk_that_is_full_from_the_start(refused, pipeline, tmp_path, command):
     out = tmp_path / "run"
     with file_size_limit(5000):  # enough for config.yaml and the log
-        refused(*words(verb, pipeline, str(out)), said=("cannot write", "free some space"), writes=True)
+        refused(*words(command, pipeline, str(out)), said=("cannot write", "free some space"), writes=True)
     assert not list(out.rglob("*.safetensors"))
-    assert main(words(verb, pipeline, str(out))) == 0
+    assert main(words(command, pipeline, str(out))) == 0
 
 
 def test_a_disk_that_fills_up_while_a_state_is_saved(refused, pipeline, tmp_path, monkeypatch):
@@ -442,14 +442,14 @@ def test_a_disk_that_fills_up_while_a_state_is_saved(refused, pipeline, tmp_path
     assert same(*map(weights, snapshots))
 
 
-@pytest.mark.parametrize("verb", ["encode", "generate", "make-pairs"])
-def test_a_disk_that_fills_up_while_a_cache_is_written(refused, pipeline, tmp_path, verb):
+@pytest.mark.parametrize("command", ["encode", "generate", "make-pairs"])
+def test_a_disk_that_fills_up_while_a_cache_is_written(refused, pipeline, tmp_path, command):
     out = tmp_path / "cache"
-    arguments = words(verb, pipeline, str(out))
+    arguments = words(command, pipeline, str(out))
     with file_size_limit(900):
         refused(*arguments, said=("cannot write", "same command again"), writes=True)
     assert main(arguments) == 0
-    original = pipeline / {"encode": "latents", "generate": "samples", "make-pairs": "pairs"}[verb]
+    original = pipeline / {"encode": "latents", "generate": "samples", "make-pairs": "pairs"}[command]
     assert {f.name: f.read_bytes() for f in out.iterdir()} == {f.name: f.read_bytes() for f in original.iterdir()}
 
 
@@ -462,14 +462,14 @@ def test_a_disk_that_fills_up_while_a_cache_is_written(refused, pipeline, tmp_pa
     ],
 )
 def test_a_disk_that_is_full_for_other_files(refused, pipeline, tmp_path, arguments, limit):
-    verb, *more = arguments
+    command, *more = arguments
     out = tmp_path / "out"
-    tokenizer = [f"tokenizer={pipeline / 'tokenizer'}"] if verb == "generate" else []
-    if verb == "generate":
-        assert main(words(verb, pipeline, str(out))) == 0
+    tokenizer = [f"tokenizer={pipeline / 'tokenizer'}"] if command == "generate" else []
+    if command == "generate":
+        assert main(words(command, pipeline, str(out))) == 0
     with file_size_limit(limit):
-        refused(*words(verb, pipeline, str(out)), *more, *tokenizer, said=("cannot write", "space"), writes=True)
-    assert main([*words(verb, pipeline, str(out)), *more, *tokenizer]) == 0
+        refused(*words(command, pipeline, str(out)), *more, *tokenizer, said=("cannot write", "space"), writes=True)
+    assert main([*words(command, pipeline, str(out)), *more, *tokenizer]) == 0
 
 
 def test_a_disk_that_is_full_for_pictures(refused, pipeline, tmp_path, monkeypatch):

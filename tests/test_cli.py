@@ -11,7 +11,7 @@ import yaml
 import robustok
 from conftest import MAIN_TRAIN, PIPELINE, words
 from robustok import cli
-from robustok.cli import VERBS, main
+from robustok.cli import COMMANDS, main
 from robustok.errors import UserError
 
 
@@ -37,24 +37,24 @@ def python(*arguments, **environment):
 # Help
 
 
-def test_help_names_every_verb_and_comes_at_once_because_it_imports_next_to_nothing():
+def test_help_names_every_command_and_imports_nothing_heavy():
     code = "import sys; from robustok.cli import main; main(['--help']); print(*sys.modules, file=sys.stderr)"
     answer = python("-c", code)
     imported = {module.partition(".")[0] for module in answer.stderr.split()}
     assert not imported & {"torch", "torchvision", "numpy", "scipy", "pydantic", "yaml", "PIL", "accelerate", "timm"}
-    for verb in VERBS:
-        assert f"  {verb} " in answer.stdout
+    for command in COMMANDS:
+        assert f"  {command} " in answer.stdout
 
 
-def test_no_words_are_a_question_for_help(capsys):
+def test_without_arguments_help_is_shown(capsys):
     assert run(capsys) == run(capsys, "--help")
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_help_of_a_verb_lists_every_setting_with_default_and_description(capsys, verb):
-    code, out, err = run(capsys, verb, "--help")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_all_lists_every_setting_with_default_and_description(capsys, command):
+    code, out, err = run(capsys, command, "--help-all")
     assert (code, err) == (0, "")
-    _, config = VERBS[verb].load()
+    _, config = COMMANDS[command].load()
     for name, field in config.model_fields.items():
         assert f"\n  {name}" in out
         if field.description:
@@ -63,18 +63,35 @@ def test_help_of_a_verb_lists_every_setting_with_default_and_description(capsys,
             assert f"\n  {name} (required)" in out
 
 
-def test_help_shows_the_keys_of_groups_and_variants(capsys):
-    _, out, _ = run(capsys, "main-train", "--help")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_a_line_for_each_setting_and_group_and_fits_two_screens(capsys, command):
+    code, out, err = run(capsys, command, "--help")
+    assert (code, err) == (0, "")
+    assert out.count("\n") < 80
+    assert "--help-all" in out
+    _, config = COMMANDS[command].load()
+    for name, field in config.model_fields.items():
+        assert f"\n  {name}" in out
+        if field.is_required() and name != "data":
+            assert f"\n  {name} (required)" in out
+
+
+def test_help_all_shows_the_keys_of_groups_and_variants(capsys):
+    _, out, _ = run(capsys, "main-train", "--help-all")
     for line in ("perturbation.strength = 100", "tokenizer.quantizer.size = 4096", "data.name (required)", "[folder]"):
         assert line in out
+    _, out, _ = run(capsys, "main-train", "--help")
+    for line in ("perturbation.*", "tokenizer.name = robustok", "data.name (required)", "data.path (required)"):
+        assert line in out
+    assert "perturbation.strength" not in out
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_description_is_there(verb):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_description_is_there(command):
     from robustok.config import list_settings
 
-    nameless = [s.key for s in list_settings(VERBS[verb].load()[1]) if not s.description and not s.key.endswith("name")]
-    assert nameless == []
+    settings = list_settings(COMMANDS[command].load()[1])
+    assert [s.key for s in settings if not s.description and not s.key.endswith("name")] == []
 
 
 # Errors
@@ -103,40 +120,40 @@ def test_usage_errors_are_one_line_and_code_2(capsys, tmp_path, monkeypatch, arg
 
 
 @pytest.fixture
-def verb_that(monkeypatch):
-    """Let every verb call the given function with the configuration of ``report``."""
+def command_that(monkeypatch):
+    """Let every command call the given function with the configuration of ``report``."""
     from robustok.commands.report import ReportRun
 
-    return lambda function: monkeypatch.setattr(cli.Verb, "load", lambda self: (function, ReportRun))
+    return lambda function: monkeypatch.setattr(cli.Command, "load", lambda self: (function, ReportRun))
 
 
-def test_an_error_of_ours_shows_its_trace_and_is_code_1(capsys, verb_that):
-    verb_that(lambda run: 1 / 0)
+def test_a_bug_shows_its_trace_and_is_code_1(capsys, command_that):
+    command_that(lambda run: 1 / 0)
     code, out, err = run(capsys, "report")
     assert (code, out) == (1, "")
     assert "Traceback" in err
     assert "ZeroDivisionError" in err
 
 
-def test_a_user_error_of_many_lines_is_one_line(capsys, verb_that):
+def test_a_user_error_of_many_lines_is_one_line(capsys, command_that):
     def fail(_):
         raise UserError("the first\n  and the second")
 
-    verb_that(fail)
+    command_that(fail)
     assert run(capsys, "report") == (2, "", "robustok: the first and the second\n")
 
 
-def test_an_interruption_is_one_line(capsys, verb_that):
+def test_an_interruption_is_one_line(capsys, command_that):
     def interrupt(_):
         raise KeyboardInterrupt
 
-    verb_that(interrupt)
+    command_that(interrupt)
     code, out, err = run(capsys, "report")
     assert (code, out) == (130, "")
     assert "interrupted" in one_line(err)
 
 
-def test_a_warning_of_ours_is_one_line_on_stderr(capsys, verb_that):
+def test_a_warning_of_ours_is_one_line_on_stderr(capsys, command_that):
     import warnings
 
     def warn(_):
@@ -144,17 +161,17 @@ def test_a_warning_of_ours_is_one_line_on_stderr(capsys, verb_that):
         warnings.warn_explicit("something old", UserWarning, yaml.__file__, 1)
         return Path("done")
 
-    verb_that(warn)
+    command_that(warn)
     assert run(capsys, "report") == (0, "done\n", "robustok: note: something odd\n")
 
 
-def test_only_the_first_process_speaks(capsys, verb_that, monkeypatch):
+def test_only_the_first_process_prints_the_result(capsys, command_that, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    verb_that(lambda run: Path("done"))
+    command_that(lambda run: Path("done"))
     assert run(capsys, "report") == (0, "", "")
 
 
-def test_a_process_leaves_its_group_unless_it_fails(capsys, verb_that, monkeypatch):
+def test_a_process_leaves_its_group_unless_it_fails(capsys, command_that, monkeypatch):
     from torch import distributed
 
     def join(_):
@@ -162,29 +179,51 @@ def test_a_process_leaves_its_group_unless_it_fails(capsys, verb_that, monkeypat
         return Path("done")
 
     monkeypatch.setenv("RANK", "0")
-    verb_that(join)
+    command_that(join)
     assert run(capsys, "report") == (0, "done\n", "")
     assert not distributed.is_initialized()
-    verb_that(lambda run: join(run) / None)
+    command_that(lambda run: join(run) / None)
     assert run(capsys, "report")[0] == 1
     assert distributed.is_initialized()
     distributed.destroy_process_group()
 
 
-def test_another_process_speaks_only_if_nobody_ends_it(capsys, verb_that, monkeypatch):
-    waited = []
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(cli.time, "sleep", waited.append)
-
+def test_one_of_several_processes_prints_the_error(capsys, command_that, monkeypatch):
     def fail(_):
         raise UserError("no")
 
-    verb_that(fail)
+    from torch import distributed
+
+    command_that(fail)
+    store = distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    for rank, printed in (("1", "robustok: no\n"), ("0", ""), ("2", "")):  # the first to fail need not be rank 0
+        monkeypatch.setenv("RANK", rank)
+        assert run(capsys, "report") == (2, "", printed)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert run(capsys, "report") == (2, "", "robustok: no\n")
-    assert waited == [10]
 
 
-# The verbs
+def test_processes_that_have_not_met_let_the_first_one_print(capsys, command_that, monkeypatch):
+    def fail(_):
+        raise UserError("no")
+
+    command_that(fail)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for rank, printed in (("1", ""), ("0", "robustok: no\n")):
+        monkeypatch.setenv("RANK", rank)
+        assert run(capsys, "report") == (2, "", printed)
+
+
+def test_processes_of_a_launcher_print_one_error(tmp_path):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "robustok"]
+    answer = python(*launch, "main-train", *MAIN_TRAIN, f"out={tmp_path / 'run'}", "batch_size=500")
+    assert answer.returncode != 0
+    assert answer.stderr.count("robustok: the global batch is 500") == 1
+
+
+# The commands
 
 
 def test_results_go_to_stdout_and_nothing_else_does(capsys, pipeline, tmp_path):
@@ -195,11 +234,11 @@ def test_results_go_to_stdout_and_nothing_else_does(capsys, pipeline, tmp_path):
 
 
 def test_the_same_command_again_is_done_at_once(capsys, pipeline):
-    for name, verb in PIPELINE.items():
+    for name, command in PIPELINE.items():
         before = {file: file.stat().st_mtime_ns for file in (pipeline / name).rglob("*.safetensors")}
-        code, _, err = run(capsys, *words(verb, pipeline, str(pipeline / name)))
+        code, _, err = run(capsys, *words(command, pipeline, str(pipeline / name)))
         assert (code, err) == (0, "")
-        assert {file: file.stat().st_mtime_ns for file in (pipeline / name).rglob("*.safetensors")} == before, verb
+        assert {file: file.stat().st_mtime_ns for file in (pipeline / name).rglob("*.safetensors")} == before, command
 
 
 def test_evaluate_prints_a_table_or_json(capsys, pipeline, tmp_path):
@@ -218,7 +257,7 @@ def test_evaluate_prints_a_table_or_json(capsys, pipeline, tmp_path):
     assert next(m for m in found if m["metric"] == "rfid")["extractor"].startswith("classifier-")
 
 
-def test_train_classifier_tells_its_accuracy(capsys, pipeline, tmp_path):
+def test_train_classifier_prints_its_accuracy(capsys, pipeline, tmp_path):
     arguments = [
         w for w in words("train-classifier", pipeline, str(tmp_path / "c")) if "limit" not in w and "steps" not in w
     ]
@@ -239,7 +278,7 @@ def test_report_makes_a_page(capsys, pipeline, tmp_path):
 
 def test_settings_from_a_file_and_from_words_are_the_same(capsys, tmp_path):
     _, text, _ = run(capsys, "main-train", *MAIN_TRAIN, f"out={tmp_path / 'x'}", "--dry-run")
-    (tmp_path / "run.yaml").write_text(text)  # facts are comments, so the output is a configuration
+    (tmp_path / "run.yaml").write_text(text)  # the estimates are comments, so the output is a configuration
     code, again, _ = run(capsys, "main-train", str(tmp_path / "run.yaml"), "--dry-run")
     assert (code, again) == (0, text)
     assert yaml.safe_load(text)["tokenizer"]["encoder"]["width"] == 16
@@ -248,25 +287,25 @@ def test_settings_from_a_file_and_from_words_are_the_same(capsys, tmp_path):
 # Estimates
 
 
-@pytest.mark.parametrize("verb", [*PIPELINE.values(), "evaluate"])
-def test_a_dry_run_writes_nothing(capsys, pipeline, tmp_path, verb):
-    code, text, err = run(capsys, *words(verb, pipeline, str(tmp_path / "out")), "--dry-run", "--json")
+@pytest.mark.parametrize("command", [*PIPELINE.values(), "evaluate"])
+def test_a_dry_run_writes_nothing(capsys, pipeline, tmp_path, command):
+    code, text, err = run(capsys, *words(command, pipeline, str(tmp_path / "out")), "--dry-run", "--json")
     assert (code, err) == (0, "")
     assert json.loads(text)["config"]["out"] == str(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("name", "verb"), [(n, v) for n, v in PIPELINE.items() if v in ("main-train", "train-generator", "post-train")]
+    ("name", "command"), [(n, v) for n, v in PIPELINE.items() if v in ("main-train", "train-generator", "post-train")]
 )
-def test_parameters_and_disk_are_estimated_well(capsys, pipeline, name, verb):
+def test_parameters_and_disk_are_estimated_well(capsys, pipeline, name, command):
     from safetensors.torch import load_file
 
-    _, text, _ = run(capsys, *words(verb, pipeline, "x"), "--dry-run", "--json")
+    _, text, _ = run(capsys, *words(command, pipeline, "x"), "--dry-run", "--json")
     facts = json.loads(text)["facts"]
     snapshot = pipeline / name / "snapshot" / "00000003"
     stored = load_file(snapshot / "model.safetensors")
-    kind = "generator" if verb == "train-generator" else "tokenizer"
+    kind = "generator" if command == "train-generator" else "tokenizer"
     assert facts[f"{kind}_parameters"] == sum(tensor.numel() for tensor in stored.values())
     assert facts["steps"] == 3
     assert facts["samples_seen"] == 24
@@ -276,12 +315,12 @@ def test_parameters_and_disk_are_estimated_well(capsys, pipeline, name, verb):
 
 
 @pytest.mark.parametrize(
-    ("name", "verb"), [(n, v) for n, v in PIPELINE.items() if v in ("encode", "generate", "make-pairs")]
+    ("name", "command"), [(n, v) for n, v in PIPELINE.items() if v in ("encode", "generate", "make-pairs")]
 )
-def test_the_size_of_a_cache_is_estimated_well(capsys, pipeline, name, verb):
+def test_the_size_of_a_cache_is_estimated_well(capsys, pipeline, name, command):
     from safetensors.numpy import load_file
 
-    _, text, _ = run(capsys, *words(verb, pipeline, "x"), "--dry-run", "--json")
+    _, text, _ = run(capsys, *words(command, pipeline, "x"), "--dry-run", "--json")
     facts = json.loads(text)["facts"]
     shards = [load_file(file) for file in (pipeline / name).glob("*.safetensors")]
     assert facts["shards"] == len(shards)

@@ -5,7 +5,7 @@ import pytest
 import yaml
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from robustok.cli import VERBS
+from robustok.cli import COMMANDS
 from robustok.config import (
     RENAMED_KEYS,
     RENAMED_VALUES,
@@ -277,5 +277,5 @@ def test_new_and_unrelated_settings_are_left_alone(tmp_path, recwarn):
 
 
 def test_every_renamed_setting_exists_in_a_command():
-    known = {s.key for command in VERBS for s in list_settings(VERBS[command].load()[1])}
+    known = {s.key for command in COMMANDS for s in list_settings(COMMANDS[command].load()[1])}
     assert set(RENAMED_KEYS.values()) | {key for key, _ in RENAMED_VALUES} <= known

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from conftest import words
-from robustok.cli import VERBS
+from robustok.cli import COMMANDS
 from robustok.config import load
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -22,7 +22,7 @@ def blocks(language: str) -> list[str]:
 def test_the_python_example_runs(pipeline, tmp_path, monkeypatch):
     def settings(verb: str, *without: str) -> dict:
         given = [w for w in words(verb, pipeline, "out")[1:] if not w.startswith(without)]
-        merged = load(VERBS[verb].load()[1], None, given if verb == "post-train" else [*given, "decoders.a=b"])
+        merged = load(COMMANDS[verb].load()[1], None, given if verb == "post-train" else [*given, "decoders.a=b"])
         return merged.model_dump(mode="json") | {"out": str(tmp_path / f"runs/{verb}")}
 
     (tmp_path / "runs").mkdir()
@@ -70,20 +70,20 @@ def commands() -> list[list[str]]:
 
 
 def test_every_verb_is_shown():
-    assert {command[0] for command in commands()} == VERBS.keys() - {"demo"}
+    assert {command[0] for command in commands()} == COMMANDS.keys() - {"demo"}
 
 
 @pytest.mark.parametrize("command", commands(), ids=lambda command: command[0])
 def test_every_command_has_valid_settings(command):
     verb, *rest = command
     file = rest[0] if rest[0].endswith(".yaml") else None
-    load(VERBS[verb].load()[1], file, rest[1:] if file else rest)
+    load(COMMANDS[verb].load()[1], file, rest[1:] if file else rest)
 
 
 def test_every_switch_of_the_tables_exists():
     from robustok.config import list_settings
 
-    known = {s.key for verb in VERBS for s in list_settings(VERBS[verb].load()[1])}
+    known = {s.key for verb in COMMANDS for s in list_settings(COMMANDS[verb].load()[1])}
     shown = re.findall(r"`(?:make-pairs )?([a-z_.]+)=[a-z_]+`", README.partition("## Where the paper")[2])
     assert len(shown) == 7
     assert set(shown) <= known

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from robustok.cli import VERBS
+from robustok.cli import COMMANDS
 from robustok.commands.dry_run import estimate
 from robustok.commands.post_train import PostTrainRun
 from robustok.config import load, read_yaml, recipe
@@ -148,5 +148,5 @@ def test_the_preset_changes_nothing_else():
     assert release.model_copy(update={"trainable": "decoder", "teacher": paper.teacher}) == paper
 
 
-def test_the_preset_names_verbs():
-    assert read_yaml(recipe("imagenet256/authors.yaml"))["settings"].keys() <= VERBS.keys()
+def test_the_preset_names_commands():
+    assert read_yaml(recipe("imagenet256/authors.yaml"))["settings"].keys() <= COMMANDS.keys()

@@ -26,7 +26,7 @@ _SOURCES = {
     "Sampling": "robustok.generators.sampling",
     "image_rngs": "robustok.randomness",
     "frechet_distance": "robustok.metrics.frechet",
-    # One function and its configuration for every verb of the command line.
+    # A function and its configuration for each command.
     "train_tokenizer": "robustok.training.tokenizer",
     "TokenizerTrainingRun": "robustok.training.tokenizer",
     "encode": "robustok.commands.encode",

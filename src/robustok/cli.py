@@ -1,9 +1,9 @@
-"""The command line: verb -> function. The only reader of argv, and where user errors become one line.
+"""The command line: command -> function. The only reader of argv, and where user errors become one line.
 
-    robustok VERB [CONFIG.yaml ...] [KEY=VALUE ...] [--dry-run] [--json]
+    robustok COMMAND [CONFIG.yaml ...] [KEY=VALUE ...] [--dry-run] [--json]
 
 Results go to stdout, progress and notes to stderr. Exit codes: 0 done, 2 the user can fix it (one line says how),
-1 our fault (a trace). Nothing heavy is imported before a verb runs, so that help comes at once.
+1 a bug (a trace). Nothing heavy is imported before a command runs, so help is fast.
 """
 
 import difflib
@@ -11,13 +11,13 @@ import importlib
 import json
 import os
 import sys
-import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import takewhile
+from itertools import groupby, takewhile
 from pathlib import Path
+from textwrap import shorten
 from typing import Annotated, Any
 
 import typer
@@ -25,71 +25,58 @@ from typer.core import TyperCommand
 
 
 @dataclass(frozen=True)
-class Verb:
-    """A verb of the command line.
+class Command:
+    """A command of the command line.
 
     Attributes:
         help: one line.
-        module: where its function and configuration live.
-        function: takes the configuration, returns the result.
-        config: class of the configuration.
+        source: module and function, ``module:function``.
+        config: class of the configuration, in the same module.
     """
 
     help: str
-    module: str
-    function: str
+    source: str
     config: str
 
     def load(self) -> tuple[Any, Any]:
-        """The function and the configuration class; imports what they need."""
-        module = importlib.import_module(self.module)
-        return getattr(module, self.function), getattr(module, self.config)
+        """The function, which takes the configuration and returns the result, and the configuration class."""
+        name, function = self.source.split(":")
+        module = importlib.import_module(f"robustok.{name}")
+        return getattr(module, function), getattr(module, self.config)
 
 
-VERBS = {
-    "demo": Verb("tell the whole story on handwritten digits, in minutes", "robustok.commands.demo", "demo", "DemoRun"),
-    "train-classifier": Verb(
-        "train a small classifier, whose features others use",
-        "robustok.commands.train_classifier",
-        "train_classifier",
+COMMANDS = {
+    "demo": Command("run the whole method on handwritten digits, in minutes", "commands.demo:demo", "DemoRun"),
+    "train-classifier": Command(
+        "train a small classifier, a feature space",
+        "commands.train_classifier:train_classifier",
         "TrainClassifierRun",
     ),
-    "main-train": Verb(
-        "train a tokenizer with latent perturbation",
-        "robustok.training.tokenizer",
-        "train_tokenizer",
-        "TokenizerTrainingRun",
+    "main-train": Command(
+        "train a tokenizer with latent perturbation", "training.tokenizer:train_tokenizer", "TokenizerTrainingRun"
     ),
-    "encode": Verb("turn images into a cache of latents", "robustok.commands.encode", "encode", "EncodeRun"),
-    "train-generator": Verb(
-        "train a generator on latents",
-        "robustok.training.generator",
-        "train_generator",
-        "GeneratorTrainingRun",
+    "encode": Command("turn images into a cache of latents", "commands.encode:encode", "EncodeRun"),
+    "train-generator": Command(
+        "train a generator on latents", "training.generator:train_generator", "GeneratorTrainingRun"
     ),
-    "generate": Verb("sample latents, and images if wanted", "robustok.commands.generate", "generate", "GenerateRun"),
-    "make-pairs": Verb(
-        "mix real latents with samples, for post-training", "robustok.commands.make_pairs", "make_pairs", "MakePairsRun"
+    "generate": Command("sample latents, and images if wanted", "commands.generate:generate", "GenerateRun"),
+    "make-pairs": Command(
+        "mix real latents with samples, for post-training", "commands.make_pairs:make_pairs", "MakePairsRun"
     ),
-    "post-train": Verb(
-        "fine-tune the decoder on such pairs", "robustok.commands.post_train", "post_train", "PostTrainRun"
+    "post-train": Command("fine-tune the decoder on such pairs", "commands.post_train:post_train", "PostTrainRun"),
+    "make-delta": Command(
+        "save what post-training changed as a small delta or LoRA", "commands.make_delta:make_delta", "MakeDeltaRun"
     ),
-    "make-delta": Verb(
-        "keep what post-training changed as a small delta or LoRA",
-        "robustok.commands.make_delta",
-        "make_delta",
-        "MakeDeltaRun",
-    ),
-    "evaluate": Verb("measure rFID, pFID, gFID and others", "robustok.commands.evaluate", "evaluate", "EvaluateRun"),
-    "report": Verb("make one HTML page of run folders", "robustok.commands.report", "report", "ReportRun"),
-    "convert": Verb(
-        "turn released checkpoints into ours, and back", "robustok.commands.convert", "convert", "ConvertRun"
-    ),
+    "evaluate": Command("measure rFID, pFID, gFID and others", "commands.evaluate:evaluate", "EvaluateRun"),
+    "report": Command("make one HTML page of run folders", "commands.report:report", "ReportRun"),
+    "convert": Command("convert pretrained weights to our layout, and back", "commands.convert:convert", "ConvertRun"),
 }
+
+KEY_WIDTH, ABOUT_WIDTH = 36, 40  # columns of help texts
 
 app = typer.Typer(
     help="Image tokenizers whose decoders expect what generators make.",
-    epilog="Every verb lists its settings: robustok VERB --help",
+    epilog="The settings of a command: robustok COMMAND --help, or --help-all",
     rich_markup_mode=None,
     add_completion=False,
     no_args_is_help=False,
@@ -103,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words after ``robustok``; None takes those of the process.
 
     Returns:
-        The exit code: 0 done, 2 an error that the user can fix, 1 an error of ours.
+        The exit code: 0 done, 2 an error that the user can fix, 1 a bug.
     """
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     words = ["allow_fewer=true" if word == "--allow-fewer" else word for word in words]  # reads better as an option
@@ -118,25 +105,60 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
 
 
-class VerbCommand(TyperCommand):
-    """A command whose help lists every setting of its configuration."""
+class SettingsCommand(TyperCommand):
+    """A command whose help lists its settings: with ``--help`` a line each, a group in one line; else in full."""
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """Write the settings beneath the options."""
         from robustok.config import list_settings
 
-        rows = []
-        for setting in list_settings(VERBS[self.name].load()[1]):
-            value = "(required)" if setting.default is None else f"= {setting.default}"
-            only = f" [{', '.join(setting.variants)}]" if setting.variants else ""
-            rows.append((f"{setting.key} {value}".rstrip(), (setting.description + only).strip()))
-        with formatter.section("Settings, in CONFIG.yaml or as KEY=VALUE"):
-            formatter.write_dl(rows, col_max=36)
+        settings, title = list_settings(COMMANDS[self.name].load()[1]), "Settings, in CONFIG.yaml or as KEY=VALUE"
+        if "all settings" in ctx.meta:
+            rows = [_row(setting) for setting in settings]
+        else:
+            rows, title = list(_short(settings)), f"{title}; --help-all: in full"
+        with formatter.section(title):
+            formatter.write_dl(rows, col_max=KEY_WIDTH)
 
 
-def _add(name: str, verb: Verb) -> None:
-    @app.command(name, help=f"{verb.help[0].upper()}{verb.help[1:]}.", short_help=verb.help, cls=VerbCommand)
-    def command(
+def _row(setting: Any) -> tuple[str, str]:
+    value = "(required)" if setting.default is None else f"= {setting.default}"
+    only = f" [{', '.join(setting.variants)}]" if setting.variants else ""
+    return f"{setting.key} {value}".rstrip(), (setting.description + only).strip()
+
+
+def _short(settings: list[Any]) -> Iterator[tuple[str, str]]:
+    """A line for each top-level setting, variant and required setting, and one for the rest of each group."""
+    for group, members in groupby(settings, key=lambda setting: setting.key.partition(".")[0]):
+        inside, optional = [], False
+        for setting in members:
+            optional |= setting.key == group
+            required = setting.default is None and not optional and setting.key.count(".") == 1
+            if setting.key in (group, f"{group}.name") or required:
+                key, about = _row(setting)
+                yield key, shorten(about, ABOUT_WIDTH, placeholder=" ...")
+            else:
+                inside.append(setting.key.split(".")[1])
+        if inside:
+            names = ", ".join(dict.fromkeys(inside))
+            yield (
+                f"{group}.*",
+                shorten(f"{len(inside)} settings: {names}", ABOUT_WIDTH, placeholder=" ..."),
+            )
+
+
+def _help_all(ctx: typer.Context, wanted: bool) -> None:
+    if wanted:
+        ctx.meta["all settings"] = True  # for format_epilog
+        print(ctx.get_help())
+        raise typer.Exit
+
+
+def _add(name: str, command: Command) -> None:
+    about = f"{command.help[0].upper()}{command.help[1:]}."
+
+    @app.command(name, help=about, short_help=command.help, cls=SettingsCommand)
+    def run_command(
         words: Annotated[
             list[str] | None,
             typer.Argument(metavar="[CONFIG.yaml]... [KEY=VALUE]...", show_default=False, help="the settings"),
@@ -145,22 +167,25 @@ def _add(name: str, verb: Verb) -> None:
             bool, typer.Option("--dry-run", help="Show the settings and what they need; then stop.")
         ] = False,
         as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+        _all: Annotated[
+            bool, typer.Option("--help-all", is_eager=True, callback=_help_all, help="Show every setting and exit.")
+        ] = False,
     ) -> int:
-        return _run(name, verb, words or [], dry_run, as_json)
+        return _run(name, words or [], dry_run, as_json)
 
 
-for _name, _verb in VERBS.items():
-    _add(_name, _verb)
+for _name, _command in COMMANDS.items():
+    _add(_name, _command)
 
 
-def _run(name: str, verb: Verb, words: list[str], dry_run: bool, as_json: bool) -> int:
+def _run(name: str, words: list[str], dry_run: bool, as_json: bool) -> int:
     """Read the settings, call the function, print the result; returns the exit code."""
     from robustok.config import load
     from robustok.errors import UserError
 
     files = list(takewhile(lambda word: word.endswith((".yaml", ".yml")) and "=" not in word, words))
     try:
-        function, config = verb.load()
+        function, config = COMMANDS[name].load()
         run = load(config, files, words[len(files) :], command=name)
         if dry_run:
             from robustok.commands.dry_run import estimate, show
@@ -176,14 +201,14 @@ def _run(name: str, verb: Verb, words: list[str], dry_run: bool, as_json: bool) 
     except UserError as error:
         return _complain(str(error))
     except KeyboardInterrupt:
-        return _complain("interrupted; run the same command to go on", code=130)
+        return _complain("interrupted; run the same command to resume", code=130)
     if _first_process():
         print(text)
     return 0
 
 
 def _plain(result: Any) -> Any:
-    """A verb's result, ready for JSON."""
+    """A command's result, ready for JSON."""
     if isinstance(result, Path):
         return {"path": str(result)}
     if isinstance(result, list):
@@ -192,7 +217,7 @@ def _plain(result: Any) -> Any:
 
 
 def _text(result: Any) -> str:
-    """A verb's result for people."""
+    """A command's result as text."""
     if isinstance(result, Path):
         return str(result)
     if isinstance(result, list):
@@ -201,12 +226,12 @@ def _text(result: Any) -> str:
 
 
 def _table(lines: list[dict[str, Any]]) -> str:
-    """Measurements as a table. The single cells of pFID are left to metrics.jsonl, facts that do not vary to nobody."""
+    """Measurements as a table, without single cells of pFID and without columns of equal values."""
     from rich.console import Console
     from rich.table import Table
 
     lines = [line for line in lines if line["metric"].partition("@")[0] not in ("pfid", "noise_fd_cell")] or lines
-    facts = [
+    varying = [
         key
         for key in ("seed", "tokenizer", "images", "decoder", "versus", "sigma", "rate", "strength")
         if len({str(line.get(key)) for line in lines}) > 1
@@ -215,46 +240,47 @@ def _table(lines: list[dict[str, Any]]) -> str:
     table.add_column("metric")
     for heading in ("value", "standard error", "samples"):
         table.add_column(heading, justify="right")
-    for heading in (*facts, "features"):
+    for heading in (*varying, "features"):
         table.add_column(heading)
     for line in lines:
-        numbers = [_number(line["value"]), _number(line["standard_error"]), str(line["samples"])]
-        table.add_row(line["metric"], *numbers, *(str(line.get(key, "")) for key in facts), line["extractor"] or "")
+        numbers = ["" if line[key] is None else f"{line[key]:.4g}" for key in ("value", "standard_error")]
+        details = (str(line.get(key, "")) for key in varying)
+        table.add_row(line["metric"], *numbers, str(line["samples"]), *details, line["extractor"] or "")
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     with console.capture() as captured:
         console.print(table)
     return "\n".join(row.rstrip() for row in captured.get().splitlines())
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
-
-
 def _usage(message: str, words: list[str]) -> str:
-    """A usage error with the remedy: the nearest verb, how settings are written, where help is."""
-    verb = next((word for word in words if not word.startswith("-")), None)
-    if verb is not None and verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the verbs are {', '.join(VERBS)}"
-        return f"no verb {verb!r}; {hint}"
-    return f"{message.rstrip('.')}; settings are written KEY=VALUE, see robustok {verb or 'VERB'} --help"
+    """A usage error with the remedy: the nearest command, how settings are written, where help is."""
+    name = next((word for word in words if not word.startswith("-")), None)
+    if name is not None and name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"the commands are {', '.join(COMMANDS)}"
+        return f"no command {name!r}; {hint}"
+    return f"{message.rstrip('.')}; settings are written KEY=VALUE, see robustok {name or 'COMMAND'} --help"
 
 
 def _complain(message: str, code: int = 2) -> int:
-    """Print one line and return the exit code."""
-    if not _first_process():
-        time.sleep(10)  # most likely the first process says the same, and the launcher ends this one meanwhile
-    print(f"robustok: {' '.join(message.split())}", file=sys.stderr)
+    """Print one line, unless another process has printed its own; returns the exit code."""
+    first = True
+    if "RANK" in os.environ:
+        from robustok.devices import first_to_fail
+
+        first = first_to_fail()
+    if first:
+        print(f"robustok: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 
 def _note(message: Warning | str, category: type[Warning], filename: str, *_: Any) -> None:
-    """Print a warning of ours as one line. Those of libraries are for us, not for users: python -W shows them."""
+    """Print a warning of ours as one line. Those of libraries are hidden, unless python -W asks for them."""
     ours = Path(filename).is_relative_to(Path(__file__).parent)
     if _first_process() and (ours or sys.warnoptions):
         print(f"robustok: note: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _first_process() -> bool:
-    """Whether this is the process that speaks, of those that torchrun or accelerate started."""
+    """Whether this is the first of the processes that torchrun or accelerate started: the one that prints."""
     return os.environ.get("RANK", "0") == "0"

@@ -1,6 +1,8 @@
 """Devices, precision and processes: the only module beside commands and training that imports accelerate."""
 
+import os
 from contextlib import nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -51,6 +53,21 @@ def leave_processes() -> None:
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def first_to_fail() -> bool:
+    """Whether none of the processes that were started together has called this before: then this one reports its error.
+
+    They count in the store through which the launcher lets them meet. Without a store they have not met yet, and all
+    have the same error: the first process reports it.
+    """
+    name = f"robustok/errors/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = torch.distributed.TCPStore(address, port, timeout=timedelta(seconds=2), wait_for_workers=False)
+        return store.add(name, 1) == 1
+    except (KeyError, ValueError, RuntimeError):
+        return os.environ["RANK"] == "0"
 
 
 def autocast(device: torch.device, precision: str) -> Any:

@@ -1,4 +1,4 @@
-"""Run folders: configuration, log, states for resume, and a clean end on SIGTERM."""
+"""Run folders: configuration, log, states for resume, and a clean stop on SIGTERM."""
 
 import json
 import shutil
@@ -7,13 +7,14 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 from robustok.config import Config, differences, plain, read_settings, save, validate
-from robustok.console import console
+from robustok.console import console, track
+from robustok.devices import Accelerator, any_process
 from robustok.errors import UserError
 from robustok.files import append_line, atomic_folder, write_file
 from robustok.snapshots import read_weights
@@ -43,13 +44,25 @@ def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     return tree
 
 
+class Resumable(Protocol):
+    """What a run folder saves and restores."""
+
+    def save(self, keep: bool) -> dict[str, Any]:
+        """Everything that resume needs. All processes call this; only those with ``keep`` need the result."""
+        ...
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Undo :meth:`save`."""
+        ...
+
+
 class RunFolder:
     """A run folder: config.yaml, log.jsonl, state/ for resume, snapshot/ for users.
 
-    Nothing is written before :meth:`start`, so that a run that cannot begin leaves no folder behind.
+    Nothing is written before :meth:`start`, so a run that cannot begin leaves no folder behind.
 
     Args:
-        run: configuration, compared with the one that is there.
+        run: configuration; it must equal the one in the folder, if there is one.
         main: whether this process writes.
 
     Raises:
@@ -73,7 +86,7 @@ class RunFolder:
             raise UserError(f"{self.path} is not empty and holds no run (no config.yaml); choose another out=FOLDER")
 
     def start(self) -> None:
-        """Make the folder and write config.yaml, once everything that the run needs is at hand.
+        """Make the folder and write config.yaml. Call it once everything that the run needs is loaded.
 
         Raises:
             UserError: the folder cannot be written.
@@ -91,7 +104,7 @@ class RunFolder:
             )
 
     def save_state(self, step: int, state: dict[str, Any]) -> None:
-        """Write the state for resume, whole or not at all; the two newest are kept.
+        """Write the state for resume, atomically, and delete all but the two newest.
 
         Raises:
             UserError: no space, or weights that are not finite, with which nothing could be resumed.
@@ -104,8 +117,7 @@ class RunFolder:
         if broken:
             raise UserError(
                 f"{broken[0].strip('/')} is not finite after step {step}; the state before is kept: "
-                f"lower learning_rate, "
-                "set clip_norm, or precision=float32, in a new run folder"
+                "lower learning_rate, set clip_norm, or precision=float32, in a new run folder"
             )
         with atomic_folder(self.path / "state" / f"{step:08d}") as folder:
             save_file(tensors, folder / "state.safetensors")
@@ -114,7 +126,7 @@ class RunFolder:
             shutil.rmtree(old)
 
     def load_state(self) -> tuple[int, dict[str, Any]] | None:
-        """The newest state that reads well, as (step, state); None at the start. Later log lines are dropped."""
+        """The newest readable state as (step, state), or None. Log lines of later steps are deleted."""
         for folder in sorted((self.path / "state").glob("[0-9]*"), reverse=True):
             try:
                 content = json.loads((folder / "state.json").read_text())
@@ -126,6 +138,34 @@ class RunFolder:
             return content["step"], state
         self._truncate_log(-1)
         return None
+
+    def restore(self, state: Resumable) -> int:
+        """Load the newest state, if there is one.
+
+        Returns:
+            How many steps the run has done.
+        """
+        found = self.load_state()
+        if found is None:
+            return 0
+        state.load(found[1])
+        return found[0]
+
+    def steps(self, steps: range, state: Resumable, every: int, accelerator: Accelerator) -> Iterator[int]:
+        """Yield each step, with a progress bar; save the state every so many steps, at the end and on SIGTERM.
+
+        Raises:
+            Stopped: SIGTERM came; the state is saved.
+        """
+        with termination() as terminated:
+            for step in track(steps, str(self.path), self.main):
+                yield step
+                done = step + 1
+                stop = any_process(accelerator, bool(terminated))
+                if done % every == 0 or done == steps.stop or stop:
+                    self.save_state(done, state.save(keep=self.main))
+                if stop and done < steps.stop:
+                    raise Stopped(done)
 
     def _truncate_log(self, step: int) -> None:
         file = self.path / "log.jsonl"
@@ -142,27 +182,27 @@ class RunFolder:
 
 
 def _settings(run: Config, file: Path) -> dict[str, Any]:
-    """The settings in a run's config.yaml; those that were not known when it was written have their defaults."""
+    """The settings in a run's config.yaml; settings added since it was written have their defaults."""
     settings = read_settings(type(run), file)
     try:
         return plain(validate(type(run), settings))
-    except UserError:  # of another verb, perhaps: the keys that differ say so
+    except UserError:  # perhaps of another command; the differences will say so
         return settings
 
 
 class Stopped(SystemExit):
-    """Raised after SIGTERM, once the state is saved: a clean exit, the same command goes on."""
+    """Raised after SIGTERM once the state is saved. Exits with code 0; the same command resumes."""
 
     def __init__(self, step: int) -> None:
         super().__init__(0)
         console.print(
-            f"stopped by SIGTERM after step {step}; the state is saved, run the same command to go on", soft_wrap=True
+            f"stopped by SIGTERM after step {step}; the state is saved, run the same command to resume", soft_wrap=True
         )
 
 
 @contextmanager
 def termination() -> Iterator[list[bool]]:
-    """Note SIGTERM instead of dying from it: yields a list that is non-empty once the signal has come."""
+    """Catch SIGTERM: yields a list that is non-empty once the signal has been received."""
     received: list[bool] = []
     try:
         previous = signal.signal(signal.SIGTERM, lambda *_: received.append(True))

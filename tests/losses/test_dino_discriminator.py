@@ -283,16 +283,16 @@ def test_the_term_reaches_images_but_no_weight_and_the_step_only_the_heads(tmp_p
     layer = torch.nn.Parameter(torch.ones(1))
     images = some_images(16, 16)
     reconstructions = images * layer
-    fake = judge.see(reconstructions, 0, "fake")
+    fake = judge.features(reconstructions, 0, "fake")
     loss, _ = judge.term(fake, reconstructions, reconstructions.square().mean(), layer)
     loss.backward()
     assert layer.grad.abs() > 0
-    before = {k: v.clone() for k, v in judge.features.vit.state_dict().items()}
-    assert all(p.grad is None for p in [*judge.network.parameters(), *judge.features.parameters()])
+    before = {k: v.clone() for k, v in judge.backbone.vit.state_dict().items()}
+    assert all(p.grad is None for p in [*judge.network.parameters(), *judge.backbone.parameters()])
     found = judge.step(images, fake, 0, tmp_path)
     assert all(p.grad is not None for p in judge.network.parameters())
-    assert not any(p.requires_grad for p in judge.features.parameters())
-    assert all(torch.equal(v, before[k]) for k, v in judge.features.vit.state_dict().items())
+    assert not any(p.requires_grad for p in judge.backbone.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in judge.backbone.vit.state_dict().items())
     assert set(found) == {"d_hinge", "d_lecam", "d_real", "d_fake"}
     assert {name.split("/")[0].split(".")[0] for name in judge.state()["network"]} == {"heads"}
 
@@ -300,7 +300,7 @@ def test_the_term_reaches_images_but_no_weight_and_the_step_only_the_heads(tmp_p
 def test_heads_learn_to_tell_noise_from_stripes(tmp_path, backbone_file):
     judge = adversary(tmp_path, backbone_file, learning_rate=3e-2)
     stripes = torch.arange(16).remainder(4).sub(1.5).expand(16, 3, 16, 16)
-    noise = [judge.see(some_images(16, 16, seed), 0, "fake") for seed in range(30)]
+    noise = [judge.features(some_images(16, 16, seed), 0, "fake") for seed in range(30)]
     hinge = [judge.step(stripes, fake, 0, tmp_path)["d_hinge"].item() for fake in noise]
     assert hinge[-1] < 0.75 * hinge[0]
 
@@ -308,7 +308,7 @@ def test_heads_learn_to_tell_noise_from_stripes(tmp_path, backbone_file):
 def test_the_state_holds_heads_power_iteration_and_averages(tmp_path, backbone_file):
     images, fakes = some_images(16, 16), some_images(16, 16, seed=1)
     judge, other = adversary(tmp_path, backbone_file), adversary(tmp_path, backbone_file)
-    fakes = judge.see(fakes, 0, "fake")
+    fakes = judge.features(fakes, 0, "fake")
     for step in range(2):
         judge.step(images, fakes, step, tmp_path)
     other.load_state(copy.deepcopy(judge.state()))

@@ -26,7 +26,7 @@ TRAINING = ("steps=150", "log_every=4", "state_every=3", "snapshot_every=7")
 
 
 def world(home: Path) -> dict[str, Callable[[Path], Config]]:
-    """Make what the trainings need; return for each verb its configuration as a function of the run folder."""
+    """Make what the trainings need; return for each command its configuration as a function of the run folder."""
     main = tiny.main_run(
         home / "tokenizer", "steps=60", "batch_size=32", "tokenizer.quantizer.revive_every=5", *tiny.ADVERSARY
     )
@@ -49,21 +49,23 @@ def world(home: Path) -> dict[str, Callable[[Path], Config]]:
     }
 
 
-def start(verb: str, run: Config, file: Path) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, tiny.__file__, *tiny.command(verb, run, file)], stderr=subprocess.DEVNULL)
+def start(command: str, run: Config, file: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, tiny.__file__, *tiny.command(command, run, file)], stderr=subprocess.DEVNULL
+    )
 
 
 def newest(out: Path) -> int:
     return max((int(p.name) for p in out.glob("state/[0-9]*")), default=0)
 
 
-def kill_at_random(verb: str, run: Config, file: Path, rng: random.Random, span: float) -> str:
+def kill_at_random(command: str, run: Config, file: Path, rng: random.Random, span: float) -> str:
     """Start the command and kill it: mostly while it trains, now and then while it still loads.
 
     Returns:
         The steps between which it was killed; empty if it was done before.
     """
-    before, process = newest(run.out), start(verb, run, file)
+    before, process = newest(run.out), start(command, run, file)
     if rng.random() < 0.9:
         while newest(run.out) == before and process.poll() is None:
             time.sleep(0.001)
@@ -89,20 +91,20 @@ def main(seed: int) -> bool:
         home = Path(folder)
         runs = world(home)
         print(f"{'training':<16} {'kills':>5}  same bits  steps at the kills (resumed from - last state)", flush=True)
-        for verb, run in runs.items():
-            whole, killed, file = home / f"whole-{verb}", home / f"killed-{verb}", home / "run.yaml"
-            tiny.VERBS[verb][0](run(whole))
+        for command, run in runs.items():
+            whole, killed, file = home / f"whole-{command}", home / f"killed-{command}", home / "run.yaml"
+            tiny.VERBS[command][0](run(whole))
             span, kills = time_of(whole) / (KILLS + 2), []
             while len(kills) < KILLS:
-                moment = kill_at_random(verb, run(killed), file, rng, span)
+                moment = kill_at_random(command, run(killed), file, rng, span)
                 if not moment:
-                    raise SystemExit(f"{verb} was done after {len(kills)} kills; raise its steps")
+                    raise SystemExit(f"{command} was done after {len(kills)} kills; raise its steps")
                 kills.append(moment)
-            if start(verb, run(killed), file).wait() != 0:
-                raise SystemExit(f"{verb} did not finish")
+            if start(command, run(killed), file).wait() != 0:
+                raise SystemExit(f"{command} did not finish")
             equal = same(killed, whole)
             good &= equal
-            print(f"{verb:<16} {len(kills):>5}  {'yes' if equal else 'NO':<9}  {', '.join(kills)}", flush=True)
+            print(f"{command:<16} {len(kills):>5}  {'yes' if equal else 'NO':<9}  {', '.join(kills)}", flush=True)
     return good
 
 

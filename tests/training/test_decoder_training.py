@@ -138,11 +138,16 @@ def test_other_images_than_the_pairs_name_are_refused(tmp_path, tokenizer, pairs
 
 
 def test_held_out_samples_choose_the_best(tmp_path, tokenizer, pairs, samples, classifier):
-    judge = (f"held_out.latents={samples[0]}", f"held_out.extractor.path={classifier}", "steps=6", "snapshot_every=2")
+    words = (
+        f"held_out.latents={samples[0]}",
+        f"held_out.extractor.path={classifier}",
+        "steps=6",
+        "snapshot_every=2",
+    )
     out = tmp_path / "good"
-    assert train_decoder(tiny.post_run(out, tokenizer, pairs, *judge)) == out / "snapshot" / "best"
+    assert train_decoder(tiny.post_run(out, tokenizer, pairs, *words)) == out / "snapshot" / "best"
     values = {line["step"]: line["held_out"] for line in tiny.log(out) if "held_out" in line}
-    assert sorted(values) == [0, 2, 4, 6]  # the untouched decoder is judged too
+    assert sorted(values) == [0, 2, 4, 6]  # the original decoder is scored too
     best = min(values, key=values.get)
     header = yaml.safe_load((out / "snapshot" / "best" / "config.yaml").read_text())
     assert header["post_trained"]["steps"] == best
@@ -152,9 +157,14 @@ def test_held_out_samples_choose_the_best(tmp_path, tokenizer, pairs, samples, c
 
 def test_a_decoder_that_only_gets_worse_is_not_kept(tmp_path, tokenizer, pairs, samples, classifier, monkeypatch):
     values = iter([1.0, 3.0, 2.0])
-    monkeypatch.setattr(post_training, "_judge", lambda *_: lambda decode: next(values))
-    judge = (f"held_out.latents={samples[0]}", f"held_out.extractor.path={classifier}", "steps=4", "snapshot_every=2")
-    path = train_decoder(tiny.post_run(tmp_path / "run", tokenizer, pairs, *judge))
+    monkeypatch.setattr(post_training, "_held_out_score", lambda *_: lambda decode: next(values))
+    words = (
+        f"held_out.latents={samples[0]}",
+        f"held_out.extractor.path={classifier}",
+        "steps=4",
+        "snapshot_every=2",
+    )
+    path = train_decoder(tiny.post_run(tmp_path / "run", tokenizer, pairs, *words))
     untouched = weights(tokenizer / "snapshot" / "00000060")
     assert path.name == "best"
     assert all(torch.equal(weights(path)[name], value) for name, value in untouched.items())

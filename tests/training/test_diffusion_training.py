@@ -1,4 +1,4 @@
-"""Training of diffusion generators on continuous latents, and what the verbs make with them."""
+"""Training of diffusion generators on continuous latents, and the commands that use them."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from robustok.commands.make_pairs import make_pairs
 from robustok.data.latent_cache import LatentCache, Manifest, create_cache, write_shard
 from robustok.errors import UserError
 from robustok.generators import load_generator
-from robustok.training import generator as generator_training
+from robustok.training import state as training_state
 from robustok.training.generator import draw_step, latent_statistics, train_generator
 
 L, D, CLASSES, COUNT = 4, 3, 3, 90
@@ -76,7 +76,7 @@ def test_the_snapshot_says_what_sampling_needs(trained, cache, name):
 
 
 def test_statistics_of_a_cache(cache):
-    """In chunks as at once, and exact where the mean is far larger than the deviation."""
+    """In chunks as at once, and exact where the mean is far larger than the standard deviation."""
     latents = records(cache).latents.double().flatten(0, 1)  # (N * L, D)
     for rows in (7, 4096):
         mean, std = latent_statistics(LatentCache(cache), rows)
@@ -95,7 +95,7 @@ def test_statistics_that_are_given_stay(tmp_path, cache):
 def test_an_interrupted_training_ends_in_the_same_bits(tmp_path, cache, name, monkeypatch):
     run = lambda out: run_of(out, cache, name, "steps=6", "state_every=2", "log_every=3")  # noqa: E731
     train_generator(run(tmp_path / "whole"))
-    check = generator_training.check_finite
+    check = training_state.check_finite
 
     def interrupt(loss, terms, step, out):
         if step == 3:
@@ -103,7 +103,7 @@ def test_an_interrupted_training_ends_in_the_same_bits(tmp_path, cache, name, mo
         check(loss, terms, step, out)
 
     with monkeypatch.context() as patch:
-        patch.setattr(generator_training, "check_finite", interrupt)
+        patch.setattr(training_state, "check_finite", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train_generator(run(tmp_path / "stopped"))
     torch.manual_seed(1)  # what happened in between must not matter
@@ -126,7 +126,7 @@ def test_draws_are_a_function_of_seed_and_step(tmp_path, cache):
     assert abs(noise.std().item() - 1) < 0.05
 
 
-# Verbs
+# Commands
 
 
 @pytest.mark.parametrize("name", FAMILIES)

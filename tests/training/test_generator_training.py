@@ -48,8 +48,8 @@ def test_without_averaging_the_snapshot_holds_the_last_weights(tmp_path, latents
     assert load_generator(tmp_path / "run").sampling.temperature == 0.9
 
 
-def test_weight_decay_spares_what_the_release_spares():
-    """Weight matrices alone, and of the others those that the released names miss."""
+def test_weight_decay_excludes_what_the_authors_exclude():
+    """Weight decay for weight matrices, and for the parameters that the authors' list of names misses."""
     model = RAR(RARConfig(width=16, depth=1, heads=2), codebook_size=8, length=4, classes=3)
     decayed, others = parameter_groups(model, 0.03)
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.03, 0.0)

@@ -1,4 +1,4 @@
-"""Main training of the families beside robustok: the same objective for tokens, less of it for continuous latents."""
+"""Main training of the families other than robustok: the same loss for tokens, fewer terms for continuous latents."""
 
 import json
 
@@ -14,9 +14,8 @@ from robustok.data.latent_cache import LatentCache
 from robustok.errors import UserError
 from robustok.tokenizers import TOKENIZERS, encoder_digest, load_tokenizer
 from robustok.tokenizers.kl import KL, KLConfig, KLOutput
-from robustok.training import tokenizer as main_training
-from robustok.training.latent_inputs import ContinuousPass, draw_inputs
-from robustok.training.tokenizer import TokenizerTrainingRun, train_tokenizer
+from robustok.training import state as training_state
+from robustok.training.tokenizer import ContinuousPass, TokenizerTrainingRun, draw_inputs, train_tokenizer
 
 CONV = {"width": 8, "multipliers": [1, 1, 2], "blocks": 1, "attention": [], "middle_attention": False, "groups": 4}
 CODES = {"size": 32, "dim": 4, "revive_every": 3}
@@ -81,17 +80,17 @@ def test_an_interruption_changes_nothing(tmp_path, family, monkeypatch):
     noise = ("latent_noise=0.5",) if family == "kl" else ()
     words = (*tiny.ADVERSARY, "adversarial.start=1", "state_every=2", "log_every=3", "steps=5", *noise)
     train_tokenizer(run_of(tmp_path / "whole", family, *words))
-    check = main_training.check_finite
+    check = training_state.check_finite
 
     def interrupt(loss, terms, step, out):
         if step == 3:
             raise KeyboardInterrupt
         check(loss, terms, step, out)
 
-    monkeypatch.setattr(main_training, "check_finite", interrupt)
+    monkeypatch.setattr(training_state, "check_finite", interrupt)
     with pytest.raises(KeyboardInterrupt):
         train_tokenizer(run_of(tmp_path / "stopped", family, *words))
-    monkeypatch.setattr(main_training, "check_finite", check)
+    monkeypatch.setattr(training_state, "check_finite", check)
     torch.manual_seed(7)  # what happened in between must not matter
     train_tokenizer(run_of(tmp_path / "stopped", family, *words))
     found, expected = (dict(tiny.saved(tmp_path / name)) for name in ("stopped", "whole"))

@@ -1,4 +1,4 @@
-"""Post-training of every family of tokenizers, and whole stories on continuous latents through the verbs."""
+"""Post-training of every family of tokenizers, and all commands in a row on continuous latents."""
 
 import importlib.util
 import json
@@ -84,8 +84,8 @@ def test_the_decoder_of_every_family_learns_and_nothing_else(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["kl", "maetok"])
 def test_the_whole_story_on_continuous_latents(tmp_path, name, classifier):
-    def run(verb, out, *words):
-        assert main([verb, f"out={tmp_path / out}", *words]) == 0, verb
+    def run(command, out, *words):
+        assert main([command, f"out={tmp_path / out}", *words]) == 0, command
         return tmp_path / out
 
     short = [w for w in tiny.TRAINING if not w.startswith("steps")]
@@ -145,7 +145,7 @@ def test_auto_takes_what_is_there(tmp_path, tokenizer, pairs):
 
 
 def test_a_warm_discriminator_knows_the_untouched_decoder(tmp_path, tokenizer, pairs):
-    """After its warm-up it tells real images from decoded ones better than a fresh one; the decoder is as it was."""
+    """After its warm-up it separates real from decoded images better than a new one; the decoder has not changed."""
     decoded = load_tokenizer(tokenizer)
     for name, words in {
         "fresh": (),

@@ -107,7 +107,7 @@ def generator_step(*words):
     tokens = torch.randint(32, (8, 16), generator=torch.Generator().manual_seed(1))
     for rows in prepared.parts(8):
         terms = cross_entropy(prepared(tokens[rows], torch.zeros(rows.stop - rows.start, dtype=torch.long)))
-        prepared.backward(terms["cross_entropy"] / prepared.run.gradient_accumulation)
+        prepared.backward(terms["cross_entropy"])
     return {"norm": prepared.clip(0.05)} | gradients(model)
 
 
@@ -234,6 +234,6 @@ def test_runs_from_before_these_settings_go_on(tmp_path):
     RunFolder(run)
     with pytest.raises(UserError, match=r"another configuration: gradient_accumulation: 1 -> 2; choose"):
         RunFolder(tiny.main_run(tmp_path / "run", "gradient_accumulation=2"))
-    file.write_text(json.dumps({"latents": "elsewhere", "steps": 6}))  # of another verb
+    file.write_text(json.dumps({"latents": "elsewhere", "steps": 6}))  # of another command
     with pytest.raises(UserError, match=r"another configuration: .*: None ->"):
         RunFolder(run)

@@ -12,6 +12,7 @@ import torch
 import tiny
 from robustok.training import decoder as post_training
 from robustok.training import generator as generator_training
+from robustok.training import state as training_state
 from robustok.training import tokenizer as main_training
 
 MAIN = (
@@ -28,17 +29,17 @@ MAIN = (
 )
 
 
-def loyal_judge(run, tokenizer, *_):
-    """Prefers the untouched decoder: which snapshot is the best so far must survive an interruption."""
+def distance_to_the_original(run, tokenizer, *_):
+    """A score by which the original decoder stays the best snapshot, also after an interruption."""
     tokens = torch.arange(32).view(2, 16)
-    untouched = tokenizer.decode(tokens).detach()
-    return lambda decode: (decode(tokens) - untouched).square().mean().item()
+    original = tokenizer.decode(tokens).detach()
+    return lambda decode: (decode(tokens) - original).square().mean().item()
 
 
 @pytest.fixture
 def trainings(monkeypatch, tokenizer, latents, pairs, samples, classifier):
     """Name to (module, function, configuration of a folder)."""
-    monkeypatch.setattr(post_training, "_judge", loyal_judge)
+    monkeypatch.setattr(post_training, "_held_out_score", distance_to_the_original)
     held_out = (f"held_out.latents={samples[0]}", f"held_out.extractor.path={classifier}")
     post = (
         "steps=7",
@@ -77,7 +78,7 @@ def assert_same_run(folder, other):
 def test_interruptions_in_this_process(tmp_path, trainings, name, stops, monkeypatch):
     """A run stops in the middle of these steps, before and after states and snapshots, and is started again."""
     module, function, run = trainings[name]
-    train, check = getattr(module, function), module.check_finite
+    train, check = getattr(module, function), training_state.check_finite
     train(run(tmp_path / "whole"))
 
     for stop in stops:
@@ -87,11 +88,11 @@ def test_interruptions_in_this_process(tmp_path, trainings, name, stops, monkeyp
                 raise KeyboardInterrupt
             check(loss, terms, step, out)
 
-        monkeypatch.setattr(module, "check_finite", interrupt)
+        monkeypatch.setattr(training_state, "check_finite", interrupt)
         torch.manual_seed(stop)  # what happened in between must not matter
         with pytest.raises(KeyboardInterrupt):
             train(run(tmp_path / "stopped"))
-    monkeypatch.setattr(module, "check_finite", check)
+    monkeypatch.setattr(training_state, "check_finite", check)
     train(run(tmp_path / "stopped"))
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 

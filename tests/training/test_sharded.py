@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 import tiny
 from robustok.training import generator as generator_training
+from robustok.training import state as training_state
 
 SETTINGS = ("fsdp=true", "gradient_accumulation=2", "gradient_checkpointing=true", "learning_rate=1e-3", "clip_norm=1")
 
@@ -28,14 +29,16 @@ def worlds(tmp_path_factory, tokenizer, latents, pairs, classifier):
     }
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
     with pytest.MonkeyPatch.context() as patch:
-        check = generator_training.check_finite
-        patch.setattr(generator_training, "check_finite", lambda *a: stop(3, *a) or check(*a))
+        check = training_state.check_finite
+        patch.setattr(training_state, "check_finite", lambda *a: stop(3, *a) or check(*a))
         for world in (one, two):
             with pytest.raises(KeyboardInterrupt):
                 generator_training.train_generator(runs["resumed"][1](world / "resumed"))
-    for name, (verb, run) in runs.items():
-        tiny.VERBS[verb][0](run(one / name))
-    words = [w for name, (verb, run) in runs.items() for w in tiny.command(verb, run(two / name), two / f"{name}.yaml")]
+    for name, (command, run) in runs.items():
+        tiny.VERBS[command][0](run(one / name))
+    words = [
+        w for name, (command, run) in runs.items() for w in tiny.command(command, run(two / name), two / f"{name}.yaml")
+    ]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tiny.__file__]
     done = subprocess.run([*launch, *words], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -13,7 +13,7 @@ from robustok.data.latent_cache import LatentCache
 
 
 def settings(tokenizer, latents, generator, samples, pairs, classifier):
-    """Verb to its configuration in a folder; every verb starts from the same inputs, made by one process."""
+    """Command to its configuration in a folder; every command starts from the same inputs, made by one process."""
     everything = (*tiny.every_term(classifier), "adversarial.start=2", "log_every=2", "learning_rate=1e-3")
     held_out = (f"held_out.latents={samples[0]}", f"held_out.extractor.path={classifier}", "snapshot_every=3")
     scored = (
@@ -47,9 +47,13 @@ def worlds(tmp_path_factory, tokenizer, latents, generator, samples, pairs, clas
     """Folder of results of one process, and of two."""
     runs = settings(tokenizer, latents, generator, samples, pairs, classifier)
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
-    for verb, run in runs.items():
-        tiny.VERBS[verb][0](run(one / verb))
-    words = [word for verb, run in runs.items() for word in tiny.command(verb, run(two / verb), two / f"{verb}.yaml")]
+    for command, run in runs.items():
+        tiny.VERBS[command][0](run(one / command))
+    words = [
+        word
+        for command, run in runs.items()
+        for word in tiny.command(command, run(two / command), two / f"{command}.yaml")
+    ]
     launch = [
         sys.executable,
         "-m",
@@ -65,9 +69,9 @@ def worlds(tmp_path_factory, tokenizer, latents, generator, samples, pairs, clas
     return one, two
 
 
-@pytest.mark.parametrize("verb", ["main-train", "train-generator", "post-train"])
-def test_trainings(worlds, verb):
-    one, two = (world / verb for world in worlds)
+@pytest.mark.parametrize("command", ["main-train", "train-generator", "post-train"])
+def test_trainings(worlds, command):
+    one, two = (world / command for world in worlds)
     lines, others = tiny.log(one), tiny.log(two)
     assert [line.keys() for line in lines] == [line.keys() for line in others]
     for line, other in zip(lines, others, strict=True):
@@ -87,9 +91,9 @@ def test_trainings(worlds, verb):
             torch.testing.assert_close(other[name], value, rtol=0, atol=tolerance, msg=f"{file} {name}")
 
 
-@pytest.mark.parametrize("verb", ["encode", "generate", "make-pairs"])
-def test_caches_are_the_same_files(worlds, verb):
-    one, two = (world / verb for world in worlds)
+@pytest.mark.parametrize("command", ["encode", "generate", "make-pairs"])
+def test_caches_are_the_same_files(worlds, command):
+    one, two = (world / command for world in worlds)
     names = sorted(p.name for p in one.iterdir())
     assert names == sorted(p.name for p in two.iterdir())
     assert len(LatentCache(two)._shards) > 2

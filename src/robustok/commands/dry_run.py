@@ -1,17 +1,22 @@
-"""What a run will need, for ``--dry-run``: parameters, memory, steps and disk, without training or writing anything.
+"""What a run needs, for ``--dry-run``: parameters, memory, steps and disk, without training or writing anything.
 
-Models are built without memory (on PyTorch's meta device), so that the largest is counted at once on any machine.
+Models are built on PyTorch's meta device, without memory. Activations are an estimate: a forward pass on the meta
+device, with fused attention, counts what autograd saves in float32. Under bf16 autocast they are ``BF16_SHARE`` of
+that, and a copy of the weights.
 """
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
 from torchvision.models import vgg16
 
 from robustok.commands.encode import EncodeRun
@@ -24,49 +29,47 @@ from robustok.config import Config, plain
 from robustok.data.dataset import open_images
 from robustok.data.latent_cache import LatentCache
 from robustok.devices import has_fast_bf16
-from robustok.generators import GENERATORS, build_generator, check_kind, load_generator
+from robustok.generators import build_generator, check_kind, load_generator
+from robustok.generators.continuous import ContinuousConfig
 from robustok.hub import is_remote
-from robustok.losses.discriminators import DISCRIMINATORS, DiscriminatorConfig
+from robustok.losses.discriminators import DISCRIMINATORS
 from robustok.losses.discriminators.dino import DinoBackbone
 from robustok.losses.perceptual import LPIPSLoss
 from robustok.losses.semantic import TeacherConfig
 from robustok.metrics.features.classifier import SmallClassifier
 from robustok.metrics.lpips import check_sides
 from robustok.tokenizers import TOKENIZERS, load_tokenizer
-from robustok.training.activations import count_activations
 from robustok.training.common import TrainingConfig
 from robustok.training.decoder import DecoderTrainingRun, LatentDecoder
-from robustok.training.generator import GeneratorTrainingRun, cross_entropy, squared_error
-from robustok.training.latent_inputs import ContinuousPass
-from robustok.training.prepared import blocks_of
-from robustok.training.tokenizer import TokenizerTrainingRun
+from robustok.training.generator import GeneratorTrainingRun
+from robustok.training.prepared import adapt_blocks, blocks_of
+from robustok.training.tokenizer import ContinuousPass, TokenizerTrainingRun
 from robustok.types import Generator, Tokenizer
 
-Facts = dict[str, int | str]
+Estimates = dict[str, int | str]
 
 FLOAT = 4  # bytes; weights, gradients and optimiser states are float32, whatever the autocast dtype
-RECORD = 4 + 8 + 8 + 1  # bytes of a cache's record beside its latents: label, index, seed, flip
-
-VGG_PARAMETERS = 14_714_688  # of the perceptual network
-PAPER = {"latent_shape": (256, 64), "codebook_size": 4096, "classes": 1000}  # where the cache is still to be made
+RECORD = 4 + 8 + 8 + 1  # bytes of a record of a cache beside its latents: label, index, seed, flip
+BF16_SHARE = 0.7  # of the activations in float32; with it the peaks measured on an H100 are met within 10 %
+PAPER = {"latent_shape": (256, 64), "codebook_size": 4096, "classes": 1000}  # where there is no cache yet
 
 NOTES = {
     "training_memory_bytes": "in a process: weights, gradients, Adam's two moments, averaged weights, frozen networks",
-    "activations_bytes": "on top: what the samples that a process has in memory at once keep for the backward pass",
+    "activations_bytes": "estimate, in addition: what a process keeps for the backward pass of the samples at once",
     "checkpointed_activations_bytes": "the same with gradient_checkpointing=true",
     "cache_bytes_per_image": "of an encoded image, or crop",
-    "state_bytes": "each; the two newest are kept, a third is there while it is written",
+    "state_bytes": "each; the two newest are kept, and a third while it is written",
     "snapshot_bytes": "each",
     "disk_bytes": "states and snapshots; logs and pictures come on top",
     "cache_bytes": "the whole cache",
     "pairs_bytes": "of all sigmas that are tried",
     "latents_bytes": "of the images, which are encoded first",
-    "converted_bytes": "at most, of snapshots of the released files",
+    "converted_bytes": "at most, of snapshots of the pretrained files",
 }
 
 
-def estimate(run: Config) -> Facts:
-    """Facts about a run by name; those that end in ``_bytes`` are sizes.
+def estimate(run: Config) -> Estimates:
+    """Estimates for a run by name; those that end in ``_bytes`` are sizes.
 
     Raises:
         UserError: what the run starts from (latents, tokenizer, images) is missing or unusable.
@@ -74,17 +77,16 @@ def estimate(run: Config) -> Facts:
     return ESTIMATES[type(run)](run) if type(run) in ESTIMATES else {}
 
 
-def show(run: Config, facts: Facts, as_json: bool) -> str:
-    """The merged configuration with its facts: one JSON object, or YAML in which the facts are comments."""
+def show(run: Config, found: Estimates, as_json: bool) -> str:
+    """The merged configuration with its estimates: one JSON object, or YAML with the estimates as comments."""
     if as_json:
-        return json.dumps({"config": plain(run), "facts": facts}, indent=2)
-    lines = []
-    for name, value in facts.items():
-        size = name.endswith("_bytes")
-        words = name.removesuffix("_bytes").replace("_", " ")
-        shown = _size(value) if size else f"{value:,}" if isinstance(value, int) else value
-        lines.append(f"# {words}: {shown}{f' ({NOTES[name]})' if name in NOTES else ''}")
-    return "\n".join([yaml.safe_dump(plain(run), sort_keys=False).rstrip(), *lines])
+        return json.dumps({"config": plain(run), "facts": found}, indent=2)
+    lines = [yaml.safe_dump(plain(run), sort_keys=False).rstrip()]
+    for name, value in found.items():
+        label = name.removesuffix("_bytes").replace("_", " ")
+        text = _size(value) if name.endswith("_bytes") else f"{value:,}" if isinstance(value, int) else value
+        lines.append(f"# {label}: {text}{f' ({NOTES[name]})' if name in NOTES else ''}")
+    return "\n".join(lines)
 
 
 def _size(count: int) -> str:
@@ -95,129 +97,121 @@ def _size(count: int) -> str:
     return f"{count} bytes"
 
 
-def _main_training(run: TokenizerTrainingRun) -> Facts:
+# Trainings
+
+
+def _tokenizer_training(run: TokenizerTrainingRun) -> Estimates:
     tokenizer = _meta(lambda: TOKENIZERS[run.tokenizer.name][0](run.tokenizer))
-    size = _count(tokenizer.parameters())
-    shape = (3, tokenizer.image_size, tokenizer.image_size)
-
-    def forward(model: nn.Module, count: int) -> Tensor:
-        inputs = () if run.discrete else (torch.zeros(count, *tokenizer.latent_shape),)
-        return model(torch.zeros(count, *shape), *inputs).reconstructions
-
-    def build() -> nn.Module:
-        model = TOKENIZERS[run.tokenizer.name][0](run.tokenizer)
-        return model if run.discrete else ContinuousPass(model)
-
-    frozen = _frozen(run) + _teacher(run.teacher, run.tokenizer)
+    size, decoder = _count(tokenizer), sum(map(_count, tokenizer.decoder_modules()))
+    noise = () if run.discrete else (_zeros(run, *tokenizer.latent_shape),)
     return {
         "tokenizer_parameters": size,
-        "encoder_parameters": size - _decoder(tokenizer),
-        "decoder_parameters": _decoder(tokenizer),
+        "encoder_parameters": size - decoder,
+        "decoder_parameters": decoder,
         "latents_per_image": tokenizer.latent_shape[0],
         "cache_bytes_per_image": _latent_bytes(tokenizer) + RECORD,
-        **_training(run, tokenizer, size, _discriminator(run), frozen),
-        **_activations(run, build, forward, shape),
+        **_training(
+            run,
+            tokenizer if run.discrete else ContinuousPass(tokenizer),
+            (_images(run, tokenizer), *noise),
+            _loss_networks(run, tokenizer.image_size),
+            _teacher(run.teacher, run.tokenizer),
+        ),
     }
 
 
-def _generator_training(run: GeneratorTrainingRun) -> Facts:
-    discrete = GENERATORS[run.generator.name][0].kind == "discrete"
-    if run.latents.exists() or not discrete:
-        m = LatentCache(run.latents).manifest
-        check_kind(run.generator.name, m.kind, str(run.latents))
-        sizes, source = {name: getattr(m, name) for name in PAPER}, str(run.latents)
-    else:
-        sizes, source = PAPER, f"{run.latents} is not there yet; counted for the paper's tokens"
+def _generator_training(run: GeneratorTrainingRun) -> Estimates:
+    continuous = isinstance(run.generator, ContinuousConfig)
+    sizes, source = PAPER, f"{run.latents} is not there yet; counted for the paper's tokens"
+    if run.latents.exists() or continuous:
+        manifest = LatentCache(run.latents).manifest
+        check_kind(run.generator.name, manifest.kind, str(run.latents))
+        sizes, source = {name: getattr(manifest, name) for name in PAPER}, str(run.latents)
     length, width = sizes["latent_shape"]
-
-    def build() -> nn.Module:
-        model = build_generator(run.generator, **sizes)
-        if not discrete and model.latent_mean is None:
+    model = _meta(lambda: build_generator(run.generator, **sizes))
+    labels = _zeros(run).long()
+    if continuous:
+        if model.latent_mean is None:
             model.set_latent_statistics([0.0] * width, [1.0] * width, run.generator.latent_multiplier)
-        return model
-
-    generator = _meta(build)
-    facts = {"generator_parameters": _count(generator.parameters()), "latents": source, "latents_per_image": length}
-    facts |= {"codebook_size": sizes["codebook_size"]} if discrete else {"latent_width": width}
-
-    def forward(model: nn.Module, count: int) -> None:
-        labels = torch.zeros(count, dtype=torch.long)
-        if discrete:
-            output = model(torch.zeros(count, length, dtype=torch.long), labels)
-            cross_entropy(output)
-        else:
-            latents = torch.zeros(count, length, width)
-            squared_error(model(latents, labels, torch.zeros(count), latents))
-
-    facts |= _training(run, generator, _count(generator.parameters()))
-    return facts | _activations(run, build, forward)
+        inputs = (_zeros(run, length, width), labels, _zeros(run), _zeros(run, length, width))
+    else:
+        inputs = (_zeros(run, length).long(), labels)
+    return {
+        "generator_parameters": _count(model),
+        "latents": source,
+        "latents_per_image": length,
+        **({"latent_width": width} if continuous else {"codebook_size": sizes["codebook_size"]}),
+        **_training(run, model, inputs),
+    }
 
 
-def _post_training(run: DecoderTrainingRun | PostTrainRun) -> Facts:
-    sources = {"tokenizer": run.tokenizer, "generator": getattr(run, "generator", None)}
+def _post_training(run: DecoderTrainingRun | PostTrainRun) -> Estimates:
+    sources = {"tokenizer": run.tokenizer} | ({"generator": run.generator} if isinstance(run, PostTrainRun) else {})
     check_given(sources)
-    tokenizer = look_at(run.tokenizer, run.out)
-    size, shape = _count(tokenizer.parameters()), (3, tokenizer.image_size, tokenizer.image_size)
-    released = run.trainable == "authors"
-
-    def build() -> nn.Module:
-        model = TOKENIZERS[tokenizer.config.name][0](tokenizer.config)
-        if not released:
-            return LatentDecoder(model)
+    tokenizer = look_at(run.tokenizer, run.out).to("meta")
+    size, frozen = _count(tokenizer), 0
+    if run.trainable == "authors":
+        model, inputs = tokenizer.requires_grad_(True), _images(run, tokenizer)
         model.encoder.backbone.requires_grad_(False)
-        return model
-
-    def forward(model: nn.Module, count: int) -> Tensor:
-        if released:
-            return model(torch.zeros(count, *shape)).reconstructions
-        discrete, (length, width) = tokenizer.kind == "discrete", tokenizer.latent_shape
-        return model(torch.zeros(count, length, dtype=torch.long) if discrete else torch.zeros(count, length, width))
-
-    model = _meta(build)
-    trained = _count(p for p in model.parameters() if p.requires_grad)
-    facts = {"tokenizer_parameters": size, "trained_parameters": trained}
-    facts |= _pairs(run, tokenizer) if run.pairs is None else {"pairs": len(LatentCache(run.pairs))}
+        frozen = size + _teacher(run.teacher, tokenizer.config)  # a copy of the original tokenizer decodes
+    else:
+        model, (length, width) = LatentDecoder(tokenizer), tokenizer.latent_shape
+        inputs = _zeros(run, length).long() if tokenizer.kind == "discrete" else _zeros(run, length, width)
+    found = {"tokenizer_parameters": size, "trained_parameters": _count(model, trainable=True)}
+    found |= _pairs(run, tokenizer) if run.pairs is None else {"pairs": len(LatentCache(run.pairs))}
     given = [source.weights for source in sources.values() if isinstance(source, Pretrained)]
-    if given and not any(map(is_remote, given)):  # whose sizes are known once they are fetched
+    if given and not any(map(is_remote, given)):  # remote files have no size before they are downloaded
         files = [file for path in given for file in (path, *path.rglob("*")) if file.is_file()]
-        facts["converted_bytes"] = sum(file.stat().st_size for file in files)
-    # The release decodes with an untouched copy, and has the teacher.
-    frozen = _frozen(run) + (size + _teacher(run.teacher, tokenizer.config) if released else 0)
-    facts |= _training(run, model, trained, _discriminator(run), frozen)
-    return facts | _activations(run, build, forward, shape)
+        found["converted_bytes"] = sum(file.stat().st_size for file in files)
+    return found | _training(run, model, (inputs,), _loss_networks(run, tokenizer.image_size), frozen)
 
 
-def _pairs(run: PostTrainRun, tokenizer: Tokenizer) -> Facts:
-    """What is made before a training: latents where there are none, and pairs, of each sigma that is tried."""
-    record, facts = _latent_bytes(tokenizer, run.cache.dtype) + RECORD, {}
+def _pairs(run: PostTrainRun, tokenizer: Tokenizer) -> Estimates:
+    """What is made before the training: latents, if there are none, and pairs of each sigma that is tried."""
+    record, found = _latent_bytes(tokenizer, run.cache.dtype) + RECORD, {}
     count = run.pairs_used()
     if run.latents is None:
         count = min(count, len(open_images(run.data, tokenizer.image_size, "train")))
-        facts["latents_bytes"] = count * record
+        found["latents_bytes"] = count * record
     records = count
     if run.sigma == "auto":
         steps, tried = run.candidate_steps, len(run.candidates(tokenizer.config.name))
         records = tried * min(count, run.pairs_used(steps)) + (count if steps < run.steps else 0)
-    return {"pairs": count, "pairs_bytes": records * record, **facts}
+    return {"pairs": count, "pairs_bytes": records * record, **found}
 
 
-def _training(run: TrainingConfig, model: nn.Module, trained: int, discriminator: int = 0, frozen: int = 0) -> Facts:
+def _training(
+    run: TrainingConfig,
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    losses: tuple[int, int, int] = (0, 0, 0),
+    frozen: int = 0,
+) -> Estimates:
     """What the three trainings have in common.
 
     Args:
         run: its configuration.
-        model: without memory.
-        trained: how many of its parameters learn.
-        discriminator: parameters of the discriminator, all of which learn.
-        frozen: parameters of networks that do not.
+        model: what is trained, on the meta device.
+        inputs: of its forward pass, for the samples at once.
+        losses: from :func:`_loss_networks`.
+        frozen: parameters of other frozen networks.
     """
-    processes, size = int(os.environ.get("WORLD_SIZE", "1")), _count(model.parameters())
-    sharded = _count(p for block in blocks_of(model) for p in block.parameters()) if run.fsdp else 0
-    # The averaged weights are whole in every process.
+    processes, size, trained = _processes(), _count(model), _count(model, trainable=True)
+    discriminator, frozen = losses[0], frozen + losses[1]
+    blocks = blocks_of(model)
+    sharded = sum(map(_count, blocks)) if run.fsdp else 0
+    # The averaged weights are not sharded.
     memory = 2 * size + 3 * trained - 4 * (sharded - sharded // processes) + 4 * discriminator + frozen
     snapshots = -(-run.steps // run.snapshot_every) if run.snapshot_every else 1
-    state = FLOAT * (2 * size + 2 * trained + 3 * discriminator)
-    snapshot = FLOAT * (size + discriminator)
+    state, snapshot = FLOAT * (2 * size + 2 * trained + 3 * discriminator), FLOAT * (size + discriminator)
+    whole = checkpointed = saved_bytes(model, *inputs)
+    if blocks:
+        adapt_blocks(model, checkpointing=True, compiling=False)
+        kept = saved_bytes(model, *inputs)
+        checkpointed = kept + (whole - kept) // len(blocks)  # the activations of one block at a time
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    bf16 = run.precision == "bf16" or (run.precision == "auto" and has_fast_bf16(device))
+    scale, copy = (BF16_SHARE, 2 * size) if bf16 else (1, 0)
     return {
         **({"discriminator_parameters": discriminator} if discriminator else {}),
         **({"frozen_parameters": frozen} if frozen else {}),
@@ -230,29 +224,99 @@ def _training(run: TrainingConfig, model: nn.Module, trained: int, discriminator
         "snapshots": snapshots,
         "snapshot_bytes": snapshot,
         "disk_bytes": 2 * state + snapshots * snapshot,
+        "samples_at_once": len(inputs[0]),
+        "activations_bytes": round(scale * (losses[2] + whole)) + copy,
+        "checkpointed_activations_bytes": round(scale * (losses[2] + checkpointed)) + copy,
+        "activation_dtype": "bf16" if bf16 else "float32",
     }
 
 
-def _encode(run: EncodeRun) -> Facts:
+def _loss_networks(run: TokenizerTrainingRun | DecoderTrainingRun, image_size: int) -> tuple[int, int, int]:
+    """Parameters of the discriminator, of the frozen networks of the losses, and bytes that their activations need."""
+    discriminator, frozen, saved = 0, 0, 0
+    images = torch.zeros(run.batch_size // _processes(), 3, image_size, image_size, device="meta", requires_grad=True)
+    if run.reconstruction.perceptual == "lpips" and run.reconstruction.perceptual_weight:
+        check_sides("vgg", images.shape[1:], LPIPSLoss.REMEDY)
+        network = _meta(lambda: vgg16(weights=None).features[:30]).requires_grad_(False)
+        frozen += _count(network)
+        saved += saved_bytes(network, images) // run.gradient_accumulation  # a part of the images at a time
+    if run.adversarial.weight:
+        networks = [_meta(lambda: DISCRIMINATORS[run.discriminator.name][0](run.discriminator))]
+        discriminator = _count(networks[0])
+        if run.discriminator.name == "dino":
+            networks.insert(0, _meta(lambda: DinoBackbone(run.discriminator)))
+            frozen += _count(networks[0])
+        saved += saved_bytes(nn.Sequential(*networks).requires_grad_(False), images)
+    return discriminator, frozen, saved
+
+
+def _teacher(teacher: TeacherConfig, tokenizer: Config) -> int:
+    """Parameters of the semantic teacher; those of a small classifier are neglected."""
+    if teacher.name != "timm":
+        return 0
+    size = {"img_size": tokenizer.image_size, "patch_size": tokenizer.patch_size}
+    sizes = size if teacher.model.startswith("vit_") else {}
+    return _count(_meta(lambda: timm.create_model(teacher.model, num_classes=0, **sizes)))
+
+
+# Activations
+
+
+class _SaveAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        output = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, output)
+        return output
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention that saves queries, keys, values and output, as fused kernels do, and no matrix of weights."""
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function is F.scaled_dot_product_attention:
+            return _SaveAttention.apply(*args[:3])
+        return function(*args, **(kwargs or {}))
+
+
+def saved_bytes(model: nn.Module, *inputs: Tensor) -> int:
+    """Bytes that autograd saves in a forward pass on the meta device in float32, weights aside."""
+    storages: dict[int, torch.UntypedStorage] = {}  # by id, which is unique as long as they are held
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[id(storage)] = storage
+        return tensor
+
+    with torch.device("meta"), _FusedAttention(), saved_tensors_hooks(note, lambda x: x):
+        model.eval()(*inputs)
+    weights = {id(parameter.untyped_storage()) for parameter in model.parameters()}
+    return sum(storage.nbytes() for key, storage in storages.items() if key not in weights)
+
+
+# Caches and classifiers
+
+
+def _encode(run: EncodeRun) -> Estimates:
     tokenizer = load_tokenizer(run.tokenizer)
     images = len(open_images(run.data, tokenizer.image_size, run.split))
     images = min(images, run.count or images)
     return {"images": images, **_cache(tokenizer, images * run.variants, run)}
 
 
-def _generate(run: GenerateRun) -> Facts:
-    facts = _cache(load_generator(run.generator), run.count, run)
+def _generate(run: GenerateRun) -> Estimates:
+    found = _cache(load_generator(run.generator), run.count, run)
     if run.tokenizer is not None:
-        facts["images_bytes"] = run.count * 3 * load_tokenizer(run.tokenizer).image_size ** 2  # of uint8 pixels
-    return facts
+        found["images_bytes"] = run.count * 3 * load_tokenizer(run.tokenizer).image_size ** 2  # of uint8 pixels
+    return found
 
 
-def _make_pairs(run: MakePairsRun) -> Facts:
+def _make_pairs(run: MakePairsRun) -> Estimates:
     available = len(LatentCache(run.latents))
     return _cache(load_generator(run.generator), min(run.count or available, available), run)
 
 
-def _cache(model: Tokenizer | Generator, records: int, run: EncodeRun | GenerateRun | MakePairsRun) -> Facts:
+def _cache(model: Tokenizer | Generator, records: int, run: EncodeRun | GenerateRun | MakePairsRun) -> Estimates:
     size = records * (_latent_bytes(model, run.cache.dtype) + RECORD)
     return {"records": records, "shards": -(-records // run.cache.shard_size), "cache_bytes": size}
 
@@ -265,15 +329,15 @@ def _latent_bytes(model: Tokenizer | Generator, dtype: str = "float32") -> int:
     return length * (2 if codes <= 65536 else 4)
 
 
-def _classifier(run: TrainClassifierRun) -> Facts:
+def _classifier(run: TrainClassifierRun) -> Estimates:
     classes = len(open_images(run.data, run.image_size, "test").classes)
-    size = _count(_meta(lambda: SmallClassifier(run.classifier, classes)).parameters())
+    size = _count(_meta(lambda: SmallClassifier(run.classifier, classes)))
     return {"classifier_parameters": size, "steps": run.classifier.steps, "snapshot_bytes": FLOAT * size}
 
 
-# Verbs that are not listed have nothing to estimate beyond their settings.
-ESTIMATES: dict[type[Config], Callable[[Any], Facts]] = {
-    TokenizerTrainingRun: _main_training,
+# Other commands have nothing to estimate.
+ESTIMATES: dict[type[Config], Callable[[Any], Estimates]] = {
+    TokenizerTrainingRun: _tokenizer_training,
     GeneratorTrainingRun: _generator_training,
     DecoderTrainingRun: _post_training,
     PostTrainRun: _post_training,
@@ -289,71 +353,19 @@ def _meta(build: Callable[[], nn.Module]) -> nn.Module:
         return build()
 
 
-def _count(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(parameter.numel() for parameter in parameters)
+def _count(model: nn.Module, trainable: bool = False) -> int:
+    """Number of parameters, or of those that are trained."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad or not trainable)
 
 
-def _decoder(tokenizer: Tokenizer) -> int:
-    return sum(_count(module.parameters()) for module in tokenizer.decoder_modules())
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _discriminator(run: TokenizerTrainingRun | DecoderTrainingRun) -> int:
-    if not run.adversarial.weight:
-        return 0
-    config = run.discriminator
-    return _count(_meta(lambda: DISCRIMINATORS[config.name][0](config)).parameters())
+def _zeros(run: TrainingConfig, *shape: int) -> Tensor:
+    """Zeros of this shape for each of the samples that a process has in memory at once, on the meta device."""
+    return torch.zeros(run.batch_size // _processes() // run.gradient_accumulation, *shape, device="meta")
 
 
-def _frozen(run: TokenizerTrainingRun | DecoderTrainingRun) -> int:
-    """Parameters of the networks that only judge reconstructions."""
-    vgg = VGG_PARAMETERS if run.reconstruction.perceptual == "lpips" and run.reconstruction.perceptual_weight else 0
-    dino = run.discriminator.name == "dino" and run.adversarial.weight
-    return vgg + (_count(_meta(lambda: DinoBackbone(run.discriminator)).parameters()) if dino else 0)
-
-
-def _teacher(teacher: TeacherConfig, tokenizer: Config) -> int:
-    """Parameters of the semantic teacher; a small classifier's do not matter."""
-    if teacher.name != "timm":
-        return 0
-    size = {"img_size": tokenizer.image_size, "patch_size": tokenizer.patch_size}
-    sizes = size if teacher.model.startswith("vit_") else {}
-    return _count(_meta(lambda: timm.create_model(teacher.model, num_classes=0, **sizes)).parameters())
-
-
-def _activations(
-    run: TrainingConfig,
-    build: Callable[[], nn.Module],
-    forward: Callable[[nn.Module, int], Any],
-    scored: tuple[int, int, int] | None = None,
-) -> Facts:
-    """What the backward pass of one process needs; ``judged`` is the shape of images that loss networks see.
-
-    Only the discriminator sees all samples of the process at once, the others a part of them (gradient accumulation).
-    """
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    fast = run.precision == "bf16" or (run.precision == "auto" and has_fast_bf16(device))
-    precision = "bf16" if fast else "float32"
-    share = run.batch_size // int(os.environ.get("WORLD_SIZE", "1"))
-    part = share // run.gradient_accumulation
-    model = count_activations(build, forward, precision)
-    common = model.fixed
-
-    def see(network: nn.Module, count: int) -> Tensor:
-        return network.requires_grad_(False)(torch.zeros(count, *scored).requires_grad_())
-
-    if scored is not None and run.reconstruction.perceptual == "lpips" and run.reconstruction.perceptual_weight:
-        check_sides("vgg", scored, LPIPSLoss.REMEDY)
-        common += part * count_activations(lambda: vgg16(weights=None).features[:30], see, precision).sample
-    if scored is not None and run.adversarial.weight:
-        common += share * count_activations(lambda: _judge(run.discriminator), see, precision).sample
-    return {
-        "samples_at_once": part,
-        "activations_bytes": common + part * model.sample,
-        "checkpointed_activations_bytes": common + part * model.checkpointed,
-        "activation_dtype": precision,
-    }
-
-
-def _judge(config: DiscriminatorConfig) -> nn.Module:
-    heads = DISCRIMINATORS[config.name][0](config)
-    return nn.Sequential(DinoBackbone(config), heads) if config.name == "dino" else heads
+def _images(run: TrainingConfig, tokenizer: Tokenizer) -> Tensor:
+    return _zeros(run, 3, tokenizer.image_size, tokenizer.image_size)

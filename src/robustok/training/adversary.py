@@ -1,8 +1,4 @@
-"""The objective that main training and post-training share: reconstruction terms, and the adversary with its own step.
-
-The paper trains both with the same losses; what differs is which latents are decoded and what may
-learn.
-"""
+"""The adversarial part of main training and post-training: the decoder's term and the discriminator's own step."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -35,14 +31,19 @@ from robustok.training.prepared import differentiated
 
 
 class Adversary:
-    """A discriminator, its optimiser and its LeCam averages: one term for the decoder, then one step of its own.
+    """A discriminator, its optimiser and its LeCam averages.
+
+    In each step :meth:`term` gives the decoder's adversarial term; then :meth:`step` trains the discriminator.
 
     Args:
         run: seed, batch size, schedule and precision.
         config: weights and learning rate.
         discriminator: which network.
         accelerator: devices and processes.
-        weights: file to carry a trained discriminator over from; None starts afresh.
+        weights: file of a trained discriminator; None for a new one.
+
+    Raises:
+        UserError: the weights do not fit the network.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Adversary:
         weights: Path | None = None,
     ) -> None:
         self.run, self.config, self.settings, self.accelerator = run, config, discriminator, accelerator
-        self.features = frozen_features(discriminator, accelerator.device)
+        self.backbone = frozen_features(discriminator, accelerator.device)
         network = DISCRIMINATORS[discriminator.name][0](discriminator)
         if weights is not None:
             try:
@@ -74,15 +75,15 @@ class Adversary:
         self.rows = rank_rows(run.batch_size, accelerator.process_index, accelerator.num_processes)
 
     def started(self, step: int) -> bool:
-        """Nothing of the adversary runs before its start step."""
+        """Whether ``adversarial.start`` is reached; before, the discriminator neither trains nor counts."""
         return step >= self.config.start
 
-    def see(self, images: Tensor, step: int, side: Literal["real", "fake"]) -> Tensor:
-        """What the network judges of these images (N, 3, H, W): augmented, then through the frozen features.
+    def features(self, images: Tensor, step: int, side: Literal["real", "fake"]) -> Tensor:
+        """Input of the network: the images augmented, then passed through the frozen backbone, if there is one.
 
         Args:
-            images: in [-1, 1].
-            step: with the side, decides the augmentation.
+            images: (N, 3, H, W) in [-1, 1].
+            step: seeds the augmentation, together with the side.
             side: real images, or reconstructions.
         """
         rng = step_rng(self.run.seed, step, f"augment/{side}")
@@ -91,7 +92,7 @@ class Adversary:
             draw = augmentation_draw(self.run.batch_size, rng)  # (7, batch, 1, 1)
             images = augment(images, draw[:, self.rows])
         with autocast(images.device, self.run.precision):
-            return self.features(images, rng)
+            return self.backbone(images, rng)
 
     def term(
         self, fake: Tensor, reconstructions: Tensor, reconstruction_loss: Tensor, layer: nn.Parameter
@@ -99,12 +100,12 @@ class Adversary:
         """The decoder's adversarial term, weighted, and its adaptive weight.
 
         Args:
-            fake: what :meth:`see` made of the reconstructions. Its graph is used up.
+            fake: :meth:`features` of the reconstructions; their graph is freed.
             reconstructions: (N, 3, H, W) with gradients.
             reconstruction_loss: pixel plus perceptual terms, for the adaptive weight.
             layer: weight of the decoder's last layer.
         """
-        # The bare network: its weights take no gradient here, so there is nothing for DDP to average.
+        # Without DDP: no gradients of the network's weights are needed here.
         self.network.requires_grad_(False)
         with autocast(reconstructions.device, self.run.precision):
             loss = generator_loss(self.network(fake))
@@ -118,23 +119,24 @@ class Adversary:
         return self.config.weight * weight * loss, weight
 
     def step(self, images: Tensor, fake: Tensor, step: int, out: Path) -> dict[str, Tensor]:
-        """One step of the discriminator on images and the reconstructions that the decoder was judged by.
-
-        Steps below 0 come before the training; they have the peak learning rate.
+        """One step of the discriminator, on images and reconstructions.
 
         Args:
             images: (N, 3, H, W).
-            fake: what :meth:`see` made of the reconstructions.
-            step: of the training.
+            fake: :meth:`features` of the reconstructions.
+            step: of the training; negative before it, with the peak learning rate.
             out: run folder, for the error.
 
         Returns:
-            What to log.
+            Values for the log.
+
+        Raises:
+            UserError: the loss is not finite.
         """
         set_learning_rate(self.optimizer, self._learning_rate(step) if step >= 0 else self.config.learning_rate)
-        seen = self.see(images, step, "real")
+        real = self.features(images, step, "real")
         with autocast(images.device, self.run.precision):
-            real, fake = self.prepared(seen, fake.detach()).float().chunk(2)  # (N, places) each
+            real, fake = self.prepared(real, fake.detach()).float().chunk(2)  # logits (N, positions) each
         means = self.accelerator.reduce(torch.stack([real.detach().mean(), fake.detach().mean()]), "mean")
         self.lecam.update(*means.tolist(), self.config.lecam_decay)
         terms = {
@@ -149,7 +151,7 @@ class Adversary:
         return {**terms, "d_real": means[0], "d_fake": means[1]}
 
     def _learning_rate(self, step: int) -> float:
-        """The run's schedule at the discriminator's peak; or one of its own that begins at its start."""
+        """The run's schedule with the discriminator's peak; with ``warmup_steps`` one that begins at its start."""
         if self.config.warmup_steps is None:
             return learning_rate(self.run, step, self.config.learning_rate)
         own = {"steps": self.run.steps - self.config.start, "warmup_steps": self.config.warmup_steps}

@@ -1,8 +1,8 @@
-"""Post-training as it was released: re-encoded images, and more that learns than the decoder.
+"""Post-training as in the authors' code: images are encoded again, and more than the decoder is trained.
 
-The paper optimises the decoder. The released code decodes each mixture, rounds the image as a PNG would, encodes it
-again and freezes nothing but the encoder's transformer: its latent tokens and level embedding, the projections and the
-codebook move too, with the quantiser's and the teacher's terms on. Source: the release of arXiv 2509.12474.
+The paper trains the decoder. The authors' code decodes each mixture, rounds the image to 8 bits, encodes it again and
+freezes only the encoder's transformer: latent tokens, level embedding, projections and codebook are trained too, with
+the terms of the quantiser and the teacher. Source: the code of arXiv 2509.12474.
 """
 
 import copy
@@ -12,26 +12,26 @@ from torch import Tensor
 
 from robustok.data.pixels import from_pixels, to_pixels
 from robustok.errors import UserError
-from robustok.losses.semantic import Teacher, contrastive_loss
+from robustok.losses.semantic import Teacher
 from robustok.tokenizers.robustok import RobusTok
-from robustok.training.common import TrainingConfig
+from robustok.training.common import TrainingConfig, quantizer_terms
 from robustok.types import Tokenizer, TokenizerOutput
 
 
 class AuthorsStep:
-    """What the released training step does around its model.
+    """The authors' procedure for a training step; the paper's is :class:`robustok.training.decoder.DecoderStep`.
 
     Attributes:
-        model: the tokenizer, of which all but the encoder's transformer learns. It stays in training mode as a whole:
-            stochastic depth is active in the frozen transformer too.
+        model: the tokenizer, trainable but for the encoder's transformer. All of it is in training mode: stochastic
+            depth is active in the frozen transformer too.
 
     Args:
         run: settings; the teacher's are read.
-        tokenizer: untrained yet; a copy of it decodes the mixtures.
+        tokenizer: to train; a copy of it, as it is now, decodes the mixtures.
         mode: of the pairs.
 
     Raises:
-        UserError: another family of tokenizers; pairs that are re-encoded already; a teacher that cannot be had.
+        UserError: another family of tokenizers; pairs that were encoded again already; an unusable teacher.
     """
 
     def __init__(self, run: TrainingConfig, tokenizer: Tokenizer, mode: str | None) -> None:
@@ -40,7 +40,7 @@ class AuthorsStep:
         if mode not in ("direct", "generated"):
             raise UserError(f"trainable=authors encodes images itself, the pairs are {mode}; make pairs mode=direct")
         self.run = run
-        self.untouched = copy.deepcopy(tokenizer).eval().requires_grad_(False)
+        self.original = copy.deepcopy(tokenizer).eval().requires_grad_(False)
         self.model = tokenizer.requires_grad_(True)
         self.model.encoder.backbone.requires_grad_(False)
         self.teacher = None
@@ -55,18 +55,14 @@ class AuthorsStep:
 
     @torch.no_grad()
     def inputs(self, latents: Tensor) -> tuple:
-        """What the model's forward takes: images (N, 3, H, W) of the mixtures, and the teacher's features."""
-        images = from_pixels(to_pixels(self.untouched.decode(latents)))  # as read back from a PNG
+        """Inputs of the model's forward: images (N, 3, H, W) of the mixtures, and the teacher's features."""
+        images = from_pixels(to_pixels(self.original.decode(latents)))  # rounded to 8 bits, as in a PNG
         return images, None, None, 0, None if self.teacher is None else self.teacher(images)
+
+    def reconstructions(self, output: TokenizerOutput) -> Tensor:
+        """The images (N, 3, H, W) of the model's output."""
+        return output.reconstructions
 
     def terms(self, output: TokenizerOutput) -> dict[str, Tensor]:
         """Weighted terms of the quantiser, and of the teacher where there is one."""
-        quantizer = self.model.config.quantizer
-        terms = {
-            "codebook": quantizer.codebook_weight * output.codebook_loss,
-            "commitment": quantizer.commitment_weight * output.commitment_loss,
-        }
-        if output.semantic_targets is not None:
-            contrast = contrastive_loss(output.semantic_targets, output.semantic_latents)
-            terms["semantic"] = self.run.teacher.weight * contrast
-        return terms
+        return quantizer_terms(self.model.config.quantizer, self.run.teacher, output)

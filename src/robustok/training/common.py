@@ -1,9 +1,4 @@
-"""What the three trainings do alike, as functions: settings, run folder, schedule, EMA, state for resume, log.
-
-Same command again = resume. Randomness is a function of (seed, step), drawn for the global batch, so that neither an
-interruption nor the number of processes changes a run: nothing random is saved because nothing random outlives a
-step.
-"""
+"""What the three trainings share: settings, learning rate, averaged weights, the finite check and the log's means."""
 
 import copy
 import math
@@ -19,10 +14,13 @@ from torch.distributed.tensor import DTensor
 
 from robustok.config import Config
 from robustok.errors import UserError
+from robustok.losses.semantic import TeacherConfig, contrastive_loss
+from robustok.tokenizers.quantizer import QuantizerConfig
+from robustok.types import TokenizerOutput
 
 
 class TrainingConfig(Config):
-    """Settings that the three trainings share. Time is in steps."""
+    """Settings of all three trainings. Time is in steps."""
 
     out: Path = Field(description="run folder; an existing one of the same configuration is resumed")
     seed: int = Field(0, ge=0, description="seed of everything random in this run")
@@ -55,6 +53,10 @@ class TrainingConfig(Config):
     state_every: int = Field(1000, ge=1, description="steps between states for resume; the two newest are kept")
     snapshot_every: int = Field(0, ge=0, description="steps between snapshots; 0 writes one, at the end")
 
+    def due(self, every: int, done: int) -> bool:
+        """Whether what happens every so many steps (0: never) and after the last one happens after ``done`` steps."""
+        return done == self.steps or (every > 0 and done % every == 0)
+
     @model_validator(mode="after")
     def _warmup_fits(self) -> "TrainingConfig":
         if self.warmup_steps >= self.steps and self.warmup_steps:
@@ -63,7 +65,7 @@ class TrainingConfig(Config):
 
 
 def learning_rate(run: TrainingConfig, step: int, peak: float | None = None) -> float:
-    """Linear warm-up, then half a cosine from the peak to ``min_learning_rate`` at the end. Steps count from 0."""
+    """Learning rate of a step, counted from 0: linear warm-up, then a cosine from the peak to ``min_learning_rate``."""
     peak = run.learning_rate if peak is None else peak
     if step < run.warmup_steps:
         return peak * (step + 1) / (run.warmup_steps + 1)
@@ -73,36 +75,47 @@ def learning_rate(run: TrainingConfig, step: int, peak: float | None = None) -> 
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Set it in every group."""
+    """Set the learning rate of all parameter groups."""
     for group in optimizer.param_groups:
         group["lr"] = value
 
 
 def average_copy(model: nn.Module) -> nn.Module:
-    """The model whose weights will be the exponential moving average: starts equal, eval mode, no gradients."""
+    """A copy in eval mode without gradients, to hold the exponential moving average of the weights."""
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Set average = decay * average + (1 - decay) * model for trainable parameters; everything else is copied."""
+    """Set average = decay * average + (1 - decay) * model for trainable parameters; copy the buffers."""
     pairs = list(zip(average.parameters(), model.parameters(), strict=True))
     trained = [(a, p.detach()) for a, p in pairs if p.requires_grad]
-    plain_pairs = [(a, p) for a, p in trained if not isinstance(p, DTensor)]
-    if plain_pairs:
-        torch._foreach_lerp_([a for a, _ in plain_pairs], [p for _, p in plain_pairs], 1 - decay)
+    whole = [(a, p) for a, p in trained if not isinstance(p, DTensor)]
+    if whole:
+        torch._foreach_lerp_([a for a, _ in whole], [p for _, p in whole], 1 - decay)
     for a, p in trained:
-        if isinstance(p, DTensor):  # the average is whole in every process; gathers one parameter at a time
+        if isinstance(p, DTensor):  # the average is not sharded; gather one parameter at a time
             a.lerp_(p.full_tensor(), 1 - decay)
     for a, b in zip(average.buffers(), model.buffers(), strict=True):
         a.copy_(b)
 
 
+def quantizer_terms(quantizer: QuantizerConfig, teacher: TeacherConfig, output: TokenizerOutput) -> dict[str, Tensor]:
+    """Weighted terms of the quantiser, and of the semantic teacher where there is one."""
+    terms = {
+        "codebook": quantizer.codebook_weight * output.codebook_loss,
+        "commitment": quantizer.commitment_weight * output.commitment_loss,
+    }
+    if output.semantic_targets is not None:
+        terms["semantic"] = teacher.weight * contrastive_loss(output.semantic_targets, output.semantic_latents)
+    return terms
+
+
 def check_finite(loss: Tensor, terms: Mapping[str, Tensor], step: int, out: Path) -> None:
-    """Stop before a broken loss reaches the weights.
+    """Check the loss before its gradients reach the weights.
 
     Raises:
-        UserError: names the step and the terms that are not finite.
+        UserError: the loss is not finite; names the step and the terms.
     """
     if not torch.isfinite(loss):
         broken = [f"{name} = {value.item()}" for name, value in terms.items() if not math.isfinite(value.item())]
@@ -115,7 +128,7 @@ def check_finite(loss: Tensor, terms: Mapping[str, Tensor], step: int, out: Path
 
 
 class Meter:
-    """Means of scalars over the steps since the last line of the log; part of the state."""
+    """Means of scalars over the steps since the last line of the log."""
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
@@ -124,12 +137,11 @@ class Meter:
     def add(self, values: Mapping[str, Tensor | float]) -> None:
         """Add one step's values."""
         for name, value in values.items():
-            value = value.detach() if isinstance(value, Tensor) else value
             self.sums[name] = self.sums.get(name, 0.0) + (value.item() if isinstance(value, Tensor) else value)
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means over steps and processes; forgets them."""
+        """Means over steps and processes. The values are forgotten."""
         names = sorted(self.sums)
         values = torch.tensor([self.sums[n] / self.counts[n] for n in names], dtype=torch.float64)
         if names and accelerator.num_processes > 1:

@@ -1,11 +1,11 @@
-"""Post-training: the decoder alone learns to decode what the generator makes.
+"""Post-training: the decoder is fine-tuned on latents that a generator made.
 
-Latents come from a cache of pairs: real latents mixed with the generator's samples. Each is decoded and compared with
-the real image it stems from, by the losses of main training, with the discriminator of main training. Encoder and
-quantiser are frozen, in eval mode, and a digest before and after proves it.
+Latents come from a cache of pairs: real latents mixed with samples of the generator. Each is decoded and compared with
+its real image, with the losses and the discriminator of main training. Encoder and quantiser are frozen and in eval
+mode; a digest of their weights before and after checks it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,11 +15,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from robustok.config import load, plain
-from robustok.console import console, track
+from robustok.console import console
 from robustok.data.dataset import ImageDataset, open_images
 from robustok.data.latent_cache import LatentCache, LatentRecords, check_cache, training_latents
 from robustok.data.sources import Data
-from robustok.devices import any_process, autocast, start_accelerator
+from robustok.devices import autocast, start_accelerator
 from robustok.errors import UserError
 from robustok.evaluation.held_out import HeldOut, HeldOutScore
 from robustok.files import tensor_digest
@@ -29,30 +29,22 @@ from robustok.losses.reconstruction import ReconstructionConfig, ReconstructionT
 from robustok.losses.semantic import TeacherConfig
 from robustok.metrics.features import load_extractor
 from robustok.randomness import seed_step
-from robustok.runs import RunFolder, Stopped, termination
+from robustok.runs import RunFolder
 from robustok.snapshots import read_extra, read_header, resolve, write_snapshot
 from robustok.tokenizers import encoder_digest, load_tokenizer
 from robustok.training.adversary import Adversary, last_layer
 from robustok.training.authors import AuthorsStep
-from robustok.training.common import (
-    Meter,
-    TrainingConfig,
-    average_copy,
-    check_finite,
-    learning_rate,
-    set_learning_rate,
-    update_average,
-)
+from robustok.training.common import TrainingConfig, average_copy
 from robustok.training.prepared import PreparedInParts
-from robustok.training.states import load_module, load_optimizer, whole
+from robustok.training.state import TrainingState, optimise
 from robustok.types import Tokenizer
 
-# Of a cache of pairs, for the model card.
-PAIR_FACTS = ("strategy", "noise_level", "sampler_steps", "guided_share", "generator", "sampling", "seed")
+# Settings of the pairs that the model card names.
+PAIR_SETTINGS = ("strategy", "noise_level", "sampler_steps", "guided_share", "generator", "sampling", "seed")
 
 
 class DecoderTrainingRun(TrainingConfig):
-    """Everything about post-training; the defaults are the released settings, in steps."""
+    """Settings of the training of a decoder on pairs; the defaults are those of the authors' code, in steps."""
 
     steps: int = Field(19_500, ge=1, description="number of training steps")
     batch_size: int = Field(1024, ge=1, description="pairs in the global batch, all processes together")
@@ -60,38 +52,39 @@ class DecoderTrainingRun(TrainingConfig):
     min_learning_rate: float = Field(1e-5, ge=0, description="learning rate at the last step of the cosine")
     tokenizer: Path = Field(description="tokenizer snapshot, or run folder of main training")
     pairs: Path = Field(description="cache of pairs, made by `robustok make-pairs`")
-    data: Data = Field(description="the images that the pairs name")
+    data: Data = Field(description="images of the pairs")
     reconstruction: ReconstructionConfig = ReconstructionConfig()
     adversarial: AdversarialConfig = AdversarialConfig(learning_rate=5e-5)
     adversary: Literal["auto", "carried", "fresh", "reinit_warmup", "none"] = Field(
         "auto",
-        description="carried: the discriminator in the tokenizer's snapshot goes on; fresh: a new one (release); "
-        "reinit_warmup: a new one, which first learns from the untouched decoder; none: no adversarial term; "
-        "auto: carried where the snapshot has one, else reinit_warmup",
+        description="carried: the discriminator in the tokenizer's snapshot; fresh: a new one (the authors' code); "
+        "reinit_warmup: a new one, first trained on images of the original decoder; none: no adversarial term; "
+        "auto: carried if the snapshot has one, else reinit_warmup",
     )
     adversary_warmup: int = Field(
-        500, ge=1, description="steps for which reinit_warmup trains the new discriminator before the decoder learns"
+        500, ge=1, description="steps for which reinit_warmup trains the new discriminator alone"
     )
     trainable: Literal["decoder", "authors"] = Field(
         "decoder",
-        description="decoder: it alone; authors: all but the encoder's transformer, on images that are encoded again",
+        description="decoder: the paper; authors: the authors' code, which encodes images again and freezes only the "
+        "encoder's transformer",
     )
     teacher: TeacherConfig = TeacherConfig()  # of trainable=authors
     discriminator: DiscriminatorConfig = Field(
-        PatchConfig(), description="a new discriminator; a carried one brings its settings, all but weights"
+        PatchConfig(), description="a new discriminator; a carried one has its own settings, but the path of weights"
     )
     held_out: HeldOut | None = Field(
-        None, description="keep the best snapshot, the untouched decoder included; null keeps the last"
+        None, description="choose the best snapshot, or the original decoder, on held-out samples; null: the last one"
     )
     continue_from: Path | None = Field(
         None,
-        description="post-training run whose weights, averages, optimiser, discriminator and step this one goes on "
-        "from, with its own settings: other pairs, more steps",
+        description="post-training run whose weights, averages, optimiser, discriminator and step this run starts "
+        "from, with its own settings (other pairs, more steps)",
     )
 
 
 class LatentDecoder(nn.Module):
-    """A tokenizer whose forward is its decoder and whose other weights are frozen: what DDP may wrap."""
+    """A tokenizer whose forward is its decoder and whose other weights are frozen, for DDP to wrap."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__()
@@ -111,141 +104,208 @@ class LatentDecoder(nn.Module):
         return self.tokenizer.decode(latents)
 
 
+class DecoderStep:
+    """The paper's procedure for a training step; the authors' is :class:`robustok.training.authors.AuthorsStep`.
+
+    Attributes:
+        model: what is trained.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.model = LatentDecoder(tokenizer)
+
+    def inputs(self, latents: Tensor) -> tuple:
+        """Inputs of the model's forward."""
+        return (latents,)
+
+    def reconstructions(self, output: Tensor) -> Tensor:
+        """The images (N, 3, H, W) of the model's output."""
+        return output
+
+    def terms(self, _output: Tensor) -> dict[str, Tensor]:
+        """Terms of the loss beside reconstruction and adversary: none."""
+        return {}
+
+
 def train_decoder(run: DecoderTrainingRun) -> Path:
     """Post-train a decoder; resume if the run folder holds a state.
 
     Returns:
-        The folder of the best snapshot if held-out samples judge, else of the last one.
+        The folder of the best snapshot with ``held_out``, else of the last one.
 
     Raises:
-        UserError: tokenizer, pairs, data, configuration or run folder do not fit; the loss stops being finite.
+        UserError: tokenizer, pairs, data, configuration or run folder do not fit; the loss is not finite.
     """
     accelerator = start_accelerator(run.batch_size, run.gradient_accumulation)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     bare = load_tokenizer(run.tokenizer).to(device)
-    before = encoder_digest(bare)
-    pairs = LatentCache(run.pairs)
+    before, pairs = encoder_digest(bare), LatentCache(run.pairs)
     check_cache(pairs, before)
-    data = open_images(run.data, bare.image_size, split="train")
+    data = _open_images(run, bare, pairs)
+    reconstruction_terms = ReconstructionTerms(run.reconstruction, device)
+    score = _held_out_score(run, bare, data, device) if run.held_out and accelerator.is_main_process else None
+    folder = RunFolder(run, accelerator.is_main_process)
+
+    authors = run.trainable == "authors"
+    bare.latent_space = before if authors else None  # the digest of the latents it decodes, though its weights change
+    procedure = AuthorsStep(run, bare, pairs.manifest.source.get("mode")) if authors else DecoderStep(bare)
+    frozen = {name for name, p in bare.named_parameters() if not p.requires_grad}
+    original = _digest(bare, frozen)
+    average, layer = average_copy(bare), last_layer(bare)
+    decoder = PreparedInParts(procedure.model, run, accelerator, layer)
+    optimizer = decoder.optimizer()
+    seed_step(run.seed, step=0, rank=0)  # the same initial weights of a new discriminator in every process
+    adversary = _adversary(run, accelerator)
+    snapshots = Snapshots(run, folder, average, adversary, pairs, score)
+    state = TrainingState("tokenizer", bare, average, optimizer, adversary, extra=snapshots)
+    first = folder.restore(state)
+    fresh = first == 0
+    if fresh and run.continue_from is not None:
+        first, previous = _previous_state(run.continue_from)
+        state.load(previous | snapshots.state())
+    records = training_latents(pairs, run.batch_size, run.seed, first, run.steps - first, rank, world)
+    folder.start()
+    if fresh:
+        if first == 0 and adversary is not None and _policy(run) == "reinit_warmup":
+            warmup = training_latents(pairs, run.batch_size, run.seed, 0, run.adversary_warmup, rank, world)
+            folder.log(0, _warm_up(adversary, average, data, warmup, run))
+        snapshots.write(first)
+        accelerator.wait_for_everyone()
+
+    for step in folder.steps(range(first, run.steps), state, run.state_every, accelerator):
+        batch = next(records)
+        images = _targets(data, batch).to(device)  # (N, 3, H, W)
+        seed_step(run.seed, step, rank)
+        decoder.train()
+
+        # 1. Decode the latents; compare the images with the real ones.
+        output = decoder(*procedure.inputs(batch.latents.to(device)))
+        decoded = procedure.reconstructions(output)  # (N, 3, H, W)
+        terms = decoder.means(reconstruction_terms, images, decoded)
+        reconstruction_loss = sum(terms.values())
+        terms |= procedure.terms(output)
+
+        # 2. One step of the decoder, then one of the discriminator on the same images.
+        if adversary is not None and adversary.started(step):
+            fake = adversary.features(decoded, step, "fake")
+            terms["adversarial"], weight = adversary.term(fake, decoded, reconstruction_loss, layer)
+            state.meter.add({"adaptive_weight": weight})
+        optimise(decoder, state, [terms], step)
+        if adversary is not None and adversary.started(step):
+            state.meter.add(adversary.step(images, fake, step, run.out))
+
+        # 3. Log; snapshot with its score.
+        done = step + 1
+        if run.due(run.log_every, done):
+            folder.log(done, state.meter.means(accelerator))
+        if run.due(run.snapshot_every, done):
+            snapshots.write(done)
+            accelerator.wait_for_everyone()
+    if any(_digest(model, frozen) != original for model in (bare, average)):
+        raise RuntimeError("frozen weights changed during post-training: this is a bug, please report it")
+    return snapshots.chosen()
+
+
+class Snapshots:
+    """Writes snapshots of the averaged weights and, given a score, keeps the best one. Only the first process writes.
+
+    Args:
+        run: settings.
+        folder: run folder.
+        average: the averaged weights.
+        adversary: its discriminator is saved too.
+        pairs: named in the model card.
+        score: Fréchet distance of a decoder's images to real ones, in the first process; None: no score.
+    """
+
+    def __init__(
+        self,
+        run: DecoderTrainingRun,
+        folder: RunFolder,
+        average: Tokenizer,
+        adversary: Adversary | None,
+        pairs: LatentCache,
+        score: Callable[[Callable], float] | None,
+    ) -> None:
+        self.run, self.folder, self.average, self.adversary = run, folder, average, adversary
+        self.pairs, self.score = pairs, score
+        # Step and score of the best snapshot; under "first" those at the start.
+        self.best: dict[str, Any] = {"step": 0, "value": float("inf")}
+
+    def write(self, step: int) -> None:
+        """Write the snapshot of a step and its score; of step 0, the original decoder, only the score."""
+        if not self.folder.main:
+            return
+        header = self._header(step)
+        if step:
+            self._write(f"{step:08d}", header)
+        if self.score is None:
+            return
+        value = self.score(self.average.decode)
+        self.folder.log(step, {"held_out": value})
+        self.best.setdefault("first", {"step": step, "value": value})
+        if value < self.best["value"]:
+            self.best.update(step=step, value=value)
+            self._write("best", header | {"held_out": {"distance": value, "at_the_start": self.best["first"]["value"]}})
+
+    def chosen(self) -> Path:
+        """The folder of the best snapshot with ``held_out``, else of the last one."""
+        if self.run.held_out is None:
+            return self.folder.path / "snapshot" / f"{self.run.steps:08d}"
+        if self.folder.main and self.best["step"] == self.best["first"]["step"]:
+            console.print(
+                f"[yellow]no snapshot was better on the held-out samples than the decoder it started from: "
+                f"{self.folder.path} keeps that one[/]"
+            )
+        return self.folder.path / "snapshot" / "best"
+
+    def state(self) -> dict[str, Any]:
+        """The best score so far."""
+        return {"best": self.best}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Undo :meth:`state`."""
+        self.best = state["best"]
+
+    def _header(self, step: int) -> dict[str, Any]:
+        """The header of the tokenizer's snapshot, with how its decoder was post-trained."""
+        run, source, policy = self.run, self.pairs.manifest.source, _policy(self.run)
+        header = read_header(run.tokenizer)
+        if licence := header.get("licence") or self.average.licence:
+            header["licence"] = licence
+        header |= {
+            "latent_space": encoder_digest(self.average),
+            "post_trained": {
+                "steps": step,
+                "pairs": self.pairs.manifest.count,
+                "sigma": source.get("sigma"),
+                "mode": source.get("mode"),
+                **({"trainable": run.trainable} if run.trainable != "decoder" else {}),
+            },
+            "protocol": {
+                "adversary": f"{policy}, {run.adversary_warmup} steps" if policy == "reinit_warmup" else policy,
+                "batch_size": run.batch_size,
+                "learning_rate": run.learning_rate,
+                **{key: source[key] for key in PAIR_SETTINGS if source.get(key) is not None},
+            },
+        }
+        for outdated in ("discriminator", "delta", "held_out"):
+            header.pop(outdated, None)
+        return header if self.adversary is None else header | {"discriminator": plain(self.adversary.settings)}
+
+    def _write(self, name: str, header: dict[str, Any]) -> None:
+        extra = {} if self.adversary is None else {"discriminator": self.adversary.network.state_dict()}
+        extra |= read_extra(self.run.tokenizer, "released")  # for the export to the pretrained layout
+        write_snapshot(self.folder.path / "snapshot" / name, header, self.average.state_dict(), extra)
+
+
+def _open_images(run: DecoderTrainingRun, tokenizer: Tokenizer, pairs: LatentCache) -> ImageDataset:
+    data = open_images(run.data, tokenizer.image_size, split="train")
     if pairs.manifest.data != data.fingerprint:
         raise UserError(
             f"{run.pairs} pairs latents with other images than {data.describe()}; give the data they were encoded from"
         )
-    reconstruction_terms = ReconstructionTerms(run.reconstruction, device)
-    judge = _judge(run, bare, data, device) if run.held_out is not None and accelerator.is_main_process else None
-    folder = RunFolder(run, accelerator.is_main_process)
-
-    bare.latent_space = before if run.trainable == "authors" else None  # whose latents it decodes, though it moves
-    released = AuthorsStep(run, bare, pairs.manifest.source.get("mode")) if run.trainable == "authors" else None
-    model = LatentDecoder(bare) if released is None else released.model
-    frozen = {name for name, p in bare.named_parameters() if not p.requires_grad}
-    untouched = _digest(bare, frozen)
-    average, layer = average_copy(bare), last_layer(bare)
-    decoder = PreparedInParts(model, run, accelerator, layer)
-    optimizer = decoder.optimizer()
-    seed_step(run.seed, step=0, rank=0)  # decides the first weights of a fresh discriminator, alike in every process
-    adversary = _adversary(run, accelerator)
-    meter, best = Meter(), {"step": 0, "value": float("inf")}
-
-    first, found = 0, folder.load_state()
-    fresh = found is None
-    if fresh and run.continue_from is not None:
-        found = _previous_state(run.continue_from)
-    if found is not None:
-        first, state = found
-        load_module(bare, state["tokenizer"])
-        average.load_state_dict(state["average"])
-        load_optimizer(optimizer, state["optimizer"])
-        if adversary is not None:
-            adversary.load_state(state["adversary"])
-        meter.load_state(state["meter"])
-        best = best if fresh else state["best"]
-
-    def keep(step: int) -> None:
-        """Write the snapshot of this step, and judge it."""
-        if accelerator.is_main_process:
-            header = _header(run, step, average, adversary, pairs)
-            if step:
-                _write_snapshot(folder.path / "snapshot" / f"{step:08d}", header, average, adversary, run.tokenizer)
-            if judge is not None:
-                value = judge(average.decode)
-                folder.log(step, {"held_out": value})
-                best.setdefault("first", {"step": step, "value": value})
-                if value < best["value"]:
-                    best.update(step=step, value=value)
-                    header |= {"held_out": {"distance": value, "at_the_start": best["first"]["value"]}}
-                    _write_snapshot(folder.path / "snapshot" / "best", header, average, adversary, run.tokenizer)
-        accelerator.wait_for_everyone()
-
-    records = training_latents(pairs, run.batch_size, run.seed, first, run.steps - first, rank, world)
-    folder.start()
-    if fresh:
-        if adversary is not None and found is None and _policy(run) == "reinit_warmup":
-            warmup = training_latents(pairs, run.batch_size, run.seed, 0, run.adversary_warmup, rank, world)
-            folder.log(0, _warm_up(adversary, average, warmup, lambda batch: _targets(data, batch).to(device), run))
-        keep(first)
-    with termination() as terminated:
-        for step in track(range(first, run.steps), f"post-train {folder.path.name}", accelerator.is_main_process):
-            batch = next(records)
-            images = _targets(data, batch).to(device)  # (N, 3, H, W)
-            seed_step(run.seed, step, rank)
-            set_learning_rate(optimizer, learning_rate(run, step))
-            decoder.train()
-
-            # 1. Decode the mixtures; compare them with the real images.
-            latents = batch.latents.to(device)
-            output = decoder(latents) if released is None else decoder(*released.inputs(latents))
-            decoded = output if released is None else output.reconstructions  # (N, 3, H, W)
-            terms = decoder.means(reconstruction_terms, images, decoded)
-            reconstruction_loss, statistics = sum(terms.values()), {"lr": learning_rate(run, step)}
-            terms |= {} if released is None else released.terms(output)
-            if adversary is not None and adversary.started(step):
-                fake = adversary.see(decoded, step, "fake")
-                terms["adversarial"], statistics["adaptive_weight"] = adversary.term(
-                    fake, decoded, reconstruction_loss, layer
-                )
-
-            # 2. One step of the decoder, one of the discriminator.
-            total = sum(terms.values())
-            check_finite(total, terms, step, folder.path)
-            optimizer.zero_grad(set_to_none=True)
-            decoder.backward(total)
-            if run.clip_norm:
-                statistics["gradient_norm"] = decoder.clip(run.clip_norm)
-            optimizer.step()
-            update_average(average, bare, run.ema_decay)
-            if adversary is not None and adversary.started(step):
-                statistics |= adversary.step(images, fake, step, folder.path)
-
-            # 3. Log, judge, snapshot, state.
-            done = step + 1
-            meter.add({**terms, "total": total, **statistics})
-            if done % run.log_every == 0 or done == run.steps:
-                folder.log(done, meter.means(accelerator))
-            if done == run.steps or (run.snapshot_every and done % run.snapshot_every == 0):
-                keep(done)
-            stop = any_process(accelerator, bool(terminated))
-            if done % run.state_every == 0 or done == run.steps or stop:
-                state = {
-                    "tokenizer": bare.state_dict(),
-                    "average": average.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                }
-                state |= {"adversary": adversary.state() if adversary is not None else None, "meter": meter.state()}
-                folder.save_state(done, whole(state, keep=accelerator.is_main_process) | {"best": best})
-            if stop and done < run.steps:
-                raise Stopped(done)
-    for model in (bare, average):
-        if _digest(model, frozen) != untouched:
-            raise RuntimeError("what is frozen changed during post-training: this is a bug, please report it")
-    if run.held_out is None:
-        return folder.path / "snapshot" / f"{run.steps:08d}"
-    if accelerator.is_main_process and best["step"] == best["first"]["step"]:
-        console.print(
-            f"[yellow]no snapshot was better on the held-out samples than the decoder it started from: "
-            f"{folder.path} keeps that one[/]"
-        )
-    return folder.path / "snapshot" / "best"
+    return data
 
 
 def _digest(tokenizer: nn.Module, names: set[str]) -> str:
@@ -253,24 +313,24 @@ def _digest(tokenizer: nn.Module, names: set[str]) -> str:
 
 
 def _targets(data: ImageDataset, records: LatentRecords) -> Tensor:
-    """The real images (N, 3, H, W) of pairs, mirrored where they were mirrored before encoding.
+    """The real images (N, 3, H, W) of pairs, mirrored if they were encoded mirrored.
 
-    A broken image is replaced by the next good one, as it was when the latents were encoded.
+    A broken image is replaced by the next readable one, as at encoding.
     """
     images = data.read(records.indices, seeds=np.zeros(len(records.indices), dtype=np.int64)).images
     return torch.where(records.flips.bool()[:, None, None, None], images.flip(-1), images)
 
 
-def _judge(
-    run: DecoderTrainingRun, tokenizer: nn.Module, data: ImageDataset, device: torch.device
+def _held_out_score(
+    run: DecoderTrainingRun, tokenizer: Tokenizer, data: ImageDataset, device: torch.device
 ) -> Callable[[Callable], float]:
-    """Function of a decoder: Frechet distance of its images of the held-out samples to the real images."""
-    judge = HeldOutScore(run.held_out, tokenizer, data, device)
-    return lambda decode: judge(decode)[0]
+    """Function of a decoder: Fréchet distance of its images of the held-out samples to the real images."""
+    score = HeldOutScore(run.held_out, tokenizer, data, device)
+    return lambda decode: score(decode)[0]
 
 
 def _policy(run: DecoderTrainingRun) -> str:
-    """Where the discriminator comes from: ``run.adversary``, decided where it is auto."""
+    """Where the discriminator comes from: ``run.adversary`` with ``auto`` resolved."""
     if not run.adversarial.weight:
         return "none"
     if run.adversary == "auto":
@@ -279,7 +339,7 @@ def _policy(run: DecoderTrainingRun) -> str:
 
 
 def check_networks(run: DecoderTrainingRun) -> None:
-    """Load what judges images, and drop it again: before hours of making pairs, not after them.
+    """Load the networks of the losses and the held-out score once: errors come before the hours that pairs take.
 
     Raises:
         UserError: a perceptual network, a discriminator or an extractor is missing or unusable.
@@ -293,7 +353,7 @@ def check_networks(run: DecoderTrainingRun) -> None:
 
 
 def _adversary(run: DecoderTrainingRun, accelerator: Any) -> Adversary | None:
-    """The discriminator that main training left in the snapshot, or a new one, or none."""
+    """The discriminator of the tokenizer's snapshot, or a new one, or none."""
     if _policy(run) == "none":
         return None
     config, weights = _discriminator(run)
@@ -301,7 +361,7 @@ def _adversary(run: DecoderTrainingRun, accelerator: Any) -> Adversary | None:
 
 
 def _discriminator(run: DecoderTrainingRun) -> tuple[DiscriminatorConfig, Path | None]:
-    """Its settings, and the file of its weights where it is carried over."""
+    """Its settings, and the file of its weights if it is carried over."""
     if _policy(run) != "carried":
         return run.discriminator, None
     folder, header = resolve(run.tokenizer), read_header(run.tokenizer)
@@ -313,21 +373,22 @@ def _discriminator(run: DecoderTrainingRun) -> tuple[DiscriminatorConfig, Path |
 
 def _warm_up(
     adversary: Adversary,
-    untouched: nn.Module,
-    records: Iterator[LatentRecords],
-    targets: Callable[[LatentRecords], Tensor],
+    original: Tokenizer,
+    data: ImageDataset,
+    records: Iterable[LatentRecords],
     run: DecoderTrainingRun,
 ) -> dict[str, float]:
-    """Train a new discriminator on the untouched decoder's images: at its first guesses a decoder would unlearn.
+    """Train a new discriminator on the original decoder's images: untrained it would damage the decoder.
 
     Returns:
-        What to log: the discriminator's terms at the last step.
+        Values for the log: the discriminator's terms at the last step.
     """
+    device = adversary.accelerator.device
     for step, batch in enumerate(records, start=-run.adversary_warmup):
-        images = targets(batch)  # (N, 3, H, W)
-        with torch.no_grad(), autocast(images.device, run.precision):
-            decoded = untouched.decode(batch.latents.to(images.device))
-        last = adversary.step(images, adversary.see(decoded, step, "fake"), step, run.out)
+        images = _targets(data, batch).to(device)  # (N, 3, H, W)
+        with torch.no_grad(), autocast(device, run.precision):
+            decoded = original.decode(batch.latents.to(device))
+        last = adversary.step(images, adversary.features(decoded, step, "fake"), step, run.out)
     return {"adversary_warmup": run.adversary_warmup} | {name: value.item() for name, value in last.items()}
 
 
@@ -341,41 +402,3 @@ def _previous_state(path: Path) -> tuple[int, dict[str, Any]]:
     if found is None:
         raise UserError(f"{path} holds no state to continue from; give the folder of a post-training run")
     return found
-
-
-def _header(
-    run: DecoderTrainingRun, step: int, average: nn.Module, adversary: Adversary | None, pairs: LatentCache
-) -> dict[str, Any]:
-    """What a snapshot says: all that the original says, and how its decoder was post-trained."""
-    original, source = read_header(run.tokenizer), pairs.manifest.source
-    if licence := original.get("licence") or average.licence:
-        original["licence"] = licence
-    policy = _policy(run)
-    header = original | {
-        "latent_space": encoder_digest(average),
-        "post_trained": {
-            "steps": step,
-            "pairs": pairs.manifest.count,
-            "sigma": source.get("sigma"),
-            "mode": source.get("mode"),
-            **({"trainable": run.trainable} if run.trainable != "decoder" else {}),
-        },
-        "protocol": {
-            "adversary": f"{policy}, {run.adversary_warmup} steps" if policy == "reinit_warmup" else policy,
-            "batch_size": run.batch_size,
-            "learning_rate": run.learning_rate,
-            **{key: source[key] for key in PAIR_FACTS if source.get(key) is not None},
-        },
-    }
-    for of_the_original in ("discriminator", "delta", "held_out"):
-        header.pop(of_the_original, None)
-    return header if adversary is None else header | {"discriminator": plain(adversary.settings)}
-
-
-def _write_snapshot(
-    path: Path, header: dict[str, Any], average: nn.Module, adversary: Adversary | None, original: Path
-) -> None:
-    """EMA weights for users: the same tokenizer, another decoder."""
-    extra = {} if adversary is None else {"discriminator": adversary.network.state_dict()}
-    extra |= read_extra(original, "released")  # for the way back to the release's layout
-    write_snapshot(path, header, average.state_dict(), extra)

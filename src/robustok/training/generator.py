@@ -1,5 +1,6 @@
-"""Training of a generator on a cache of tokens, or of continuous latents."""
+"""Training of a generator on a cache of latents: tokens or continuous."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,9 +9,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from robustok.config import plain
-from robustok.console import track
 from robustok.data.latent_cache import LatentCache, training_latents
-from robustok.devices import any_process, rank_rows, start_accelerator
+from robustok.devices import rank_rows, start_accelerator
 from robustok.generators import (
     GeneratorConfig,
     SamplingConfig,
@@ -23,27 +23,19 @@ from robustok.generators.continuous import ContinuousConfig
 from robustok.generators.flow import draw_noise_levels
 from robustok.generators.rar import RARConfig, draw_orders, drop_labels, random_share
 from robustok.randomness import seed_step, step_rng
-from robustok.runs import RunFolder, Stopped, termination
+from robustok.runs import RunFolder
 from robustok.snapshots import write_snapshot
-from robustok.training.common import (
-    Meter,
-    TrainingConfig,
-    average_copy,
-    check_finite,
-    learning_rate,
-    set_learning_rate,
-    update_average,
-)
+from robustok.training.common import Meter, TrainingConfig, average_copy
 from robustok.training.prepared import Prepared
-from robustok.training.states import load_module, load_optimizer, whole
+from robustok.training.state import TrainingState, optimise
 from robustok.types import GeneratorOutput
 
-# Weight decay leaves alone what is no weight matrix: parts of the names that the released training excludes.
+# Parameters without weight decay: parts of names, from the authors' code.
 UNDECAYED = ("ln", "bias", "latent_tokens", "mask_token", "embedding", "norm", "gamma", "embed")
 
 
 class GeneratorTrainingRun(TrainingConfig):
-    """Everything about the training of a generator; the defaults are the paper's RAR-B."""
+    """Settings of the training of a generator; the defaults are the paper's RAR-B."""
 
     steps: int = Field(250_000, ge=1, description="number of training steps")
     batch_size: int = Field(2048, ge=1, description="images in the global batch, all processes together")
@@ -56,7 +48,7 @@ class GeneratorTrainingRun(TrainingConfig):
     ema_decay: float = Field(
         0.0, ge=0, lt=1, description="decay of the averaged weights; 0, as in the paper, keeps the last"
     )
-    latents: Path = Field(description="cache of tokens or latents, made by `robustok encode`")
+    latents: Path = Field(description="cache of latents, made by `robustok encode`")
     generator: GeneratorConfig = RARConfig()
     random_until: float = Field(
         0.5, ge=0, le=1, description="share of the steps in which RAR has a random order for every sequence"
@@ -76,12 +68,11 @@ def train_generator(run: GeneratorTrainingRun) -> Path:
         The folder of the last snapshot.
 
     Raises:
-        UserError: latents, configuration or run folder are not usable; the loss stops being finite.
+        UserError: latents, configuration or run folder are not usable; the loss is not finite.
     """
     accelerator = start_accelerator(run.batch_size, run.gradient_accumulation)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     rows = rank_rows(run.batch_size, rank, world)  # of the global batch
-
     cache = LatentCache(run.latents)
     manifest = cache.manifest
     check_kind(run.generator.name, manifest.kind, str(run.latents))
@@ -92,61 +83,49 @@ def train_generator(run: GeneratorTrainingRun) -> Path:
     bare = build_generator(run.generator, manifest.latent_shape, manifest.classes, manifest.codebook_size).to(device)
     if manifest.kind == "continuous" and bare.latent_mean is None:
         bare.set_latent_statistics(*latent_statistics(cache), run.generator.latent_multiplier)
+    objective = bare.objective if manifest.kind == "continuous" else None
     average = average_copy(bare)
     generator = Prepared(bare, run, accelerator)
     optimizer = generator.optimizer(parameter_groups(bare, run.weight_decay))
-    meter, first = Meter(), 0
-    if (found := folder.load_state()) is not None:
-        first, state = found
-        load_module(bare, state["generator"])
-        average.load_state_dict(state["average"])
-        load_optimizer(optimizer, state["optimizer"])
-        meter.load_state(state["meter"])
-
+    state = TrainingState("generator", bare, average, optimizer)
+    first = folder.restore(state)
     records = training_latents(cache, run.batch_size, run.seed, first, run.steps - first, rank, world)
     folder.start()
-    with termination() as terminated:
-        for step in track(range(first, run.steps), f"train-generator {folder.path.name}", accelerator.is_main_process):
-            batch = next(records)
-            seed_step(run.seed, step, rank)
-            set_learning_rate(optimizer, learning_rate(run, step))
-            generator.train()
 
-            draws = draw_step(run, manifest.latent_shape, step)
-            labels = batch.labels.masked_fill(draws.dropped[rows], bare.null_label)  # (N,)
-            inputs = [x.to(device) for x in (batch.latents, labels, *(x[rows] for x in draws.inputs))]
-            statistics = {"lr": learning_rate(run, step), **draws.statistics}
-            optimizer.zero_grad(set_to_none=True)
-            for part in generator.parts(len(labels)):
-                output = generator(*(x[part] for x in inputs))
-                if manifest.kind == "discrete":
-                    terms, statistics["accuracy"] = cross_entropy(output), accuracy(output)
-                else:
-                    terms = squared_error(output, bare.objective)
-                total = sum(terms.values())
-                check_finite(total, terms, step, folder.path)
-                generator.backward(total / run.gradient_accumulation)
-                meter.add({**terms, "total": total, **statistics})
-            if run.clip_norm:
-                meter.add({"gradient_norm": generator.clip(run.clip_norm)})
-            optimizer.step()
-            update_average(average, bare, run.ema_decay)
+    for step in folder.steps(range(first, run.steps), state, run.state_every, accelerator):
+        batch = next(records)
+        seed_step(run.seed, step, rank)
+        generator.train()
 
-            done = step + 1
-            if done % run.log_every == 0 or done == run.steps:
-                folder.log(done, meter.means(accelerator))
-            if done == run.steps or (run.snapshot_every and done % run.snapshot_every == 0):
-                if accelerator.is_main_process:
-                    _write_snapshot(folder, run, done, average, cache)
-                accelerator.wait_for_everyone()
-            stop = any_process(accelerator, bool(terminated))
-            if done % run.state_every == 0 or done == run.steps or stop:
-                state = {"generator": bare.state_dict(), "average": average.state_dict()}
-                state |= {"optimizer": optimizer.state_dict(), "meter": meter.state()}
-                folder.save_state(done, whole(state, keep=accelerator.is_main_process))
-            if stop and done < run.steps:
-                raise Stopped(done)
+        # 1. Drop labels, draw orders or noise, predict the latents; one step of the generator.
+        draws = draw_step(run, manifest.latent_shape, step)
+        labels = batch.labels.masked_fill(draws.dropped[rows], bare.null_label)  # (N,)
+        inputs = [x.to(device) for x in (batch.latents, labels, *(x[rows] for x in draws.inputs))]
+        optimise(generator, state, _losses(generator, inputs, objective, draws.statistics, state.meter), step)
+
+        # 2. Log, snapshot.
+        done = step + 1
+        if run.due(run.log_every, done):
+            folder.log(done, state.meter.means(accelerator))
+        if run.due(run.snapshot_every, done):
+            if accelerator.is_main_process:
+                _write_snapshot(folder, run, done, average, cache)
+            accelerator.wait_for_everyone()
     return folder.path / "snapshot" / f"{run.steps:08d}"
+
+
+def _losses(
+    generator: Prepared, inputs: list[Tensor], objective: str | None, statistics: dict[str, float], meter: Meter
+) -> Iterator[dict[str, Tensor]]:
+    """Terms of the loss of each part of the batch; without an objective, for tokens. The meter gets the statistics."""
+    for part in generator.parts(len(inputs[0])):
+        output = generator(*(x[part] for x in inputs))
+        meter.add(statistics)
+        if objective is None:
+            meter.add({"accuracy": accuracy(output)})
+            yield cross_entropy(output)
+        else:
+            yield squared_error(output, objective)
 
 
 def cross_entropy(output: GeneratorOutput) -> dict[str, Tensor]:
@@ -161,12 +140,12 @@ def squared_error(output: GeneratorOutput, objective: str = "flow_matching") -> 
 
 
 def accuracy(output: GeneratorOutput) -> Tensor:
-    """Share of tokens whose most likely prediction is right."""
+    """Share of the tokens that the most likely prediction hits."""
     return (output.prediction.detach().argmax(-1) == output.targets).float().mean()
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Weight matrices with decay, everything else without."""
+    """Parameter groups: weight matrices with weight decay, all other parameters without."""
     decayed, others = [], []
     for name, parameter in model.named_parameters():
         plain_weight = parameter.ndim >= 2 and not any(part in name for part in UNDECAYED)
@@ -176,12 +155,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 @dataclass(frozen=True)
 class Draws:
-    """What is random in a step, for the global batch of B; every process takes its rows.
+    """Random numbers of a step for the global batch of B; each process takes its rows.
 
     Attributes:
-        dropped: (B,) bool, whose labels are dropped: guidance needs a model without class.
-        inputs: what the generator's forward takes after latents and labels: RAR orders (B, L); a diffusion model noise
-            levels (B,) and noise (B, L, D).
+        dropped: (B,) bool, labels to drop: classifier-free guidance needs a model without class.
+        inputs: inputs of the generator's forward after latents and labels. RAR: orders (B, L). Diffusion: noise levels
+            (B,) and noise (B, L, D).
         statistics: for the log.
     """
 
@@ -202,18 +181,18 @@ def draw_step(run: GeneratorTrainingRun, latent_shape: tuple[int, int], step: in
     if isinstance(run.generator, RARConfig):
         share = random_share(step, int(run.random_until * run.steps), int(run.raster_from * run.steps))
         inputs, statistics = (draw_orders(run.batch_size, latent_shape[0], share, rng),), {"random_order": share}
-    everyone = torch.zeros(run.batch_size, dtype=torch.long)
-    dropped = drop_labels(everyone, run.generator.label_dropout, 1, rng).bool()
+    zeros = torch.zeros(run.batch_size, dtype=torch.long)
+    dropped = drop_labels(zeros, run.generator.label_dropout, 1, rng).bool()
     return Draws(dropped, inputs, statistics)
 
 
 def latent_statistics(cache: LatentCache, rows: int = 4096) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel over a cache of continuous latents, read ``rows`` at a time.
 
-    A channel that never varies gets the deviation 1.
+    The standard deviation of a constant channel is given as 1.
     """
     count, total, squares = 0, 0.0, 0.0
-    shift = cache.read(slice(0, 1)).latents.double().mean(dim=(0, 1))  # near the mean, or the squares lose their digits
+    shift = cache.read(slice(0, 1)).latents.double().mean(dim=(0, 1))  # near the mean, for precise squares
     for start in range(0, len(cache), rows):
         latents = cache.read(slice(start, start + rows)).latents.double() - shift  # (n, L, D)
         count += latents.shape[0] * latents.shape[1]
@@ -226,7 +205,7 @@ def latent_statistics(cache: LatentCache, rows: int = 4096) -> tuple[list[float]
 def _write_snapshot(
     folder: RunFolder, run: GeneratorTrainingRun, step: int, average: nn.Module, cache: LatentCache
 ) -> None:
-    """Averaged weights for users, with what sampling needs to know."""
+    """Write the averaged weights with the settings that sampling needs."""
     manifest = cache.manifest
     header = {
         "kind": "generator",

@@ -1,7 +1,6 @@
-"""A model made ready for training: on its devices, its blocks compiled, checkpointed or sharded, its batch in parts.
+"""A model prepared for training: DDP or FSDP2, compilation, activation checkpointing, gradient accumulation.
 
-All of that is settings of :class:`robustok.training.common.TrainingConfig`; a training step reads the same with any of
-them. Weights keep their names, so states and snapshots do not tell how they were trained.
+All are settings of :class:`robustok.training.common.TrainingConfig`. The names of the weights do not change.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from robustok.devices import autocast
 from robustok.errors import UserError
+from robustok.tokenizers.perturbation import PerturbationDraw
 from robustok.training.common import TrainingConfig
 
 
@@ -28,12 +28,12 @@ class Prepared:
     """A model in training.
 
     Args:
-        model: on its device. DDP wraps it, or its blocks are sharded where they are.
+        model: on its device. It is wrapped by DDP, or its blocks are sharded in place.
         run: the settings.
         accelerator: devices and processes.
 
     Raises:
-        UserError: checkpointing or sharding of a model without blocks.
+        UserError: checkpointing, compilation or sharding of a model without blocks.
     """
 
     def __init__(self, model: nn.Module, run: TrainingConfig, accelerator: Accelerator) -> None:
@@ -46,7 +46,7 @@ class Prepared:
         self._exchanging = True
 
     def parameters(self) -> list[nn.Parameter]:
-        """What learns."""
+        """The trainable parameters."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def __call__(self, *inputs: Any) -> Any:
@@ -55,9 +55,9 @@ class Prepared:
             return self.module(*inputs)
 
     def optimizer(self, groups: Sequence[dict[str, Any]] | None = None) -> torch.optim.Optimizer:
-        """AdamW with the run's settings for these parameter groups; by default for all that learns, in one group."""
+        """AdamW with the run's settings; by default all trainable parameters are one group."""
         groups = groups or [{"params": self.parameters(), "weight_decay": self.run.weight_decay}]
-        if self.run.fsdp:  # a fused optimiser takes shards or whole parameters; apart with any number of processes
+        if self.run.fsdp:  # a group of a fused optimiser is sharded or not; the same with any number of processes
             inside = {id(p) for block in blocks_of(self.model) for p in block.parameters()}
             groups = [
                 group | {"params": [p for p in group["params"] if (id(p) in inside) is sharded]}
@@ -68,13 +68,14 @@ class Prepared:
         return self.accelerator.prepare(optimizer)
 
     def train(self) -> None:
-        """Go into training mode."""
+        """Set training mode."""
         self.module.train()
 
     def parts(self, size: int) -> Iterator[slice]:
-        """The rows of each part of this process's share of ``size`` samples, for losses that are means over samples.
+        """Rows of each gradient accumulation part of ``size`` samples, for losses that are means over samples.
 
-        Call and :meth:`backward` each part; processes exchange their gradients in the last one.
+        Do the forward pass and :meth:`backward` of a part before the next; gradients are averaged over the processes
+        in the last one.
         """
         count = self.run.gradient_accumulation
         for i in range(count):
@@ -82,15 +83,15 @@ class Prepared:
                 yield slice(i * size // count, (i + 1) * size // count)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of the loss, averaged over the processes, to those of the weights."""
-        self.accelerator.backward(loss)
-        self._exchange_whole()
+        """Add the gradients of the loss of a part, a mean over its samples, to those of the weights."""
+        self.accelerator.backward(loss / self.run.gradient_accumulation)
+        self._exchange_unsharded()
 
     def clip(self, norm: float) -> Tensor:
-        """Clip the gradient of all weights to this norm; returns the norm before."""
+        """Clip the gradient to this norm; returns the norm before."""
         if not self.sharded:
             return self.accelerator.clip_grad_norm_(self.parameters(), norm)
-        # Shards and whole parameters each among themselves: torch does not mix them.
+        # torch does not mix sharded and other parameters.
         groups = [[p for p in self.parameters() if isinstance(p, DTensor) is sharded] for sharded in (False, True)]
         norms = [get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups]
         total = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
@@ -100,7 +101,7 @@ class Prepared:
 
     @contextmanager
     def _exchange(self, wanted: bool) -> Iterator[None]:
-        """Whether backward passes inside exchange gradients between processes."""
+        """Context: whether backward passes average gradients over the processes."""
         self._exchanging = wanted
         try:
             if self.sharded:
@@ -112,8 +113,8 @@ class Prepared:
         finally:
             self._exchanging = True
 
-    def _exchange_whole(self) -> None:
-        """Average the gradients of what is not sharded: FSDP leaves that to us."""
+    def _exchange_unsharded(self) -> None:
+        """Average the gradients of parameters that are not sharded, which FSDP ignores."""
         if not (self.sharded and self._exchanging):
             return
         gradients = [p.grad for p in self.parameters() if p.grad is not None and not isinstance(p.grad, DTensor)]
@@ -123,18 +124,18 @@ class Prepared:
 
 
 class PreparedInParts(Prepared):
-    """A model whose losses need the whole share of a process at once: negatives, adaptive weight, discriminator.
+    """A model whose losses need all samples of a process at once: negatives, adaptive weight, discriminator.
 
-    With ``gradient_accumulation`` a call runs the parts and keeps no activations but the outputs, of which losses are
-    taken as if there were no parts; :meth:`backward` runs every part again and hands it the gradients of its outputs.
-    That costs one more forward pass. Source: Gao et al., "Scaling deep contrastive learning batch size under memory
-    limited setup", arXiv 2101.06983.
+    With ``gradient_accumulation`` a call runs the parts and keeps only their outputs, from which the losses are
+    computed as if there were no parts. :meth:`backward` runs each part again and backpropagates the gradients of its
+    outputs. The cost is a second forward pass. Source: Gao et al., "Scaling deep contrastive learning batch size under
+    memory limited setup", arXiv 2101.06983.
 
     Args:
         model: as for :class:`Prepared`.
         run: as for :class:`Prepared`.
         accelerator: as for :class:`Prepared`.
-        layer: weight to which losses may be differentiated before :meth:`backward`; the last of the model.
+        layer: the model's last weight, by which losses may be differentiated before :meth:`backward`.
     """
 
     def __init__(self, model: nn.Module, run: TrainingConfig, accelerator: Accelerator, layer: nn.Parameter) -> None:
@@ -145,7 +146,7 @@ class PreparedInParts(Prepared):
         self._output: Any = None
 
     def __call__(self, *inputs: Any) -> Any:
-        """The forward pass of all parts. Of the inputs, tensors and draws have a row for every sample."""
+        """The forward pass of all parts. Tensors and perturbation draws among the inputs have a row for each sample."""
         count = self.run.gradient_accumulation
         if count == 1:
             return super().__call__(*inputs)
@@ -158,7 +159,7 @@ class PreparedInParts(Prepared):
     def means(
         self, terms: Callable[[Tensor, Tensor], dict[str, Tensor]], images: Tensor, outputs: Tensor
     ) -> dict[str, Tensor]:
-        """``terms(images, outputs)``, means over samples, :func:`differentiated`; one part at a time is in memory."""
+        """``terms(images, outputs)``, means over samples, :func:`differentiated`, computed one part at a time."""
         size, found = len(images) // self.run.gradient_accumulation, []
         for targets, part in zip(images.split(size), outputs.split(size), strict=True):
             with autocast(self.accelerator.device, self.run.precision):
@@ -167,13 +168,14 @@ class PreparedInParts(Prepared):
         return {name: torch.stack([part[name] for part in found]).mean(0) for name in found[0]}
 
     def backward(self, loss: Tensor) -> None:
-        """As :meth:`Prepared.backward`, part by part."""
+        """As :meth:`Prepared.backward`, for the loss of all parts."""
         count = self.run.gradient_accumulation
         if count == 1:
-            return super().backward(loss)
-        whole = _tensors(self._output)
-        found = iter(torch.autograd.grad(loss, [t for t in whole if t.requires_grad], allow_unused=True))
-        gradients = [next(found) if t.requires_grad else None for t in whole]
+            super().backward(loss)
+            return
+        outputs = _tensors(self._output)
+        found = iter(torch.autograd.grad(loss, [t for t in outputs if t.requires_grad], allow_unused=True))
+        gradients = [next(found) if t.requires_grad else None for t in outputs]
         for i, (rows, seed) in enumerate(self._rows_and_seeds()):
             with self._exchange(i == count - 1):
                 pairs = [
@@ -182,12 +184,11 @@ class PreparedInParts(Prepared):
                     if gradient is not None and tensor.requires_grad
                 ]
                 torch.autograd.backward(*zip(*pairs, strict=True))
-                self._exchange_whole()
+                self._exchange_unsharded()
         self._inputs, self._output = (), None
-        return None
 
     def _part(self, rows: slice, seed: int) -> Any:
-        torch.manual_seed(seed)  # of dropout, which must be the same in both passes
+        torch.manual_seed(seed)  # the same dropout in both passes
         return super().__call__(*(_take(x, rows) for x in self._inputs))
 
     def _rows_and_seeds(self) -> Iterator[tuple[slice, int]]:
@@ -208,10 +209,10 @@ class _Differentiated(torch.autograd.Function):
 
 
 def differentiated(term: Tensor, inputs: Tensor) -> Tensor:
-    """The same scalar, with its gradient with respect to ``inputs`` in hand and the way there forgotten.
+    """The same scalar with its gradient by ``inputs`` already computed and its graph freed.
 
-    The adaptive weight asks for the gradients of terms before they are trained. So their networks (VGG, the
-    discriminator's backbone) go back once instead of twice, and what they keep for it is freed at once.
+    The adaptive weight needs the gradients of the terms before the backward pass does. So the networks of the losses
+    (VGG, the discriminator) are backpropagated once instead of twice, and their activations are freed early.
     """
     (gradient,) = torch.autograd.grad(term, inputs)
     return _Differentiated.apply(inputs, term.detach(), gradient)
@@ -221,7 +222,7 @@ def differentiated(term: Tensor, inputs: Tensor) -> Tensor:
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The blocks of the model's stacks that learn, outermost first: lists of modules called blocks or layers."""
+    """The trainable blocks of a model: the modules in its lists called ``blocks`` or ``layers``, outermost first."""
     stacks = [
         module
         for name, module in model.named_modules()
@@ -231,9 +232,9 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def adapt_blocks(model: nn.Module, checkpointing: bool, compiling: bool) -> None:
-    """Let the blocks compute their activations again in the backward pass, and compile them.
+    """Checkpoint the activations of the blocks, and compile them.
 
-    Blocks and not the model: a stack of equal blocks is compiled once. Only their call changes, no name of a weight.
+    Equal blocks are compiled once. Only the call of a block changes, not the names of its weights.
 
     Raises:
         UserError: the model has no blocks.
@@ -246,9 +247,9 @@ def adapt_blocks(model: nn.Module, checkpointing: bool, compiling: bool) -> None
 
 
 def shard_blocks(model: nn.Module, accelerator: Accelerator) -> None:
-    """Shard the blocks' parameters among all processes (FSDP2), in place; the little that is left stays whole.
+    """Shard the blocks' parameters among all processes (FSDP2), in place.
 
-    So codebook and last layer can be looked at at any time, as revival and adaptive weight do.
+    The other parameters are not sharded: revival reads the codebook and the adaptive weight the last layer.
 
     Raises:
         UserError: the model has no blocks.
@@ -256,7 +257,7 @@ def shard_blocks(model: nn.Module, accelerator: Accelerator) -> None:
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     blocks = _some_blocks(model, "fsdp")
     for block in blocks:
-        modulation = getattr(block, "adaLN_modulation", None)  # some models call it by itself
+        modulation = getattr(block, "adaLN_modulation", None)  # called outside of the block by some models
         for module in (modulation, block) if modulation is not None else (block,):
             fully_shard(module, mesh=mesh)
     inside = {id(p) for block in blocks for p in block.parameters()}
@@ -266,7 +267,7 @@ def shard_blocks(model: nn.Module, accelerator: Accelerator) -> None:
 def _some_blocks(model: nn.Module, setting: str) -> list[nn.Module]:
     blocks = blocks_of(model)
     if not blocks:
-        raise UserError(f"{setting} works on blocks, of which this model has none that learn; set {setting}=false")
+        raise UserError(f"{setting} works on blocks, and this model has none that learn; set {setting}=false")
     return blocks
 
 
@@ -275,7 +276,7 @@ def _some_blocks(model: nn.Module, setting: str) -> list[nn.Module]:
 
 @contextmanager
 def _frozen(parameters: Iterator[nn.Parameter]) -> Iterator[None]:
-    """Without gradients of these parameters, so that no activations are kept for them."""
+    """Context: no gradients of these parameters, so no activations are kept for them."""
     frozen = [p.requires_grad_(False) for p in parameters]
     try:
         yield
@@ -285,14 +286,14 @@ def _frozen(parameters: Iterator[nn.Parameter]) -> Iterator[None]:
 
 
 def _take(value: Any, rows: slice) -> Any:
-    """Rows of a tensor or of a draw; settings are the same for all."""
-    if isinstance(value, Tensor):
-        return value[rows]
-    return value.rows(rows.start, rows.stop) if hasattr(value, "rows") else value
+    """Rows of a tensor or of a draw; anything else is the same for all rows."""
+    if isinstance(value, PerturbationDraw):
+        return value.rows(rows.start, rows.stop)
+    return value[rows] if isinstance(value, Tensor) else value
 
 
 def _map(function: Callable[..., Tensor], *outputs: Any) -> Any:
-    """The function of the tensors of model outputs that are alike: tensors, or dataclasses of them."""
+    """Apply a function to the tensors of several outputs of a model: tensors, or nested dataclasses of tensors."""
     first = outputs[0]
     if isinstance(first, Tensor):
         return function(*outputs)
@@ -309,6 +310,6 @@ def _tensors(output: Any) -> list[Tensor]:
 
 
 def _join(*parts: Tensor) -> Tensor:
-    """Rows of all parts, or the mean of scalars; gradients of it can be had."""
-    whole = torch.cat(parts) if parts[0].ndim else torch.stack(parts).mean()
-    return whole.requires_grad_() if whole.is_floating_point() and not whole.requires_grad else whole
+    """The rows of all parts, or the mean of scalars, as a tensor that requires a gradient."""
+    joined = torch.cat(parts) if parts[0].ndim else torch.stack(parts).mean()
+    return joined.requires_grad_() if joined.is_floating_point() and not joined.requires_grad else joined

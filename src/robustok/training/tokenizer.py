@@ -1,6 +1,8 @@
 """Main training of a tokenizer, with latent perturbation."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -8,55 +10,49 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from robustok.config import plain
-from robustok.console import track
 from robustok.data.dataset import Augmentation, open_images
 from robustok.data.loader import training_batches
 from robustok.data.pixels import save_picture
 from robustok.data.sources import Data
-from robustok.devices import any_process, autocast, rank_rows, start_accelerator
+from robustok.devices import autocast, rank_rows, start_accelerator
 from robustok.losses.adversarial import AdversarialConfig
 from robustok.losses.discriminators import DiscriminatorConfig, PatchConfig
 from robustok.losses.reconstruction import ReconstructionConfig, ReconstructionTerms
 from robustok.losses.semantic import Teacher, TeacherConfig
 from robustok.metrics.codebook import codebook_perplexity, codebook_usage
 from robustok.randomness import seed_step, step_rng
-from robustok.runs import RunFolder, Stopped, termination
+from robustok.runs import RunFolder
 from robustok.snapshots import write_snapshot
 from robustok.tokenizers import TOKENIZERS, TokenizerConfig, encoder_digest
-from robustok.tokenizers.perturbation import PerturbationConfig
+from robustok.tokenizers.kl import KL, KLOutput
+from robustok.tokenizers.maetok import AutoencoderOutput
+from robustok.tokenizers.perturbation import PerturbationConfig, draw_perturbation
 from robustok.tokenizers.robustok import RobusTokConfig
 from robustok.training.adversary import Adversary, last_layer
-from robustok.training.common import (
-    Meter,
-    TrainingConfig,
-    average_copy,
-    check_finite,
-    learning_rate,
-    set_learning_rate,
-    update_average,
-)
-from robustok.training.latent_inputs import ContinuousPass, draw_inputs, latent_terms
+from robustok.training.common import TrainingConfig, average_copy, quantizer_terms
 from robustok.training.prepared import PreparedInParts
-from robustok.training.states import load_module, load_optimizer, whole
+from robustok.training.state import TrainingState, optimise
+from robustok.types import Tokenizer, TokenizerOutput
 
 
 class TokenizerTrainingRun(TrainingConfig):
-    """Everything about the main training of a tokenizer; the defaults are the paper's ImageNet run, in steps."""
+    """Settings of the main training of a tokenizer; the defaults are the paper's ImageNet run, in steps."""
 
     steps: int = Field(250_200, ge=1, description="number of training steps")
     batch_size: int = Field(1024, ge=1, description="images in the global batch, all processes together")
     learning_rate: float = Field(2.4e-4, gt=0, description="peak learning rate")
     min_learning_rate: float = Field(5e-5, ge=0, description="learning rate at the last step of the cosine")
-    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up from 0")
     data: Data = Field(description="training images")
     augmentation: Augmentation = Augmentation()
     tokenizer: TokenizerConfig = RobusTokConfig()
-    perturbation: PerturbationConfig = Field(PerturbationConfig(), description="of tokens; others have latent_noise")
+    perturbation: PerturbationConfig = Field(
+        PerturbationConfig(), description="of tokens; continuous latents have latent_noise"
+    )
     latent_noise: float = Field(
         0.0,
         ge=0,
-        description="largest noise on continuous latents, as a share of the deviation of an image's own; each image "
-        "draws a level below; 0 is off",
+        description="largest noise on continuous latents, in standard deviations of the image's latents; the level of "
+        "each image is uniform from 0 to this; 0 is off",
     )
     kl_weight: float = Field(1e-6, ge=0, description="weight of the KL divergence of a variational autoencoder (kl)")
     reconstruction: ReconstructionConfig = ReconstructionConfig()
@@ -97,141 +93,206 @@ def train_tokenizer(run: TokenizerTrainingRun) -> Path:
         The folder of the last snapshot.
 
     Raises:
-        UserError: data, configuration or run folder are not usable; the loss stops being finite.
+        UserError: data, configuration or run folder are not usable; the loss is not finite.
     """
     accelerator = start_accelerator(run.batch_size, run.gradient_accumulation)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     rows = rank_rows(run.batch_size, rank, world)  # of the global batch
-
     data = open_images(run.data, run.tokenizer.image_size, split="train", augment=run.augmentation)
     reconstruction_terms = ReconstructionTerms(run.reconstruction, device)
-    teacher = (
-        Teacher(run.teacher, run.tokenizer.image_size, run.tokenizer.patch_size).to(device)
-        if run.teacher.name != "none"
-        else None
-    )
+    teacher = _teacher(run, device)
     folder = RunFolder(run, accelerator.is_main_process)
 
     seed_step(run.seed, step=0, rank=0)  # the same initial weights in every process
     bare = _build(run, teacher).to(device)
-    average = average_copy(bare)
-    layer = last_layer(bare)
+    average, layer = average_copy(bare), last_layer(bare)
     tokenizer = PreparedInParts(bare if run.discrete else ContinuousPass(bare), run, accelerator, layer)
     optimizer = tokenizer.optimizer()
     adversary = Adversary(run, run.adversarial, run.discriminator, accelerator) if run.adversarial.weight else None
-    meter, quantizer = Meter(), run.tokenizer.quantizer if run.discrete else None
-    # Of every code since the last line of the log; continuous latents have none.
-    hits = torch.zeros(quantizer.size if run.discrete else 0, dtype=torch.long, device=device)
-    recent = torch.zeros_like(hits)  # since the last revival
-
-    first = 0
-    if (found := folder.load_state()) is not None:
-        first, state = found
-        load_module(bare, state["tokenizer"])
-        average.load_state_dict(state["average"])
-        load_optimizer(optimizer, state["optimizer"])
-        if adversary is not None:
-            adversary.load_state(state["adversary"])
-        meter.load_state(state["meter"])
-        if rank == 0:  # the sums of all processes
-            hits.copy_(state["hits"])
-            recent.copy_(state["recent"])
-
+    codes = CodeCounts(run, accelerator)
+    state = TrainingState("tokenizer", bare, average, optimizer, adversary, extra=codes)
+    first = folder.restore(state)
     batches = training_batches(data, run.batch_size, run.seed, first, run.steps - first, rank, world, run.workers)
     folder.start()
-    with termination() as terminated:
-        for step in track(range(first, run.steps), f"main-train {folder.path.name}", accelerator.is_main_process):
-            images = next(batches).images.to(device)  # (N, 3, H, W)
-            seed_step(run.seed, step, rank)
-            set_learning_rate(optimizer, learning_rate(run, step))
-            tokenizer.train()
 
-            # 1. Reconstruct, with the drawn tokens perturbed.
-            inputs = draw_inputs(run, bare.latent_shape, step, rows, device)
+    for step in folder.steps(range(first, run.steps), state, run.state_every, accelerator):
+        images = next(batches).images.to(device)  # (N, 3, H, W)
+        seed_step(run.seed, step, rank)
+        tokenizer.train()
+
+        # 1. Reconstruct the images from perturbed latents.
+        inputs = draw_inputs(run, bare.latent_shape, step, rows, device)
+        if teacher is not None:
             with autocast(device, run.precision):
-                seen = () if teacher is None else (teacher(images),)
-            output = tokenizer(images, *inputs, *seen)
-            terms = tokenizer.means(reconstruction_terms, images, output.reconstructions)
-            reconstruction_loss = sum(terms.values())
-            terms |= latent_terms(run, output)
-            statistics: dict[str, Tensor | float] = {"lr": learning_rate(run, step)}
-            if adversary is not None and adversary.started(step):
-                fake = adversary.see(output.reconstructions, step, "fake")
-                terms["adversarial"], statistics["adaptive_weight"] = adversary.term(
-                    fake, output.reconstructions, reconstruction_loss, layer
-                )
+                inputs = (*inputs, teacher(images))
+        output = tokenizer(images, *inputs)
+        terms = tokenizer.means(reconstruction_terms, images, output.reconstructions)
+        reconstruction_loss = sum(terms.values())
+        terms |= latent_terms(run, output)
 
-            # 2. One step of the tokenizer: what is trained is the sum of what is logged.
-            total = sum(terms.values())
-            check_finite(total, terms, step, folder.path)
-            optimizer.zero_grad(set_to_none=True)
-            tokenizer.backward(total)
-            if run.clip_norm:
-                statistics["gradient_norm"] = tokenizer.clip(run.clip_norm)
-            optimizer.step()
-            update_average(average, bare, run.ema_decay)
+        # 2. One step of the tokenizer, then one of the discriminator on the same reconstructions.
+        if adversary is not None and adversary.started(step):
+            fake = adversary.features(output.reconstructions, step, "fake")
+            terms["adversarial"], weight = adversary.term(fake, output.reconstructions, reconstruction_loss, layer)
+            state.meter.add({"adaptive_weight": weight})
+        optimise(tokenizer, state, [terms], step)
+        if adversary is not None and adversary.started(step):
+            state.meter.add(adversary.step(images, fake, step, run.out))
 
-            # 3. One step of the discriminator, on the same reconstructions.
-            if adversary is not None and adversary.started(step):
-                statistics |= adversary.step(images, fake, step, folder.path)
-
-            # 4. Codes in use; log, picture, snapshot, state.
-            done = step + 1
-            if quantizer is not None:
-                counts = torch.bincount(output.tokens.flatten(), minlength=quantizer.size)  # (K,)
-                hits += counts
-                recent += counts
-                if quantizer.revive_every and done % quantizer.revive_every == 0 and done < run.steps:
-                    dead = accelerator.reduce(recent.float(), "sum") == 0  # (K,)
-                    features = accelerator.gather(output.features.detach())  # (batch, L, D)
-                    _revive(bare, average, dead, features, step_rng(run.seed, step, "revive"))
-                    recent.zero_()
-            meter.add({**terms, "total": total, **statistics})
-            if done % run.log_every == 0 or done == run.steps:
-                folder.log(done, meter.means(accelerator) | _usage(accelerator, hits))
-                hits.zero_()
-            if run.picture_every and done % run.picture_every == 0 and accelerator.is_main_process:
-                _picture(folder.path / "samples" / f"{done:08d}.png", images[:8], average)
-            if done == run.steps or (run.snapshot_every and done % run.snapshot_every == 0):
-                if accelerator.is_main_process:
-                    _write_snapshot(folder, run, done, average, adversary, data.describe())
-                accelerator.wait_for_everyone()
-            stop = any_process(accelerator, bool(terminated))
-            if done % run.state_every == 0 or done == run.steps or stop:
-                state = {
-                    "tokenizer": bare.state_dict(),
-                    "average": average.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                }
-                state |= {"adversary": adversary.state() if adversary is not None else None, "meter": meter.state()}
-                state |= {"hits": accelerator.reduce(hits, "sum"), "recent": accelerator.reduce(recent, "sum")}
-                folder.save_state(done, whole(state, keep=accelerator.is_main_process))
-            if stop and done < run.steps:
-                raise Stopped(done)
+        # 3. Count the codes in use; log, picture, snapshot.
+        done = step + 1
+        if run.discrete:
+            codes.add(output.tokens)
+            if codes.revival_due(done):
+                codes.revive(bare, average, output.features.detach(), step_rng(run.seed, step, "revive"))
+        if run.due(run.log_every, done):
+            folder.log(done, state.meter.means(accelerator) | codes.usage())
+        if run.picture_every and done % run.picture_every == 0 and accelerator.is_main_process:
+            _picture(folder.path / "samples" / f"{done:08d}.png", images[:8], average)
+        if run.due(run.snapshot_every, done):
+            if accelerator.is_main_process:
+                _write_snapshot(folder, run, done, average, adversary, data.describe())
+            accelerator.wait_for_everyone()
     return folder.path / "snapshot" / f"{run.steps:08d}"
 
 
+class ContinuousPass(nn.Module):
+    """A continuous tokenizer whose forward is a training pass, for DDP to wrap.
+
+    Random numbers are inputs, so that they do not depend on how the batch is divided among processes.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    def forward(
+        self, images: Tensor, sample: Tensor, noise: Tensor | None = None, levels: Tensor | None = None
+    ) -> AutoencoderOutput | KLOutput:
+        """Reconstruct images (N, 3, H, W) in [-1, 1] from their latents, with noise added.
+
+        Args:
+            images: in [-1, 1].
+            sample: standard normal (N, L, D), which draws the latents of a variational autoencoder from its posterior.
+            noise: standard normal (N, L, D) to add to the latents; None adds nothing.
+            levels: (N,), standard deviation of the noise in standard deviations of the image's latents.
+        """
+        posterior = self.tokenizer.posterior(images) if isinstance(self.tokenizer, KL) else None
+        latents = self.tokenizer.encode(images) if posterior is None else posterior.mean + posterior.std * sample
+        noisy = latents  # (N, L, D)
+        if noise is not None:
+            std = latents.detach().float().std(dim=(1, 2), keepdim=True)  # (N, 1, 1)
+            noisy = latents + levels[:, None, None] * std * noise
+        reconstructions = self.tokenizer.decode(noisy)
+        if posterior is None:
+            return AutoencoderOutput(reconstructions, latents)
+        return KLOutput(reconstructions, latents, posterior, posterior.divergence())
+
+
+def draw_inputs(
+    run: TokenizerTrainingRun, latent_shape: tuple[int, int], step: int, rows: slice, device: torch.device
+) -> tuple:
+    """Inputs of the tokenizer's forward after the images, drawn for the global batch; ``rows`` are this process's.
+
+    Returns:
+        For tokens the perturbation's settings, draw and strength; else ``sample``, ``noise`` and ``levels`` of
+        :class:`ContinuousPass`.
+    """
+    if run.discrete:
+        p = run.perturbation
+        rate, strength = p.at(step)
+        if not p.active:
+            return p, None, strength
+        rng = step_rng(run.seed, step, "perturb")
+        draw = draw_perturbation(
+            run.batch_size, latent_shape[0], rate, p.proportion, rng, p.selection, p.image_selection
+        )
+        return p, draw.rows(rows.start, rows.stop).to(device), strength
+    rng = step_rng(run.seed, step, "latents")
+    sample = torch.randn(run.batch_size, *latent_shape, generator=rng)[rows].to(device)  # (N, L, D)
+    if not run.latent_noise:
+        return (sample,)
+    noise = torch.randn(run.batch_size, *latent_shape, generator=rng)[rows].to(device)  # (N, L, D)
+    levels = run.latent_noise * torch.rand(run.batch_size, generator=rng)[rows].to(device)  # (N,)
+    return sample, noise, levels
+
+
+def latent_terms(
+    run: TokenizerTrainingRun, output: TokenizerOutput | AutoencoderOutput | KLOutput
+) -> dict[str, Tensor]:
+    """Weighted terms of the latents: those of the quantiser and the teacher, the KL divergence, or none."""
+    if isinstance(output, KLOutput):
+        return {"kl": run.kl_weight * output.kl_loss}
+    if isinstance(output, AutoencoderOutput):
+        return {}
+    return quantizer_terms(run.tokenizer.quantizer, run.teacher, output)
+
+
+class CodeCounts:
+    """How often each of the K codes was used: since the last line of the log, and since the last revival.
+
+    Continuous latents have none, K = 0.
+    """
+
+    def __init__(self, run: TokenizerTrainingRun, accelerator: Accelerator) -> None:
+        self.run, self.accelerator = run, accelerator
+        size = run.tokenizer.quantizer.size if run.discrete else 0
+        self.logged = torch.zeros(size, dtype=torch.long, device=accelerator.device)  # (K,), of this process
+        self.recent = torch.zeros_like(self.logged)
+
+    def add(self, tokens: Tensor) -> None:
+        """Count tokens (N, L)."""
+        counts = torch.bincount(tokens.flatten(), minlength=len(self.logged))
+        self.logged += counts
+        self.recent += counts
+
+    def usage(self) -> dict[str, float]:
+        """Usage and perplexity of the codebook over all processes; starts counting again."""
+        if not len(self.logged):
+            return {}
+        used = self.accelerator.reduce(self.logged.float(), "sum")
+        self.logged.zero_()
+        return {"codebook_usage": codebook_usage(used), "codebook_perplexity": codebook_perplexity(used)}
+
+    def revival_due(self, done: int) -> bool:
+        """Whether unused codes are revived after so many steps."""
+        every = self.run.tokenizer.quantizer.revive_every
+        return every > 0 and done % every == 0 and done < self.run.steps
+
+    def revive(self, tokenizer: nn.Module, average: nn.Module, features: Tensor, rng: torch.Generator) -> None:
+        """Move unused codes onto features (N, L, D), at once in the averaged weights too; starts counting again."""
+        unused = self.accelerator.reduce(self.recent.float(), "sum") == 0  # (K,)
+        tokenizer.quantizer.revive(unused, self.accelerator.gather(features), rng)
+        average.quantizer.embedding.weight[unused] = tokenizer.quantizer.embedding.weight[unused].detach()
+        self.recent.zero_()
+
+    def state(self) -> dict[str, Tensor]:
+        """Counts over all processes."""
+        return {
+            "hits": self.accelerator.reduce(self.logged, "sum"),
+            "recent": self.accelerator.reduce(self.recent, "sum"),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Undo :meth:`state`: the first process has the counts of all."""
+        if self.accelerator.is_main_process:
+            self.logged.copy_(state["hits"])
+            self.recent.copy_(state["recent"])
+
+
+def _teacher(run: TokenizerTrainingRun, device: torch.device) -> Teacher | None:
+    if run.teacher.name == "none":
+        return None
+    return Teacher(run.teacher, run.tokenizer.image_size, run.tokenizer.patch_size).to(device)
+
+
 def _build(run: TokenizerTrainingRun, teacher: Teacher | None) -> nn.Module:
-    """The tokenizer, with a projection of the teacher where it needs one."""
+    """The tokenizer, with a projection of the teacher's features where the teacher's width differs from its own."""
     config, family = run.tokenizer, TOKENIZERS[run.tokenizer.name][0]
-    own = config.encoder.width if config.name == "robustok" else None  # whose own projection serves such a teacher too
+    own = config.encoder.width if config.name == "robustok" else None
     if teacher is not None and teacher.width != own:
         config = config.model_copy(update={"teacher_width": teacher.width})
     return family(config, pretrained=True) if config.name == "robustok" else family(config)
-
-
-def _usage(accelerator: Accelerator, hits: Tensor) -> dict[str, float]:
-    """Which of the codes (K,) are in use, over all processes; nothing where there are none."""
-    if not len(hits):
-        return {}
-    used = accelerator.reduce(hits.float(), "sum")
-    return {"codebook_usage": codebook_usage(used), "codebook_perplexity": codebook_perplexity(used)}
-
-
-def _revive(bare: nn.Module, average: nn.Module, dead: Tensor, features: Tensor, rng: torch.Generator) -> None:
-    """Move unused codes onto features, in the average too: it would otherwise drift there for long."""
-    bare.quantizer.revive(dead, features, rng)
-    average.quantizer.embedding.weight[dead] = bare.quantizer.embedding.weight[dead].detach()
 
 
 @torch.no_grad()
@@ -243,7 +304,7 @@ def _picture(path: Path, images: Tensor, average: nn.Module) -> None:
 def _write_snapshot(
     folder: RunFolder, run: TokenizerTrainingRun, step: int, average: nn.Module, adversary: Adversary | None, data: str
 ) -> None:
-    """EMA weights for users; the discriminator goes along for post-training."""
+    """Write the averaged weights, and the discriminator for post-training."""
     header = {
         "kind": "tokenizer",
         "config": plain(average.config),

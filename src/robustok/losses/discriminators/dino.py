@@ -209,12 +209,13 @@ class SpectralConv1d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in, length) to (N, out, length)."""
-        with torch.autocast(x.device.type, enabled=False):
-            weight = self.weight_orig / self._largest_singular_value()
+        weight = self.weight_orig / self._largest_singular_value()
         if reach := weight.shape[-1] // 2:
             x = F.pad(x, (reach, reach), mode="circular")
         return F.conv1d(x, weight, self.bias)
 
+    @torch.autocast("cuda", enabled=False)
+    @torch.autocast("cpu", enabled=False)
     def _largest_singular_value(self) -> Tensor:
         matrix = self.weight_orig.flatten(1)  # (out, in * k)
         if self.training:

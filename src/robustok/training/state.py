@@ -1,0 +1,141 @@
+"""What a training saves for resume, and one step of its optimiser."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from robustok.training.adversary import Adversary
+from robustok.training.common import Meter, check_finite, learning_rate, set_learning_rate, update_average
+from robustok.training.prepared import Prepared
+
+
+class Extra(Protocol):
+    """Anything else that a training saves."""
+
+    def state(self) -> dict[str, Any]:
+        """Keys and values for the state. All processes call this."""
+        ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Undo :meth:`state`, given the whole state."""
+        ...
+
+
+@dataclass
+class TrainingState:
+    """Everything that resume needs.
+
+    Random number generators are not among it: random numbers are a function of the seed and the step.
+
+    Attributes:
+        name: key of the weights, ``tokenizer`` or ``generator``.
+        model: the weights; its parameters may be sharded.
+        average: their exponential moving average.
+        optimizer: of the model.
+        adversary: the discriminator with its optimiser, if there is one.
+        extra: what only this training saves.
+        meter: values since the last line of the log.
+    """
+
+    name: str
+    model: nn.Module
+    average: nn.Module
+    optimizer: torch.optim.Optimizer
+    adversary: Adversary | None = None
+    extra: Extra | None = None
+    meter: Meter = field(default_factory=Meter)
+
+    def save(self, keep: bool) -> dict[str, Any]:
+        """The state with shards gathered. All processes call this; only those with ``keep`` get the weights."""
+        state = {
+            self.name: self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "adversary": None if self.adversary is None else self.adversary.state(),
+            "meter": self.meter.state(),
+        }
+        return gather(state | ({} if self.extra is None else self.extra.state()), keep)
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Undo :meth:`save`."""
+        load_module(self.model, state[self.name])
+        self.average.load_state_dict(state["average"])
+        load_optimizer(self.optimizer, state["optimizer"])
+        self.meter.load_state(state["meter"])
+        if self.adversary is not None:
+            self.adversary.load_state(state["adversary"])
+        if self.extra is not None:
+            self.extra.load_state(state)
+
+
+def optimise(model: Prepared, state: TrainingState, losses: Iterable[Mapping[str, Tensor]], step: int) -> None:
+    """One step of the optimiser and of the averaged weights. The loss is the sum of the terms that are logged.
+
+    Args:
+        model: computes the gradients.
+        state: what changes.
+        losses: terms of the loss, weighted; one mapping for each part of the batch.
+        step: counted from 0; decides the learning rate.
+
+    Raises:
+        UserError: a loss is not finite; the weights have not changed.
+    """
+    run, logged = model.run, []
+    rate = learning_rate(run, step)
+    set_learning_rate(state.optimizer, rate)
+    state.optimizer.zero_grad(set_to_none=True)
+    for terms in losses:
+        total = sum(terms.values())
+        check_finite(total, terms, step, run.out)
+        model.backward(total)
+        logged.append({name: term.detach() for name, term in terms.items()} | {"total": total.detach(), "lr": rate})
+    if run.clip_norm:
+        logged.append({"gradient_norm": model.clip(run.clip_norm)})
+    state.optimizer.step()
+    update_average(state.average, state.model, run.ema_decay)
+    for values in logged:
+        state.meter.add(values)
+
+
+def gather(tree: Any, keep: bool = True) -> Any:
+    """Gather the shards in a tree of dicts, lists, tensors and scalars. All processes call this.
+
+    Args:
+        tree: for example a ``state_dict``.
+        keep: whether this process needs the gathered tensors; otherwise they are dropped one by one.
+    """
+    if isinstance(tree, DTensor):
+        full = tree.detach().full_tensor()
+        return full.cpu() if keep else None
+    if isinstance(tree, Mapping):
+        return {key: gather(value, keep) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [gather(value, keep) for value in tree]
+    return tree
+
+
+def load_module(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load gathered weights into a module whose parameters may be sharded."""
+    own = module.state_dict()
+    module.load_state_dict({name: _shard_like(own.get(name), value) for name, value in state.items()})
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Load a gathered state into an optimiser whose parameters may be sharded."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {
+        index: {name: _shard_like(parameters[index], value) for name, value in values.items()}
+        for index, values in state["state"].items()
+    }
+    optimizer.load_state_dict({"state": moments, "param_groups": state["param_groups"]})
+
+
+def _shard_like(reference: Tensor | None, value: Any) -> Any:
+    """This process's shard of ``value``, where ``reference`` is a shard of the same shape; else ``value``."""
+    if isinstance(reference, DTensor) and isinstance(value, Tensor) and value.shape == reference.shape:
+        return distribute_tensor(value.to(reference.device), reference.device_mesh, reference.placements)
+    return value
