@@ -4,14 +4,13 @@ A pickle may hold tensors and plain containers; whatever else it names becomes a
 optimiser states beside the weights of a release need none of its packages, and a payload is never called.
 """
 
-import difflib
 import json
 import os
 import pickle
 import types
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -192,65 +191,6 @@ def write_checkpoint(path: Path, weights: dict[str, Tensor]) -> Path:
         temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {one_line_of(error)}; free some space or choose another") from None
     return path
-
-
-# What weights and a released configuration tell of a model
-
-
-def flatten_config(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The innermost keys of a released configuration with their values, tuples as lists; None says nothing."""
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from flatten_config(value)
-        elif value is not None:
-            yield key, list(value) if isinstance(value, tuple) else value
-
-
-def settle(facts: dict[str, Any], config: dict[str, Any], names: dict[str, str], **defaults: Any) -> dict[str, Any]:
-    """Facts of the weights, completed from the flat configuration, completed from defaults; all under our names.
-
-    Raises:
-        UserError: a configured value contradicts a fact, or a key looks like a misspelling.
-    """
-    known = {**names, **{own: own for own in names.values()}}
-    settled = dict(defaults)
-    for key, value in config.items():
-        if key in known:
-            own = known[key]
-            if own in facts and facts[own] != value:
-                raise UserError(f"config gives {key} = {value!r}, the weights have {facts[own]!r}; correct one of them")
-            settled[own] = value
-        elif near := difflib.get_close_matches(key, known, n=1, cutoff=0.85):
-            raise UserError(f"config: unknown key {key!r}; did you mean {near[0]!r}?")
-    return settled | facts
-
-
-def shape_of(weights: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
-    """Shape of a tensor from which sizes are read."""
-    found = tuple(weights[name].shape) if name in weights else None
-    if found is None or len(found) != dimensions or 0 in found:
-        what = "is missing" if found is None else f"is {found}, expected {dimensions} dimensions"
-        raise UserError(f"{name} {what}; is this a checkpoint of another family?")
-    return found
-
-
-def ratio_of(weights: Mapping[str, Tensor], name: str, width: int, configured: Any = None) -> float:
-    """Hidden width of an MLP in widths, by the bias (hidden,) of its first layer.
-
-    Releases round the hidden width down, so a configured ratio that leads to it counts as it is.
-    """
-    hidden = shape_of(weights, name, 1)[0]
-    if isinstance(configured, int | float) and int(configured * width) == hidden:
-        return configured
-    return hidden / width
-
-
-def depth_of(weights: Mapping[str, Tensor], prefix: str) -> int:
-    """Number of blocks."""
-    blocks = {name.removeprefix(prefix).partition(".")[0] for name in weights if name.startswith(prefix)}
-    if not blocks:
-        raise UserError(f"{prefix}0.* is missing; is this a checkpoint of another family?")
-    return len(blocks)
 
 
 # The restricted unpickler

@@ -11,10 +11,10 @@ import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Tag, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Tag, ValidationError, ValidationInfo
 
 from robustok.errors import UserError
 
@@ -24,6 +24,20 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
+
+def _divides_width(heads: int, info: ValidationInfo) -> int:
+    width = info.data.get("width")  # None where it is not valid itself
+    if width is not None and width % heads:
+        raise ValueError(f"heads {heads} do not divide width {width}; choose a divisor")
+    return heads
+
+
+Heads = Annotated[
+    int,
+    Field(ge=1, description="attention heads; must divide width", validate_default=True),
+    AfterValidator(_divides_width),
+]
+"""Attention heads of a transformer, in a configuration that declares ``width`` before it."""
 
 C = TypeVar("C", bound=Config)
 

@@ -4,7 +4,18 @@ from typing import Any
 
 import yaml
 
-TOLD = ("config", "kind", "licence", "post_trained", "protocol", "held_out", "sweep", "delta", "discriminator")
+TOLD = (
+    "config",
+    "kind",
+    "licence",
+    "source",
+    "post_trained",
+    "protocol",
+    "held_out",
+    "sweep",
+    "delta",
+    "discriminator",
+)
 
 
 def model_card(header: dict[str, Any], use: str | None = None) -> str:

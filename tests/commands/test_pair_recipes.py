@@ -8,13 +8,9 @@ import robustok.config
 from robustok.commands.post_train import PostTrainRun
 from robustok.config import load, plain
 from robustok.generators import GENERATORS, check_sampling, default_sampling
-from robustok.generators.dit import PUBLISHED as DIT
 from robustok.generators.gpt import GPTConfig
-from robustok.generators.lightningdit import PUBLISHED as LIGHTNINGDIT
-from robustok.generators.rar import PUBLISHED as RAR
-from robustok.generators.sit import PUBLISHED as SIT
 from robustok.hub import is_remote
-from robustok.pretrained.families import FAMILIES, FOLDERS, families_named
+from robustok.pretrained.families import FAMILIES, FOLDERS, dit, families_named, lightningdit, rar, sit
 from robustok.tokenizers import TOKENIZERS
 from robustok.training.generator import GeneratorTrainingRun
 from robustok.training.tokenizer import TokenizerTrainingRun
@@ -60,11 +56,11 @@ def test_the_command_in_a_recipe_is_all_that_its_files_need(name):
 @pytest.mark.parametrize(
     ("name", "sampling"),
     [
-        ("robustok", RAR[4096, 768]),
-        ("maskgit", RAR[1024, 1024]),
-        ("maetok", SIT),
-        ("vavae", LIGHTNINGDIT),
-        ("dit", DIT),
+        ("robustok", rar.PUBLISHED[4096, 768]),
+        ("maskgit", rar.PUBLISHED[1024, 1024]),
+        ("maetok", sit.PUBLISHED),
+        ("vavae", lightningdit.PUBLISHED),
+        ("dit", dit.PUBLISHED),
     ],
 )
 def test_samplers_are_those_that_the_converted_generators_carry(name, sampling):

@@ -209,7 +209,9 @@ def test_the_configuration_beside_a_file_comes_along(capsys, tmp_path, images):
     (tmp_path / "config.json").write_text(json.dumps(RELEASES["maetok_tokenizer"][1]))
     run(capsys, [*words, f"out={out}", f"tokenizer.weights={tmp_path}/model.safetensors", "tokenizer.config={}"])
     assert load_pretrained("maetok", out / "export" / "model.safetensors").config.latent_mean == 0.1
-    assert "Put `model.safetensors` in the place of the original" in (out / "export" / "README.md").read_text()
+    assert (
+        "Replace the original `model.safetensors` by `model.safetensors`" in (out / "export" / "README.md").read_text()
+    )
 
 
 def test_a_released_folder_becomes_a_folder(tmp_path, monkeypatch):
@@ -228,7 +230,7 @@ def test_a_released_folder_becomes_a_folder(tmp_path, monkeypatch):
         assert export_decoder(tmp_path / "best", source, tmp_path / "export") == tmp_path / "export" / "vae"
     (wanted,) = asked
     assert (wanted.to, wanted.original, wanted.weights) == ("export", None, tmp_path / "best")
-    assert "in the place of the folder `vae` of `DiT`" in (tmp_path / "export" / "README.md").read_text()
+    assert "Replace the folder `vae` of `DiT` by `vae`" in (tmp_path / "export" / "README.md").read_text()
 
     monkeypatch.setattr(pretrained_sources, "fetch", lambda path: tmp_path / "best")
     source = PretrainedTokenizer(family="diffusers_kl", weights="hf://stabilityai/sd-vae-ft-mse@v1")

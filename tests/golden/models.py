@@ -57,6 +57,12 @@ def llamagen_tokenizer(golden: Golden) -> None:
             run.row(f"decoded_{name}", model.decode(tokens, tuple(shape)))
 
 
+def _alignment_features(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Tokens (N, L) to the features that GigaTok's training aligned with DINOv2, (N, h w, F)."""
+    states = model.row_to_grid.states(model.from_latent(model.embed(tokens)), model.config.alignment.depth)
+    return model.alignment(states)
+
+
 def gigatok_tokenizer(golden: Golden) -> None:
     """Rows of tokens, (N, D, 1, L) in the release."""
     for run in golden.precisions("gigatok_tokenizer", 3e-5, 1e-9):
@@ -76,7 +82,7 @@ def gigatok_tokenizer(golden: Golden) -> None:
         run.row("decoded_codes", model.decode(tokens))
         run.row("decoder_2d_features", model.grid_features(model.embed(tokens)))
         if model.alignment is not None:
-            run.row("distill_features", model.alignment_features(tokens))
+            run.row("distill_features", _alignment_features(model, tokens))
 
 
 def maskgit_vqgan(golden: Golden) -> None:

@@ -56,7 +56,7 @@ def test_contract():
     assert torch.equal(tokenizer.decode(tokens, grid=(1, 8)), tokenizer.decode(tokens))
     torch.testing.assert_close(tokenizer.codebook.norm(dim=1), torch.ones(32))
     torch.testing.assert_close(tokenizer(images).reconstructions, tokenizer.decode(tokens), atol=1e-4, rtol=1e-4)
-    assert tokenizer.alignment_features(tokens).shape == (2, 16, 10)
+    assert tokenizer.alignment(tokenizer.row_to_grid.states(torch.zeros(2, 8, 12), 1)).shape == (2, 16, 10)
     assert tokenizer.check() == []
 
 
@@ -194,7 +194,6 @@ def test_bad_input_is_one_sentence():
         (lambda: tokenizer.encode(some_images(1, 16)), r"takes \(N, 3, 8, 8\)"),
         (lambda: tokenizer.decode(torch.zeros(2, 16, dtype=torch.int64)), "a row of 8"),
         (lambda: tokenizer.decode(torch.zeros(2, 8, dtype=torch.int64), grid=(2, 4)), "a grid of 2 x 4"),
-        (lambda: build(alignment=None).alignment_features(torch.zeros(2, 8, dtype=torch.int64)), "no alignment"),
         (lambda: load_pretrained("gigatok_tokenizer", released, {"norm_groups": 4}), "lacks encoder_heads"),
         (lambda: load_pretrained("gigatok_tokenizer", released, {"last_level_2d_query_init": True}), "last_level"),
         (lambda: load_pretrained("gigatok_tokenizer", {"x": torch.zeros(1)}), "another family"),

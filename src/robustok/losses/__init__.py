@@ -1,1 +1,1 @@
-"""TODO."""
+"""What training minimises: reconstruction terms, the adversarial losses with their discriminators, the semantic loss."""

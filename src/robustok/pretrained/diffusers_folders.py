@@ -9,7 +9,7 @@ nothing in them is executed.
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from robustok.backbones import silent_diffusers
 from robustok.checkpoints import read_checkpoint, write_checkpoint
 from robustok.errors import UserError
 from robustok.files import atomic_folder
@@ -117,23 +118,6 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def build_network(class_name: str, settings: Mapping[str, Any]) -> nn.Module:
-    """A model of the library with random weights.
-
-    Raises:
-        UserError: diffusers is not installed, or does not take the settings.
-    """
-    try:
-        import diffusers
-    except ImportError:
-        raise UserError(f"{class_name} needs diffusers; pip install 'robustok[diffusers]'") from None
-    try:
-        with _quietly():
-            return getattr(diffusers, class_name).from_config(dict(settings))
-    except Exception as error:  # diffusers validates with errors of many types
-        raise UserError(f"diffusers makes no {class_name} of these settings ({_line(error)}); correct them") from None
-
-
 def load_network(network: nn.Module, found: Component) -> None:
     """Fill a model with the weights of its folder, all of them and none besides.
 
@@ -143,7 +127,7 @@ def load_network(network: nn.Module, found: Component) -> None:
     folder = found.folder
     with _safetensors(found) as safe:
         try:
-            with _quietly():  # what it would warn of is an error here
+            with silent_diffusers():  # what it would warn of is an error here
                 loaded, report = type(network).from_pretrained(
                     safe, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
                 )
@@ -188,18 +172,6 @@ def write_network(network: nn.Module, path: Path) -> Path:
     with atomic_folder(path) as folder:
         network.save_pretrained(folder)
     return path
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    from diffusers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def _line(error: Exception) -> str:

@@ -12,9 +12,14 @@ from robustok.errors import UserError
 from robustok.files import tensor_digest
 from robustok.snapshots import Snapshot, load_weights, read_snapshot, split_scale
 from robustok.tokenizers.deltas import Delta, apply_delta
-from robustok.tokenizers.diffusers_dc import DiffusersDC, DiffusersDCConfig
-from robustok.tokenizers.diffusers_kl import DiffusersKL, DiffusersKLConfig
-from robustok.tokenizers.diffusers_vq import DiffusersVQ, DiffusersVQConfig
+from robustok.tokenizers.diffusers import (
+    DiffusersDC,
+    DiffusersDCConfig,
+    DiffusersKL,
+    DiffusersKLConfig,
+    DiffusersVQ,
+    DiffusersVQConfig,
+)
 from robustok.tokenizers.gigatok import GigaTok, GigaTokConfig
 from robustok.tokenizers.kl import KL, KLConfig
 from robustok.tokenizers.llamagen import LlamaGen, LlamaGenConfig

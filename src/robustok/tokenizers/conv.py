@@ -7,15 +7,12 @@ Level 0 of an encoder works at full resolution. Decoders number their levels as 
 resolution too, or in the order of computation.
 """
 
-import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from robustok.checkpoints import depth_of, shape_of
 from robustok.config import Config
 from robustok.errors import UserError
 
@@ -270,6 +267,18 @@ def check_images(images: Tensor, factor: int) -> None:
         )
 
 
+def check_size(images: Tensor, size: int) -> None:
+    """Refuse images that are not (N, 3, size, size).
+
+    Raises:
+        UserError: another shape.
+    """
+    if images.shape[1:] != (3, size, size):
+        raise UserError(
+            f"got images of shape {tuple(images.shape)}, this tokenizer takes (N, 3, {size}, {size}); resize them"
+        )
+
+
 def to_row(grid: Tensor) -> Tensor:
     """Latents (N, D, h, w) to (N, h w, D), row by row."""
     return grid.flatten(2).transpose(1, 2)
@@ -312,53 +321,3 @@ def image_problems(images: Tensor, reconstructions: Tensor) -> list[str]:
             "the weights are untrained, or the value range or the file is wrong."
         )
     return found
-
-
-# What released weights tell
-
-Names = Sequence[tuple[str, str]]  # our pattern, the release's replacement
-
-
-def rename(name: str, names: Names) -> str:
-    """The release's name of our weight."""
-    for pattern, replacement in names:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def conv_sizes(
-    weights: Mapping[str, Tensor], side: str, names: Names, extra_blocks: int = 0, lowest_first: bool = False
-) -> dict[str, Any]:
-    """Fields of :class:`ConvConfig` that the shapes of released weights tell.
-
-    Args:
-        weights: released tensors.
-        side: "encoder" or "decoder".
-        names: how the release names our weights.
-        extra_blocks: blocks of a level beyond ``ConvConfig.blocks``.
-        lowest_first: as :class:`Decoder` has it.
-
-    Raises:
-        UserError: weights of another family, or channels that are no multiples of the encoder's first.
-    """
-    width = shape_of(weights, rename("encoder.conv_in.weight", names), 4)[0]
-    levels = depth_of(weights, rename(f"{side}.levels.", names))
-    order = reversed(range(levels)) if lowest_first else range(levels)  # full resolution first
-    prefixes = [rename(f"{side}.levels.{number}.", names) for number in order]
-
-    def of(part: str) -> str:
-        return rename(f"{side}.levels.0.{part}", names).removeprefix(rename(f"{side}.levels.0.", names))
-
-    channels = [shape_of(weights, prefix + of("blocks.0.conv1.weight"), 4)[0] for prefix in prefixes]
-    if any(c % width for c in channels):
-        raise UserError(
-            f"{side} has levels of {channels} channels, expected multiples of the {width} of encoder.conv_in; "
-            "check the file"
-        )
-    return {
-        "width": width,
-        "multipliers": [c // width for c in channels],
-        "blocks": depth_of(weights, prefixes[0] + of("blocks.")) - extra_blocks,
-        "attention": [n for n, prefix in enumerate(prefixes) if prefix + of("attentions.0.q.weight") in weights],
-        "middle_attention": rename(f"{side}.middle.1.q.weight", names) in weights,
-    }

@@ -12,9 +12,9 @@ positions=learned``.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,9 @@ from pydantic import Field, model_validator
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from robustok.checkpoints import depth_of, settle, shape_of
-from robustok.config import Config, validate
+from robustok.config import Config, Heads
 from robustok.errors import UserError
+from robustok.tokenizers.conv import check_size
 from robustok.tokenizers.robustok import unpatchify
 
 LAYER_NORM_EPSILON = 1e-6
@@ -35,13 +35,7 @@ class TransformerConfig(Config):
 
     width: int = Field(768, ge=1, description="width of the residual stream")
     depth: int = Field(12, ge=1, description="number of blocks")
-    heads: int = Field(12, ge=1, description="attention heads; must divide width")
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> "TransformerConfig":
-        if self.width % self.heads:
-            raise ValueError(f"heads {self.heads} do not divide width {self.width}; choose a divisor")
-        return self
+    heads: Heads = 12
 
 
 class MAETokConfig(Config):
@@ -129,11 +123,7 @@ class MAETok(nn.Module):
         Raises:
             UserError: images of another size.
         """
-        size = self.image_size
-        if images.shape[1:] != (3, size, size):
-            raise UserError(
-                f"got images of shape {tuple(images.shape)}, this tokenizer takes (N, 3, {size}, {size}); resize them"
-            )
+        check_size(images, self.image_size)
         return self.quant_conv(self.encoder(images))  # (N, L, D)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -386,83 +376,3 @@ def rotary_frequencies(size: TransformerConfig, base: float) -> Tensor:
     angles = torch.cat([turns, turns + math.pi / 2], dim=-1).repeat_interleave(len(magnitudes), dim=-1)
     waves = magnitudes.repeat(2) * torch.stack([angles.cos(), angles.sin()])  # (2, depth, heads, head width / 2)
     return waves.flatten(2)
-
-
-# Pretrained checkpoints
-
-NAMES = {
-    "image_size": "image_size",
-    "base_image_size": "image_size",
-    "enc_patch_size": "patch_size",
-    "dec_patch_size": "patch_size",
-    "num_latent_tokens": "latents",
-    "codebook_embed_dim": "latent_dim",
-    "embed_dim": "width",
-    "num_heads": "heads",
-    "encoder_depth": "encoder_depth",
-    "decoder_depth": "decoder_depth",
-    "enc_type": "enc_type",
-    "dec_type": "dec_type",
-    "to_pixel": "to_pixel",
-    "use_ape": "use_ape",
-    "use_rope": "use_rope",
-    "rope_mixed": "rope_mixed",
-    "rope_theta": "rotary_base",
-    "dec_cls_token": "decoder_class_token",
-    "enc_token_drop": "token_drop",
-    "enc_token_drop_max": "token_drop_max",
-    "vq_mean": "latent_mean",
-    "vq_std": "latent_std",
-}
-DINOV2_HEADS = {384: 6, 768: 12, 1024: 16, 1536: 24}  # by width
-
-
-def from_pretrained(weights: Mapping[str, Tensor], config: dict[str, Any]) -> MAETok:
-    """A tokenizer of the sizes that the released tensors and the flat configuration tell, not yet with these weights.
-
-    The configuration must give ``vq_mean`` and ``vq_std`` for :meth:`MAETok.normalise` to do anything, and
-    ``num_heads`` where the widths are none of DINOv2's.
-
-    Raises:
-        UserError: the configuration contradicts the tensors, or names a variant that is not supported.
-    """
-    patch = shape_of(weights, "encoder.model.patch_embed.proj.weight", 4)[-1]
-    grid = math.isqrt(shape_of(weights, "encoder.model.pos_embed", 3)[1] - 1)
-    latent_dim, encoder_width = shape_of(weights, "quant_conv.weight", 2)
-    rotary = "decoder.freqs" in weights
-    facts = {
-        "image_size": grid * patch,
-        "patch_size": patch,
-        "latents": shape_of(weights, "encoder.latent_tokens", 3)[1],
-        "latent_dim": latent_dim,
-        "encoder_depth": depth_of(weights, "encoder.model.blocks."),
-        "decoder_depth": depth_of(weights, "decoder.model.blocks."),
-        "decoder_class_token": "decoder.model.cls_token" in weights,
-        "use_rope": rotary,
-        "use_ape": not rotary,
-        "enc_type": "vit",
-        "dec_type": "vit",
-        "to_pixel": "linear",
-    }
-    widths = {"encoder": encoder_width, "decoder": shape_of(weights, "post_quant_conv.weight", 2)[0]}
-    if rotary:  # the axial variant fails in the release itself
-        facts["rope_mixed"] = True
-    if len(set(widths.values())) == 1:
-        facts["width"] = encoder_width
-    settings = settle(facts, config, NAMES, latent_mean=0.0, latent_std=1.0, rotary_base=10.0)
-
-    def side(name: str) -> dict[str, Any]:
-        heads = settings.get("heads") or DINOV2_HEADS.get(widths[name])
-        if heads is None:
-            raise UserError(f"config lacks num_heads, which a width of {widths[name]} does not tell; give it")
-        return {"width": widths[name], "depth": settings[f"{name}_depth"], "heads": heads}
-
-    keys = ("image_size", "patch_size", "latents", "latent_dim", "decoder_class_token", "latent_mean", "latent_std")
-    ours = {key: settings[key] for key in (*keys, "rotary_base")} | {
-        "encoder": side("encoder"),
-        "decoder": side("decoder"),
-        "positions": "rotary" if rotary else "learned",
-        "encoder_mask_token": "encoder.mask_token" in weights,
-        "layer_scale": 1e-5 if "encoder.model.blocks.0.ls1.gamma" in weights else None,
-    }
-    return MAETok(validate(MAETokConfig, ours, source="config"))

@@ -13,11 +13,10 @@ from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from robustok.config import Config
 from robustok.errors import UserError
-from robustok.types import TokenizerOutput
 
 Selection = Literal["exact", "bernoulli"]
 ImageSelection = Literal["stochastic", "floor"]
@@ -301,38 +300,3 @@ def perturb_latents(
 def straight_through(features: Tensor, vectors: Tensor) -> Tensor:
     """The value of ``vectors`` with the gradient of ``features``, both (N, L, D)."""
     return features + (vectors - features).detach()
-
-
-def perturbed_pass(
-    tokenizer: nn.Module,
-    images: Tensor,
-    perturbation: PerturbationConfig | None,
-    draw: PerturbationDraw | None,
-    strength: int,
-    semantic_targets: Tensor | None,
-) -> TokenizerOutput:
-    """The training forward of every tokenizer with a codebook; tokens are perturbed after the quantiser's losses.
-
-    Args:
-        tokenizer: has ``features``, ``quantizer``, ``codebook`` and ``decode_vectors``.
-        images: (N, 3, H, W) in [-1, 1].
-        perturbation: settings, or None for no perturbation.
-        draw: the random choices for these images.
-        strength: annealed delta.
-        semantic_targets: (N, D), the teacher's features as the tokenizer projects them; None without a teacher.
-    """
-    quantized = tokenizer.quantizer(tokenizer.features(images))
-    vectors = quantized.vectors  # (N, L, D)
-    if perturbation is not None and draw is not None:
-        codebook = tokenizer.codebook.detach()
-        vectors, _ = perturb_latents(quantized.features, quantized.tokens, codebook, draw, strength, perturbation)
-    seen = vectors if perturbation is not None and perturbation.semantic_on == "perturbed" else quantized.vectors
-    return TokenizerOutput(
-        reconstructions=tokenizer.decode_vectors(vectors),
-        tokens=quantized.tokens,
-        features=quantized.features,
-        codebook_loss=quantized.codebook_loss,
-        commitment_loss=quantized.commitment_loss,
-        semantic_latents=seen.mean(1),  # (N, D)
-        semantic_targets=semantic_targets,
-    )

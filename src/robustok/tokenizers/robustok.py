@@ -6,7 +6,6 @@
 Any image size that the patch size divides works, with any number of latents.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -16,11 +15,11 @@ from timm.models.vision_transformer import LayerScale, VisionTransformer
 from torch import Tensor, nn
 
 from robustok.backbones import pretrained_backbone
-from robustok.config import Config
+from robustok.config import Config, Heads
 from robustok.errors import UserError
-from robustok.tokenizers.perturbation import PerturbationConfig, PerturbationDraw, perturbed_pass
+from robustok.tokenizers.conv import check_size
 from robustok.tokenizers.quantizer import QuantizerConfig, VectorQuantizer
-from robustok.types import TokenizerOutput
+from robustok.tokenizers.vq import QuantizedTokenizer
 
 
 class ViTConfig(Config):
@@ -28,7 +27,7 @@ class ViTConfig(Config):
 
     width: int = Field(768, ge=1, description="width of the residual stream")
     depth: int = Field(12, ge=1, description="number of blocks")
-    heads: int = Field(12, ge=1, description="attention heads; must divide width")
+    heads: Heads = 12
     mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the MLPs, in widths")
     layer_scale: float | None = Field(
         None, description="initial LayerScale; DINOv2 backbones have it (1e-5), null is none"
@@ -43,12 +42,6 @@ class ViTConfig(Config):
     weights: Path | None = Field(
         None, description="local file with the pretrained weights, in timm's layout or DINOv2's; null downloads them"
     )
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> "ViTConfig":
-        if self.width % self.heads:
-            raise ValueError(f"heads {self.heads} do not divide width {self.width}; choose a divisor")
-        return self
 
 
 class RobusTokConfig(Config):
@@ -89,41 +82,23 @@ class RobusTokConfig(Config):
         return self.latents or self.patches
 
 
-class RobusTok(nn.Module):
-    """Tokenizer of the paper. See :class:`robustok.types.DiscreteTokenizer` for the contract.
+class RobusTok(QuantizedTokenizer):
+    """Tokenizer of the paper. See :class:`robustok.types.DiscreteTokenizer` for the contract."""
 
-    Args:
-        config: sizes.
-        pretrained: load the pretrained backbones that the configuration names. Off when weights follow from a snapshot.
-
-    Attributes:
-        image_range: of the images it takes and makes.
-        licence: of the released weights.
-    """
-
-    kind = "discrete"
-    image_range = (-1.0, 1.0)
     licence = "none: the weights were released without a licence"
 
-    def __init__(self, config: RobusTokConfig, pretrained: bool = False) -> None:
+    def __init__(self, config: RobusTokConfig) -> None:
         super().__init__()
         self.config = config
         self.image_size = config.image_size
         self.latent_shape = (config.length, config.quantizer.dim)
-        self.encoder = Encoder(config, pretrained)
-        self.to_latent = nn.Linear(
-            self.encoder.width, config.quantizer.dim
-        )  # the paper's quant_conv, a 1x1 convolution
+        self.encoder = Encoder(config)
+        self.to_latent = nn.Linear(self.encoder.width, config.quantizer.dim)  # the paper's quant_conv
         self.quantizer = VectorQuantizer(config.quantizer)
         self.from_latent = nn.Linear(config.quantizer.dim, config.decoder.width)  # post_quant_conv
-        self.decoder = Decoder(config, pretrained)
+        self.decoder = Decoder(config)
         own_width = config.teacher_width in (None, self.encoder.width)
         self.from_teacher = None if own_width else nn.Linear(config.teacher_width, self.encoder.width)
-
-    @property
-    def codebook(self) -> Tensor:
-        """(K, D) in the geometry in which neighbours are meant."""
-        return self.quantizer.codebook
 
     def features(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) in [-1, 1] to features (N, L, D) before the quantiser.
@@ -131,20 +106,8 @@ class RobusTok(nn.Module):
         Raises:
             UserError: images of another size.
         """
-        if images.shape[1:] != (3, self.image_size, self.image_size):
-            size = self.image_size
-            raise UserError(
-                f"got images of shape {tuple(images.shape)}, this tokenizer takes (N, 3, {size}, {size}); resize them"
-            )
+        check_size(images, self.image_size)
         return self.to_latent(self.encoder(images))  # (N, L, D)
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Images (N, 3, H, W) in [-1, 1] to tokens (N, L) int64."""
-        return self.quantizer(self.features(images)).tokens
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Tokens (N, L) to code vectors (N, L, D)."""
-        return self.quantizer.embed(tokens)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Tokens (N, L) to images (N, 3, H, W), nominally in [-1, 1], not clamped.
@@ -163,41 +126,17 @@ class RobusTok(nn.Module):
         """Code vectors (N, L, D) to images (N, 3, H, W)."""
         return self.decoder(self.from_latent(vectors))
 
-    def decoder_modules(self) -> Sequence[nn.Module]:
-        """What post-training may train."""
-        return [self.from_latent, self.decoder]
-
-    def forward(
-        self,
-        images: Tensor,
-        perturbation: PerturbationConfig | None = None,
-        draw: PerturbationDraw | None = None,
-        strength: int = 0,
-        teacher_features: Tensor | None = None,
-    ) -> TokenizerOutput:
-        """Training forward: reconstruct, with the drawn tokens perturbed after the quantiser's losses.
-
-        Args:
-            images: (N, 3, H, W) in [-1, 1].
-            perturbation: settings, or None for no perturbation.
-            draw: the random choices for these images.
-            strength: annealed delta.
-            teacher_features: (N, teacher width) of the frozen semantic teacher.
-        """
-        targets = None if teacher_features is None else self._project_teacher(teacher_features)  # (N, D)
-        return perturbed_pass(self, images, perturbation, draw, strength, targets)
-
-    def _project_teacher(self, features: Tensor) -> Tensor:
-        # The paper projects the teacher with the tokenizer's own, trainable projection.
+    def project_teacher(self, features: Tensor) -> Tensor:
+        """Features (N, teacher width) of the semantic teacher to (N, D), by the projection of the latents (paper)."""
         return self.to_latent(features if self.from_teacher is None else self.from_teacher(features))  # (N, D)
 
 
 class Encoder(nn.Module):
     """ViT over the class token, the patches and the learned latent tokens; keeps the latents."""
 
-    def __init__(self, config: RobusTokConfig, pretrained: bool) -> None:
+    def __init__(self, config: RobusTokConfig) -> None:
         super().__init__()
-        self.backbone = vision_transformer(config.encoder, config, pretrained)
+        self.backbone = vision_transformer(config.encoder, config)
         self.width = self.backbone.embed_dim
         self.latent_tokens = nn.Parameter(torch.randn(1, config.length, self.width) * 1e-6)
         self.latent_positions = latent_positions(config, self.width)
@@ -219,9 +158,9 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """ViT over mask tokens and latents; the mask tokens become patches."""
 
-    def __init__(self, config: RobusTokConfig, pretrained: bool) -> None:
+    def __init__(self, config: RobusTokConfig) -> None:
         super().__init__()
-        self.backbone = vision_transformer(config.decoder, config, pretrained)
+        self.backbone = vision_transformer(config.decoder, config)
         del self.backbone.patch_embed  # no pixels enter the decoder; DDP refuses parameters that nothing uses
         width = self.backbone.embed_dim
         self.patch_size = config.patch_size
@@ -243,31 +182,44 @@ class Decoder(nn.Module):
         return unpatchify(self.to_pixels(vit.norm(vit.blocks(s))[:, 1 : 1 + patches]), self.patch_size)
 
 
-def vision_transformer(config: ViTConfig, tokenizer: RobusTokConfig, pretrained: bool) -> VisionTransformer:
-    """A vision transformer of timm: class token, learned positions, no registers, no head.
-
-    Raises:
-        UserError: the pretrained model cannot be had, or has another width, depth or number of heads than configured.
-    """
-    size = dict(img_size=tokenizer.image_size, patch_size=tokenizer.patch_size)
-    shape = dict(embed_dim=config.width, depth=config.depth, num_heads=config.heads, init_values=config.layer_scale)
-    # timm rounds the hidden width down: half an element more keeps it where a ratio is not exact.
-    shape |= dict(mlp_ratio=(int(config.width * config.mlp_ratio + 1e-6) + 0.5) / config.width)
-    vit = VisionTransformer(**size, **shape, drop_path_rate=config.drop_path, num_classes=0)
+def vision_transformer(config: ViTConfig, tokenizer: RobusTokConfig) -> VisionTransformer:
+    """A vision transformer of timm: class token, learned positions, no registers, no head."""
+    vit = VisionTransformer(
+        img_size=tokenizer.image_size,
+        patch_size=tokenizer.patch_size,
+        embed_dim=config.width,
+        depth=config.depth,
+        num_heads=config.heads,
+        init_values=config.layer_scale,
+        # timm rounds the hidden width down: half an element more keeps it where a ratio is not exact.
+        mlp_ratio=(int(config.width * config.mlp_ratio + 1e-6) + 0.5) / config.width,
+        drop_path_rate=config.drop_path,
+        num_classes=0,
+    )
     if config.init == "local":
         _start_local(vit)
-    if config.pretrained is not None and pretrained:
-        _start_pretrained(vit, config, size)
     return vit
 
 
-def _start_pretrained(vit: VisionTransformer, config: ViTConfig, size: dict[str, int]) -> None:
-    """Copy a pretrained model's weights, positions and patch kernel resampled to our image and patch size."""
+def load_pretrained_backbones(tokenizer: RobusTok) -> None:
+    """Copy the weights of the pretrained backbones that the configuration names, into encoder and decoder.
+
+    Positions and patch kernel are resampled to the tokenizer's image and patch size.
+
+    Raises:
+        UserError: a backbone cannot be loaded, or has another width, depth or number of heads than configured.
+    """
+    sizes = {"img_size": tokenizer.image_size, "patch_size": tokenizer.config.patch_size}
+    for half, config in ((tokenizer.encoder, tokenizer.config.encoder), (tokenizer.decoder, tokenizer.config.decoder)):
+        if config.pretrained is not None:
+            _copy_backbone(half.backbone, config, sizes)
+
+
+def _copy_backbone(vit: VisionTransformer, config: ViTConfig, sizes: dict[str, int]) -> None:
     role, setting = "the pretrained backbone", "weights, or set pretrained=null to start from random weights"
-    source = pretrained_backbone(config.pretrained, config.weights, role, setting, **size)
+    source = pretrained_backbone(config.pretrained, config.weights, role, setting, **sizes)
     if not isinstance(source, VisionTransformer):
         raise UserError(f"{config.pretrained} is a {type(source).__name__}; give a vision transformer of timm")
-
     found = (source.embed_dim, len(source.blocks), source.blocks[0].attn.num_heads)
     if found != (config.width, config.depth, config.heads):
         raise UserError(
@@ -280,8 +232,9 @@ def _start_pretrained(vit: VisionTransformer, config: ViTConfig, size: dict[str,
             f"{config.pretrained} {'has' if scaled else 'has no'} LayerScale and layer_scale is {config.layer_scale}; "
             f"set layer_scale={'1e-5' if scaled else 'null'}"
         )
+    own, given = vit.state_dict(), source.state_dict()  # the decoder has no patch embedding
     try:
-        vit.load_state_dict(source.state_dict())
+        vit.load_state_dict({name: given[name] for name in given if name in own or not name.startswith("patch_embed.")})
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(

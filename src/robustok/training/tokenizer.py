@@ -24,7 +24,7 @@ from robustok.runs import RunFolder, Stopped, termination
 from robustok.snapshots import write_snapshot
 from robustok.tokenizers import TOKENIZERS, TokenizerConfig, encoder_digest
 from robustok.tokenizers.perturbation import PerturbationConfig
-from robustok.tokenizers.robustok import RobusTokConfig
+from robustok.tokenizers.robustok import RobusTokConfig, load_pretrained_backbones
 from robustok.training.adversary import Adversary, last_layer
 from robustok.training.common import (
     Meter,
@@ -217,7 +217,10 @@ def _build(run: TokenizerTrainingRun, teacher: Teacher | None) -> nn.Module:
     own = config.encoder.width if config.name == "robustok" else None  # whose own projection serves such a teacher too
     if teacher is not None and teacher.width != own:
         config = config.model_copy(update={"teacher_width": teacher.width})
-    return family(config, pretrained=True) if config.name == "robustok" else family(config)
+    tokenizer = family(config)
+    if config.name == "robustok":
+        load_pretrained_backbones(tokenizer)
+    return tokenizer
 
 
 def _usage(accelerator: Accelerator, hits: Tensor) -> dict[str, float]:
