@@ -90,7 +90,7 @@ def tiny_generator(name, **settings):
         pytest.importorskip("diffusers")
     family, config = GENERATORS[name]
     torch.manual_seed(0)
-    codes = None if getattr(family, "kind", "discrete") == "continuous" else 16
+    codes = None if family.kind == "continuous" else 16
     config = validate(config, {"name": name} | TINY_GENERATORS[name] | settings)
     return shaken(build_generator(config, LATENT_SHAPE, CLASSES, codes))
 

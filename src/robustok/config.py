@@ -25,6 +25,9 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
+C = TypeVar("C", bound=Config)
+
+
 def _divides_width(heads: int, info: ValidationInfo) -> int:
     width = info.data.get("width")  # None where it is not valid itself
     if width is not None and width % heads:
@@ -34,12 +37,10 @@ def _divides_width(heads: int, info: ValidationInfo) -> int:
 
 Heads = Annotated[
     int,
-    Field(ge=1, description="attention heads; must divide width", validate_default=True),
+    Field(gt=0, description="attention heads; must divide width", validate_default=True),
     AfterValidator(_divides_width),
 ]
-"""Attention heads of a transformer, in a configuration that declares ``width`` before it."""
-
-C = TypeVar("C", bound=Config)
+"""Setting of a transformer whose ``width`` is declared before it."""
 
 
 def load(

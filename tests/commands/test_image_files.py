@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_robustok import build
 
 from robustok.commands.image_files import write_images
 from robustok.data.arrays import open_array
@@ -18,19 +17,20 @@ from robustok.data.pixels import to_pixels
 from robustok.data.sources import data_at
 from robustok.errors import UserError
 from robustok.tokenizers import encoder_digest
+from tiny_models import CODES, tiny_tokenizer
 
 COUNT, CLASSES, BATCH = 23, 4, 5
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return build()
+    return tiny_tokenizer("robustok")
 
 
 def samples(path, tokenizer, classes=CLASSES):
-    m = Manifest("discrete", tokenizer.latent_shape, 32, classes, COUNT, 10, encoder_digest(tokenizer))
+    m = Manifest("discrete", tokenizer.latent_shape, CODES["size"], classes, COUNT, 10, encoder_digest(tokenizer))
     create_cache(path, m)
-    tokens = np.random.default_rng(0).integers(0, 32, (COUNT, m.latent_shape[0]))
+    tokens = np.random.default_rng(0).integers(0, CODES["size"], (COUNT, m.latent_shape[0]))
     for k in range(m.shards):
         rows = np.asarray(shard_rows(m, k))
         write_shard(path, k, dict(latents=tokens[rows], labels=rows % classes, indices=rows * 0 - 1, seeds=rows))
@@ -154,7 +154,7 @@ def test_a_complete_npz_is_kept_and_an_interrupted_one_made(cache, tokenizer, mo
 @pytest.mark.parametrize(("kind", "name"), [("npz", "samples.npz"), ("png", "png")])
 def test_images_of_another_decoder_are_refused(cache, tokenizer, kind, name):
     write_images(cache, tokenizer, kind, BATCH, alone())
-    other = build()
+    other = tiny_tokenizer("robustok")
     for parameter in other.decoder_modules()[0].parameters():
         parameter.data += 0.01
     assert encoder_digest(other) == encoder_digest(tokenizer)  # as after post-training

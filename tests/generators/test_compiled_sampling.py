@@ -4,7 +4,6 @@ from importlib import import_module
 
 import pytest
 import torch
-from test_tokens import GUIDED, MODELS, batch, build, forced_logits, full_logits
 
 import tiny
 from robustok.commands.generate import generate
@@ -12,6 +11,7 @@ from robustok.data.latent_cache import LatentCache
 from robustok.errors import UserError
 from robustok.randomness import image_rngs
 from tiny_models import tiny_generator
+from tiny_tokens import GUIDED, MODELS, batch, build, forced_logits, full_logits
 
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 

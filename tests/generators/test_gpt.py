@@ -3,7 +3,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_tokens import GPTS as VARIANTS
 
 from robustok.config import validate
 from robustok.errors import UserError
@@ -11,6 +10,7 @@ from robustok.generators.gpt import GPT, GPT_SIZES, GPTConfig
 from robustok.generators.sampling import Sampling
 from robustok.pretrained.export import export_weights
 from robustok.pretrained.load import load_pretrained
+from tiny_tokens import GPTS as VARIANTS
 
 K, L, CLASSES = 29, 9, 5
 

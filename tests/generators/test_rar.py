@@ -3,7 +3,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_tokens import GUIDED, forced_logits, full_logits
 
 import robustok.generators.rar as rar
 from robustok.config import validate
@@ -11,6 +10,7 @@ from robustok.errors import UserError
 from robustok.generators.rar import RAR, RAR_SIZES, RARConfig, draw_orders, drop_labels, random_share
 from robustok.generators.sampling import Sampling
 from robustok.randomness import image_rngs
+from tiny_tokens import GUIDED, forced_logits, full_logits
 
 K, L, CLASSES = 29, 12, 5
 

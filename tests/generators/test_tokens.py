@@ -4,64 +4,12 @@ import pytest
 import torch
 
 from robustok.errors import UserError
-from robustok.generators.gpt import GPT, GPTConfig
-from robustok.generators.rar import RAR, RARConfig
-from robustok.generators.sampling import Sampling, draw_tokens, guidance_scales, guide
+from robustok.generators.sampling import Sampling, draw_tokens
 from robustok.randomness import image_rngs, image_uniforms
 from robustok.types import Generator
+from tiny_tokens import CLASSES, GUIDED, MODELS, K, L, batch, build, forced_logits, full_logits
 
-K, L, CLASSES = 29, 9, 5
-GUIDED = Sampling(guidance_scale=4, guidance_power=1.5, temperature=1.1, top_k=20, top_p=0.95)
 WINDOW = Sampling(guidance_scale=3, guidance_power=0, guidance_from=0.3, guidance_until=0.7)
-GPTS = {
-    "llamagen": {"positions": "rotary"},
-    "grouped": {"positions": "rotary", "kv_heads": 2},
-    "gigatok": {"positions": "learned"},
-    "gigatok_adaln": {"positions": "learned", "adaptive_norm": True, "query_key_norm": True},
-}
-MODELS = ("rar", *GPTS)
-
-
-def build(name, seed=0, **settings):
-    """A tiny generator in which every parameter is random and matters, those that start at zero included."""
-    torch.manual_seed(seed)
-    size = {"width": 32, "depth": 2, "heads": 4} | settings
-    if name == "rar":
-        model = RAR(RARConfig(**size), K, L, CLASSES)
-    else:
-        model = GPT(GPTConfig(**size, mlp_width=24, **GPTS[name]), K, L, CLASSES)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3)
-    return model.eval()
-
-
-def batch(count):
-    rng = torch.Generator().manual_seed(0)
-    tokens = torch.randint(K, (count, L), generator=rng)
-    return tokens, torch.randint(CLASSES, (count,), generator=rng), rng
-
-
-@torch.no_grad()
-def forced_logits(model, tokens, labels, sampling):
-    """The guided logits of the cached pass (N, L, K) when it is made to choose ``tokens``."""
-    steps = []
-
-    def choose(step, logits):
-        steps.append(logits)
-        return tokens[:, step]
-
-    assert torch.equal(model._sample(labels, sampling, choose), tokens)
-    return torch.stack(steps, dim=1)
-
-
-@torch.no_grad()
-def full_logits(model, tokens, labels, sampling):
-    """The same without a cache."""
-    length = tokens.shape[1]
-    conditional = model.logits(tokens, labels)[:, :length]
-    unconditional = model.logits(tokens, torch.full_like(labels, model.null_label))[:, :length]
-    return guide(conditional, unconditional, guidance_scales(length, sampling).to(conditional.dtype)[:, None])
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), GUIDED, WINDOW], ids=["plain", "guided", "window"])

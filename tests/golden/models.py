@@ -80,7 +80,7 @@ def gigatok_tokenizer(golden: Golden) -> None:
         run.row("recon", model.decode_vectors(quantized.vectors), single=5e-5)
         run.row("codebook_entry", to_grid(model.embed(tokens), row))
         run.row("decoded_codes", model.decode(tokens))
-        run.row("decoder_2d_features", model.grid_features(model.embed(tokens)))
+        run.row("decoder_2d_features", model.row_to_grid(model.from_latent(model.embed(tokens))))
         if model.alignment is not None:
             run.row("distill_features", _alignment_features(model, tokens))
 

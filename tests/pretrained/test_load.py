@@ -159,7 +159,7 @@ def test_weights_without_a_released_place_are_not_dropped():
     config = RobusTokConfig(image_size=16, patch_size=8, latents=9, encoder=vit, decoder=vit)
     with pytest.raises(UserError, match="no place for decoder"):
         export_weights(RobusTok(config))
-    with pytest.raises(UserError, match="Linear has no released layout"):
+    with pytest.raises(UserError, match="Linear has no layout"):
         export_weights(torch.nn.Linear(2, 2))
 
 
@@ -215,7 +215,7 @@ def test_the_weights_tell_tokenizer_from_gpt(every):
             assert choose_family(name, every[family]) == family
     with pytest.raises(UserError, match="means llamagen_tokenizer or llamagen_gpt, and the weights look like sit"):
         choose_family("llamagen", every["sit"])
-    with pytest.raises(UserError, match="the weights tell neither"):
+    with pytest.raises(UserError, match="the weights are of none of them"):
         choose_family("gigatok", {"x": torch.ones(1)})
 
 

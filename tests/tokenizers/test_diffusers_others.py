@@ -100,8 +100,11 @@ def test_the_vector_quantised_autoencoder(tmp_path, variant):
     with pytest.raises(UserError, match="decodes tokens"):
         tokenizer.decode(tokenizer.embed(tokens))
     with torch.no_grad():
-        tokenizer.codebook.zero_()
+        tokenizer.codebook.copy_(tokenizer.codebook[:1].clone())
     assert "collapsed" in tokenizer.check()[0]
+    with torch.no_grad():
+        tokenizer.codebook.zero_()
+    assert "codes are zero" in tokenizer.check()[0]
 
 
 @pytest.mark.parametrize(

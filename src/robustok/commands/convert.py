@@ -136,7 +136,9 @@ def _convert_folder(run: ConvertRun, names: tuple[str, ...]) -> Path:
     snapshots = {}
     for kind, name in wanted.items():
         model = tokenizer if kind == "tokenizer" else load(name)
-        snapshots[kind] = _header(run, name, model, FOLDERS[name].class_name, tokenizer), model.state_dict()
+        header = _header(run, name, model, FOLDERS[name].class_name, tokenizer)
+        header["trained_on"] += "; it holds no discriminator" if kind == "tokenizer" else ""
+        snapshots[kind] = header, model.state_dict()
     if len(snapshots) == 1:
         write_snapshot(run.out, *snapshots.popitem()[1], {})
         return run.out
@@ -252,14 +254,14 @@ def _statistics(family: Family, model: nn.Module, weights: Mapping[str, Tensor])
 
 def _export(run: ConvertRun, names: tuple[str, ...]) -> Path:
     """A snapshot in the layout of its authors."""
+    if names[0] in FOLDERS and run.original is not None:
+        raise UserError(f"original={run.original} is for families of a single file; drop it")
     load = load_tokenizer if read_header(run.weights).get("kind") == "tokenizer" else load_generator
     model = load(run.weights)
     name = next((name for name in names if type(model) is ALL[name].model), None)
     if name is None:
         raise UserError(f"{run.weights} holds a {type(model).__name__}, which is no {run.family}; give its own family")
     if name in FOLDERS:
-        if run.original is not None:
-            raise UserError(f"original={run.original} is for families of a single file; drop it")
         return export_folder(model, run.out)
     family = FAMILIES[name]
     weights = export_weights(model) | read_extra(run.weights, "released").get("released", {})

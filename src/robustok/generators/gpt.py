@@ -2,14 +2,14 @@
 
 Source: Sun et al., "Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation" (arXiv 2406.06525), and
 Xiong et al., "GigaTok" (arXiv 2504.08736). A causal transformer of the Llama kind reads ``[class, token, token, ...]``
-and predicts the next token. LlamaGen's tokens lie on a grid and are told apart by rotary positions in two dimensions;
-GigaTok's form a row and have learned positions, and its larger models add adaptive norms and norms of queries and keys.
+and predicts the next token. LlamaGen's tokens form a grid and have rotary positions in two dimensions; GigaTok's form a
+sequence and have learned positions, and its larger models add adaptive norms and norms of queries and keys.
 
-Parameters carry the released names, so that a released checkpoint loads as it is.
+Parameters have the names of the authors' code, so that its checkpoints load as they are.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -19,16 +19,8 @@ from torch import Tensor, nn
 
 from robustok.config import Config
 from robustok.errors import UserError
-from robustok.generators.sampling import Sampling, guidance_scales, guide
-from robustok.generators.tokens import (
-    KeyValueCache,
-    TokenGenerator,
-    initialise,
-    modulate,
-    project,
-    rotary_table,
-    rotate,
-)
+from robustok.generators.key_value_cache import KeyValueCache
+from robustok.generators.tokens import TokenGenerator, initialise, modulate, project
 from robustok.types import GeneratorOutput
 
 QUERY_KEY_NORM_EPSILON = 1e-5
@@ -46,7 +38,7 @@ class GPTConfig(Config):
         None, gt=0, description="hidden width of the MLP; default: 8/3 widths, rounded up to a multiple of 256"
     )
     positions: Literal["rotary", "learned"] = Field(
-        "rotary", description="rotary: row and column of a square grid (LlamaGen); learned: a row (GigaTok)"
+        "rotary", description="rotary: row and column of a square grid (LlamaGen); learned: a sequence (GigaTok)"
     )
     rotary_base: float = Field(10_000.0, gt=1, description="the longest wave of rotary positions, in 2 pi tokens")
     adaptive_norm: bool = Field(False, description="the class shifts, scales and gates every block (adaLN)")
@@ -102,7 +94,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotation: Tensor | None, cache: KeyValueCache | None = None) -> Tensor:
         """Attend from every position of ``x`` (N, T, W) to itself and those before it.
 
-        With a cache, ``x`` is one new position (T = 1) that attends to itself and to all the cache holds.
+        With a cache, ``x`` is one new position (T = 1) that attends to itself and to all cached positions.
         ``rotation`` (2, T, head width / 2) holds the cosines and sines of the positions.
         """
         x = project(self.wqkv, x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)  # (N, all heads, T, head width)
@@ -115,7 +107,7 @@ class Attention(nn.Module):
         mask = None
         if cache is not None:
             keys, values, mask = cache.append(keys, values)
-        # is_causal instead of a mask, so that the fused kernels apply. The one query of a cached step sees all.
+        # is_causal instead of a mask, so that the fused kernels apply. The one query of a cached step attends to all.
         x = F.scaled_dot_product_attention(
             queries, keys, values, mask, is_causal=cache is None, enable_gqa=self.kv_heads != self.heads
         )
@@ -124,7 +116,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: two linear layers whose product a third one projects; dropout at the end."""
+    """SwiGLU: the product of two linear layers, projected by a third; dropout at the end."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -172,29 +164,14 @@ class GPT(TokenGenerator):
         length: L, tokens per image.
         classes: number of classes.
 
-    Attributes:
-        null_label: the label that stands for "no class"; equals ``classes``, the last row of the table of classes.
-        latent_shape: (L, D) of the tokenizer; None until a checkpoint or a snapshot tells it.
-        latent_space: names the tokenizer; None where nothing tells it.
-        sampling: settings that go with the weights; None until a checkpoint or a snapshot tells them.
-        licence: of the released weights.
-
     Raises:
         UserError: rotary positions with a number of tokens that is no square.
     """
 
     licence = "MIT"
-    latent_shape: tuple[int, int] | None = None
-    latent_space: str | None = None
-    sampling: Sampling | None = None
 
     def __init__(self, config: GPTConfig, codebook_size: int, length: int, classes: int) -> None:
-        super().__init__()
-        self.config = config
-        self.codebook_size = codebook_size
-        self.length = length
-        self.classes = classes
-        self.null_label = classes
+        super().__init__(config, codebook_size, length, classes)
         self.tok_embeddings = nn.Embedding(codebook_size, config.width)
         self.cls_embedding = nn.ModuleDict({"embedding_table": nn.Embedding(classes + 1, config.width)})
         rotation = positional_embedding = None
@@ -220,12 +197,12 @@ class GPT(TokenGenerator):
                 nn.init.zeros_(modulation[1].weight)  # every block starts as the identity
 
     def forward(self, tokens: Tensor, labels: Tensor, orders: Tensor | None = None) -> GeneratorOutput:
-        """Predict every token from those before it: what cross-entropy is taken of in training.
+        """Predict every token from those before it, for the cross-entropy of training.
 
         Args:
             tokens: (N, L) int64, in raster order.
             labels: (N,) int64; ``null_label`` is the condition "no class".
-            orders: None, or raster order for every image: this generator knows no other.
+            orders: None, or raster order for every image, the only one this generator supports.
 
         Returns:
             Logits (N, L, K), and the tokens (N, L) as targets.
@@ -265,7 +242,7 @@ class GPT(TokenGenerator):
         return x + self.positional_embedding[1 + first : 1 + first + tokens.shape[1]]
 
     def _modulations(self, condition: Tensor) -> list[Tensor | None]:
-        """What the class (N, 1, W) does to each block (N, 1, 6W) and, last, to the final norm (N, 1, 2W)."""
+        """Modulation of each block (N, 1, 6W) and, last, of the final norm (N, 1, 2W) by the class (N, 1, W)."""
         if not self.config.adaptive_norm:
             return [None] * (len(self.layers) + 1)
         return [*(layer.adaLN_modulation(condition) for layer in self.layers), self.final_adaLN(condition)]
@@ -289,29 +266,18 @@ class GPT(TokenGenerator):
             x = modulate(x, *modulations[-1].chunk(2, dim=-1))
         return project(self.output, x)
 
-    def _sample(self, labels: Tensor, sampling: Sampling, choose: Callable[[int, Tensor], Tensor]) -> Tensor:
-        """Run the sequence with a cache; ``choose(step, guided logits (N, K))`` gives each token (N,)."""
-        count = len(labels)
-        scales = guidance_scales(self.length, sampling).tolist()
-        if sampling.guided:  # both halves in one batch
-            labels = torch.cat([labels, torch.full_like(labels, self.null_label)])  # (2N,)
+    def _steps(self, labels: Tensor, tokens: Tensor) -> Iterator[Tensor]:
         caches = self._caches(len(self.layers), self.length)
-        tokens = torch.empty(count, self.length, dtype=torch.int64, device=labels.device)
         x = self._condition(labels)  # (N or 2N, 1, W)
         modulations = self._modulations(x)
         for step in range(self.length):
             if step:
-                x = self._embed(tokens[:, step - 1 : step], first=step - 1).repeat(len(labels) // max(1, count), 1, 1)
-            rotation = self._rotation(step, step + 1)
-            logits = self._step(step, x, modulations, rotation, caches)[:, 0]  # (N or 2N, K)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # guidance amplifies rounding
-            if sampling.guided:
-                logits = guide(logits[:count], logits[count:], scales[step])  # (N, K)
-            tokens[:, step] = choose(step, logits)
-        return tokens
+                x = self._embed(tokens[:, step - 1 : step], first=step - 1)  # (N, 1, W)
+                x = x.repeat(len(labels) // max(1, len(tokens)), 1, 1)  # (N or 2N, 1, W)
+            yield self._step(step, x, modulations, self._rotation(step, step + 1), caches)[:, 0]
 
-    def check(self) -> list[str]:
-        """Plain sentences on what is wrong with the class layout or the sampling; empty where all is well."""
+    def check(self, latents: Tensor | None = None) -> list[str]:
+        """Sentences on what is wrong with the class embeddings or the sampling settings; empty if nothing is."""
         problems = []
         table = self.cls_embedding["embedding_table"].weight
         null, others = table[self.null_label], table[: self.classes]
@@ -320,6 +286,35 @@ class GPT(TokenGenerator):
                 f"Row {self.null_label} of the table of classes, which stands for no class, is zero or repeats a "
                 "class; guidance needs a model trained with dropped labels."
             )
-        if self.sampling is None or not self.sampling.guided:
+        if not self.sampling.guided:
             problems.append("No guidance scale is set; published results of LlamaGen and GigaTok use 1.65 to 2.")
         return problems
+
+
+def rotary_table(length: int, head_width: int, base: float) -> Tensor:
+    """Cosines and sines for the position of the class, followed by a square grid of tokens.
+
+    The first half of a head's pairs rotates by the row, the second by the column. The class has zeros for both, as in
+    the authors' code: its queries and keys vanish.
+
+    Returns:
+        (2, 1 + L, head width / 2) float32.
+
+    Raises:
+        UserError: the tokens form no square.
+    """
+    side = math.isqrt(length)
+    if side**2 != length:
+        raise UserError(f"rotary positions need a square grid, got {length} tokens per image; set positions=learned")
+    half = head_width // 2
+    angles = torch.outer(torch.arange(side), base ** (-torch.arange(0, half, 2) / half))  # (side, half / 2)
+    rows, columns = angles[:, None].expand(-1, side, -1), angles[None].expand(side, -1, -1)
+    grid = torch.cat([rows, columns], dim=-1).flatten(0, 1)  # (L, half)
+    return F.pad(torch.stack([grid.cos(), grid.sin()]), (0, 0, 1, 0))  # (2, 1 + L, half)
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotate neighbouring pairs of ``x`` (..., T, D) by angles whose cosines and sines are (2, T, D / 2)."""
+    cosines, sines = rotation
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)  # each (..., T, D / 2)
+    return torch.stack([even * cosines - odd * sines, odd * cosines + even * sines], dim=-1).flatten(-2)

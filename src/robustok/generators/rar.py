@@ -1,42 +1,34 @@
 """RAR, the random-order autoregressive generator of tokens (arXiv 2411.00776).
 
-Source: Yu et al., "Randomized Autoregressive Visual Generation". A causal transformer visits the tokens of an image in
-any order during training and in raster order when it samples. Training starts with random orders, so that every token
-learns to use context from all sides, and anneals to raster.
+Source: Yu et al., "Randomized Autoregressive Visual Generation". In training, a causal transformer predicts the tokens
+of an image in a random order, so that every token learns to use context from all sides; during training the orders
+anneal to raster order, in which it samples.
 
-The sequence is ``[start, condition, token, token, ...]``. Three learned tables say what the order hides:
+The sequence is ``[start, condition, token, token, ...]``. Three learned tables encode what the order hides:
 
-* ``pos_embed``: where on the grid this token lies;
-* ``target_aware_pos_embed``: where the token lies that is to be predicted next;
-* ``timesteps_embeddings``: how far the sequence has come. With the class embedding it modulates every block (adaLN).
+* ``pos_embed``: the grid position of this token;
+* ``target_aware_pos_embed``: the grid position of the token that is predicted next;
+* ``timesteps_embeddings``: the index in the sequence. Its sum with the class embedding modulates every block (adaLN).
 
-Parameters carry the released names, so that a released checkpoint loads as it is.
+Parameters have the names of the authors' code, so that its checkpoints load as they are.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
-from robustok.config import Config
+from robustok.config import Config, Heads
 from robustok.errors import UserError
-from robustok.generators.sampling import Sampling, guidance_scales, guide
-from robustok.generators.tokens import (
-    LAYER_NORM_EPSILON,
-    MLP,
-    Attention,
-    KeyValueCache,
-    TokenGenerator,
-    initialise,
-    modulate,
-    project,
-)
+from robustok.generators.key_value_cache import KeyValueCache
+from robustok.generators.tokens import TokenGenerator, initialise, modulate, project
 from robustok.types import GeneratorOutput
 
-# Sampling computes the modulation of many positions at once; this many values (256 MB in float32) bound its memory.
+LAYER_NORM_EPSILON = 1e-6
+# Sampling computes the modulation of many positions at once; at most this many values (256 MB in float32).
 MODULATION_VALUES = 2**26
 
 
@@ -46,26 +38,18 @@ class RARConfig(Config):
     name: Literal["rar"] = "rar"
     width: int = Field(768, gt=0, description="width of the transformer, a multiple of heads")
     depth: int = Field(24, gt=0, description="number of transformer blocks")
-    heads: int = Field(16, gt=0, description="attention heads; must divide width")
+    heads: Heads = 16
     mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the MLP, in widths")
     dropout: float = Field(
         0.1, ge=0, lt=1, description="dropout of attention weights, projections and MLP, in training"
     )
     label_dropout: float = Field(0.1, ge=0, le=1, description="share of training labels dropped, for guidance")
     position_rows: int | None = Field(
-        None, gt=0, description="rows of the two position tables; default: tokens + 2 (released checkpoints: 1280)"
+        None, gt=0, description="rows of the two position tables; default: tokens + 2 (published checkpoints: 1280)"
     )
     timestep_rows: int | None = Field(
-        None, gt=0, description="rows of the timestep table; default: tokens + 2 (released checkpoints: 356)"
+        None, gt=0, description="rows of the timestep table; default: tokens + 2 (published checkpoints: 356)"
     )
-
-    @field_validator("heads")
-    @classmethod
-    def _heads_divide_width(cls, heads: int, info: ValidationInfo) -> int:
-        width = info.data.get("width")
-        if width is not None and width % heads:
-            raise ValueError(f"heads must divide width, which is {width}")
-        return heads
 
 
 RAR_SIZES = {
@@ -75,6 +59,60 @@ RAR_SIZES = {
     "xxl": RARConfig(width=1408, depth=40, mlp_ratio=6144 / 1408),
 }
 """The paper's sizes, all with 16 heads."""
+
+
+class Attention(nn.Module):
+    """Causal self-attention with a layer norm on the queries and keys of each head.
+
+    Args:
+        width: W.
+        heads: number of heads; divides ``width``.
+        dropout: probability for the attention weights and after the projection.
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.LayerNorm(width // heads, eps=LAYER_NORM_EPSILON)
+        self.k_norm = nn.LayerNorm(width // heads, eps=LAYER_NORM_EPSILON)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Attend from every position of ``x`` (N, T, W) to itself and those before it.
+
+        With a cache, ``x`` is one new position (T = 1) that attends to itself and to all cached positions.
+        """
+        count, positions, width = x.shape
+        qkv = project(self.qkv, x).view(count, positions, 3, self.heads, width // self.heads)
+        queries, keys, values = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, T, head width)
+        # Autocast runs layer norms in float32; back to one dtype for the cache and for the attention kernel.
+        queries = self.q_norm(queries).to(values.dtype)
+        keys = self.k_norm(keys).to(values.dtype)
+        mask = None
+        if cache is not None:
+            keys, values, mask = cache.append(keys, values)
+        dropout = self.dropout if self.training else 0.0
+        # is_causal instead of a mask, so that the fused kernels apply. The one query of a cached step attends to all.
+        x = F.scaled_dot_product_attention(queries, keys, values, mask, dropout, is_causal=cache is None)
+        x = project(self.proj, x.transpose(1, 2).reshape(count, positions, width))  # (N, T, W)
+        return F.dropout(x, self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """Two linear layers with an exact GELU between them; dropout after each."""
+
+    def __init__(self, width: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, T, W) to (N, T, W)."""
+        x = F.dropout(F.gelu(project(self.fc1, x)), self.dropout, self.training)  # (N, T, hidden)
+        return F.dropout(project(self.fc2, x), self.dropout, self.training)  # (N, T, W)
 
 
 class Block(nn.Module):
@@ -89,19 +127,22 @@ class Block(nn.Module):
         self.mlp = MLP(width, round(width * config.mlp_ratio), config.dropout)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x: Tensor, modulation: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, conditions: Tensor) -> Tensor:
+        """``x`` (N, T, W) and ``conditions`` (N, T, W): in training every position of every image has its own.
+
+        The modulation is computed here, so that gradient checkpointing need not store that of all blocks.
+        """
+        return self.modulated(x, self.adaLN_modulation(conditions))
+
+    def modulated(self, x: Tensor, modulation: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """``x`` (N, T, W) and ``modulation`` (N, T, 6W), this block's ``adaLN_modulation`` of the conditions."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)  # each (N, T, W)
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), cache)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
-    def conditioned(self, x: Tensor, conditions: Tensor) -> Tensor:
-        """The same from ``conditions`` (N, T, W): training has one for every position of every image."""
-        return self(x, self.adaLN_modulation(conditions))
-
 
 class FinalNorm(nn.Module):
-    """The modulated norm before the head. It yields scale first, then shift: the other way round than the blocks."""
+    """The modulated norm before the head. Its modulation is scale, then shift: the other way round than in blocks."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -123,10 +164,6 @@ class RAR(TokenGenerator):
         length: L, tokens per image.
         classes: number of classes.
 
-    Attributes:
-        null_label: the label that stands for "no class"; equals ``classes``.
-        licence: of the released weights.
-
     Raises:
         UserError: a position or timestep table with fewer than L + 2 rows.
     """
@@ -134,12 +171,7 @@ class RAR(TokenGenerator):
     licence = "Apache-2.0 for the weights of RAR; those of RobusTok were released without a licence"
 
     def __init__(self, config: RARConfig, codebook_size: int, length: int, classes: int) -> None:
-        super().__init__()
-        self.config = config
-        self.codebook_size = codebook_size
-        self.length = length
-        self.classes = classes
-        self.null_label = classes
+        super().__init__(config, codebook_size, length, classes)
         positions = config.position_rows or length + 2
         timesteps = config.timestep_rows or length + 2
         if min(positions, timesteps) < length + 2:
@@ -167,7 +199,7 @@ class RAR(TokenGenerator):
             nn.init.zeros_(module.adaLN_modulation[1].weight)  # every block starts as the identity
 
     def forward(self, tokens: Tensor, labels: Tensor, orders: Tensor | None = None) -> GeneratorOutput:
-        """Predict every token from those before it in its image's order: what cross-entropy is taken of in training.
+        """Predict every token from those before it in its image's order, for the cross-entropy of training.
 
         Args:
             tokens: (N, L) int64, in raster order.
@@ -195,15 +227,15 @@ class RAR(TokenGenerator):
         """
         if orders is not None:
             orders = orders.expand(len(tokens), -1)  # (N, L)
-            tokens = tokens.gather(1, orders)  # (N, L), now in visiting order
+            tokens = tokens.gather(1, orders)  # (N, L), now in the order of prediction
         positions = tokens.shape[1] + 2
         condition = self._condition(labels)[:, None]  # (N, 1, W)
         start = self.cls_token.expand(len(tokens), -1, -1)  # (N, 1, W)
         x = torch.cat([start, condition, self.embeddings(tokens)], dim=1)  # (N, T + 2, W)
-        x = x + self._places(orders)[:, :positions]
+        x = x + self._positions(orders)[:, :positions]
         conditions = condition + self.timesteps_embeddings[:, :positions]  # (N, T + 2, W)
-        for block in self.blocks:  # each with its modulation, so that checkpointing need not keep those of all blocks
-            x = block.conditioned(x, conditions)
+        for block in self.blocks:
+            x = block(x, conditions)
         final = self.adaln_before_head
         return self.lm_head(final(x, final.adaLN_modulation(conditions)))[:, 1:]
 
@@ -211,8 +243,8 @@ class RAR(TokenGenerator):
         """Labels (N,) to their embeddings (N, W)."""
         return self.embeddings(labels + self.codebook_size + 1)
 
-    def _places(self, orders: Tensor | None) -> Tensor:
-        """For every position of the sequence: where its own token lies and where the next one does.
+    def _positions(self, orders: Tensor | None) -> Tensor:
+        """Embeddings of the grid positions of each token and of the next one, for every index of the sequence.
 
         The first two rows of the position table belong to start and condition. Start and the last token predict nothing
         and get no target.
@@ -229,50 +261,38 @@ class RAR(TokenGenerator):
         return own + target
 
     def _modulations(self, conditions: Tensor) -> list[Tensor]:
-        """What the conditions (N, T, W) do to each block (N, T, 6W) and, last, to the final norm (N, T, 2W)."""
+        """Modulation of each block (N, T, 6W) and, last, of the final norm (N, T, 2W) by conditions (N, T, W)."""
         conditions = F.silu(conditions)  # once for all
         return [module.adaLN_modulation[1](conditions) for module in (*self.blocks, self.adaln_before_head)]
 
-    def _transform(self, x: Tensor, modulations: list[Tensor], caches: list[KeyValueCache] | None = None) -> Tensor:
+    def _transform(self, x: Tensor, modulations: list[Tensor], caches: list[KeyValueCache]) -> Tensor:
         """Inputs (N, T, W) through the blocks and the head to logits (N, T, K)."""
-        for i, block in enumerate(self.blocks):
-            x = block(x, modulations[i], caches[i] if caches else None)
+        for block, modulation, cache in zip(self.blocks, modulations, caches, strict=False):
+            x = block.modulated(x, modulation, cache)
         return project(self.lm_head, self.adaln_before_head(x, modulations[-1]))
 
-    def _sample(self, labels: Tensor, sampling: Sampling, choose: Callable[[int, Tensor], Tensor]) -> Tensor:
-        """Run the sequence with a cache; ``choose(step, guided logits (N, K))`` gives each token (N,)."""
-        count = len(labels)
-        scales = guidance_scales(self.length, sampling).tolist()
-        if sampling.guided:  # both halves in one batch
-            labels = torch.cat([labels, torch.full_like(labels, self.null_label)])  # (2N,)
-        condition = self._condition(labels)  # (N or 2N, W)
+    def _steps(self, labels: Tensor, tokens: Tensor) -> Iterator[Tensor]:
         # The modulation depends on class and position only. So it is computed once per class, not per image, and for
         # many positions at once: step by step it would read a third of all parameters again for every token.
         classes, rows = labels.unique(return_inverse=True)
         class_conditions = self._condition(classes)  # (classes, W)
         values = max(1, len(classes)) * len(self.blocks) * 6 * self.config.width
         ahead = max(1, MODULATION_VALUES // values)
-        places = self._places(None)  # (1, L + 2, W)
+        positions = self._positions(None)  # (1, L + 2, W)
         caches = self._caches(len(self.blocks), self.length + 1)
-        tokens = torch.empty(count, self.length, dtype=torch.int64, device=labels.device)
         x = self.cls_token[0].expand(len(labels), -1)  # (N or 2N, W)
         for position in range(self.length + 1):
             if position % ahead == 0:
                 times = self.timesteps_embeddings[0, position : min(position + ahead, self.length + 1), None]
                 class_modulations = self._modulations(class_conditions + times)  # each (ahead, classes, 6W or 2W)
             modulations = [m[position % ahead, rows, None] for m in class_modulations]  # each (N or 2N, 1, 6W or 2W)
-            x = (x + places[:, position])[:, None]  # (N or 2N, 1, W)
+            x = (x + positions[:, position])[:, None]  # (N or 2N, 1, W)
             logits = self._step(position, x, modulations, caches)[:, 0]  # (N or 2N, K)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # guidance amplifies rounding
             if position == 0:  # the start predicts nothing
-                x = condition
+                x = self._condition(labels)  # (N or 2N, W)
                 continue
-            step = position - 1
-            if sampling.guided:
-                logits = guide(logits[:count], logits[count:], scales[step])  # (N, K)
-            tokens[:, step] = choose(step, logits)
-            x = self.embeddings(tokens[:, step]).repeat(2 if sampling.guided else 1, 1)  # (N or 2N, W)
-        return tokens
+            yield logits
+            x = self.embeddings(tokens[:, position - 1]).repeat(len(labels) // max(1, len(tokens)), 1)  # (N or 2N, W)
 
 
 def random_share(step: int, start: int, end: int) -> float:
@@ -283,7 +303,7 @@ def random_share(step: int, start: int, end: int) -> float:
 
 
 def draw_orders(count: int, length: int, random_share: float, rng: torch.Generator) -> Tensor:
-    """One visiting order per image: a random permutation with probability ``random_share``, else raster.
+    """One order per image: a random permutation with probability ``random_share``, else raster.
 
     Returns:
         (N, L) int64 on the device of ``rng``.

@@ -1,1 +1,1 @@
-"""What training minimises: reconstruction terms, the adversarial losses with their discriminators, the semantic loss."""
+"""Terms of the loss: reconstruction, semantic teacher, and the adversarial terms with their discriminators."""

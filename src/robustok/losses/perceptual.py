@@ -12,7 +12,7 @@ from robustok.metrics.lpips import check_sides, load_lpips
 def perceptual_loss(maps: Callable[[Tensor], Sequence[Tensor]], images: Tensor, reconstructions: Tensor) -> Tensor:
     """Squared distance of channel-normalised feature maps, mean over positions, sum over layers.
 
-    LPIPS without its learned channel weights, for any network: used with a small classifier on images for which VGG was not trained.
+    LPIPS without its learned channel weights, for any network; used with a small classifier on small images.
 
     Args:
         maps: images (N, 3, H, W) in [-1, 1] to feature maps, each (N, C, h, w).

@@ -85,10 +85,7 @@ class QuantizedTokenizer(nn.Module):
     @torch.no_grad()
     def check(self, images: Tensor | None = None) -> list[str]:
         """Problems with the weights, or with a few images (N, 3, H, W); empty if there are none."""
-        weight = self.quantizer.embedding.weight
-        if (weight.norm(dim=1) == 0).any():
-            return ["Some codes are zero: the codebook was not trained or not loaded."]
-        found = codebook_problems(self, weight)
+        found = codebook_problems(self, self.quantizer.embedding.weight)
         return found if found or images is None else image_problems(images, self.decode(self.encode(images)))
 
 
@@ -159,6 +156,8 @@ def codebook_problems(model: nn.Module, codebook: Tensor) -> list[str]:
     """Problems with the weights of a tokenizer and its codebook (K, D)."""
     if not all(p.isfinite().all() for p in model.parameters()):
         return ["Some weights are infinite or no numbers: the file is damaged."]
+    if (codebook.norm(dim=1) == 0).any():
+        return ["Some codes are zero: the codebook was not trained or not loaded."]
     if len(codebook.unique(dim=0)) < len(codebook) / 2:
         return ["More than half of the codes are copies of others: the codebook has collapsed."]
     return []

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from robustok.training.prepared import block_pass, blocks_of
+from robustok.training.prepared import blocks_of
 
 SAMPLES = 97  # a prime: what has a multiple of that many numbers is of the samples, the rest are weights in bf16
 
@@ -72,8 +72,7 @@ def count_activations(
         model.to_empty(device="cpu")
         weights = {p.untyped_storage()._cdata for p in model.parameters()}
         for i, block in enumerate(blocks_of(model)):
-            name = block_pass(block)
-            setattr(block, name, partial(counted, getattr(block, name), i))
+            block.forward = partial(counted, block.forward, i)
         with saved_tensors_hooks(note, lambda x: x), torch.autocast("cpu", torch.bfloat16, precision == "bf16"):
             forward(model, SAMPLES)
     sizes = {key: storage.nbytes() for key, storage in storages.items()}

@@ -230,11 +230,6 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return [block for stack in stacks for block in stack if any(p.requires_grad for p in block.parameters())]
 
 
-def block_pass(block: nn.Module) -> str:
-    """Name of a block's method in training; some offer one that includes what would otherwise be kept outside."""
-    return "conditioned" if hasattr(block, "conditioned") else "forward"
-
-
 def adapt_blocks(model: nn.Module, checkpointing: bool, compiling: bool) -> None:
     """Let the blocks compute their activations again in the backward pass, and compile them.
 
@@ -246,9 +241,8 @@ def adapt_blocks(model: nn.Module, checkpointing: bool, compiling: bool) -> None
     if not (checkpointing or compiling):
         return
     for block in _some_blocks(model, "gradient_checkpointing" if checkpointing else "compile"):
-        name = block_pass(block)
-        call = torch.compile(getattr(block, name)) if compiling else getattr(block, name)
-        setattr(block, name, partial(checkpoint, call, use_reentrant=False) if checkpointing else call)
+        call = torch.compile(block.forward) if compiling else block.forward
+        block.forward = partial(checkpoint, call, use_reentrant=False) if checkpointing else call
 
 
 def shard_blocks(model: nn.Module, accelerator: Accelerator) -> None:

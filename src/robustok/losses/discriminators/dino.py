@@ -39,11 +39,11 @@ class DinoConfig(Config):
     mlp_ratio: float = Field(4.0, gt=0, description="width of the backbone's MLPs as a multiple of its own")
     gelu: Literal["tanh", "exact"] = Field(
         "tanh",
-        description="form of the backbone's GELU; tanh: the approximation in the authors' code; exact: as DINO was trained",
+        description="GELU of the backbone; tanh: the approximation in the authors' code; exact: as in DINO",
     )
     read_after: tuple[int, ...] = Field(
         (2, 5, 8, 11),
-        description="blocks, counted from 0, whose output a head takes; one more head takes the embedding",
+        description="blocks, counted from 0, whose output has a head; one more takes the embedding",
     )
     kernel_size: int = Field(9, ge=1, description="width of the heads' circular convolution in patches; odd")
     augment: bool = Field(True, description="differentiable augmentation of the images")
@@ -83,7 +83,7 @@ class DinoBackbone(nn.Module):
         self.eval().requires_grad_(False)
 
     def load(self, weights: Mapping[str, Tensor]) -> "DinoBackbone":
-        """Copy weights in DINO's layout, which is also timm's; the bias of the keys is set to 0 as in the authors' code."""
+        """Copy weights in DINO's layout, also timm's; the bias of the keys becomes 0, as in the authors' code."""
         state = {name: tensor.clone() for name, tensor in weights.items()}
         for name in state:
             if name.endswith("attn.qkv.bias"):  # queries, keys, values; a bias of all keys cancels in the softmax

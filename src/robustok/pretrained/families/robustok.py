@@ -99,7 +99,7 @@ def complete(model: RobusTok, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     additions = sorted(name for name in weights if "latent_positions" in name or name.startswith("from_teacher"))
     if additions:
-        raise UserError(f"the layout of the authors has no {additions[0]}; train without it to export")
+        raise UserError(f"the layout of the authors has no place for {additions[0]}; train without it to export")
     for name in ("quant_conv.weight", "post_quant_conv.weight"):
         weights[name] = weights[name][:, :, None, None]  # (out, in, 1, 1)
     patches, latents = model.config.patches, model.config.length
