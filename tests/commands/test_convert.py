@@ -68,6 +68,8 @@ def test_every_family_becomes_a_snapshot_that_loads_and_goes_back_bit_for_bit(ca
     assert same(loaded.state_dict(), model.state_dict())
     assert loaded.config == load_pretrained(family, weights, RELEASES[family][1]).config
     assert header["trained_on"].startswith("converted from theirs.pt, ema")
+    assert header["source"] == {"file": "theirs.pt", "part": "ema", "family": family}
+    assert "- source" not in card
     assert header["licence"] == model.licence
     assert model.licence in card
     if FAMILIES[family].kind == "tokenizer":

@@ -85,6 +85,7 @@ def test_a_pipeline_becomes_a_tokenizer_and_its_generator(capsys, tmp_path):
     torch.testing.assert_close(generator.normalise(latents).float(), 0.18215 * latents)
     header = yaml.safe_load((out / "generator" / "config.yaml").read_text())
     assert header["trained_on"] == "converted from DiT, DiTTransformer2DModel"
+    assert header["source"] == {"file": "DiT", "part": "DiTTransformer2DModel", "family": "dit"}
     assert header["commercial_use"].startswith("NOT PERMITTED")
     card = (out / "tokenizer" / "README.md").read_text()
     assert "AutoencoderKL; it holds no discriminator" in card
