@@ -212,7 +212,7 @@ def test_wrong_statistics_and_ranges_are_reported_in_plain_sentences():
     far = 10 * deviation
     for name in ("weight", "bias"):
         getattr(right.quant_conv, name).mul_(10)
-    assert right.check(images) == [f"Latents have a deviation of {far:.3g}, the statistics say {deviation:.3g}."]
+    assert right.check(images) == [f"Latents have a standard deviation of {far:.3g}, latent_std is {deviation:.3g}."]
     inverted = build(latent_std=1 / far)
     inverted.load_state_dict(right.state_dict())
     assert inverted.check(images)[0].endswith("that is its inverse.")

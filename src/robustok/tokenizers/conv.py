@@ -1,10 +1,10 @@
-"""What the convolutional tokenizers share: residual blocks, attention, the two halves, and the edges of the model.
+"""What the convolutional tokenizers share: blocks, encoder, decoder, and the shapes of images and latents.
 
 LlamaGen, VA-VAE, GigaTok and MaskGIT all descend from the network of VQGAN (Esser et al., arXiv 2012.09841): levels of
-residual blocks, each at half the resolution of the one before. Where one of them differs, its own file says so.
+residual blocks, each at half the resolution of the one before. What differs in one of them is in its own file.
 
-Level 0 of an encoder works at full resolution. Decoders number their levels as their releases do: from the full
-resolution too, or in the order of computation.
+Level 0 of an encoder has the full resolution. The levels of a decoder are numbered as in its authors' code: from the
+full resolution, too, or in the order of computation.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ class ConvConfig(Config):
     )
     blocks: int = Field(2, ge=1, description="residual blocks a level; decoders of the VQGAN kind have one more")
     attention: tuple[int, ...] | None = Field(
-        None, description="levels with attention, 0 is the full resolution; null is the lowest one alone"
+        None, description="levels with attention, 0 is the full resolution; null: only the lowest"
     )
     middle_blocks: int = Field(2, ge=1, description="residual blocks at the lowest resolution, between the levels")
     middle_attention: bool = Field(True, description="attention after the first of these")
@@ -75,7 +75,7 @@ class GridConfig(Config):
 
     @property
     def patch_size(self) -> int:
-        """Pixels along one side of what a latent stands for."""
+        """Pixels along one side of a latent."""
         return self.encoder.factor
 
     @property
@@ -112,7 +112,7 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention of all places of the grid, with a single head."""
+    """Self-attention of all positions of the grid, with a single head."""
 
     def __init__(self, channels: int, config: ConvConfig) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """A convolution of stride 2 that pads on the right and at the bottom alone."""
+    """A convolution of stride 2, padded at the right and the bottom only."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ class Level(nn.Module):
 
 
 def middle(config: ConvConfig, block: Block) -> nn.Sequential:
-    """What works at the lowest resolution, between the levels and the latents."""
+    """Blocks at the lowest resolution, between the levels and the latents."""
     width = config.widths[-1]
     attention = [Attention(width, config)] if config.middle_attention else []
     first, *others = (block(width, width, config) for _ in range(config.middle_blocks))
@@ -203,7 +203,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images to features."""
-        x = self.conv_in(x.contiguous())  # (N, width, H, W); in this order, as in to_grid
+        x = self.conv_in(x.contiguous())  # (N, width, H, W); contiguous as in to_grid
         for level in self.levels:
             x = level.downsample(level(x))  # (N, widths[level], half, half)
         return self.conv_out(F.silu(self.norm_out(self.middle(x))))
@@ -251,11 +251,11 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-# The edges of a model
+# Shapes of images and latents
 
 
 def check_images(images: Tensor, factor: int) -> None:
-    """Refuse what a convolutional encoder cannot take.
+    """Refuse images that a convolutional encoder cannot take.
 
     Raises:
         UserError: no images (N, 3, H, W), or sides that are no multiples of ``factor``.
@@ -265,6 +265,23 @@ def check_images(images: Tensor, factor: int) -> None:
             f"got images of shape {tuple(images.shape)}, this tokenizer takes (N, 3, H, W) with H and W divisible "
             f"by {factor}; resize them"
         )
+
+
+def image_problems(images: Tensor, reconstructions: Tensor) -> list[str]:
+    """Problems with images and their reconstructions, both (N, 3, H, W), as sentences; empty if there are none."""
+    found, low, high = [], images.min().item(), images.max().item()
+    if low < -1.001 or high > 1.001:
+        found.append(f"The images range from {low:.3g} to {high:.3g}, but a tokenizer takes [-1, 1].")
+    elif low >= 0:
+        found.append(f"The lowest value of the images is {low:.3g}: they seem to be in [0, 1], not in [-1, 1].")
+    constant = images.mean((2, 3), keepdim=True)  # (N, 3, 1, 1)
+    error, plain = ((images - other).square().mean().item() for other in (reconstructions, constant))
+    if not error < plain:
+        found.append(
+            f"The squared error of the reconstructions ({error:.3g}) is larger than that of the mean colours "
+            f"({plain:.3g}): the weights are untrained, or the value range or the file is wrong."
+        )
+    return found
 
 
 def check_size(images: Tensor, size: int) -> None:
@@ -297,27 +314,5 @@ def to_grid(latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
             f"got {length} latents an image, which fill no grid of {rows} x {columns}; "
             "give latents of whole images, and grid=(rows, columns) unless these are square"
         )
-    # In this order in memory: where channels come last, the CPU's group norm cancels up to three digits away.
+    # Contiguous: with channels last in memory, the CPU's group norm loses up to three digits.
     return latents.transpose(1, 2).reshape(len(latents), -1, rows, columns).contiguous()  # (N, D, h, w)
-
-
-def image_problems(images: Tensor, reconstructions: Tensor) -> list[str]:
-    """What speaks against a batch of images (N, 3, H, W) or against what a tokenizer makes of them."""
-    found, low, high = [], images.min().item(), images.max().item()
-    if low < -1.001 or high > 1.001:
-        found.append(
-            f"The images lie in [{low:.3g}, {high:.3g}], but a tokenizer takes [-1, 1]; "
-            "open them with robustok.open_images."
-        )
-    elif low >= 0:
-        found.append(
-            f"No value of the images lies below 0 (lowest {low:.3g}): they seem to be in [0, 1], not in [-1, 1]."
-        )
-    constant = images.mean((2, 3), keepdim=True)  # (N, 3, 1, 1)
-    error, plain = ((images - other).square().mean().item() for other in (reconstructions, constant))
-    if not error < plain:
-        found.append(
-            f"Reconstructions miss the images by more ({error:.3g}) than their mean colours do ({plain:.3g}): "
-            "the weights are untrained, or the value range or the file is wrong."
-        )
-    return found

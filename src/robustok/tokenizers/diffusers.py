@@ -15,8 +15,8 @@ from robustok.backbones import diffusers_network
 from robustok.config import Config
 from robustok.errors import UserError
 from robustok.tokenizers.conv import check_images, image_problems, to_grid, to_row
-from robustok.tokenizers.kl import KLOutput, Posterior
-from robustok.tokenizers.vq import VQTokenizer, codebook_problems
+from robustok.tokenizers.kl import Posterior, VariationalAutoencoder
+from robustok.tokenizers.vq import VQTokenizer
 
 
 class DiffusersConfig(Config):
@@ -134,12 +134,9 @@ class ContinuousDiffusersTokenizer(DiffusersTokenizer):
 
     @torch.no_grad()
     def check(self, images: Tensor | None = None) -> list[str]:
-        """Problems with the settings, or with a few images (N, 3, H, W); empty if there are none.
-
-        The standard deviation of normalised latents is checked on images only.
-        """
-        settings, found = self.vae.config, []
-        if (settings.get("latents_mean") is None) != (settings.get("latents_std") is None):
+        """Problems with the settings, or with a few images (N, 3, H, W), as sentences; empty if there are none."""
+        found = []
+        if (self.vae.config.get("latents_mean") is None) != (self.vae.config.get("latents_std") is None):
             found.append("Of latents_mean and latents_std one is missing; they go together.")
         if images is None:
             return found
@@ -148,12 +145,12 @@ class ContinuousDiffusersTokenizer(DiffusersTokenizer):
         if not 0.25 < std < 4:
             found.append(
                 f"Normalised latents have a standard deviation of {std:.3g}, far from 1: scaling_factor "
-                f"{settings.scaling_factor:g} or latents_std is left at its default, inverted, or another model's."
+                f"{self.latent_multiplier:g} or latents_std is left at its default, inverted, or another model's."
             )
         return found + image_problems(images, self.decode(latents))
 
 
-class DiffusersKL(ContinuousDiffusersTokenizer):
+class DiffusersKL(VariationalAutoencoder, ContinuousDiffusersTokenizer):
     """AutoencoderKL. See :class:`robustok.types.Tokenizer` for the contract."""
 
     class_name = "AutoencoderKL"
@@ -167,17 +164,6 @@ class DiffusersKL(ContinuousDiffusersTokenizer):
         check_images(images, self.factor)
         found = self.vae.encode(images).latent_dist
         return Posterior(to_row(found.mean), to_row(found.logvar))  # (N, L, D) each
-
-    def encode(self, images: Tensor, rng: torch.Generator | None = None) -> Tensor:
-        """Images (N, 3, H, W) in [-1, 1] to latents (N, L, D): the posterior's mean, or a sample with ``rng``."""
-        posterior = self.posterior(images)
-        return posterior.mean if rng is None else posterior.sample(rng)
-
-    def forward(self, images: Tensor, rng: torch.Generator | None = None) -> KLOutput:
-        """Training forward: reconstruct from a sample of the posterior, or from its mean without ``rng``."""
-        posterior = self.posterior(images)
-        latents = posterior.mean if rng is None else posterior.sample(rng)
-        return KLOutput(self.decode(latents), latents, posterior, posterior.divergence())
 
 
 class DiffusersDC(ContinuousDiffusersTokenizer):
@@ -230,16 +216,10 @@ class DiffusersVQ(DiffusersTokenizer):
         """Tokens (N, L) to code vectors (N, L, D)."""
         return self.vae.quantize.embedding(tokens)
 
-    decode = VQTokenizer.decode  # embeds the tokens and calls decode_vectors
+    decode, check = VQTokenizer.decode, VQTokenizer.check  # both use the methods here
 
     def decode_vectors(self, vectors: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Code vectors (N, L, D) to images (N, 3, H, W). Norms of type "spatial" (MoVQ) take the vectors, too."""
         codes = to_grid(vectors, grid)  # (N, D, h, w)
         spatial = self.vae.config.norm_type == "spatial"
         return self.vae.decoder(self.vae.post_quant_conv(codes), codes if spatial else None)
-
-    @torch.no_grad()
-    def check(self, images: Tensor | None = None) -> list[str]:
-        """Problems with the weights, or with a few images (N, 3, H, W); empty if there are none."""
-        found = codebook_problems(self, self.codebook)
-        return found if found or images is None else image_problems(images, self.decode(self.encode(images)))

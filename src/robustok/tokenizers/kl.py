@@ -71,7 +71,32 @@ class KLOutput:
     kl_loss: Tensor
 
 
-class KL(nn.Module):
+class VariationalAutoencoder(nn.Module):
+    """What autoencoders with a posterior share; subclasses define ``posterior`` and ``decode``."""
+
+    def encode(self, images: Tensor, rng: torch.Generator | None = None) -> Tensor:
+        """Images (N, 3, H, W) in [-1, 1] to latents (N, L, D), row by row.
+
+        Args:
+            images: to encode.
+            rng: draws the latents from their posterior; without it they are its mean, the same at every call.
+        """
+        posterior = self.posterior(images)
+        return posterior.mean if rng is None else posterior.sample(rng)
+
+    def forward(self, images: Tensor, rng: torch.Generator | None = None) -> KLOutput:
+        """Training forward: reconstruct from a sample of the posterior, or from its mean without ``rng``.
+
+        Args:
+            images: (N, 3, H, W) in [-1, 1]; square.
+            rng: draws the sample.
+        """
+        posterior = self.posterior(images)
+        latents = posterior.mean if rng is None else posterior.sample(rng)
+        return KLOutput(self.decode(latents), latents, posterior, posterior.divergence())
+
+
+class KL(VariationalAutoencoder):
     """A convolutional KL autoencoder. See :class:`robustok.types.Tokenizer` for the contract.
 
     ``encode`` takes images of every size that the factor divides, ``decode`` every grid; ``image_size`` and
@@ -108,16 +133,6 @@ class KL(nn.Module):
         mean, logvar = to_row(self.to_latent(self.encoder(images))).chunk(2, dim=2)  # (N, L, D) each
         return Posterior(mean, logvar.clamp(-30.0, 20.0))
 
-    def encode(self, images: Tensor, rng: torch.Generator | None = None) -> Tensor:
-        """Images (N, 3, H, W) in [-1, 1] to latents (N, L, D), row by row.
-
-        Args:
-            images: to encode.
-            rng: draws the latents from their posterior; without it they are its mean, the same at every call.
-        """
-        posterior = self.posterior(images)
-        return posterior.mean if rng is None else posterior.sample(rng)
-
     def decode(self, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Latents (N, L, D) to images (N, 3, H, W), nominally in [-1, 1], not clamped.
 
@@ -138,20 +153,9 @@ class KL(nn.Module):
         """What post-training may train."""
         return [self.from_latent, self.decoder]
 
-    def forward(self, images: Tensor, rng: torch.Generator | None = None) -> KLOutput:
-        """Training forward: reconstruct from a sample of the posterior, or from its mean without ``rng``.
-
-        Args:
-            images: (N, 3, H, W) in [-1, 1]; square.
-            rng: draws the sample.
-        """
-        posterior = self.posterior(images)
-        latents = posterior.mean if rng is None else posterior.sample(rng)
-        return KLOutput(self.decode(latents), latents, posterior, posterior.divergence())
-
     @torch.no_grad()
     def check(self, images: Tensor | None = None) -> list[str]:
-        """Problems with the weights, or with a few images (N, 3, H, W); empty if there are none."""
+        """Problems with the weights, or with a few images (N, 3, H, W), as sentences; empty if there are none."""
         if not all(p.isfinite().all() for p in self.parameters()):
             return ["Some weights are infinite or no numbers: the file is damaged."]
         return [] if images is None else image_problems(images, self.decode(self.encode(images)))

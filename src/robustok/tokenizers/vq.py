@@ -84,9 +84,14 @@ class QuantizedTokenizer(nn.Module):
 
     @torch.no_grad()
     def check(self, images: Tensor | None = None) -> list[str]:
-        """Problems with the weights, or with a few images (N, 3, H, W); empty if there are none."""
-        found = codebook_problems(self, self.quantizer.embedding.weight)
-        return found if found or images is None else image_problems(images, self.decode(self.encode(images)))
+        """Problems with the weights, or with a few images (N, 3, H, W), as sentences; empty if there are none."""
+        if not all(p.isfinite().all() for p in self.parameters()):
+            return ["Some weights are infinite or no numbers: the file is damaged."]
+        if (self.codebook.norm(dim=1) == 0).any():
+            return ["Some codes are zero: the codebook was not trained or not loaded."]
+        if len(self.codebook.unique(dim=0)) < len(self.codebook) / 2:
+            return ["More than half of the codes are copies of others: the codebook has collapsed."]
+        return [] if images is None else image_problems(images, self.decode(self.encode(images)))
 
 
 class VQConfig(GridConfig):
@@ -150,14 +155,3 @@ class VQTokenizer(QuantizedTokenizer):
         if self.from_teacher is None:
             raise UserError("got a teacher's features without a projection for them; set the tokenizer's teacher_width")
         return self.from_teacher(features)
-
-
-def codebook_problems(model: nn.Module, codebook: Tensor) -> list[str]:
-    """Problems with the weights of a tokenizer and its codebook (K, D)."""
-    if not all(p.isfinite().all() for p in model.parameters()):
-        return ["Some weights are infinite or no numbers: the file is damaged."]
-    if (codebook.norm(dim=1) == 0).any():
-        return ["Some codes are zero: the codebook was not trained or not loaded."]
-    if len(codebook.unique(dim=0)) < len(codebook) / 2:
-        return ["More than half of the codes are copies of others: the codebook has collapsed."]
-    return []
