@@ -262,5 +262,5 @@ def test_annealing_is_continuous(end_ratio):
 def test_annealing_without_length():
     assert annealing_ratio(1000, 0, 0, 0.5) == 1
     assert [annealing_ratio(step, 5, 5, 0.5) for step in (4, 5, 6)] == [1, 1, 0.5]  # the release divides by zero
-    with pytest.raises(UserError, match="anneal_end 3 lies before anneal_start 5"):
+    with pytest.raises(UserError, match="anneal_end 3 is before anneal_start 5"):
         validate(PerturbationConfig, {"anneal_start": 5, "anneal_end": 3})

@@ -22,27 +22,9 @@ from robustok.tokenizers.vq import VQTokenizer
 class DiffusersConfig(Config):
     """An autoencoder of the library."""
 
-    name: str
+    name: Literal["diffusers_kl", "diffusers_dc", "diffusers_vq"]
     image_size: int = Field(256, ge=1, description="height and width of the images it is used at, in pixels")
     settings: dict[str, Any] = Field({}, description="content of its config.json, under the names of diffusers")
-
-
-class DiffusersKLConfig(DiffusersConfig):
-    """An AutoencoderKL."""
-
-    name: Literal["diffusers_kl"] = "diffusers_kl"
-
-
-class DiffusersDCConfig(DiffusersConfig):
-    """An AutoencoderDC."""
-
-    name: Literal["diffusers_dc"] = "diffusers_dc"
-
-
-class DiffusersVQConfig(DiffusersConfig):
-    """A VQModel."""
-
-    name: Literal["diffusers_vq"] = "diffusers_vq"
 
 
 class DiffusersTokenizer(nn.Module):
@@ -64,6 +46,7 @@ class DiffusersTokenizer(nn.Module):
     levels: tuple[str, int] = ("block_out_channels", 1)
     licence = "that of the model card which came with the weights"
     image_range = (-1.0, 1.0)
+    latent_space: str | None = None
 
     def __init__(self, config: DiffusersConfig) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""GigaTok: a convolutional network around transformers that turn its grid into a row of tokens, and back.
+"""GigaTok: a convolutional autoencoder with transformers from its grid to a row of tokens, and back.
 
     images -> CNN -> grid -> transformer -> row of latents -> quantiser -> transformer -> grid -> CNN -> images
 
@@ -33,7 +33,7 @@ PLAIN = ConvConfig(attention=(), middle_attention=False)
 
 
 class TransformerConfig(Config):
-    """Size of a transformer between grid and row."""
+    """Size of one of the two transformers."""
 
     width: int = Field(512, ge=1, description="width of the residual stream")
     depth: int = Field(6, ge=1, description="number of blocks")
@@ -68,7 +68,7 @@ class GigaTokConfig(VQConfig):
     @model_validator(mode="after")
     def _fits(self) -> "GigaTokConfig":
         if self.latents & (self.latents - 1):
-            raise ValueError(f"latents {self.latents} is no power of two; the queries are a pyramid of halves")
+            raise ValueError(f"latents {self.latents} is no power of two, as the pyramid of queries needs")
         if self.alignment is not None and self.alignment.depth > self.row_to_grid.depth:
             raise ValueError(
                 f"alignment.depth {self.alignment.depth} exceeds {self.row_to_grid.depth} blocks; lower it"
@@ -131,7 +131,7 @@ class GigaTok(VQTokenizer):
 
 
 class CrossBlock(nn.Module):
-    """Self-attention, cross-attention, MLP; positions enter queries and keys alone."""
+    """Self-attention, cross-attention, MLP; positions are added to queries and keys, not to values."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -142,17 +142,17 @@ class CrossBlock(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
 
     def forward(self, x: Tensor, positions: Tensor, memory: Tensor, memory_positions: Tensor) -> Tensor:
-        """Queries (N, Q, width) that read the memory (N, M, width), each with its positions."""
+        """Queries (N, Q, width) that attend to the memory (N, M, width), each with its positions."""
         h = self.norm1(x)
         x = x + self.self_attn(h + positions, h + positions, h, need_weights=False)[0]  # (N, Q, width)
         h = self.norm2(x) + positions
-        # The memory was normed before its embedding, and is not again.
+        # The memory was normalised before its embedding.
         x = x + self.multihead_attn(h, memory + memory_positions, memory, need_weights=False)[0]
         return x + self.linear2(F.gelu(self.linear1(self.norm3(x))))
 
 
 class GridToRow(nn.Module):
-    """Grid (N, z, h, w) to a row (N, L, z): queries read the grid."""
+    """Grid (N, z, h, w) to a row (N, L, z): queries attend to the grid."""
 
     def __init__(self, config: GigaTokConfig) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ class GridToRow(nn.Module):
 
 
 class RowToGrid(nn.Module):
-    """Row (N, L, z) to a grid (N, z, h, w): every place starts from the first latent and reads the row."""
+    """Row (N, L, z) to a grid (N, z, h, w): every position starts from the first latent and attends to the row."""
 
     def __init__(self, config: GigaTokConfig) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ class RowToGrid(nn.Module):
         self.ln_post, self.conv_out = nn.LayerNorm(size.width), conv(size.width, z)
 
     def states(self, row: Tensor, depth: int) -> Tensor:
-        """The places of the grid (N, h w, width) after the first ``depth`` blocks."""
+        """The positions of the grid (N, h w, width) after the first ``depth`` blocks."""
         memory = self.embed(self.ln_pre(row))  # (N, L, width)
         x = memory[:, :1].expand(-1, self.grid_positions.shape[1], -1)  # (N, h w, width)
         for block in self.transformer[:depth]:
@@ -218,14 +218,14 @@ def pyramid(grid: Tensor, count: int) -> Tensor:
 
 
 def alignment_head(config: GigaTokConfig) -> nn.Sequential:
-    """Three layers from the grid's states to the features they are aligned with."""
+    """Three layers from the states of the grid to the features that these are aligned with."""
     head, width = config.alignment, config.row_to_grid.width
     sizes = (nn.Linear(width, head.hidden), nn.Linear(head.hidden, head.hidden), nn.Linear(head.hidden, head.width))
     return nn.Sequential(sizes[0], nn.SiLU(), sizes[1], nn.SiLU(), sizes[2])
 
 
 class AdaptiveNorm(nn.Module):
-    """A group norm whose scale and shift are made from the spread and the mean of the grid that is decoded."""
+    """A group norm whose scale and shift are computed from standard deviation and mean of the decoder's input."""
 
     def __init__(self, channels: int, features: int, groups: int) -> None:
         super().__init__()

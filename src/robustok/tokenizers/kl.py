@@ -74,6 +74,8 @@ class KLOutput:
 class VariationalAutoencoder(nn.Module):
     """What autoencoders with a posterior share; subclasses define ``posterior`` and ``decode``."""
 
+    latent_space: str | None = None
+
     def encode(self, images: Tensor, rng: torch.Generator | None = None) -> Tensor:
         """Images (N, 3, H, W) in [-1, 1] to latents (N, L, D), row by row.
 

@@ -30,14 +30,14 @@ class ViTConfig(Config):
     heads: Heads = 12
     mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the MLPs, in widths")
     layer_scale: float | None = Field(
-        None, description="initial LayerScale; DINOv2 backbones have it (1e-5), null is none"
+        None, description="initial LayerScale; DINOv2 backbones have it (1e-5); null is none"
     )
     init: Literal["timm", "local"] = Field(
-        "timm", description="timm: its usual start; local: small models learn from scratch in a tenth of the steps"
+        "timm", description="timm: its default; local: small models learn from scratch in a tenth of the steps"
     )
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the last block, rising linearly from 0")
     pretrained: str | None = Field(
-        None, description="timm model to start from, such as vit_base_patch14_dinov2.lvd142m, resampled to our sizes"
+        None, description="timm model to start from, such as vit_base_patch14_dinov2.lvd142m, resampled to this size"
     )
     weights: Path | None = Field(
         None, description="local file with the pretrained weights, in timm's layout or DINOv2's; null downloads them"
@@ -85,7 +85,7 @@ class RobusTokConfig(Config):
 class RobusTok(QuantizedTokenizer):
     """Tokenizer of the paper. See :class:`robustok.types.DiscreteTokenizer` for the contract."""
 
-    licence = "none: the weights were released without a licence"
+    licence = "none: the weights were published without a licence"
 
     def __init__(self, config: RobusTokConfig) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class RobusTok(QuantizedTokenizer):
 
 
 class Encoder(nn.Module):
-    """ViT over the class token, the patches and the learned latent tokens; keeps the latents."""
+    """ViT over the class token, the patches and the learned latent tokens; returns the latents."""
 
     def __init__(self, config: RobusTokConfig) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class Encoder(nn.Module):
         self.width = self.backbone.embed_dim
         self.latent_tokens = nn.Parameter(torch.randn(1, config.length, self.width) * 1e-6)
         self.latent_positions = latent_positions(config, self.width)
-        self.level_embed = level_embedding(self.width)  # tells image tokens (0) from latent tokens (1)
+        self.level_embed = level_embedding(self.width)  # of image tokens (0) and latent tokens (1)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) to (N, L, width)."""
@@ -148,7 +148,7 @@ class Encoder(nn.Module):
         n = len(images)
         patches = vit.patch_embed(images)  # (N, P, width)
         x = torch.cat([vit.cls_token.expand(n, -1, -1), patches], 1) + vit.pos_embed  # (N, 1 + P, width)
-        # By default latent i stands at the place of patch i and shares its positional embedding.
+        # By default latent i has the positional embedding of patch i.
         positions = vit.pos_embed[:, 1:] if self.latent_positions is None else self.latent_positions
         z = (self.latent_tokens + positions).expand(n, -1, -1)  # (N, L, width)
         s = torch.cat([x + self.level_embed.weight[0], z + self.level_embed.weight[1]], 1)  # (N, 1 + P + L, width)
@@ -174,7 +174,7 @@ class Decoder(nn.Module):
         vit = self.backbone
         patches = vit.pos_embed.shape[1] - 1
         x = torch.cat([vit.cls_token, self.mask_token.expand(-1, patches, -1)], 1) + vit.pos_embed  # (1, 1 + P, width)
-        # The class token stands before the latents a second time and is kept: so was the released model trained.
+        # The class token is in the sequence a second time, before the latents: the published model was trained so.
         cls = (vit.cls_token + vit.pos_embed[:, :1]).expand(len(z), -1, -1)  # (N, 1, width)
         positions = vit.pos_embed[:, 1:] if self.latent_positions is None else self.latent_positions
         z = torch.cat([cls, z + positions], 1) + self.level_embed.weight[1]  # (N, 1 + L, width)
@@ -243,11 +243,10 @@ def _copy_backbone(vit: VisionTransformer, config: ViTConfig, sizes: dict[str, i
 
 
 def _start_local(vit: VisionTransformer) -> None:
-    """Let every token attend to its own place at first: an addition for small models without pretrained weights.
+    """Let every token attend to its own position at first: an addition for small models without pretrained weights.
 
-    Keys start equal to queries, so that tokens of like position attend to each other, and positions start ten times
-    larger than timm's. A latent finds its patch, and a mask token its latent, without having to discover the way
-    through uniform attention.
+    Keys start equal to queries, so that tokens of similar position attend to each other, and positions start ten times
+    larger than timm's. So latents attend to their patches, and mask tokens to their latents, from the first step on.
     """
     for module in vit.blocks.modules():
         if isinstance(module, nn.Linear):
@@ -259,14 +258,14 @@ def _start_local(vit: VisionTransformer) -> None:
 
 
 def latent_positions(config: RobusTokConfig, width: int) -> nn.Parameter | None:
-    """Positions of the latents where they are not as many as the patches; None: they share the patches' positions."""
+    """Positions of the latents if their number is not that of the patches; None: those of the patches."""
     if config.length == config.patches:
         return None
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(1, config.length, width), std=0.02))
 
 
 def level_embedding(width: int) -> nn.Embedding:
-    """Two learned vectors that mark the halves of the sequence."""
+    """Two learned vectors, one for each half of the sequence."""
     embedding = nn.Embedding(2, width)
     nn.init.trunc_normal_(embedding.weight, std=(1 / width / 3) ** 0.5)
     return embedding

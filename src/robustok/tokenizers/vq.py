@@ -22,11 +22,13 @@ class QuantizedTokenizer(nn.Module):
     Attributes:
         licence: of the published weights.
         image_range: values of the images that the authors' code takes; here they are always in [-1, 1].
+        latent_space: digest of the tokenizer whose latents it decodes, where its own weights do not determine it.
     """
 
     kind = "discrete"
     licence: str
     image_range = (-1.0, 1.0)
+    latent_space: str | None = None
 
     @property
     def codebook(self) -> Tensor:
