@@ -53,10 +53,10 @@ def words(verb: str, home: Path, out: str) -> list[str]:
             "classifier.features=8",
         ],
         "main-train": MAIN_TRAIN,
-        "encode": [*DATA, f"tokenizer={at['tokenizer']}", "shard_size=20"],
+        "encode": [*DATA, f"tokenizer={at['tokenizer']}", "cache.shard_size=20"],
         "train-generator": [*TRAINING, *GENERATOR, f"latents={at['latents']}"],
         "generate": [f"generator={at['generator']}", "count=40"],
-        "make-pairs": [f"generator={at['generator']}", f"latents={at['latents']}", "sigma=0.8", "shard_size=20"],
+        "make-pairs": [f"generator={at['generator']}", f"latents={at['latents']}", "sigma=0.8", "cache.shard_size=20"],
         "post-train": [*DATA, *TRAINING, *LOSSES, f"tokenizer={at['tokenizer']}", f"pairs={at['pairs']}"],
         "evaluate": [
             *DATA,
@@ -118,7 +118,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def latents(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Path:
     """Tokens of the training images, in two shards."""
-    return encode(tiny.tokens_run(tmp_path_factory.mktemp("latents") / "cache", tokenizer, "shard_size=64"))
+    return encode(tiny.tokens_run(tmp_path_factory.mktemp("latents") / "cache", tokenizer, "cache.shard_size=64"))
 
 
 @pytest.fixture(scope="session")

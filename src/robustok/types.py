@@ -1,4 +1,4 @@
-"""The nouns every room of the house shares: two protocols, a few result records and the one user error.
+"""The types that all packages share: protocols of tokenizers, generators and extractors, and a few records.
 
 Letters used in all docstrings: N images, C H W image, L latents per image, D latent width, K codebook size, F features.
 
@@ -67,7 +67,7 @@ class TokenizerOutput:
         features: (N, L, D), the encoder's features in the geometry of the codebook.
         codebook_loss: scalar, unweighted.
         commitment_loss: scalar, unweighted.
-        semantic_latents: (N, D), mean over the latents that the semantic loss sees.
+        semantic_latents: (N, D), mean over the latents, for the semantic loss.
         semantic_targets: (N, D), the teacher's features projected to latent width; None without a teacher.
     """
 
@@ -95,7 +95,33 @@ class GeneratorOutput:
 
 @runtime_checkable
 class Generator(Protocol):
-    """A class-conditional model of latents."""
+    """A class-conditional model of latents; every implementation is an ``nn.Module``.
+
+    Attributes:
+        kind: "discrete" (tokens) or "continuous" (vectors).
+        config: its settings; ``config.name`` is its family.
+        classes: number of classes.
+        null_label: the label of "no class"; equals ``classes``.
+        latent_shape: (L, D), latents per image and their width.
+        codebook_size: K; None for continuous latents.
+        latent_space: digest of the tokenizer whose latents these are; None where unknown.
+        sampling_type: class of its sampling settings.
+        sampling: sampling settings stored with the weights.
+        objective: name of its training loss.
+        licence: of the pretrained weights.
+    """
+
+    kind: Literal["discrete", "continuous"]
+    config: Config
+    classes: int
+    null_label: int
+    latent_shape: tuple[int, int]
+    codebook_size: int | None
+    latent_space: str | None
+    sampling_type: type[Config]
+    sampling: Config
+    objective: str
+    licence: str
 
     def generate(
         self,
@@ -108,16 +134,39 @@ class Generator(Protocol):
         """Sample latents, or the mixture of samples and real latents that post-training learns from.
 
         Args:
-            labels: classes (N,) int64.
-            sampling: guidance, temperature, top_k, top_p.
+            labels: classes (N,) int64; ``null_label`` samples without a class.
+            sampling: of ``sampling_type``.
             rng: one random generator for each image (a sequence of N), or a single one that seeds each image in turn.
-            reference: latents (N, L) of real images, needed with ``sigma``.
-            sigma: sigma in [0, 1], the share of the reference that is kept. 1 returns the reference,
-                0 (or None) is a free sample.
+            reference: latents of real images, tokens (N, L) int64 or (N, L, D) float32, needed with ``sigma``.
+            sigma: share in [0, 1] of the reference that is kept. 1 returns the reference, 0 (or None) is a free sample.
 
         Returns:
-            Latents: tokens (N, L) int64 for token generators.
+            Latents: tokens (N, L) int64, or (N, L, D) float32.
         """
+        ...
+
+    def mixture_details(self, sampling: Config, sigma: float) -> dict[str, Any]:
+        """What sigma means with these settings, for the manifest of pairs; empty for tokens."""
+        ...
+
+    def compile_sampling(self) -> None:
+        """Compile the sampling step from now on.
+
+        Raises:
+            UserError: this family or device does not support it.
+        """
+        ...
+
+    def check(self, latents: Tensor | None = None) -> list[str]:
+        """Sentences on what is wrong with converted weights or, given some, with the latents; empty if nothing is."""
+        ...
+
+    def to(self, device: torch.device) -> "Generator":
+        """As in ``nn.Module``."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """As in ``nn.Module``."""
         ...
 
 
@@ -140,7 +189,7 @@ class FeatureExtractor(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """Images with their labels and their place in the data set.
+    """Images with their labels and indices.
 
     Attributes:
         images: (N, 3, H, W) float32 in [-1, 1].
@@ -165,7 +214,7 @@ class Measurement:
         seed: seed of the run that made it.
         extractor: name of the feature space with a digest of its weights; None for pixel metrics.
         reference: what it was compared with: name, split, crop, count and digest in one string.
-        details: further facts, written beside the others: tokenizer, decoder, rate, strength, sigma, versions.
+        details: further fields of the same line: tokenizer, decoder, rate, strength, sigma, versions.
     """
 
     metric: str

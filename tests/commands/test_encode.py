@@ -30,7 +30,7 @@ def photos(tmp_path):
 
 
 def run(out, tokenizer, photos, *words):
-    data = ("data.name=folder", f"data.path={photos}", "data.holdout=0", "batch_size=9", "shard_size=25")
+    data = ("data.name=folder", f"data.path={photos}", "data.holdout=0", "cache.batch_size=9", "cache.shard_size=25")
     return tiny.load(EncodeRun, None, (f"out={out}", f"tokenizer={tokenizer}", *data, *words))
 
 
@@ -113,7 +113,7 @@ def test_an_interruption_and_workers_change_nothing(tmp_path, tokenizer, photos,
 def test_a_part_of_the_images_is_a_part_of_the_whole_cache(tmp_path, tokenizer, photos):
     whole = LatentCache(encode(run(tmp_path / "whole", tokenizer, photos, "crops=center-flip")))
     for seed, count in ((0, 5), (1, 5), (1, COUNT)):
-        words = ("crops=center-flip", f"count={count}", f"seed={seed}", "batch_size=3", "shard_size=4")
+        words = ("crops=center-flip", f"count={count}", f"seed={seed}", "cache.batch_size=3", "cache.shard_size=4")
         part = LatentCache(encode(run(tmp_path / f"{seed}-{count}", tokenizer, photos, *words)))
         assert part.manifest.data == whole.manifest.data  # so that pairs may name images of the whole set
         found, everything = part.read(slice(None)), whole.read(slice(None))
@@ -124,7 +124,7 @@ def test_a_part_of_the_images_is_a_part_of_the_whole_cache(tmp_path, tokenizer, 
     draws = [tuple(LatentCache(tmp_path / f"{seed}-5").indices) for seed in (0, 1)]
     assert draws[0] != draws[1]
     with pytest.raises(UserError, match=r"holds other latents .*source\.seed: 0 -> 1"):
-        encode(run(tmp_path / "0-5", tokenizer, photos, "crops=center-flip", "count=5", "seed=1", "shard_size=4"))
+        encode(run(tmp_path / "0-5", tokenizer, photos, "crops=center-flip", "count=5", "seed=1", "cache.shard_size=4"))
 
 
 @pytest.mark.filterwarnings("ignore:skipping")

@@ -43,7 +43,7 @@ def test_samples_are_class_balanced_and_their_own(samples):
 
 
 def test_a_sample_depends_on_its_number_alone(tmp_path, generator, samples):
-    words = ("seed=1", "batch_size=7", "shard_size=9", "count=23")
+    words = ("seed=1", "cache.batch_size=7", "cache.shard_size=9", "count=23")
     fewer = records(generate(tiny.samples_run(tmp_path / "a", generator, *words)))
     assert torch.equal(fewer.latents, records(samples[0]).latents[:23])
 
@@ -79,13 +79,13 @@ def test_images_and_tokenizer_go_together(tmp_path, generator, tokenizer):
         with pytest.raises(UserError, match="images and tokenizer go together"):
             tiny.samples_run(tmp_path / "a", generator, *words)
     other = train_tokenizer(tiny.main_run(tmp_path / "other", "steps=1", "seed=5"))
-    with pytest.raises(UserError, match="is not the tokenizer whose tokens"):
+    with pytest.raises(UserError, match="is not the tokenizer whose latents"):
         generate(tiny.samples_run(tmp_path / "a", generator, f"tokenizer={other}", "images=npz"))
 
 
 def test_an_interrupted_cache_is_completed(tmp_path, generator, monkeypatch):
-    run = tiny.samples_run(tmp_path / "a", generator, "shard_size=10")
-    whole = records(generate(tiny.samples_run(tmp_path / "whole", generator, "shard_size=10")))
+    run = tiny.samples_run(tmp_path / "a", generator, "cache.shard_size=10")
+    whole = records(generate(tiny.samples_run(tmp_path / "whole", generator, "cache.shard_size=10")))
     sample, calls = type(load_generator(generator)).generate, []
 
     def stop(self, *arguments):
@@ -102,7 +102,7 @@ def test_an_interrupted_cache_is_completed(tmp_path, generator, monkeypatch):
     assert torch.equal(records(generate(run)).latents, whole.latents)
     assert len(list((tmp_path / "a").glob("shard*"))) == 4
     with pytest.raises(UserError, match=r"holds other latents .*seed"):
-        generate(tiny.samples_run(tmp_path / "a", generator, "shard_size=10", "seed=9"))
+        generate(tiny.samples_run(tmp_path / "a", generator, "cache.shard_size=10", "seed=9"))
 
 
 # Pairs
@@ -140,7 +140,7 @@ def test_a_subset_is_chosen_by_the_seed(mixed):
 @torch.no_grad()
 def test_reencoded_pairs_went_through_pixels(mixed, tokenizer):
     direct = mixed(0.5, "direct")
-    again = mixed(0.5, "again", "mode=reencoded", f"tokenizer={tokenizer}", "batch_size=128")
+    again = mixed(0.5, "again", "mode=reencoded", f"tokenizer={tokenizer}", "cache.batch_size=128")
     model = load_tokenizer(tokenizer)
     pixels = to_pixels(model.decode(direct.latents))
     assert pixels.dtype == torch.uint8

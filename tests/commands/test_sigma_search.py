@@ -1,4 +1,4 @@
-"""Pairs made on the way, sigma chosen on held-out samples, and no decoder worse than the one it started from."""
+"""Pairs made by the command, sigma chosen on held-out samples, and no decoder worse than before post-training."""
 
 import json
 import statistics
@@ -12,7 +12,6 @@ import tiny
 from robustok.commands.dry_run import estimate
 from robustok.commands.make_pairs import make_pairs
 from robustok.commands.post_train import PostTrainRun, post_train
-from robustok.commands.sigma_search import default_sigmas
 from robustok.config import load
 from robustok.data.dataset import open_images
 from robustok.data.latent_cache import LatentCache
@@ -33,15 +32,15 @@ def run_of(tokenizer, generator, latents, classifier):
     def make(out, *words):
         terms = ("reconstruction.perceptual=none", "adversarial.weight=0", "learning_rate=3e-3")
         given = (f"out={out}", f"tokenizer={tokenizer}", f"generator={generator}", f"latents={latents}", "sigma=auto")
-        judge = (f"held_out.extractor.path={classifier}",)
-        return load(PostTrainRun, None, (*given, *tiny.DATA, *tiny.TRAINING, *terms, *SWEEP, *judge, *words))
+        held_out = (f"held_out.extractor.path={classifier}",)
+        return load(PostTrainRun, None, (*given, *tiny.DATA, *tiny.TRAINING, *terms, *SWEEP, *held_out, *words))
 
     return make
 
 
 @pytest.fixture
 def module(monkeypatch):
-    """Replaces what the verb uses."""
+    """Replaces a name in the module of the command."""
     import sys
 
     return lambda name, value: monkeypatch.setattr(sys.modules["robustok.commands.post_train"], name, value)
@@ -59,8 +58,8 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-class ScriptedJudge:
-    """Judges as it was told; two sets."""
+class ScriptedScore:
+    """Returns given values; two sets."""
 
     samples, extractor = 40, "script"
 
@@ -97,9 +96,9 @@ def test_the_best_decoder_of_the_sweep_is_published(tmp_path, run_of, tokenizer,
     # The published decoder is as good as its line says, and no worse than the untouched one.
     held_out = HeldOut(latents=out / "held-out", extractor={"path": classifier})
     data = open_images(Digits(limit=128), 16)
-    judge = HeldOutScore(held_out, load_tokenizer(tokenizer), data, torch.device("cpu"), sets=2)
-    assert judge(load_tokenizer(out).decode) == pytest.approx(best["values"])
-    assert judge(load_tokenizer(tokenizer).decode) == pytest.approx(untouched)
+    score = HeldOutScore(held_out, load_tokenizer(tokenizer), data, torch.device("cpu"), sets=2)
+    assert score(load_tokenizer(out).decode) == pytest.approx(best["values"])
+    assert score(load_tokenizer(tokenizer).decode) == pytest.approx(untouched)
     assert best["value"] <= found[0]["value"]
 
     header = yaml.safe_load((path / "config.yaml").read_text())
@@ -108,8 +107,8 @@ def test_the_best_decoder_of_the_sweep_is_published(tmp_path, run_of, tokenizer,
     assert LatentCache(out / "held-out").manifest.source["seed"] > 10**6  # not one that a user would think of
 
 
-def test_candidates_see_the_same_images_and_random_numbers(tmp_path, run_of, module):
-    module("HeldOutScore", lambda *_: ScriptedJudge([5, 6, 7, 8]))
+def test_candidates_have_the_same_images_and_random_numbers(tmp_path, run_of, module):
+    module("HeldOutScore", lambda *_: ScriptedScore([5, 6, 7, 8]))
     post_train(run_of(tmp_path, "mixture.count=20"))
     caches = [LatentCache(tmp_path / "pairs" / f"sigma-{sigma}-20").read(slice(None)) for sigma in ("0.5", "0.9", "1")]
     a, b, real = caches
@@ -123,7 +122,7 @@ def test_candidates_see_the_same_images_and_random_numbers(tmp_path, run_of, mod
 
 
 def test_where_nothing_helps_the_decoder_stays_as_it_was(tmp_path, run_of, module, tokenizer, capsys):
-    module("HeldOutScore", lambda *_: ScriptedJudge([5, 6, 5, 7]))
+    module("HeldOutScore", lambda *_: ScriptedScore([5, 6, 5, 7]))
     path = post_train(run_of(tmp_path))
     assert same(weights(path), read_snapshot(tokenizer, "tokenizer").weights)
     card = (path / "README.md").read_text()
@@ -134,7 +133,7 @@ def test_where_nothing_helps_the_decoder_stays_as_it_was(tmp_path, run_of, modul
 
 
 def test_a_long_training_that_ends_worse_leaves_the_candidate(tmp_path, run_of, module):
-    module("HeldOutScore", lambda *_: ScriptedJudge([5, 6, 3, 7, 9, 4]))
+    module("HeldOutScore", lambda *_: ScriptedScore([5, 6, 3, 7, 9, 4]))
     path = post_train(run_of(tmp_path))
     assert same(weights(path), weights(tmp_path / "candidate-0.9" / "snapshot" / "00000002"))
     assert not same(weights(path), weights(tmp_path / "post-0.9" / "snapshot" / "00000006"))
@@ -149,7 +148,7 @@ def test_a_long_training_that_ends_worse_leaves_the_candidate(tmp_path, run_of, 
 
 
 def test_the_best_candidate_is_continued(tmp_path, run_of, module):
-    module("HeldOutScore", lambda *_: ScriptedJudge([5, 6, 3, 7, 2, 1]))
+    module("HeldOutScore", lambda *_: ScriptedScore([5, 6, 3, 7, 2, 1]))
     path = post_train(run_of(tmp_path))
     assert same(weights(path), weights(tmp_path / "post-0.9" / "snapshot" / "00000006"))
     assert [line["step"] for line in tiny.log(tmp_path / "post-0.9")] == [3, 4, 5, 6]
@@ -159,7 +158,7 @@ def test_the_best_candidate_is_continued(tmp_path, run_of, module):
 
 
 def test_no_continuing_where_candidates_have_all_the_steps(tmp_path, run_of, module):
-    module("HeldOutScore", lambda *_: ScriptedJudge([5, 6, 3, 7]))
+    module("HeldOutScore", lambda *_: ScriptedScore([5, 6, 3, 7]))
     path = post_train(run_of(tmp_path, "sweep.steps=9"))
     assert same(weights(path), weights(tmp_path / "candidate-0.9" / "snapshot" / "00000006"))
 
@@ -179,7 +178,7 @@ def test_an_interrupted_sweep_goes_on(tmp_path, run_of, module):
         post_train(run_of(out))
     assert trained == ["candidate-0.5"]
     module("train_decoder", train)
-    module("HeldOutScore", counting := CountingJudge())
+    module("HeldOutScore", counting := CountingScore())
     post_train(run_of(out))
     assert trained[:3] == ["candidate-0.5", "candidate-0.9", "candidate-1"]
     assert counting.calls == len(lines(whole)) - 2  # the untouched one and the first candidate are known
@@ -189,21 +188,21 @@ def test_an_interrupted_sweep_goes_on(tmp_path, run_of, module):
     assert trained[3:].count("candidate-0.5") == trained[3:].count("candidate-1") == 0
 
 
-class CountingJudge:
-    """Makes judges that are counted."""
+class CountingScore:
+    """Makes scores whose calls are counted."""
 
     def __init__(self):
         self.calls = 0
 
     def __call__(self, *arguments):
-        outer, judge = self, HeldOutScore(*arguments)
+        outer, score = self, HeldOutScore(*arguments)
 
         class Counted:
-            samples, extractor, decoder = judge.samples, judge.extractor, staticmethod(judge.decoder)
+            samples, extractor, decoder = score.samples, score.extractor, staticmethod(score.decoder)
 
             def __call__(self, decode):
                 outer.calls += 1
-                return judge(decode)
+                return score(decode)
 
         return Counted()
 
@@ -218,18 +217,20 @@ def test_one_sigma_is_pairs_and_a_training(tmp_path, run_of, tokenizer, generato
     assert load_tokenizer(tmp_path / "run").kind == "discrete"
 
 
-def test_defaults_know_perturbed_tokenizers():
-    assert default_sigmas("robustok") == [0.7, 0.8, 0.9, 1.0]
-    assert default_sigmas("llamagen") == [0.8, 0.9, 0.95, 1.0]
+def test_candidates_depend_on_the_family_of_the_tokenizer(tmp_path, run_of):
+    run = run_of(tmp_path, "sweep.sigmas=null")
+    assert run.candidates("robustok") == [0.7, 0.8, 0.9, 1.0]
+    assert run.candidates("llamagen") == [0.8, 0.9, 0.95, 1.0]
 
 
-def test_what_does_not_fit_is_said(tmp_path, run_of, tokenizer):
+def test_what_does_not_fit_is_refused(tmp_path, run_of, tokenizer):
     for words, said in (
         (("pairs=somewhere",), "pairs are given, and so is generator"),
         (("generator=null",), r"no pairs: give pairs=PATH, or generator and sigma \(generator missing\)"),
         (("sigma=1.2",), "sigma 1.2 is to be a share from 0 to 1, or auto"),
-        (("held_out=null",), r"sigma=auto judges on held-out samples; set held_out\.extractor\.path"),
-        (("sweep.sigmas=[0.5,2]",), r"sweep\.sigmas .* shares from 0 to 1"),
+        (("held_out=null",), r"sigma=auto compares decoders on held-out samples; set held_out\.extractor\.path"),
+        (("sweep.sigmas=[0.5,2]",), r"sweep\.sigmas\.1 = 2: .*less than or equal to 1"),
+        (("sweep.sigmas=[]",), r"sweep\.sigmas = \[\]: .*at least 1 item"),
     ):
         with pytest.raises(UserError, match=said):
             run_of(tmp_path / "run", *words)

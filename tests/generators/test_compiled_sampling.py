@@ -65,14 +65,14 @@ def test_a_compiled_step_gives_the_same_tokens(name):
     compiled(name)
 
 
-def test_the_verb_compiles_where_it_can(tmp_path, generator, samples, monkeypatch, uncompiled):
-    made = LatentCache(generate(tiny.samples_run(tmp_path / "a", generator, "seed=1", "compile=true")))
+def test_the_command_compiles_where_it_can(tmp_path, generator, samples, monkeypatch, uncompiled):
+    made = LatentCache(generate(tiny.samples_run(tmp_path / "a", generator, "seed=1", "cache.compile=true")))
     assert torch.equal(made.read(slice(None)).latents, LatentCache(samples[0]).read(slice(None)).latents)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="needs a C\\+\\+ compiler"):
-        generate(tiny.samples_run(tmp_path / "b", generator, "compile=true"))
+        generate(tiny.samples_run(tmp_path / "b", generator, "cache.compile=true"))
     monkeypatch.setattr(
         import_module("robustok.commands.generate"), "load_generator", lambda path: tiny_generator("sit")
     )
     with pytest.raises(UserError, match="compile=true is for generators of tokens"):
-        generate(tiny.samples_run(tmp_path / "c", generator, "compile=true"))
+        generate(tiny.samples_run(tmp_path / "c", generator, "cache.compile=true"))

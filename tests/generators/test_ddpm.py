@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from robustok.errors import UserError
-from robustok.generators.ddpm import DDPMSampling, add_noise, alpha_bars, chain, plan_ddpm, sample_ddpm
+from robustok.generators.ddpm import DDPMProcess, DDPMSampling, add_noise, alpha_bars
 from robustok.generators.ddpm import visited_timesteps as visited
+from robustok.generators.diffusion_sampling import sample_mixture
 
 BARS = alpha_bars(1000, 1e-4, 0.02, "linear")
 STRATEGIES = ["sdedit", "sdedit_snr", "linear_mix", "noise_only", "token_mix"]
 SHAPE = (2, 16, 3)  # a grid of 4 x 4
-SPREAD = 0.5  # deviation of the Gaussian data
+SPREAD = 0.5  # standard deviation of the Gaussian data
 
 
 def randn(*shape, seed=0):
@@ -68,7 +69,7 @@ def ours(sampling, start, variance=False, clip=None):
     draw = lambda: row(torch.randn(2, 3, 4, 4, generator=rng, dtype=torch.float64))  # noqa: E731
     times = visited(sampling.steps, 1000, sampling.spacing)
     model = lambda x, time: predicted(x, time, variance)  # noqa: E731
-    return times.tolist()[:-1], torch.stack([*chain(model, start, times, BARS, sampling, draw, clip)])
+    return times.tolist()[:-1], torch.stack([*DDPMProcess(sampling, BARS, clip).solve(model, start, times, draw)])
 
 
 @pytest.mark.parametrize(("exact", "tolerance"), [(True, 1e-12), (False, 1e-4)])
@@ -125,7 +126,7 @@ def test_timesteps_by_hand():
     assert visited(4, 10, "trailing").tolist() == [9, 7, 4, 1, -1]
     for spacing in ("leading", "linspace", "trailing"):
         assert visited(10, 10, spacing).tolist() == [*range(9, -1, -1), -1]
-        with pytest.raises(UserError, match=r"steps is 11, and the model knows 10 timesteps"):
+        with pytest.raises(UserError, match=r"steps is 11, and the model has 10 timesteps"):
             visited(11, 10, spacing)
     assert visited(1, 10, "linspace").tolist() == [9, -1]
 
@@ -146,14 +147,14 @@ def test_ancestral_sampling_is_ddim_with_all_of_its_noise():
 
 
 def test_a_perfect_model_makes_the_data():
-    """Gaussian data from noise: DDIM scales the noise, ancestral draws anew; both have its deviation."""
+    """Gaussian data from noise: DDIM scales the noise, ancestral draws anew; both have its standard deviation."""
     start = randn(4000, 1, 1)
     for sampler in ("ddim", "ancestral"):
         seeds = iter(range(1, 1000))
         sampling = DDPMSampling(steps=500, spacing="linspace", sampler=sampler)
         times = visited(500, 1000, "linspace")
         draw = lambda seeds=seeds: randn(4000, 1, 1, seed=next(seeds))  # noqa: E731
-        samples = last(chain(gaussian_noise, start, times, BARS, sampling, draw))
+        samples = last(DDPMProcess(sampling, BARS).solve(gaussian_noise, start, times, draw))
         assert samples.std().item() == pytest.approx(SPREAD, rel=0.04)
         shared = torch.corrcoef(torch.stack([samples, start]).flatten(1))[0, 1].item()
         assert shared > 0.999 if sampler == "ddim" else abs(shared) < 0.1
@@ -165,7 +166,7 @@ def test_a_learned_variance_lies_between_the_fixed_ones():
     def spread(variance, learned):
         sampling = DDPMSampling(sampler="ancestral", steps=2, spacing="linspace", variance=variance)
         model = lambda x, time: torch.cat([0 * x, 0 * x + learned], dim=-1)  # noqa: E731
-        return next(chain(model, start, times, BARS, sampling, lambda: torch.ones(1, 1, 1))).item()
+        return next(DDPMProcess(sampling, BARS).solve(model, start, times, lambda: torch.ones(1, 1, 1))).item()
 
     assert spread("learned", -1.0) == pytest.approx(spread("small", 0.0))
     assert spread("learned", 1.0) == pytest.approx(spread("large", 0.0))
@@ -177,30 +178,30 @@ def test_a_learned_variance_lies_between_the_fixed_ones():
 
 @pytest.mark.parametrize("sampler", ["ddim", "ancestral"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_more_preservation_is_nearer_to_the_reference(sampler, strategy):
+def test_a_higher_sigma_is_nearer_to_the_reference(sampler, strategy):
     latents, noise = SPREAD * randn(8, 16, 4, seed=1), randn(8, 16, 4)
     uniforms = torch.rand(8, 16, 1, generator=torch.Generator().manual_seed(3))
-    sampling = DDPMSampling(sampler=sampler, steps=50, strategy=strategy)
+    process = DDPMProcess(DDPMSampling(sampler=sampler, steps=50, strategy=strategy), BARS)
 
     def mixed(sigma):
         draw = iter(randn(50, 8, 16, 4, seed=2)).__next__
-        return sample_ddpm(gaussian_noise, noise, sampling, BARS, latents, sigma, uniforms < sigma, draw)
+        return sample_mixture(gaussian_noise, process, noise, latents, sigma, uniforms < sigma, draw)
 
     sigmas = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)[strategy == "noise_only" :]  # at 0 that one turns into a free sample
     distances = [(mixed(sigma) - latents).square().mean().item() for sigma in sigmas]
     assert all(a > b for a, b in pairwise(distances)), distances
     assert distances[-1] == 0
-    free = sample_ddpm(gaussian_noise, noise, sampling, BARS, draw=iter(randn(50, 8, 16, 4, seed=2)).__next__)
+    free = sample_mixture(gaussian_noise, process, noise, draw=iter(randn(50, 8, 16, 4, seed=2)).__next__)
     assert torch.equal(mixed(0.0), free)
 
 
 def test_where_sampling_starts():
-    plan = lambda sigma, **settings: plan_ddpm(DDPMSampling(**settings), sigma, BARS)  # noqa: E731
+    plan = lambda sigma, **settings: DDPMProcess(DDPMSampling(**settings), BARS).plan(sigma)  # noqa: E731
     found = plan(0.9, steps=50)
     assert found.times.tolist() == [80, 60, 40, 20, 0, -1]  # round(0.1 * 50) steps are left
     assert found.noise_level == pytest.approx((1 - BARS[80]).sqrt().item())
     assert BARS[100].sqrt() == pytest.approx(0.946, abs=1e-3)  # what sigma 0.9 leaves of 1000 steps
-    assert found.facts() == {"noise_level": found.noise_level, "sampler_steps": 5, "guided_share": 0.0}
+    assert found.details() == {"noise_level": found.noise_level, "sampler_steps": 5, "guided_share": 0.0}
     assert plan(0.9, steps=50, guidance_scale=2.0).guided_share == 1
     for strategy in STRATEGIES:
         nothing = plan(1.0, strategy=strategy, guidance_scale=2.0)
@@ -213,7 +214,7 @@ def test_where_sampling_starts():
 
 @pytest.mark.parametrize("sigma", [0.05, 0.5, 0.9, 0.999])
 def test_the_signal_decides_where_asked_to(sigma):
-    found = plan_ddpm(DDPMSampling(strategy="sdedit_snr"), sigma, BARS)
+    found = DDPMProcess(DDPMSampling(strategy="sdedit_snr"), BARS).plan(sigma)
     start, *others = found.times.tolist()
     assert abs(BARS[start] - sigma) == (BARS - sigma).abs().min()
     assert others == [t for t in visited(50, 1000, "leading").tolist() if t < start]
@@ -227,14 +228,14 @@ def test_sampling_starts_from_the_noised_reference():
         seen.append((time, x))
         return noise  # the truth
 
-    found = sample_ddpm(model, noise, DDPMSampling(steps=10), BARS, latents, 0.6)
+    found = sample_mixture(model, DDPMProcess(DDPMSampling(steps=10), BARS), noise, latents, 0.6)
     assert [time for time, _ in seen] == [300, 200, 100, 0]
     for time, x in seen:
         torch.testing.assert_close(x, add_noise(latents, noise, BARS[time]))
     torch.testing.assert_close(found, latents)
 
 
-def test_token_mix_shows_kept_latents_as_noisy_as_the_others():
+def test_token_mix_gives_kept_latents_the_noise_level_of_the_others():
     latents, noise, seen = randn(1, 4, 2, seed=1), randn(1, 4, 2), []
     keep = torch.tensor([True, False, False, True])[None, :, None]
 
@@ -242,7 +243,8 @@ def test_token_mix_shows_kept_latents_as_noisy_as_the_others():
         seen.append((time, x))
         return noise
 
-    found = sample_ddpm(model, noise, DDPMSampling(steps=4, strategy="token_mix"), BARS, latents, 0.5, keep)
+    process = DDPMProcess(DDPMSampling(steps=4, strategy="token_mix"), BARS)
+    found = sample_mixture(model, process, noise, latents, 0.5, keep)
     for time, x in seen:
         torch.testing.assert_close(x[0, [0, 3]], add_noise(latents, noise, BARS[time])[0, [0, 3]])
     assert len(seen) == 4
@@ -252,8 +254,8 @@ def test_token_mix_shows_kept_latents_as_noisy_as_the_others():
 
 def test_noise_only_and_linear_mix_by_hand():
     latents, noise = randn(2, 4, 2, seed=1), randn(2, 4, 2)
-    mixed = lambda strategy: sample_ddpm(  # noqa: E731
-        lambda x, time: 0 * x, noise, DDPMSampling(steps=1, strategy=strategy), BARS, latents, 0.75
+    mixed = lambda strategy: sample_mixture(  # noqa: E731
+        lambda x, time: 0 * x, DDPMProcess(DDPMSampling(steps=1, strategy=strategy), BARS), noise, latents, 0.75
     )
     torch.testing.assert_close(mixed("noise_only"), latents + 0.25 * noise)
     torch.testing.assert_close(mixed("linear_mix"), 0.75 * latents + 0.25 * noise / BARS[0].sqrt())

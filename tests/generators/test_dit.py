@@ -118,7 +118,7 @@ def test_sigma(tmp_path, strategy, sampler):
     model = load(tmp_path, out_channels=2 * D)
     sampling = DDPMSampling(steps=20, strategy=strategy, sampler=sampler, guidance_scale=1.5)
     hold_sigma(model, sampling, latents_of(20, seed=3))
-    assert model.mixture_facts(sampling, 0.9)["strategy"] == strategy
+    assert model.mixture_details(sampling, 0.9)["strategy"] == strategy
 
 
 def test_an_image_is_the_same_in_any_batch(tmp_path):
@@ -135,11 +135,11 @@ def test_what_cannot_be_sampled(tmp_path):
     for sampling, said in (
         (DiffusionSampling(), r"dit samples by ddpm; got sampling\.name=diffusion"),
         (DDPMSampling(variance="learned", sampler="ancestral"), "this dit predicts no variance"),
-        (DDPMSampling(steps=1001), "knows 1000 timesteps"),
+        (DDPMSampling(steps=1001), "has 1000 timesteps"),
     ):
         with pytest.raises(UserError, match=said):
             model.generate(torch.tensor([0]), sampling, rngs)
-    with pytest.raises(UserError, match="knows no latent statistics"):
+    with pytest.raises(UserError, match="has no latent statistics"):
         from_folder(tmp_path).generate(torch.tensor([0]), DDPMSampling(steps=1), rngs)
 
 

@@ -8,29 +8,26 @@ import torch
 
 from robustok.config import validate
 from robustok.errors import UserError
+from robustok.generators.diffusion_sampling import guided_model, image_normals, sample_mixture
 from robustok.generators.flow import (
     DiffusionSampling,
-    check_reference,
+    FlowProcess,
     draw_noise_levels,
-    guided_velocity,
-    image_normals,
     interpolate,
     noise_level,
     path_point,
-    plan_mixture,
-    sample_mixture,
     sampling_times,
     score_of,
     shift_times,
     target_velocity,
-    trajectory,
 )
+from robustok.generators.sampling import check_mixture
 from robustok.randomness import image_rngs
 
 CONVENTIONS = [0.0, 1.0]  # noise_time
 PATHS = ["linear", "cosine"]
 STRATEGIES = ["sdedit", "sdedit_snr", "linear_mix", "noise_only", "token_mix"]
-SPREAD = 0.5  # deviation of the Gaussian data
+SPREAD = 0.5  # standard deviation of the Gaussian data
 
 
 def randn(*shape, seed=0):
@@ -53,7 +50,7 @@ def gaussian_velocity(noise_time, path="linear", spread=SPREAD):
 # Time
 
 
-def test_a_family_says_where_its_noise_is():
+def test_each_family_has_its_convention_of_time():
     times = torch.tensor([0.0, 0.25, 1.0])
     assert noise_level(times, 1.0).tolist() == [0, 0.25, 1]
     assert noise_level(times, 0.0).tolist() == [1, 0.75, 0]
@@ -95,7 +92,7 @@ def test_noise_levels_of_training():
         assert 0 <= levels.min() <= levels.max() <= 1
         assert levels.mean().item() == pytest.approx(0.5, abs=0.01)
     assert uniform.var().item() == pytest.approx(1 / 12, abs=0.002)
-    below = (normal < 1 / (1 + math.exp(-1))).float().mean().item()  # one deviation above the median
+    below = (normal < 1 / (1 + math.exp(-1))).float().mean().item()  # one standard deviation above the median
     assert below == pytest.approx(0.8413, abs=0.01)
 
 
@@ -142,7 +139,7 @@ def test_score_of_a_gaussian(path):
 
 def final(velocity, start, sampling, noise_time, path="linear", draw=None):
     times = sampling_times(sampling, noise_time)
-    states = list(trajectory(velocity, start, times, sampling.sampler, noise_time, path, draw))
+    states = list(FlowProcess(sampling, noise_time, path).solve(velocity, start, times, draw))
     assert len(states) == sampling.steps
     return states[-1]
 
@@ -150,7 +147,7 @@ def final(velocity, start, sampling, noise_time, path="linear", draw=None):
 @pytest.mark.parametrize("noise_time", CONVENTIONS)
 @pytest.mark.parametrize(("sampler", "order"), [("euler", 1), ("heun", 2)])
 def test_ode_samplers_converge_at_their_order(noise_time, sampler, order):
-    """Gaussian data: the flow scales noise to the data's deviation."""
+    """Gaussian data: the flow scales noise to the data's standard deviation."""
     start = randn(4, 2, 3)
     errors = []
     for steps in (16, 32, 64):
@@ -183,13 +180,13 @@ def test_the_sde_samples_the_distribution(noise_time, path):
 @pytest.mark.parametrize("sampler", ["euler", "heun", "euler_maruyama"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_model_in_the_other_convention_gives_the_same(sampler, strategy):
-    """Time turned around, velocity turned around: no sampler and no strategy may notice."""
+    """Time and velocity reversed: all samplers and strategies give the same."""
     latents, noise, steps = randn(2, 5, 3, seed=1), randn(2, 5, 3), randn(20, 2, 5, 3, seed=2)
     keep = torch.tensor([True, False, True, True, False])[None, :, None]
     sampling = DiffusionSampling(sampler=sampler, steps=8, strategy=strategy)
     one = lambda x, t: torch.tanh(x + t) + t  # noqa: E731
     found = [
-        sample_mixture(v, noise, sampling, noise_time, "linear", latents, 0.4, keep, iter(steps).__next__)
+        sample_mixture(v, FlowProcess(sampling, noise_time), noise, latents, 0.4, keep, iter(steps).__next__)
         for v, noise_time in ((one, 1.0), (lambda x, t: -one(x, 1 - t), 0.0))
     ]
     torch.testing.assert_close(*found)
@@ -207,14 +204,14 @@ def test_guidance_keeps_to_its_interval_and_channels():
 
     sampling = DiffusionSampling(guidance_scale=3.0, guidance_interval=(0.25, 0.75), guided_channels=1)
     labels, x = torch.tensor([1, 2]), torch.zeros(2, 1, 3, dtype=torch.float64)
-    velocity = guided_velocity(model, labels, 10, sampling)
+    velocity = guided_model(model, labels, 10, sampling)
     for time, guided in ((0.24, False), (0.25, True), (0.5, True), (0.75, True), (0.76, False)):
         calls.clear()
         found = velocity(x, time)
         expected = [-17.0, 1.0, 1.0] if guided else [1.0, 1.0, 1.0]  # 10 + 3 * (1 - 10)
         assert found[0, 0].tolist() == expected
         assert calls == [(4 if guided else 2, [time] * (4 if guided else 2))]
-    whole = guided_velocity(model, labels, 10, DiffusionSampling(guidance_scale=3.0))(x, 1.0)
+    whole = guided_model(model, labels, 10, DiffusionSampling(guidance_scale=3.0))(x, 1.0)
     assert whole[1, 0].tolist() == [-14.0] * 3
     assert not DiffusionSampling(guidance_scale=1.0).guides(0.5)
 
@@ -224,9 +221,9 @@ def test_guidance_keeps_to_its_interval_and_channels():
 
 @pytest.mark.parametrize("noise_time", CONVENTIONS)
 def test_sigma_is_the_share_of_steps_or_of_signal(noise_time):
-    plan = lambda sigma, path="linear", **s: plan_mixture(  # noqa: E731
-        DiffusionSampling(steps=10, **s), sigma, noise_time, path
-    )
+    plan = lambda sigma, path="linear", **s: FlowProcess(  # noqa: E731
+        DiffusionSampling(steps=10, **s), noise_time, path
+    ).plan(sigma)
     for sigma in (0.0, 0.3, 0.9):
         start = 1 - sigma if noise_time == 1 else sigma
         assert plan(sigma).times[0].item() == pytest.approx(start)
@@ -245,7 +242,7 @@ def test_sigma_is_the_share_of_steps_or_of_signal(noise_time):
         one = plan(1.0, strategy=strategy)
         assert (len(one.times), one.noise_level, one.guided_share) == (1, 0.0, 0.0)
     assert plan(0.5, strategy="token_mix").noise_level == plan(0.5, strategy="linear_mix").noise_level == 1
-    assert plan(0.5, strategy="noise_only").facts() == {"noise_level": 0.5, "sampler_steps": 0, "guided_share": 0.0}
+    assert plan(0.5, strategy="noise_only").details() == {"noise_level": 0.5, "sampler_steps": 0, "guided_share": 0.0}
 
 
 def test_the_guided_share_of_published_settings():
@@ -254,8 +251,8 @@ def test_the_guided_share_of_published_settings():
         steps=249, guidance_scale=6.7, guidance_interval=(0.125, 1.0), guided_channels=3, timestep_shift=0.3
     )
     for sampling, noise_time in ((sit, 1.0), (lightning, 0.0)):
-        assert plan_mixture(sampling, 0.9, noise_time).guided_share == 1  # the noisy part is left out
-        share = plan_mixture(sampling, 0.0, noise_time).guided_share
+        assert FlowProcess(sampling, noise_time).plan(0.9).guided_share == 1  # the noisy part is left out
+        share = FlowProcess(sampling, noise_time).plan(0.0).guided_share
         visited = sampling_times(sampling, noise_time)[:-1].tolist()
         low, high = sampling.guidance_interval
         assert share == sum(low <= t <= high for t in visited) / len(visited)
@@ -265,27 +262,25 @@ def test_the_guided_share_of_published_settings():
 @pytest.mark.parametrize("noise_time", CONVENTIONS)
 @pytest.mark.parametrize("sampler", ["euler", "euler_maruyama"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_more_preservation_is_nearer_to_the_reference(noise_time, sampler, strategy):
+def test_a_higher_sigma_is_nearer_to_the_reference(noise_time, sampler, strategy):
     latents, noise = SPREAD * randn(8, 16, 4, seed=1), randn(8, 16, 4)
     uniforms = torch.rand(8, 16, 1, generator=torch.Generator().manual_seed(3))
-    sampling = DiffusionSampling(sampler=sampler, steps=20, strategy=strategy)
+    process = FlowProcess(DiffusionSampling(sampler=sampler, steps=20, strategy=strategy), noise_time)
+    arguments = (gaussian_velocity(noise_time), process, noise)
 
     def mixed(sigma):
         draw = iter(randn(20, 8, 16, 4, seed=2)).__next__
-        return sample_mixture(
-            gaussian_velocity(noise_time), noise, sampling, noise_time, "linear", latents, sigma, uniforms < sigma, draw
-        )
+        return sample_mixture(*arguments, latents, sigma, uniforms < sigma, draw)
 
     sigmas = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)[strategy == "noise_only" :]  # at 0 that one turns into a free sample
     distances = [(mixed(sigma) - latents).square().mean().item() for sigma in sigmas]
     assert all(a > b for a, b in pairwise(distances)), distances
     assert distances[-1] == 0
-    arguments = (gaussian_velocity(noise_time), noise, sampling, noise_time, "linear")
     assert torch.equal(mixed(0.0), sample_mixture(*arguments, draw=iter(randn(20, 8, 16, 4, seed=2)).__next__))
 
 
 @pytest.mark.parametrize("noise_time", CONVENTIONS)
-def test_token_mix_shows_kept_latents_as_noisy_as_the_others(noise_time):
+def test_token_mix_gives_kept_latents_the_noise_level_of_the_others(noise_time):
     latents, noise = randn(1, 4, 2, seed=1), randn(1, 4, 2)
     keep = torch.tensor([True, False, False, True])[None, :, None]
     sampling, seen = DiffusionSampling(steps=4, strategy="token_mix"), []
@@ -294,7 +289,7 @@ def test_token_mix_shows_kept_latents_as_noisy_as_the_others(noise_time):
         seen.append((time, x))
         return torch.zeros_like(x)
 
-    found = sample_mixture(velocity, noise, sampling, noise_time, "linear", latents, 0.5, keep)
+    found = sample_mixture(velocity, FlowProcess(sampling, noise_time), noise, latents, 0.5, keep)
     for time, x in seen:
         level = noise_level(torch.tensor(time, dtype=torch.float64), noise_time)
         torch.testing.assert_close(x, torch.where(keep, (1 - level) * latents + level * noise, noise))
@@ -305,7 +300,7 @@ def test_token_mix_shows_kept_latents_as_noisy_as_the_others(noise_time):
 def test_noise_only_and_linear_mix_by_hand():
     latents, noise = randn(2, 4, 2, seed=1), randn(2, 4, 2)
     mix = lambda strategy: sample_mixture(  # noqa: E731
-        lambda x, t: -x, noise, DiffusionSampling(steps=1, strategy=strategy), 0.0, "linear", latents, 0.75
+        lambda x, t: -x, FlowProcess(DiffusionSampling(steps=1, strategy=strategy), 0.0), noise, latents, 0.75
     )
     torch.testing.assert_close(mix("noise_only"), latents + 0.25 * noise)
     torch.testing.assert_close(mix("linear_mix"), 0.75 * latents)  # one step of -x ends at 0
@@ -323,15 +318,15 @@ def test_noise_belongs_to_the_image():
 
 def test_references_that_do_not_fit():
     shape, good = (2, 4, 3), torch.zeros(2, 4, 3)
-    check_reference(None, None, shape)
-    check_reference(0.5, good, shape)
+    check_mixture(None, None, shape, None)
+    check_mixture(0.5, good, shape, None)
     with pytest.raises(UserError, match=r"sigma is 1\.5"):
-        check_reference(1.5, good, shape)
+        check_mixture(1.5, good, shape, None)
     with pytest.raises(UserError, match="no reference is given"):
-        check_reference(0.5, None, shape)
+        check_mixture(0.5, None, shape, None)
     for wrong in (torch.zeros(2, 3, 4), torch.zeros(2, 4), torch.zeros(2, 4, 3, dtype=torch.int64)):
         with pytest.raises(UserError, match="the reference has shape"):
-            check_reference(0.5, wrong, shape)
+            check_mixture(0.5, wrong, shape, None)
 
 
 def test_intervals_that_are_none():

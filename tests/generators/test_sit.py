@@ -194,7 +194,7 @@ def test_latents_are_normalised_at_the_edge(name):
 
 def test_statistics_that_cannot_be():
     model = build("sit")
-    with pytest.raises(UserError, match="knows no latent statistics"):
+    with pytest.raises(UserError, match="has no latent statistics"):
         model.generate(torch.tensor([0]), DiffusionSampling(steps=1), image_rngs(0, [0]))
     with pytest.raises(UserError, match="latent_std is missing"):
         build("sit", latent_mean=0.0)
@@ -246,7 +246,7 @@ def test_sigma_in_each_familys_time(name, strategy):
 def test_facts_of_a_mixture():
     model = build("lightningdit")
     sampling = DiffusionSampling(steps=10, timestep_shift=0.3, guidance_scale=2.0, guidance_interval=(0.5, 1.0))
-    facts = model.mixture_facts(sampling, 0.8)
+    facts = model.mixture_details(sampling, 0.8)
     time = 0.3 * 0.8 / (1 - 0.7 * 0.8)  # of the eighth step, 0 is noise
     assert facts == {
         "strategy": "sdedit",

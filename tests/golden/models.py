@@ -7,7 +7,8 @@ from table import EXACT, Golden, Run, Tolerance
 from torch import Tensor, nn
 
 from robustok import load_pretrained
-from robustok.generators.flow import DiffusionSampling, guided_velocity, sampling_times, trajectory
+from robustok.generators.diffusion_sampling import guided_model
+from robustok.generators.flow import DiffusionSampling, FlowProcess, sampling_times
 from robustok.generators.sampling import Sampling, guidance_scales
 from robustok.generators.sit import SiT, SiTConfig
 from robustok.randomness import image_rngs
@@ -267,9 +268,9 @@ def sit(golden: Golden) -> None:
 def _sit_states(run: Run, sampling: DiffusionSampling, path: str) -> Tensor:
     """All states (steps + 1, N, L, D), the start among them; the SDE takes the noise of the file."""
     model, noise, labels = run.model, run.input("noise"), run.input("labels")
-    velocity = guided_velocity(model.velocity, labels, model.null_label, sampling)
+    velocity = guided_model(model.velocity, labels, model.null_label, sampling)
     times, draw = sampling_times(sampling, model.noise_time), partial(next, iter(run.input("sde_noise")))
-    states = trajectory(velocity, noise, times, sampling.sampler, model.noise_time, path, draw)
+    states = FlowProcess(sampling, model.noise_time, path).solve(velocity, noise, times, draw)
     return torch.stack([noise.double(), *states])
 
 
@@ -304,7 +305,7 @@ def _doubled_velocity(x: Tensor, time: float, run: Run, sampling: DiffusionSampl
     """Velocity (2 N, L, D): in the first half ours, in the second its guided channels and the others unconditional."""
     model, labels, channels = run.model, run.input("labels"), run.golden.notes["sampling"]["guided_channels"]
     half = x[: len(labels)]  # the other half is never looked at
-    own = guided_velocity(model.velocity, labels, model.null_label, sampling)(half, time)
+    own = guided_model(model.velocity, labels, model.null_label, sampling)(half, time)
     null = model.velocity(half, time, torch.full_like(labels, model.null_label)).double()
     return torch.cat([own, torch.cat([own[..., :channels], null[..., channels:]], dim=-1)])
 
@@ -313,5 +314,5 @@ def _doubled_states(run: Run, sampling: DiffusionSampling) -> Tensor:
     """All states (steps + 1, 2 N, D, H, W), the start among them."""
     start, times = to_row(run.input("noise")).repeat(2, 1, 1).double(), sampling_times(sampling, run.model.noise_time)
     velocity = partial(_doubled_velocity, run=run, sampling=sampling)
-    states = trajectory(velocity, start, times, sampling.sampler, run.model.noise_time)
+    states = FlowProcess(sampling, run.model.noise_time).solve(velocity, start, times)
     return torch.stack([to_grid(state) for state in (start, *states)])

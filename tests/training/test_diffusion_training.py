@@ -148,7 +148,7 @@ def test_samples_are_continuous_latents_of_their_class(tmp_path, trained, cache,
 def test_pairs_come_nearer_with_sigma_and_say_how(tmp_path, trained, cache, name):
     real, distances = records(cache), []
     for sigma in (0.0, 0.4, 0.8, 1.0):
-        words = (f"sigma={sigma}", "shard_size=40")
+        words = (f"sigma={sigma}", "cache.shard_size=40")
         path = make_pairs(tiny.pairs_run(tmp_path / str(sigma), trained[name], cache, *words))
         pairs, source = records(path), LatentCache(path).manifest.source
         assert sorted(pairs.indices.tolist()) == list(range(COUNT))

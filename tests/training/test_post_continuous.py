@@ -97,12 +97,12 @@ def test_the_whole_story_on_continuous_latents(tmp_path, name, classifier):
         "perturbation.proportion=0",
     ]
     tokenizer = run("main-train", "tokenizer", f"tokenizer.name={name}", *sizes, *tiny.DATA, *short, "steps=5", *losses)
-    latents = run("encode", "latents", f"tokenizer={tokenizer}", *tiny.DATA, "latent_dtype=bfloat16")
+    latents = run("encode", "latents", f"tokenizer={tokenizer}", *tiny.DATA, "cache.dtype=bfloat16")
     sampling = ("sampling.name=diffusion", "sampling.steps=4")
     generator = run("train-generator", "generator", f"latents={latents}", *GENERATOR, *short, "steps=5", *sampling)
     images = (f"tokenizer={tokenizer}", "images=npz")
     samples = run("generate", "samples", f"generator={generator}", "count=40", *images)
-    mixing = ("sigma=0.5", "latent_dtype=float16")
+    mixing = ("sigma=0.5", "cache.dtype=float16")
     pairs = run("make-pairs", "pairs", f"generator={generator}", f"latents={latents}", *mixing)
     scored = (f"held_out.latents={samples}", f"held_out.extractor.path={classifier}")
     terms = ("reconstruction.perceptual=none", *tiny.DATA, *short, "steps=4", "snapshot_every=2", *ADVERSARY)

@@ -29,12 +29,12 @@ def settings(tokenizer, latents, generator, samples, pairs, classifier):
     )
     return {
         "main-train": lambda out: tiny.main_run(out, *everything),
-        "encode": lambda out: tiny.tokens_run(out, tokenizer, "shard_size=30", "crops=ten"),
+        "encode": lambda out: tiny.tokens_run(out, tokenizer, "cache.shard_size=30", "crops=ten"),
         "train-generator": lambda out: tiny.generator_run(out, latents, "generator.dropout=0", "learning_rate=1e-3"),
         "generate": lambda out: tiny.samples_run(
-            out, generator, "shard_size=11", f"tokenizer={tokenizer}", "images=npz"
+            out, generator, "cache.shard_size=11", f"tokenizer={tokenizer}", "images=npz"
         ),
-        "make-pairs": lambda out: tiny.pairs_run(out, generator, latents, "shard_size=50", "sigma=0.5"),
+        "make-pairs": lambda out: tiny.pairs_run(out, generator, latents, "cache.shard_size=50", "sigma=0.5"),
         "post-train": lambda out: tiny.post_run(
             out, tokenizer, pairs, *tiny.ADVERSARY[:2], "adversarial.start=2", *held_out
         ),

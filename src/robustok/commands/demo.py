@@ -105,7 +105,7 @@ def run_seed(run: DemoRun, seed: int) -> None:
     )
     for name in TOKENIZERS:
         tokenizer = f"tokenizer={stages.here / f'tokenizer-{name}'}"
-        encode(stages.job(EncodeRun, f"latents-{name}", *stages.images, tokenizer, "batch_size=256"))
+        encode(stages.job(EncodeRun, f"latents-{name}", *stages.images, tokenizer, "cache.batch_size=256"))
     side_by_side(
         {
             f"generator-{name}": (
@@ -146,7 +146,7 @@ class Stages:
         """Free samples of a generator."""
         generator = f"generator={self.here / f'generator-{name}'}"
         return generate(
-            self.job(GenerateRun, f"samples/{out}", generator, f"count={count}", f"seed={seed}", "batch_size=256")
+            self.job(GenerateRun, f"samples/{out}", generator, f"count={count}", f"seed={seed}", "cache.batch_size=256")
         )
 
 
@@ -166,7 +166,8 @@ def _post_train(stages: Stages) -> None:
         pairs = f"pairs={stages.here / f'pairs-{name}'}"
         post = stages.job(DecoderTrainingRun, name, *stages.images, stages.guide, *words, pairs)
         mixing = [f"generator={generator}", f"sigma={sigma}", f"count={post.steps * post.batch_size}"]
-        make_pairs(stages.job(MakePairsRun, f"pairs-{name}", stages.latents("perturbed"), *mixing, "batch_size=256"))
+        mixing += ["cache.batch_size=256"]
+        make_pairs(stages.job(MakePairsRun, f"pairs-{name}", stages.latents("perturbed"), *mixing))
         jobs[name] = train_decoder, post
     side_by_side(jobs)
 

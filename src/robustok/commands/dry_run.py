@@ -121,7 +121,7 @@ def _main_training(run: TokenizerTrainingRun) -> Facts:
 
 
 def _generator_training(run: GeneratorTrainingRun) -> Facts:
-    discrete = getattr(GENERATORS[run.generator.name][0], "kind", "discrete") == "discrete"
+    discrete = GENERATORS[run.generator.name][0].kind == "discrete"
     if run.latents.exists() or not discrete:
         m = LatentCache(run.latents).manifest
         check_kind(run.generator.name, m.kind, str(run.latents))
@@ -189,15 +189,15 @@ def _post_training(run: DecoderTrainingRun | PostTrainRun) -> Facts:
 
 def _pairs(run: PostTrainRun, tokenizer: Tokenizer) -> Facts:
     """What is made before a training: latents where there are none, and pairs, of each sigma that is tried."""
-    record, facts = _latent_bytes(tokenizer, run.mixture.latent_dtype) + RECORD, {}
-    count = run.pairs_seen()
+    record, facts = _latent_bytes(tokenizer, run.cache.dtype) + RECORD, {}
+    count = run.pairs_used()
     if run.latents is None:
         count = min(count, len(open_images(run.data, tokenizer.image_size, "train")))
         facts["latents_bytes"] = count * record
     records = count
     if run.sigma == "auto":
         steps, tried = run.candidate_steps, len(run.candidates(tokenizer.config.name))
-        records = tried * min(count, run.pairs_seen(steps)) + (count if steps < run.steps else 0)
+        records = tried * min(count, run.pairs_used(steps)) + (count if steps < run.steps else 0)
     return {"pairs": count, "pairs_bytes": records * record, **facts}
 
 
@@ -253,15 +253,15 @@ def _make_pairs(run: MakePairsRun) -> Facts:
 
 
 def _cache(model: Tokenizer | Generator, records: int, run: EncodeRun | GenerateRun | MakePairsRun) -> Facts:
-    size = records * (_latent_bytes(model, run.latent_dtype) + RECORD)
-    return {"records": records, "shards": -(-records // run.shard_size), "cache_bytes": size}
+    size = records * (_latent_bytes(model, run.cache.dtype) + RECORD)
+    return {"records": records, "shards": -(-records // run.cache.shard_size), "cache_bytes": size}
 
 
 def _latent_bytes(model: Tokenizer | Generator, dtype: str = "float32") -> int:
     length, width = model.latent_shape
-    if getattr(model, "kind", "discrete") == "continuous":
+    if model.kind == "continuous":
         return length * width * getattr(torch, dtype).itemsize
-    codes = model.codebook_size if hasattr(model, "codebook_size") else len(model.codebook)
+    codes = model.codebook_size if isinstance(model, Generator) else len(model.codebook)
     return length * (2 if codes <= 65536 else 4)
 
 

@@ -1,4 +1,4 @@
-"""The `encode` verb: images to a cache of latents, once, so that generators train on integers instead of images."""
+"""The `encode` command: images to a cache of latents, once, so that generators train on latents instead of images."""
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -24,8 +24,17 @@ from robustok.errors import UserError
 from robustok.tokenizers import encoder_digest, load_tokenizer
 from robustok.types import Batch
 
-WORTH_A_LINE = 10**8  # bytes
+LARGE = 10**8  # bytes from which on the size of a cache is printed
 VARIANTS = {"center": 1, "center-flip": 2, "ten": 10}  # records of an image
+
+
+class CacheSettings(Config):
+    """How a cache of latents is computed and stored."""
+
+    batch_size: int = Field(64, ge=1, description="records computed at a time")
+    shard_size: int = Field(10_000, ge=1, description="records in a shard")
+    precision: Literal["auto", "bf16", "float32"] = Field("float32", description="autocast dtype")
+    dtype: LatentType = Field("float32", description="type of continuous latents on disk")
 
 
 class EncodeRun(Config):
@@ -37,30 +46,27 @@ class EncodeRun(Config):
     split: Literal["train", "test"] = Field("train", description="split of the data")
     crops: Literal["center", "center-flip", "ten"] = Field(
         "center",
-        description="records of each image: its centre crop; that and its mirror image; or ten-crop, for generators "
-        "alone: corners and middle of a centre crop a tenth larger, each also mirrored",
+        description="records of each image: its centre crop; that and its mirror image; or ten-crop, for training "
+        "generators only: corners and middle of a centre crop a tenth larger, each also mirrored",
     )
     count: int | None = Field(
         None,
         ge=1,
-        description="encode only so many images, a random subset for pairs alone; unlike data.limit it leaves the data "
-        "set as it is; null, or more than there are, is all",
+        description="encode only so many images, a random subset, as pairs need it; unlike data.limit it does not "
+        "change the data set; null, or more than there are, is all",
     )
     seed: int = Field(0, ge=0, description="seed of that subset")
-    batch_size: int = Field(64, ge=1, description="images at a time")
-    shard_size: int = Field(10_000, ge=1, description="records in a shard")
-    precision: Literal["auto", "bf16", "float32"] = Field("float32", description="autocast dtype")
-    latent_dtype: LatentType = Field("float32", description="type of continuous latents on disk")
+    cache: CacheSettings = CacheSettings()
     workers: int = Field(0, ge=0, description="processes that decode images ahead; 0 decodes in the process itself")
 
     @property
     def variants(self) -> int:
-        """Records of an image, which lie beside each other in the cache."""
+        """Records of an image, which are neighbours in the cache."""
         return VARIANTS[self.crops]
 
 
 def encode(run: EncodeRun) -> Path:
-    """Encode a data set to a cache of latents; a second call completes what the first left.
+    """Encode a data set to a cache of latents; a second call completes an unfinished cache.
 
     Returns:
         The folder of the cache.
@@ -71,10 +77,10 @@ def encode(run: EncodeRun) -> Path:
     accelerator = start_accelerator()
     tokenizer = load_tokenizer(run.tokenizer).to(accelerator.device)
     size, variants = tokenizer.image_size, run.variants
-    # The fingerprint of the data tells crop sizes apart, so ten-crop cannot pass for the centre crops of post-training.
+    # The data's fingerprint depends on the crop size, so post-training never takes ten-crop for its centre crops.
     data = open_images(run.data, enlarged(size) if run.crops == "ten" else size, run.split)
-    chosen = np.sort(random_subset(len(data), run.count, run.seed))  # places of the images that are encoded
-    source = {"made_by": "encode", "data": data.describe(), "crops": run.crops, "precision": run.precision}
+    chosen = np.sort(random_subset(len(data), run.count, run.seed))  # indices of the images that are encoded
+    source = {"made_by": "encode", "data": data.describe(), "crops": run.crops, "precision": run.cache.precision}
     source |= {"seed": run.seed} if len(chosen) < len(data) else {}
     manifest = Manifest(
         kind=tokenizer.kind,
@@ -82,11 +88,11 @@ def encode(run: EncodeRun) -> Path:
         codebook_size=len(tokenizer.codebook) if tokenizer.kind == "discrete" else None,
         classes=len(data.classes),
         count=len(chosen) * variants,
-        shard_size=run.shard_size,
+        shard_size=run.cache.shard_size,
         tokenizer=encoder_digest(tokenizer),
         data=data.fingerprint,
         source=source,
-        dtype=run.latent_dtype,
+        dtype=run.cache.dtype,
     )
 
     def read_ahead(stream: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, Batch]]:
@@ -97,33 +103,27 @@ def encode(run: EncodeRun) -> Path:
 
     def make(drawn: tuple[np.ndarray, Batch]) -> dict[str, Tensor]:
         records, batch = drawn
-        image, variant = np.divmod(records, variants)
-        rows = torch.from_numpy(image - image[0])  # of the batch
-        crops, flips = _variants(run.crops, torch.from_numpy(variant))
+        image, variant = (torch.from_numpy(x) for x in np.divmod(records, variants))
+        rows = image - image[0]  # of the batch
+        # As LatentRecords counts them.
+        crops, flips = (variant % 5 + 1, variant // 5) if run.crops == "ten" else (variant * 0, variant)
         images = batch.images.to(accelerator.device)
         images = five_crops(images, size)[rows, crops - 1] if run.crops == "ten" else images[rows]  # (n, 3, H, W)
         images = torch.where(flips.bool().to(images.device)[:, None, None, None], images.flip(-1), images)
-        with autocast(accelerator.device, run.precision):
+        with autocast(accelerator.device, run.cache.precision):
             latents = tokenizer.encode(images)
         labels, indices = batch.labels[rows], batch.indices[rows]
         seeds = torch.zeros_like(indices)
         fields = dict(latents=latents, labels=labels, indices=indices, seeds=seeds, flips=flips)
         return fields | ({"crops": crops} if run.crops == "ten" else {})
 
-    fill_cache(run.out, manifest, make, run.batch_size, accelerator, "encode", read_ahead)
+    fill_cache(run.out, manifest, make, run.cache.batch_size, accelerator, "encode", read_ahead)
     return run.out
 
 
 def random_subset(size: int, count: int | None, seed: int) -> np.ndarray:
     """``count`` of the numbers below ``size`` in random order: (count,) int64; all where count is None or more."""
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).numpy()[:count]
-
-
-def _variants(crops: str, variant: Tensor) -> tuple[Tensor, Tensor]:
-    """Crop and flip, as ``LatentRecords`` counts them, of the variants 0, 1, ... (n,) of an image."""
-    if crops == "ten":
-        return variant % 5 + 1, variant // 5
-    return variant * 0, variant
 
 
 @torch.no_grad()
@@ -140,19 +140,19 @@ def fill_cache(
 
     Args:
         out: folder.
-        manifest: what the cache holds.
-        make: record numbers (n,), or what ``prepare`` makes of them, to the fields of these records.
+        manifest: description of the cache.
+        make: record numbers (n,), or what ``prepare`` returns for them, to the fields of these records.
         batch_size: records at a time.
-        accelerator: which shards are this process's.
+        accelerator: decides which shards this process writes.
         description: of the progress bar.
-        prepare: turns the stream of record numbers that are to be made into what ``make`` takes; may work ahead.
+        prepare: turns the stream of missing record numbers into the inputs of ``make``; may work ahead.
 
     Raises:
         UserError: the folder holds other latents, or the disk has less space than the missing shards need.
     """
     if accelerator.is_main_process:
         create_cache(out, manifest)
-        _show_space(out, manifest, description)
+        _check_space(out, manifest, description)
     accelerator.wait_for_everyone()
     missing = missing_shards(out, accelerator.process_index, accelerator.num_processes)
 
@@ -162,21 +162,25 @@ def fill_cache(
 
     prepared = prepare(records for k in missing for records in batches(k))
     total = sum(len(batches(k)) for k in missing)
-    bar = track(range(total), f"{description} {out.name}", accelerator.is_main_process)  # one for all, with time left
+    bar = track(range(total), f"{description} {out.name}", accelerator.is_main_process)
     for k in missing:
         parts = [make(next(prepared)) for _ in islice(bar, len(batches(k)))]
         write_shard(out, k, {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]})
-    next(bar, None)  # closes it
+    next(bar, None)  # closes the progress bar
     accelerator.wait_for_everyone()
 
 
-def _show_space(out: Path, manifest: Manifest, description: str) -> None:
-    """Say how much disk the missing shards will take if it is much, and refuse to begin what cannot end."""
+def _check_space(out: Path, manifest: Manifest, description: str) -> None:
+    """Print the disk space that the missing shards need if it is large.
+
+    Raises:
+        UserError: the disk has less.
+    """
     records = sum(len(shard_rows(manifest, k)) for k in missing_shards(out))
     if not records:
         return
     need, free = records * manifest.record_bytes, shutil.disk_usage(out).free
-    if need >= WORTH_A_LINE:
+    if need >= LARGE:
         size = f"{need / 1e9:.3g} GB in {out} ({free / 1e9:.3g} GB are free)"
         console.print(f"{description}: {records:,} records of {manifest.record_bytes:,} bytes, {size}", soft_wrap=True)
     if need > free:

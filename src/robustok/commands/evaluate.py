@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from robustok.commands.generate import GenerateRun, generate
+from robustok.commands.generate import GenerateRun, SampleCacheSettings, generate
 from robustok.devices import start_accelerator
 from robustok.errors import UserError
 from robustok.evaluation.comparison import COMPARED
@@ -55,6 +55,6 @@ def _sample(run: EvaluateRun, number: int) -> Path:
             count=run.count,
             sampling=run.sampling,
             seed=run.seed + number,
-            batch_size=run.batch_size,
+            cache=SampleCacheSettings(batch_size=run.batch_size),
         )
     )

@@ -1,21 +1,20 @@
-"""The verbs `generate` (free samples) and `make-pairs` (samples mixed with real latents, for post-training).
+"""The `generate` command: samples of a generator to a cache of latents, and to images.
 
-Both write caches of latents. Record i has its own random numbers, so it is the same whatever the batch size or the
-processes.
+Record i has its own random numbers, so it does not depend on the batch size or the number of processes.
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from robustok.commands.encode import fill_cache
+from robustok.commands.encode import CacheSettings, fill_cache
 from robustok.commands.image_files import write_images
 from robustok.config import Config, plain
-from robustok.data.latent_cache import LatentType, Manifest
+from robustok.data.latent_cache import Manifest
 from robustok.devices import autocast, start_accelerator
 from robustok.errors import UserError
 from robustok.files import tensor_digest
@@ -23,6 +22,14 @@ from robustok.generators import SamplingConfig, check_sampling, load_generator
 from robustok.randomness import image_rngs
 from robustok.tokenizers import encoder_digest, load_tokenizer
 from robustok.types import Generator
+
+
+class SampleCacheSettings(CacheSettings):
+    """How a cache of samples is computed and stored."""
+
+    compile: bool = Field(
+        False, description="compile the sampling step of a token generator; no gain on a CPU, where it needs g++"
+    )
 
 
 class GenerateRun(Config):
@@ -33,18 +40,12 @@ class GenerateRun(Config):
     count: int = Field(50_000, ge=1, description="number of samples")
     classes: list[int] | None = Field(None, description="only these classes; null is all")
     sampling: SamplingConfig | None = Field(None, description="null takes the settings stored with the generator")
-    seed: int = Field(0, ge=0, description="seed; sample i depends on it and on i alone")
+    seed: int = Field(0, ge=0, description="seed; sample i depends on the seed and i alone")
     tokenizer: Path | None = Field(None, description="decode with this tokenizer and write images too")
     images: Literal["none", "npz", "png"] = Field(
         "none", description="npz: one ADM-style samples.npz (arr_0, labels in arr_1); png: a folder of files"
     )
-    batch_size: int = Field(64, ge=1, description="samples at a time")
-    shard_size: int = Field(10_000, ge=1, description="records in a shard")
-    precision: Literal["auto", "bf16", "float32"] = Field("float32", description="autocast dtype")
-    compile: bool = Field(
-        False, description="compile the sampling step of a token generator; no gain on a CPU, where it needs g++"
-    )
-    latent_dtype: LatentType = Field("float32", description="type of continuous latents on disk")
+    cache: SampleCacheSettings = SampleCacheSettings()
 
     @model_validator(mode="after")
     def _images_need_a_tokenizer(self) -> "GenerateRun":
@@ -63,7 +64,7 @@ def generate(run: GenerateRun) -> Path:
         UserError: generator, classes or tokenizer do not fit, or the folder holds other latents.
     """
     accelerator = start_accelerator()
-    generator = load_for_sampling(run.generator, run.compile, accelerator.device)
+    generator = load_for_sampling(run.generator, run.cache, accelerator.device)
     sampling = run.sampling or generator.sampling
     check_sampling(generator.config.name, sampling)
     wrong = [c for c in run.classes or [] if not 0 <= c < generator.classes]
@@ -75,14 +76,14 @@ def generate(run: GenerateRun) -> Path:
     tokenizer = load_tokenizer(run.tokenizer).to(accelerator.device) if run.tokenizer else None
     if tokenizer is not None and encoder_digest(tokenizer) != generator.latent_space:
         raise UserError(
-            f"{run.tokenizer} is not the tokenizer whose tokens {run.generator} models; "
-            "give that one, or its post-trained self"
+            f"{run.tokenizer} is not the tokenizer whose latents {run.generator} models; "
+            "give that one, or a post-trained one of it"
         )
     wanted = torch.tensor(run.classes or list(range(generator.classes)))
 
     def make(records: np.ndarray) -> dict[str, Tensor]:
         labels = wanted[records % len(wanted)]
-        with autocast(accelerator.device, run.precision):
+        with autocast(accelerator.device, run.cache.precision):
             latents = generator.generate(labels, sampling, image_rngs(run.seed, records.tolist()))
         return record_fields(latents, labels, indices=torch.full((len(records),), -1), records=records)
 
@@ -91,38 +92,31 @@ def generate(run: GenerateRun) -> Path:
         "sigma": 0.0,
         "seed": run.seed,
         "sampling": plain(sampling),
-        "precision": run.precision,
+        "precision": run.cache.precision,
+        "generator": tensor_digest(generator.state_dict()),
+        "classes": run.classes,
     }
-    source |= {"generator": tensor_digest(generator.state_dict()), "classes": run.classes}
-    fill_cache(
-        run.out,
-        manifest_of(generator, run.shard_size, run.latent_dtype, run.count, None, source),
-        make,
-        run.batch_size,
-        accelerator,
-        "generate",
-    )
+    manifest = manifest_of(generator, run.cache, run.count, None, source)
+    fill_cache(run.out, manifest, make, run.cache.batch_size, accelerator, "generate")
     if tokenizer is not None:
-        write_images(run.out, tokenizer, run.images, run.batch_size, accelerator)
+        write_images(run.out, tokenizer, run.images, run.cache.batch_size, accelerator)
     return run.out
 
 
-def load_for_sampling(path: Path, compile_step: bool, device: torch.device) -> Generator:
-    """Load a generator on a device, its sampling step compiled where asked for.
+def load_for_sampling(path: str | Path, settings: SampleCacheSettings, device: torch.device) -> Generator:
+    """Load a generator on a device, with its sampling step compiled if the settings ask for it.
 
     Raises:
-        UserError: no generator, or one of continuous latents with ``compile_step``.
+        UserError: no generator, or its sampling step cannot be compiled.
     """
     generator = load_generator(path).to(device)
-    if compile_step:
-        if generator.codebook_size is None:
-            raise UserError(f"compile=true is for generators of tokens, {path} is none; set compile=false")
+    if settings.compile:
         generator.compile_sampling()
     return generator
 
 
 def record_fields(latents: Tensor, labels: Tensor, indices: Tensor, records: np.ndarray) -> dict[str, Tensor]:
-    """The fields of a shard of a latent cache; the seed of a record is its number."""
+    """The fields of these records of a latent cache; the seed of a record is its number."""
     return {
         "latents": latents,
         "labels": labels,
@@ -132,18 +126,18 @@ def record_fields(latents: Tensor, labels: Tensor, indices: Tensor, records: np.
 
 
 def manifest_of(
-    generator: Generator, shard_size: int, dtype: LatentType, count: int, data: str | None, source: dict
+    generator: Generator, settings: CacheSettings, count: int, data: str | None, source: dict[str, Any]
 ) -> Manifest:
-    """The manifest of a cache of latents that a generator made."""
+    """The manifest of a cache of a generator's latents."""
     return Manifest(
-        kind="discrete" if generator.codebook_size else "continuous",
+        kind=generator.kind,
         latent_shape=generator.latent_shape,
         codebook_size=generator.codebook_size,
         classes=generator.classes,
         count=count,
-        shard_size=shard_size,
+        shard_size=settings.shard_size,
         tokenizer=generator.latent_space,
         data=data,
         source=source,
-        dtype=dtype,
+        dtype=settings.dtype,
     )

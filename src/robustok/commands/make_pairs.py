@@ -9,9 +9,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from robustok.commands.encode import fill_cache, random_subset
-from robustok.commands.generate import load_for_sampling, manifest_of, record_fields
+from robustok.commands.generate import SampleCacheSettings, load_for_sampling, manifest_of, record_fields
 from robustok.config import Config, plain
-from robustok.data.latent_cache import LatentCache, LatentType, check_cache, check_center_crops
+from robustok.data.latent_cache import LatentCache, check_cache, check_center_crops
 from robustok.data.pixels import from_pixels, to_pixels
 from robustok.devices import autocast, start_accelerator
 from robustok.files import tensor_digest
@@ -20,7 +20,7 @@ from robustok.randomness import image_rngs
 from robustok.tokenizers import encoder_digest, load_tokenizer
 from robustok.types import Tokenizer
 
-CHECKED = 512  # latents against which a generator's latent statistics are held
+CHECKED = 512  # latents with which a generator's latent statistics are compared
 
 
 class MakePairsRun(Config):
@@ -33,7 +33,7 @@ class MakePairsRun(Config):
         0.9,
         ge=0,
         le=1,
-        description="share of the real latents that is kept (sigma; diffusion: by sampling.strategy); 1 is the control",
+        description="share of the real latents that is kept (diffusion: by sampling.strategy); 1 is the control",
     )
     count: int | None = Field(
         200_000,
@@ -42,18 +42,12 @@ class MakePairsRun(Config):
     )
     mode: Literal["direct", "reencoded"] = Field(
         "direct",
-        description="direct: the mixture itself; reencoded: decoded to uint8 and encoded again (release)",
+        description="direct: the mixture itself; reencoded: decoded to uint8 and encoded again (the authors)",
     )
     tokenizer: Path | None = Field(None, description="needed for mode=reencoded")
     sampling: SamplingConfig | None = Field(None, description="null takes the settings stored with the generator")
     seed: int = Field(0, ge=0, description="seed of the subset and of every sample")
-    batch_size: int = Field(64, ge=1, description="samples at a time")
-    shard_size: int = Field(10_000, ge=1, description="records in a shard")
-    precision: Literal["auto", "bf16", "float32"] = Field("float32", description="autocast dtype")
-    compile: bool = Field(
-        False, description="compile the sampling step of a token generator; no gain on a CPU, where it needs g++"
-    )
-    latent_dtype: LatentType = Field("float32", description="type of continuous latents on disk")
+    cache: SampleCacheSettings = SampleCacheSettings()
 
     @model_validator(mode="after")
     def _reencoding_needs_a_tokenizer(self) -> "MakePairsRun":
@@ -63,7 +57,7 @@ class MakePairsRun(Config):
 
 
 def make_pairs(run: MakePairsRun) -> Path:
-    """Make the latents that post-training decodes; each names the real image it must become.
+    """Make the latents that post-training decodes; each has the index of the real image it is compared with.
 
     Returns:
         The folder of the cache.
@@ -72,7 +66,7 @@ def make_pairs(run: MakePairsRun) -> Path:
         UserError: generator, latents and tokenizer do not belong together, or the folder holds other latents.
     """
     accelerator = start_accelerator()
-    generator = load_for_sampling(run.generator, run.compile, accelerator.device)
+    generator = load_for_sampling(run.generator, run.cache, accelerator.device)
     cache = LatentCache(run.latents)
     check_center_crops(cache)
     check_kind(generator.config.name, cache.manifest.kind, str(run.latents))
@@ -87,7 +81,7 @@ def make_pairs(run: MakePairsRun) -> Path:
     def make(records: np.ndarray) -> dict[str, Tensor]:
         real = cache.read(rows[records])
         rngs = image_rngs(run.seed, records.tolist())
-        with autocast(accelerator.device, run.precision):
+        with autocast(accelerator.device, run.cache.precision):
             latents = generator.generate(real.labels, sampling, rngs, real.latents, run.sigma)
             if tokenizer is not None:
                 latents = reencode(tokenizer, latents)
@@ -99,21 +93,19 @@ def make_pairs(run: MakePairsRun) -> Path:
         "mode": run.mode,
         "seed": run.seed,
         "sampling": plain(sampling),
-    }
-    source |= {
         "generator": tensor_digest(generator.state_dict()),
-        "precision": run.precision,
+        "precision": run.cache.precision,
         "split": cache.manifest.source.get("data"),
+        **generator.mixture_details(sampling, run.sigma),
     }
-    if cache.manifest.kind == "continuous":
-        source |= generator.mixture_facts(sampling, run.sigma)
+    if generator.kind == "continuous":
         for problem in generator.check(cache.read(rows[:CHECKED]).latents):
             warnings.warn(problem, stacklevel=1)
-    manifest = manifest_of(generator, run.shard_size, run.latent_dtype, len(rows), cache.manifest.data, source)
-    fill_cache(run.out, manifest, make, run.batch_size, accelerator, "make-pairs")
+    manifest = manifest_of(generator, run.cache, len(rows), cache.manifest.data, source)
+    fill_cache(run.out, manifest, make, run.cache.batch_size, accelerator, "make-pairs")
     return run.out
 
 
 def reencode(tokenizer: Tokenizer, latents: Tensor) -> Tensor:
-    """Decode latents, round to uint8 as a PNG would, and encode again (the released procedure)."""
+    """Decode latents, round to uint8 as a PNG would, and encode again, as the authors do."""
     return tokenizer.encode(from_pixels(to_pixels(tokenizer.decode(latents))))

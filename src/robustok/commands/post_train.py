@@ -1,26 +1,26 @@
-"""The verb `post-train`: on given pairs, or on pairs of a generator at a given sigma, or at the best one.
+"""The command `post-train`: with given pairs, with pairs of a generator at a given sigma, or at the best sigma.
 
     robustok post-train pairs/llamagen.yaml tokenizer.weights=vq_ds16_c2i.pt generator.weights=c2i_L_256.pt ...
     robustok post-train tokenizer=runs/tok pairs=runs/pairs ...
     robustok post-train tokenizer=runs/tok generator=runs/gen latents=runs/latents sigma=0.9 ...
     robustok post-train tokenizer=runs/tok generator=runs/gen latents=runs/latents sigma=auto held_out.extractor... ...
 
-The training itself is ``training/post_training.py``; what released weights need is ``from_release.py``. Where pairs are
-made, these and each training have folders inside of the run folder, and what came out is copied to its
-``snapshot/best``, the snapshot that users load:
+The training loop is ``training/decoder.py``; conversion of pretrained weights is ``pretrained_sources.py``. Where pairs
+are made, pairs and trainings have folders inside the run folder, and the best decoder is copied to ``snapshot/best``,
+which users load:
 
     runs/post/  latents/  pairs/  held-out/  candidate-0.8/  candidate-0.9/  post-0.9/  snapshot/best/  metrics.jsonl
 """
 
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from accelerate import Accelerator
 from pydantic import Field, model_validator
 
 from robustok.commands.encode import EncodeRun, encode
-from robustok.commands.generate import GenerateRun, generate
+from robustok.commands.generate import GenerateRun, SampleCacheSettings, generate
 from robustok.commands.make_pairs import MakePairsRun, make_pairs
 from robustok.commands.pretrained_sources import (
     GeneratorSource,
@@ -32,11 +32,11 @@ from robustok.commands.pretrained_sources import (
     export_decoder,
     refused_as_a_whole,
 )
-from robustok.commands.sigma_search import ScoredDecoder, SigmaSearch, default_sigmas
+from robustok.commands.sigma_search import SigmaSearch
 from robustok.config import Config
 from robustok.console import console
 from robustok.data.dataset import open_images
-from robustok.data.latent_cache import LatentCache, LatentType
+from robustok.data.latent_cache import LatentCache
 from robustok.data.order import batch_indices
 from robustok.devices import start_accelerator
 from robustok.evaluation.held_out import HeldOutScore
@@ -49,47 +49,38 @@ from robustok.training.decoder import DecoderTrainingRun, check_networks, train_
 
 
 class Mixture(Config):
-    """How the pairs are made; the same images and random numbers at every sigma."""
+    """How the pairs are made; every sigma has the same images and random numbers."""
 
-    count: int = Field(200_000, ge=1, description="number of pairs; not more than the training sees are made")
+    count: int = Field(200_000, ge=1, description="number of pairs; never more than the training uses are made")
     mode: Literal["direct", "reencoded"] = Field(
         "direct",
-        description="direct: the mixture itself; reencoded: decoded to uint8 and encoded again (release)",
+        description="direct: the mixture itself; reencoded: decoded to uint8 and encoded again (the authors)",
     )
     sampling: SamplingConfig | None = Field(None, description="null takes the settings stored with the generator")
-    batch_size: int = Field(64, ge=1, description="samples at a time")
-    precision: Literal["auto", "bf16", "float32"] = Field("float32", description="autocast dtype")
-    compile: bool = Field(
-        False, description="compile the sampling step of a token generator; no gain on a CPU, where it needs g++"
-    )
-    latent_dtype: LatentType = Field("float32", description="type of continuous latents on disk")
 
 
 class Sweep(Config):
-    """How sigma=auto looks for the best sigma."""
+    """How sigma=auto searches for the best sigma."""
 
-    sigmas: list[float] | None = Field(
+    sigmas: list[Annotated[float, Field(ge=0, le=1)]] | None = Field(
         None,
+        min_length=1,
         description="candidates; null: [0.7, 0.8, 0.9, 1] for family robustok, else [0.8, 0.9, 0.95, 1]",
     )
     steps: int | None = Field(None, ge=1, description="training steps of a candidate; null is a tenth of steps")
     sets: int = Field(4, ge=2, description="held-out sets, over which differences have a standard error")
     samples: int = Field(2_500, ge=2, description="samples in a held-out set, if held_out.latents does not give them")
 
-    @model_validator(mode="after")
-    def _sigmas_are_shares(self) -> "Sweep":
-        if self.sigmas is not None and (not self.sigmas or not all(0 <= sigma <= 1 for sigma in self.sigmas)):
-            raise ValueError(f"sweep.sigmas {self.sigmas} are to be one or more shares from 0 to 1")
-        return self
-
 
 class PostTrainRun(DecoderTrainingRun):
     """Everything about post-training, and about the pairs where they are not given."""
 
-    tokenizer: TokenizerSource = Field(description="tokenizer snapshot, or run folder; or released weights, as below")
+    tokenizer: TokenizerSource = Field(description="tokenizer snapshot or run folder; or pretrained weights, as below")
     pairs: Path | None = Field(None, description="cache of pairs, made by `robustok make-pairs`; null makes them")
     generator: GeneratorSource | None = Field(
-        None, description="whose samples are mixed with real latents, where pairs is null: a path or released weights"
+        None,
+        description="generator whose samples are mixed with real latents, where pairs is null: a path, or pretrained "
+        "weights",
     )
     latents: Path | None = Field(
         None, description="cache of the real images' latents, where pairs is null; null encodes as many as pairs need"
@@ -98,6 +89,7 @@ class PostTrainRun(DecoderTrainingRun):
         None, description="share of the real latents that is kept; auto tries a few; only where pairs is null"
     )
     mixture: Mixture = Mixture()
+    cache: SampleCacheSettings = SampleCacheSettings()
     sweep: Sweep = Sweep()
 
     @model_validator(mode="after")
@@ -114,7 +106,7 @@ class PostTrainRun(DecoderTrainingRun):
             raise ValueError(f"sigma {self.sigma} is to be a share from 0 to 1, or auto")
         if self.sigma == "auto" and self.held_out is None:
             raise ValueError(
-                "sigma=auto judges on held-out samples; set held_out.extractor.path, the folder of a saved "
+                "sigma=auto compares decoders on held-out samples; set held_out.extractor.path, the folder of a saved "
                 "classifier, or held_out.extractor.name=inception"
             )
         return self
@@ -125,55 +117,61 @@ class PostTrainRun(DecoderTrainingRun):
         return min(self.sweep.steps or max(1, self.steps // 10), self.steps)
 
     def candidates(self, family: str | None) -> list[float]:
-        """The values of sigma that sigma=auto tries, for a tokenizer of this family."""
-        return self.sweep.sigmas or default_sigmas(family)
+        """The values of sigma that sigma=auto tries, for a tokenizer of this family; 1 is the control."""
+        # A tokenizer trained with perturbation decodes wrong tokens better, so lower values are worth trying.
+        default = [0.7, 0.8, 0.9, 1.0] if family == "robustok" else [0.8, 0.9, 0.95, 1.0]
+        return self.sweep.sigmas or default
 
-    def pairs_seen(self, steps: int | None = None) -> int:
-        """Pairs that so many steps see, by default all of them, if there are as many images."""
+    def pairs_used(self, steps: int | None = None) -> int:
+        """Pairs that so many training steps use (by default all steps), if there are as many images."""
         return min(self.mixture.count, (steps or self.steps) * self.batch_size)
 
     def training(self, **changes: Any) -> DecoderTrainingRun:
         """The settings of a training alone, with changes."""
-        own = {name: getattr(self, name) for name in DecoderTrainingRun.model_fields}
+        own = {name: value for name, value in self if name in DecoderTrainingRun.model_fields}
         return DecoderTrainingRun(**own | changes)
 
 
-def post_train(run: PostTrainRun | DecoderTrainingRun) -> Path:
-    """Post-train a decoder; convert, encode, make pairs, choose sigma where asked to. The same command again goes on.
+def post_train(run: PostTrainRun) -> Path:
+    """Post-train a decoder; convert weights, encode images, make pairs and search sigma where asked to.
 
-    With ``sigma=auto`` the result is never worse on the held-out samples than the decoder it started from. A decoder
-    of released weights is also written in their own layout, to ``out/export``.
+    The same command again continues. With ``sigma=auto`` the result is never worse on the held-out samples than the
+    decoder before post-training. A decoder of pretrained weights is also written in their own layout, to
+    ``out/export``.
 
     Returns:
         The folder of the best snapshot.
 
     Raises:
-        UserError: released weights, tokenizer, generator, latents and images do not belong together; or as ``encode``,
+        UserError: weights, tokenizer, generator, latents and images do not belong together; or as ``encode``,
             ``make_pairs`` and the training raise it.
     """
     accelerator = start_accelerator(run.batch_size)
     if run.pairs is not None and not isinstance(run.tokenizer, Pretrained):
-        best = train_decoder(run.training() if isinstance(run, PostTrainRun) else run)
+        best = train_decoder(run.training())
     else:
         ready = _prepare(run, accelerator)
         if run.sigma == "auto":
-            best = _choose(ready, accelerator)
+            best = _search_sigma(ready, accelerator)
         else:
             pairs = run.pairs or _pairs(ready, run.sigma, run.steps)
             out = run.out / ("post" if run.pairs else f"post-{run.sigma:g}")
             best = _publish(run, accelerator, train_decoder(ready.training(out=out, pairs=pairs)), {})
     if accelerator.is_main_process and (file := export_decoder(best, run.tokenizer, run.out / "export")):
-        console.print(f"in the layout of the release: {file}", soft_wrap=True)
+        console.print(f"in the authors' layout: {file}", soft_wrap=True)
     accelerator.wait_for_everyone()
     return best
 
 
 def _prepare(run: PostTrainRun, accelerator: Accelerator) -> PostTrainRun:
-    """The run with paths of snapshots and latents that belong together; starts its folder once nothing is missing."""
+    """Convert pretrained weights and encode images; returns the run with the paths of both.
+
+    The run folder is created once nothing is missing.
+    """
     sources = {"tokenizer": run.tokenizer, "generator": run.generator}
     check_given(sources)
     folder = RunFolder(run, accelerator.is_main_process)
-    accelerator.wait_for_everyone()  # all have looked at what is there
+    accelerator.wait_for_everyone()  # before the folder changes, all have read it
     with refused_as_a_whole(sources, run.out):
         if accelerator.is_main_process:
             folder.start()
@@ -181,7 +179,7 @@ def _prepare(run: PostTrainRun, accelerator: Accelerator) -> PostTrainRun:
             available = check_together(paths, run.latents, run.data)
             check_networks(run.training(tokenizer=paths["tokenizer"], pairs=run.pairs or run.out / "pairs"))
             if run.pairs is None:
-                batch_indices(min(run.pairs_seen(), available), run.batch_size, run.seed, 0)  # complains of too few
+                batch_indices(min(run.pairs_used(), available), run.batch_size, run.seed, 0)  # refuses too few pairs
     accelerator.wait_for_everyone()
     ready = run.model_copy(update=convert_sources(sources, run.out))
     if run.pairs is not None or run.latents is not None:
@@ -190,38 +188,56 @@ def _prepare(run: PostTrainRun, accelerator: Accelerator) -> PostTrainRun:
         out=run.out / "latents",
         tokenizer=ready.tokenizer,
         data=run.data,
-        count=run.pairs_seen(),
+        count=run.pairs_used(),
         seed=run.seed,
         workers=run.workers,
-        **{name: getattr(run.mixture, name) for name in ("batch_size", "latent_dtype")},
+        cache=run.cache.model_copy(update={"precision": "float32"}),
     )
     return ready.model_copy(update={"latents": encode(latents)})
 
 
-def _choose(run: PostTrainRun, accelerator: Accelerator) -> Path:
-    """A short training at each sigma, a long one at the best, the best of all that for the user."""
-    search = _judgements(run, accelerator)
+def _search_sigma(run: PostTrainRun, accelerator: Accelerator) -> Path:
+    """Train a candidate at each sigma, continue the best one to the end, and publish the best decoder of all."""
+    search = _start_search(run, accelerator)
     search.add("untouched", None, 0, run.tokenizer)
     steps = run.candidate_steps
     for sigma in run.candidates(read_header(run.tokenizer)["config"].get("name")):
-        search.add("candidate", sigma, steps, _candidate(run, sigma, steps))
+        search.add("candidate", sigma, steps, _train_candidate(run, sigma, steps))
     best = search.best()
     if best is search.untouched:
         console.print("[yellow]no sigma made the decoder better on the held-out samples: it stays as it was[/]")
     elif steps < run.steps:
-        folder = run.out / f"post-{best.sigma:g}"
-        start = run.out / f"candidate-{best.sigma:g}"
+        folder, start = run.out / f"post-{best.sigma:g}", run.out / f"candidate-{best.sigma:g}"
         pairs = _pairs(run, best.sigma, run.steps)
         train_decoder(run.training(out=folder, pairs=pairs, held_out=None, continue_from=start))
         for path in sorted((folder / "snapshot").glob("[0-9]*")):
             if int(path.name) > steps:
                 search.add("continued", best.sigma, int(path.name), path)
     search.show()
-    return _publish(run, accelerator, search.best().path, _facts(search))
+    return _publish(run, accelerator, search.best().path, _scores(search))
 
 
-def _candidate(run: PostTrainRun, sigma: float, steps: int) -> Path:
-    """The snapshot of a short training: the same settings, with what counts in steps made shorter."""
+def _start_search(run: PostTrainRun, accelerator: Accelerator) -> SigmaSearch:
+    """The search, with held-out samples of a seed that no user will choose, so that no result reuses them."""
+    held_out, sweep = run.held_out, run.sweep
+    if held_out.latents is None:
+        samples = GenerateRun(
+            out=run.out / "held-out",
+            generator=run.generator,
+            count=sweep.sets * sweep.samples,
+            sampling=run.mixture.sampling,
+            seed=step_rng(run.seed, 0, "held-out samples").initial_seed(),
+            cache=run.cache,
+        )
+        held_out = held_out.model_copy(update={"latents": generate(samples)})
+    tokenizer = load_tokenizer(run.tokenizer)
+    data = open_images(run.data, tokenizer.image_size, split="train")
+    make_score = lambda: HeldOutScore(held_out, tokenizer, data, accelerator.device, sweep.sets)  # noqa: E731
+    return SigmaSearch(run.out, make_score, accelerator, run.seed, data.describe())
+
+
+def _train_candidate(run: PostTrainRun, sigma: float, steps: int) -> Path:
+    """Train for a few steps, with everything that is given in steps shortened in proportion; returns the snapshot."""
     out = run.out / f"candidate-{sigma:g}"
     snapshot = out / "snapshot" / f"{steps:08d}"
     if (snapshot / "model.safetensors").exists():
@@ -231,7 +247,7 @@ def _candidate(run: PostTrainRun, sigma: float, steps: int) -> Path:
     shorter = {
         "steps": steps,
         "warmup_steps": min(round(run.warmup_steps * share), steps - 1),
-        "ema_decay": min(run.ema_decay, max(0.0, 1 - 10 / steps)),  # or the average would hardly leave its start
+        "ema_decay": min(run.ema_decay, max(0.0, 1 - 10 / steps)),  # or the average would stay close to its start
         "adversarial": adversarial,
         "snapshot_every": 0,
     }
@@ -239,8 +255,8 @@ def _candidate(run: PostTrainRun, sigma: float, steps: int) -> Path:
 
 
 def _pairs(run: PostTrainRun, sigma: float, steps: int) -> Path:
-    """The cache of pairs for so many steps: of the same bank of images and random numbers whatever sigma is."""
-    count = min(run.pairs_seen(steps), len(LatentCache(run.latents)))
+    """The cache of pairs for so many steps; images and random numbers do not depend on sigma."""
+    count = min(run.pairs_used(steps), len(LatentCache(run.latents)))
     return make_pairs(
         MakePairsRun(
             out=run.out / "pairs" / f"sigma-{sigma:g}-{count}",
@@ -248,49 +264,31 @@ def _pairs(run: PostTrainRun, sigma: float, steps: int) -> Path:
             latents=run.latents,
             sigma=sigma,
             count=count,
-            seed=run.seed,
+            mode=run.mixture.mode,
             tokenizer=run.tokenizer if run.mixture.mode == "reencoded" else None,
-            **{name: getattr(run.mixture, name) for name in Mixture.model_fields if name != "count"},
+            sampling=run.mixture.sampling,
+            seed=run.seed,
+            cache=run.cache,
         )
     )
 
 
-def _judgements(run: PostTrainRun, accelerator: Accelerator) -> SigmaSearch:
-    """What judges the decoders. Its samples have a seed that nobody else will choose, so that no result is theirs."""
-    held_out, sweep = run.held_out, run.sweep
-    if held_out.latents is None:
-        samples = GenerateRun(
-            out=run.out / "held-out",
-            generator=run.generator,
-            count=sweep.sets * sweep.samples,
-            seed=step_rng(run.seed, 0, "held-out samples").initial_seed(),
-            **{name: getattr(run.mixture, name) for name in Mixture.model_fields if name not in ("count", "mode")},
-        )
-        held_out = held_out.model_copy(update={"latents": generate(samples)})
-    tokenizer = load_tokenizer(run.tokenizer)
-    data = open_images(run.data, tokenizer.image_size, split="train")
-    make = lambda: HeldOutScore(held_out, tokenizer, data, accelerator.device, sweep.sets)  # noqa: E731
-    return SigmaSearch(run.out, make, accelerator, run.seed, data.describe())
-
-
-def _facts(search: SigmaSearch) -> dict[str, Any]:
-    """For the model card: what was tried, and how the winner did."""
-
-    def row(scored: ScoredDecoder) -> dict[str, Any]:
+def _scores(search: SigmaSearch) -> dict[str, Any]:
+    """For the model card: the score of the best decoder, and all that were tried."""
+    rows = []
+    for scored in search.found:
         change = scored.change(search.untouched)
-        facts = {"sigma": scored.sigma, "steps": scored.steps, "distance": round(scored.distance, 6)}
-        return facts | {"change": round(change.value, 6), "standard_error": round(change.standard_error or 0, 6)}
-
-    best = search.best()
-    facts = {"distance": best.distance, "at_the_start": search.untouched.distance}
-    return {"held_out": facts, "sweep": [row(scored) for scored in search.found]}
+        row = {"sigma": scored.sigma, "steps": scored.steps, "distance": round(scored.distance, 6)}
+        rows.append(row | {"change": round(change.value, 6), "standard_error": round(change.standard_error or 0, 6)})
+    held_out = {"distance": search.best().distance, "at_the_start": search.untouched.distance}
+    return {"held_out": held_out, "sweep": rows}
 
 
-def _publish(run: PostTrainRun, accelerator: Accelerator, path: Path, facts: dict[str, Any]) -> Path:
-    """Copy a snapshot to where users look for it, with further facts; what only resuming needs goes."""
+def _publish(run: PostTrainRun, accelerator: Accelerator, path: Path, fields: dict[str, Any]) -> Path:
+    """Copy a snapshot to ``snapshot/best``, with further header fields, and remove the states of candidates."""
     target = run.out / "snapshot" / "best"
     if accelerator.is_main_process:
-        header = {key: value for key, value in read_header(path).items() if key != "delta"} | facts
+        header = {key: value for key, value in read_header(path).items() if key != "delta"} | fields
         extra = read_extra(path, "discriminator", "released")
         write_snapshot(target, header, load_tokenizer(path).state_dict(), extra)
         for candidate in run.out.glob("candidate-*"):

@@ -20,7 +20,7 @@ from robustok.tokenizers import encoder_digest
 
 
 class HeldOut(Config):
-    """Free samples on which the snapshots are scored. Report results on other samples than these."""
+    """Free samples on which snapshots are compared. Results to report need other samples."""
 
     latents: Path | None = Field(
         None, description="cache of free samples, made by `robustok generate`; null only where sigma=auto makes them"
@@ -29,17 +29,17 @@ class HeldOut(Config):
 
 
 class HeldOutScore:
-    """Frechet distances of a decoder's images of held-out samples to real images: the same samples for all decoders.
+    """Validation score of a decoder: Frechet distance of its images of held-out samples to the real images.
 
     Args:
         config: samples and feature space.
-        tokenizer: any that shares the latent space.
+        tokenizer: one with the latent space of the samples.
         data: the real images.
-        device: where to compute.
-        sets: how many disjoint sets of equal size the samples make; over several, differences have a standard error.
+        device: device of the computation.
+        sets: number of disjoint sets of equal size; over several, differences have a standard error.
 
     Attributes:
-        samples: number in a set.
+        samples: number of samples in a set.
         extractor: name of the feature space.
 
     Raises:
@@ -57,7 +57,7 @@ class HeldOutScore:
         self.samples, self.extractor = len(cache) // sets, self._extract.name
         if self.samples < 2:
             raise UserError(f"{config.latents} holds {len(cache)} samples, {sets} sets need at least {2 * sets}")
-        # Neighbouring records, because classes take turns: every set has all of them.
+        # A set is a run of neighbouring records, whose classes cycle, so every set has all classes.
         self._sets = [cache.read(slice(i * self.samples, (i + 1) * self.samples)).latents for i in range(sets)]
         self._reference = GaussianStatistics(self._extract.dim)
         for batch in batches_in_order(data, batch_size=64):
@@ -65,12 +65,12 @@ class HeldOutScore:
         self._factor = covariance_factor(self._reference)
 
     def decoder(self, tokenizer: nn.Module) -> Callable[[Tensor], Tensor]:
-        """The decoder of a tokenizer, brought to the evaluator's device."""
+        """The decoder of a tokenizer, on the device of the computation."""
         return tokenizer.to(self._device).decode
 
     @torch.no_grad()
     def __call__(self, decode: Callable[[Tensor], Tensor]) -> list[float]:
-        """The distance of each set, decoded by a function of latents."""
+        """The distance of each set, decoded by ``decode``, a function of latents."""
         images = lambda part: to_pixels(decode(part.to(self._device)))  # noqa: E731
         found = (decoded_statistics(latents, images, self._extract) for latents in self._sets)
         return [frechet_distance(statistics, self._reference, self._factor) for statistics in found]

@@ -1,9 +1,11 @@
 """Generators: models of latents. One family a file; to add one, write the file and add a line to ``GENERATORS``.
 
-A family of tokens is built from (config, codebook_size, length, classes). One of continuous latents says so by
-``kind = "continuous"`` and is built from (config, latent_shape, classes).
+A family of tokens inherits from ``TokenGenerator`` and is built from (config, codebook_size, length, classes). One of
+continuous latents inherits from ``ContinuousGenerator`` and is built from (config, latent_shape, classes).
 """
 
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,13 +31,11 @@ GENERATORS = {
     "lightningdit": (LightningDiT, LightningDiTConfig),
     "dit": (DiT, DiTConfig),
 }
-GeneratorConfig = Annotated[
-    RARConfig | GPTConfig | SiTConfig | LightningDiTConfig | DiTConfig, Field(discriminator="name")
-]
+GeneratorConfig = Annotated[reduce(or_, (config for _, config in GENERATORS.values())), Field(discriminator="name")]
 
 
 def _sampling_name(value: Any) -> str | None:
-    """The variant of sampling settings; those written before there was diffusion have no name and are of tokens."""
+    """The variant of sampling settings; early snapshots have no name, and are of tokens."""
     return value.get("name", "tokens") if isinstance(value, dict) else getattr(value, "name", None)
 
 
@@ -71,15 +71,15 @@ def build_generator(
 
 
 def check_kind(name: str, kind: str, source: str) -> None:
-    """Refuse latents of the kind that a family does not model.
+    """Refuse latents of a kind that the family ``name`` does not model.
 
     Raises:
-        UserError: says what ``source`` holds and what the family ``name`` models.
+        UserError: the kind that ``source`` holds, and the one that the family models.
     """
-    models = getattr(GENERATORS[name][0], "kind", "discrete")
+    models = GENERATORS[name][0].kind
     if kind != models:
         words = {"discrete": "tokens", "continuous": "continuous latents"}
-        remedy = ", ".join(n for n, (family, _) in GENERATORS.items() if getattr(family, "kind", "discrete") == kind)
+        remedy = ", ".join(n for n, (family, _) in GENERATORS.items() if family.kind == kind)
         raise UserError(
             f"{source} holds {words[kind]}, generator {name} models {words[models]}; "
             f"encode with a {models} tokenizer, or set generator.name to one of {remedy}"
@@ -87,15 +87,15 @@ def check_kind(name: str, kind: str, source: str) -> None:
 
 
 def default_sampling(name: str) -> Sampling | DiffusionSampling | DDPMSampling:
-    """Sampling settings of a family where nothing else is known: unguided."""
-    return getattr(GENERATORS[name][0], "sampling_type", Sampling)()
+    """Sampling settings of a family for which nothing else is known: unguided."""
+    return GENERATORS[name][0].sampling_type()
 
 
 def check_sampling(name: str, sampling: Sampling | DiffusionSampling | DDPMSampling) -> None:
     """Refuse the sampling settings of another kind of generator.
 
     Raises:
-        UserError: says which name to set.
+        UserError: another ``sampling.name`` is needed.
     """
     expected = default_sampling(name).name
     if sampling.name != expected:
@@ -104,8 +104,6 @@ def check_sampling(name: str, sampling: Sampling | DiffusionSampling | DDPMSampl
 
 def load_generator(path: str | Path) -> Generator:
     """Load a generator from a snapshot, or from the newest snapshot of a run folder; in eval mode, on the CPU.
-
-    Its ``latent_space`` names the tokenizer whose latents it makes, its ``sampling`` the settings stored with it.
 
     Raises:
         UserError: no snapshot, another kind, an unknown family, or weights that do not fit.
@@ -122,5 +120,5 @@ def load_generator(path: str | Path) -> Generator:
     generator = build_generator(config, tuple(header["latent_shape"]), header["classes"], header["codebook_size"])
     load_weights(generator, snapshot)
     generator.latent_space = header["latent_space"]
-    generator.sampling = validate(type(default_sampling(name)), header.get("sampling") or {}, source=str(path))
+    generator.sampling = validate(generator.sampling_type, header.get("sampling") or {}, source=str(path))
     return generator.eval().requires_grad_(False)

@@ -1,9 +1,9 @@
-"""What all generators of continuous latents share: the statistics of these latents, and the frame of sampling.
+"""What the generators of continuous latents share: the statistics of these latents, and sampling.
 
 Letters are those of ``robustok.types``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,8 +12,15 @@ from torch import Tensor, nn
 
 from robustok.config import Config
 from robustok.errors import UserError
-from robustok.generators.flow import DiffusionSampling, MixturePlan, check_reference, image_normals
-from robustok.generators.sampling import check_labels
+from robustok.generators.diffusion_sampling import (
+    ContinuousSampling,
+    Model,
+    Process,
+    image_normals,
+    sample_mixture,
+)
+from robustok.generators.flow import DiffusionSampling
+from robustok.generators.sampling import check_labels, check_mixture
 from robustok.randomness import image_uniforms, per_image
 
 
@@ -33,26 +40,20 @@ class ContinuousConfig(Config):
 
 
 class ContinuousGenerator(nn.Module):
-    """Frame of a class-conditional model of continuous latents. Families give ``_sampler`` and ``_plan``.
+    """A class-conditional model of continuous latents. Families implement ``_model`` and ``_process``.
 
     Args:
         config: size, training, latent statistics.
         latent_shape: (L, D), latents per image and their width.
         classes: number of classes.
 
-    Attributes:
-        sampling_type: what its sampling settings are.
-        objective: names what training takes the squared error of.
-        null_label: the label that stands for "no class"; equals ``classes``.
-        licence: of the released weights.
-        latent_space: names the tokenizer whose latents these are; None where unknown.
-        sampling: settings that go with the weights.
+    The attributes are those of :class:`robustok.types.Generator`.
     """
 
     kind = "continuous"
     codebook_size = None
-    sampling_type: type[Config] = DiffusionSampling
     objective = "flow_matching"
+    sampling_type: type[ContinuousSampling] = DiffusionSampling
     licence: str
 
     def __init__(self, config: ContinuousConfig, latent_shape: tuple[int, int], classes: int) -> None:
@@ -69,18 +70,18 @@ class ContinuousGenerator(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
+        """Device of its weights."""
         return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its weights."""
+        """Precision of its weights."""
         return next(self.parameters()).dtype
 
-    # Latents as the tokenizer makes them, and as the model sees them
+    # Normalised latents
 
     def set_latent_statistics(self, mean: Any, std: Any, multiplier: float = 1.0) -> None:
-        """Say how the tokenizer's latents z are normalised: ``(z - mean) / std * multiplier``.
+        """Set how the tokenizer's latents z are normalised: ``(z - mean) / std * multiplier``.
 
         Args:
             mean: a number, or one per channel in any shape, such as (1, D, 1, 1).
@@ -106,7 +107,7 @@ class ContinuousGenerator(nn.Module):
         self.config = self.config.model_copy(update=found | {"latent_multiplier": float(multiplier)})
 
     def normalise(self, latents: Tensor) -> Tensor:
-        """The tokenizer's latents (N, L, D) as the model sees them, in float64.
+        """Normalise the tokenizer's latents (N, L, D), to float64.
 
         Raises:
             UserError: no statistics are known.
@@ -122,8 +123,8 @@ class ContinuousGenerator(nn.Module):
     def _need_statistics(self) -> None:
         if self.latent_mean is None:
             raise UserError(
-                f"this {self.config.name} knows no latent statistics; give latent_mean and latent_std, which stand in "
-                "the tokenizer's configuration (vq_mean, vq_std) or beside its weights (latents_stats.pt)"
+                f"this {self.config.name} has no latent statistics; give latent_mean and latent_std, which are in the "
+                "tokenizer's configuration (vq_mean, vq_std) or beside its weights (latents_stats.pt)"
             )
 
     # Sampling
@@ -132,21 +133,21 @@ class ContinuousGenerator(nn.Module):
     def generate(
         self,
         labels: Tensor,
-        sampling: Any,
+        sampling: ContinuousSampling,
         rng: torch.Generator | Sequence[torch.Generator],
         reference: Tensor | None = None,
         sigma: float | None = None,
     ) -> Tensor:
         """Sample latents, or mix them with the latents of real images by ``sampling.strategy``.
 
-        Every image has noise of its own, so it is the same in whatever batch, up to the rounding of the model.
+        Every image has its own noise, so it is the same in any batch, up to the rounding of the model.
 
         Args:
             labels: (N,) int64; ``null_label`` samples without a class.
             sampling: sampler, guidance, strategy.
             rng: one CPU generator per image (:func:`robustok.randomness.image_rngs`), or one that seeds them.
             reference: latents (N, L, D) of real images, as the tokenizer makes them.
-            sigma: sigma in [0, 1]; 1 returns the reference, 0 or None ignores it.
+            sigma: share in [0, 1] of the reference that is kept; 1 returns the reference, 0 or None ignores it.
 
         Returns:
             Latents (N, L, D) on the model's device, as the tokenizer makes them.
@@ -159,33 +160,41 @@ class ContinuousGenerator(nn.Module):
             expected = self.sampling_type().name
             raise UserError(f"{self.config.name} samples by {expected}; got sampling.name={sampling.name}")
         check_labels(labels, self.classes)
-        check_reference(sigma, reference, (len(labels), *self.latent_shape))
+        check_mixture(sigma, reference, (len(labels), *self.latent_shape), None)
         device, dtype, rngs = self.device, self.dtype, per_image(rng, len(labels))
         if reference is not None and sigma == 1:
             return reference.to(device, copy=True)
         # Drawn whatever the strategy and sigma: an image has the same noise in all of them.
-        keep = image_uniforms(rngs, self.latent_shape[0]).to(device) < (sigma or 0.0)  # (N, L)
+        keep = image_uniforms(rngs, self.latent_shape[0]).to(device)[..., None] < (sigma or 0.0)  # (N, L, 1)
         draw = lambda: image_normals(rngs, self.latent_shape).to(device)  # noqa: E731
         clean = None if reference is None else self.normalise(reference.to(device))
         noise = draw().double()  # (N, L, D)
-        sample = self._sampler(labels.to(device), sampling)
-        latents = sample(noise=noise, reference=clean, sigma=sigma, keep=keep[..., None], draw=draw)
-        latents = self.denormalise(latents).to(dtype)  # (N, L, D)
+        model, process = self._model(labels.to(device), sampling), self._process(sampling)
+        latents = self.denormalise(sample_mixture(model, process, noise, clean, sigma, keep, draw)).to(dtype)
         if clean is not None and sigma and sampling.strategy == "token_mix":
-            return torch.where(keep[..., None], reference.to(device, dtype), latents)  # kept bit for bit
+            return torch.where(keep, reference.to(device, dtype), latents)  # kept bit for bit
         return latents
 
-    def _sampler(self, labels: Tensor, sampling: Any) -> Callable[..., Tensor]:
-        """``sample_mixture``, or its sibling, but for noise, reference, sigma, keep and draw."""
+    def _model(self, labels: Tensor, sampling: ContinuousSampling) -> Model:
+        """The guided prediction of a state at a time, for these labels (N,)."""
         raise NotImplementedError
 
-    def _plan(self, sampling: Any, sigma: float) -> MixturePlan:
-        """Where sampling starts so that this share of real latents is kept."""
+    def _process(self, sampling: ContinuousSampling) -> Process:
+        """The process from latents to noise that the model was trained on, with its sampler."""
         raise NotImplementedError
 
-    def mixture_facts(self, sampling: Any, sigma: float) -> dict[str, Any]:
+    def mixture_details(self, sampling: ContinuousSampling, sigma: float) -> dict[str, Any]:
         """What sigma means here, for the manifest of pairs: strategy, noise level, steps and their guided share."""
-        return {"strategy": sampling.strategy, **self._plan(sampling, sigma).facts()}
+        return {"strategy": sampling.strategy, **self._process(sampling).plan(sigma).details()}
+
+    def compile_sampling(self) -> None:
+        """Not available.
+
+        Raises:
+            UserError: always.
+        """
+        name = self.config.name
+        raise UserError(f"cache.compile=true is for generators of tokens, {name} is none; set cache.compile=false")
 
     def _check_shape(self, latents: Tensor) -> None:
         if latents.shape[1:] != self.latent_shape:
@@ -194,10 +203,10 @@ class ContinuousGenerator(nn.Module):
             )
 
     def check(self, latents: Tensor | None = None) -> list[str]:
-        """Plain sentences on what is wrong with the latent statistics or layout; empty where all is well.
+        """Sentences on what is wrong with the latent statistics or their shape; empty if nothing is.
 
         Args:
-            latents: some of the tokenizer's latents (N, L, D), against which the statistics are held.
+            latents: some of the tokenizer's latents (N, L, D), with which the statistics are compared.
         """
         if latents is not None and latents.shape[1:] != self.latent_shape:
             return [f"Latents of shape {tuple(latents.shape[1:])} do not fit a generator of {self.latent_shape}."]

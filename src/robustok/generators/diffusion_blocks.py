@@ -1,6 +1,6 @@
 """Parts of diffusion transformers: time embedding, attention, MLPs, modulated blocks and head.
 
-Parameters carry the released names. Letters beside those of ``robustok.types``: W width.
+Parameters have the names of the authors' code. Letters beside those of ``robustok.types``: W width.
 """
 
 import math
@@ -26,9 +26,8 @@ class TimeEmbedder(nn.Module):
     def forward(self, times: Tensor) -> Tensor:
         """(N,) to (N, W)."""
         half = TIME_FEATURES // 2
-        frequencies = torch.exp(
-            -math.log(10_000) * torch.arange(half, device=times.device) / half
-        )  # float32, as released
+        # float32, as in the authors' code
+        frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=times.device) / half)
         angles = times[:, None] * frequencies.to(times.dtype)  # (N, 128)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
 
@@ -39,7 +38,7 @@ class Attention(nn.Module):
     Args:
         width: W.
         heads: number of heads.
-        norm: what normalises a head's queries and keys, by its width; None leaves them.
+        norm: makes the norm of a head's queries or keys from its width; None is no norm.
     """
 
     def __init__(self, width: int, heads: int, norm: Callable[[int], nn.Module] | None) -> None:
@@ -50,7 +49,7 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = (norm(width // heads) if norm else nn.Identity() for _ in range(2))
 
     def forward(self, x: Tensor, rotate: Callable[[Tensor], Tensor]) -> Tensor:
-        """(N, L, W) to (N, L, W); ``rotate`` tells queries and keys (N, heads, L, head width) where they stand."""
+        """(N, L, W) to (N, L, W); ``rotate`` adds positions to queries and keys (N, heads, L, head width)."""
         count, length, width = x.shape
         qkv = self.qkv(x).view(count, length, 3, self.heads, width // self.heads)
         queries, keys, values = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, L, head width)

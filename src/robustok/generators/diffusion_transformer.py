@@ -1,30 +1,31 @@
-"""What the diffusion transformers share: settings, the velocity field, its training pass and its sampling.
+"""What the diffusion transformers share: settings, the velocity, its training pass and its sampling.
 
 Source: Peebles & Xie, "Scalable Diffusion Models with Transformers" (arXiv 2212.09748): time and class shift, scale and
-gate every block (adaLN-zero). Parameters carry the released names. Letters beside those of ``robustok.types``: W width.
+gate every block (adaLN-zero). Parameters have the names of the authors' code. Letters beside those of
+``robustok.types``: W width.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
+from robustok.config import Heads
 from robustok.generators.continuous import ContinuousConfig, ContinuousGenerator
-from robustok.generators.diffusion_blocks import TimeEmbedder
+from robustok.generators.diffusion_blocks import Attention, Block, FinalLayer, TimeEmbedder
+from robustok.generators.diffusion_sampling import Model, guided_model
 from robustok.generators.flow import (
     DiffusionPath,
     DiffusionSampling,
-    MixturePlan,
-    guided_velocity,
+    FlowProcess,
     interpolate,
     noise_level,
-    plan_mixture,
-    sample_mixture,
     target_velocity,
 )
 from robustok.types import GeneratorOutput
+
+NormOf = Callable[[int], nn.Module]
 
 
 class DiffusionTransformerConfig(ContinuousConfig):
@@ -32,26 +33,18 @@ class DiffusionTransformerConfig(ContinuousConfig):
 
     width: int = Field(1152, gt=0, description="width of the transformer, a multiple of heads")
     depth: int = Field(28, gt=0, description="number of transformer blocks")
-    heads: int = Field(16, gt=0, description="attention heads; must divide width")
+    heads: Heads = 16
     mlp_width: int | None = Field(None, gt=0, description="hidden width of the MLP; null is 4 widths, 8/3 with SwiGLU")
     qk_norm: bool = Field(False, description="normalise the queries and keys of each head")
-    learn_sigma: bool = Field(False, description="the head predicts a variance too, which is not used (released code)")
+    learn_sigma: bool = Field(False, description="the head predicts a variance too, which is not used (authors' code)")
     path: DiffusionPath = Field("linear", description="path from data to noise that training follows")
-
-    @field_validator("heads")
-    @classmethod
-    def _heads_divide_width(cls, heads: int, info: ValidationInfo) -> int:
-        width = info.data.get("width")
-        if width is not None and width % heads:
-            raise ValueError(f"heads must divide width, which is {width}")
-        return heads
 
 
 class DiffusionTransformer(ContinuousGenerator):
-    """Class-conditional velocity field of continuous latents. Families say in ``_assemble`` what their blocks are.
+    """Class-conditional velocity of continuous latents. Families build their blocks in ``_assemble``.
 
     Attributes:
-        noise_time: the time, in the family's own convention, at which latents are pure noise: 1 or 0.
+        noise_time: the time at which latents are pure noise in the family's own convention: 1 or 0.
     """
 
     noise_time: float
@@ -66,6 +59,23 @@ class DiffusionTransformer(ContinuousGenerator):
 
     def _assemble(self) -> None:
         raise NotImplementedError
+
+    def _stack(
+        self, norm: NormOf, head_norm: NormOf, mlp: Callable[[int, int], nn.Module], hidden: int, shift: bool = True
+    ) -> None:
+        """Build ``blocks`` and ``final_layer``: norms by width, and MLPs by width and hidden width."""
+        config, width = self.config, self.config.width
+        self.blocks = nn.ModuleList(
+            Block(
+                Attention(width, config.heads, head_norm if config.qk_norm else None),
+                mlp(width, hidden),
+                norm,
+                width,
+                shift,
+            )
+            for _ in range(config.depth)
+        )
+        self.final_layer = FinalLayer(width, self.latent_shape[1] * (1 + config.learn_sigma), norm)
 
     def _initialise(self) -> None:
         for module in self.modules():
@@ -108,12 +118,12 @@ class DiffusionTransformer(ContinuousGenerator):
         return x
 
     def forward(self, latents: Tensor, labels: Tensor, noise_levels: Tensor, noise: Tensor) -> GeneratorOutput:
-        """Predict the velocity at noised latents: what flow matching takes the squared error of in training.
+        """Predict the velocity at noised latents, for the squared error of flow matching in training.
 
         Args:
             latents: (N, L, D) float32 as the tokenizer makes them.
             labels: (N,) int64; ``null_label`` is "no class".
-            noise_levels: (N,) in [0, 1], 1 is pure noise whatever the family's time
+            noise_levels: (N,) in [0, 1]; 1 is pure noise in every family
                 (:func:`robustok.generators.flow.draw_noise_levels`).
             noise: standard normal (N, L, D).
 
@@ -128,10 +138,8 @@ class DiffusionTransformer(ContinuousGenerator):
 
     # Sampling
 
-    def _sampler(self, labels: Tensor, sampling: DiffusionSampling) -> Callable[..., Tensor]:
-        velocity = guided_velocity(self.velocity, labels, self.null_label, sampling)
-        path = sampling.path or self.config.path
-        return partial(sample_mixture, velocity, sampling=sampling, noise_time=self.noise_time, path=path)
+    def _model(self, labels: Tensor, sampling: DiffusionSampling) -> Model:
+        return guided_model(self.velocity, labels, self.null_label, sampling)
 
-    def _plan(self, sampling: DiffusionSampling, sigma: float) -> MixturePlan:
-        return plan_mixture(sampling, sigma, self.noise_time, sampling.path or self.config.path)
+    def _process(self, sampling: DiffusionSampling) -> FlowProcess:
+        return FlowProcess(sampling, self.noise_time, sampling.path or self.config.path)

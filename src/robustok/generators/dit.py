@@ -5,12 +5,10 @@
     latents = generator.generate(labels, generator.sampling, image_rngs(seed, indices))
 
 Source: Peebles & Xie, "Scalable Diffusion Models with Transformers" (arXiv 2212.09748). The network is the library's
-``DiTTransformer2DModel``; the chain of noise levels is that of its pipeline's scheduler. Of a variance that the network
-predicts only ancestral sampling makes use, and training leaves it alone.
+``DiTTransformer2DModel``; the chain of noise levels is that of its pipeline's scheduler. If the network predicts a
+variance too, only ancestral sampling uses it, and training does not change it.
 """
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -20,8 +18,8 @@ from torch import Tensor, nn
 from robustok.backbones import diffusers_network
 from robustok.errors import UserError
 from robustok.generators.continuous import ContinuousConfig, ContinuousGenerator
-from robustok.generators.ddpm import DDPMSampling, add_noise, alpha_bars, plan_ddpm, sample_ddpm
-from robustok.generators.flow import MixturePlan, guided_velocity
+from robustok.generators.ddpm import DDPMProcess, DDPMSampling, add_noise, alpha_bars
+from robustok.generators.diffusion_sampling import Model, guided_model
 from robustok.types import GeneratorOutput
 
 
@@ -30,17 +28,17 @@ class DiTConfig(ContinuousConfig):
 
     name: Literal["dit"] = "dit"
     settings: dict[str, Any] = Field(
-        {}, description="what its config.json holds, under the names of diffusers, but for sizes of latents and classes"
+        {}, description="its config.json under the names of diffusers, without the sizes of latents and classes"
     )
     timesteps: int = Field(1000, ge=2, description="T, timesteps of the chain that training follows")
     beta_start: float = Field(1e-4, gt=0, lt=1, description="variance of the noise that its first step adds")
     beta_end: float = Field(0.02, gt=0, lt=1, description="of its last step")
-    beta_schedule: Literal["linear", "scaled_linear"] = Field("linear", description="of the steps in between")
-    clip: float | None = Field(None, gt=0, description="guesses of clean latents are clamped to this; null: never")
+    beta_schedule: Literal["linear", "scaled_linear"] = Field("linear", description="variances of the steps in between")
+    clip: float | None = Field(None, gt=0, description="predictions of clean latents are clamped to this; null: never")
 
 
 class DiT(ContinuousGenerator):
-    """Class-conditional noise of a square grid of latents, which are a sequence (N, L, D) in raster order at its edge.
+    """Class-conditional noise of a square grid of latents, passed as a sequence (N, L, D) in raster order.
 
     Attributes:
         bars: the alpha bar of every timestep and 1 for clean latents: (T + 1,) float64 on the CPU.
@@ -89,7 +87,7 @@ class DiT(ContinuousGenerator):
         return self.transformer.out_channels == 2 * self.latent_shape[1]
 
     def predict(self, latents: Tensor, timesteps: Tensor | int, labels: Tensor) -> Tensor:
-        """What the network says of normalised latents.
+        """The network's prediction for normalised latents.
 
         Args:
             latents: (N, L, D), normalised and noised.
@@ -97,7 +95,7 @@ class DiT(ContinuousGenerator):
             labels: (N,) int64; ``null_label`` is "no class".
 
         Returns:
-            The noise (N, L, D) in the model's precision, (N, L, 2 D) with a variance in [-1, 1] behind it.
+            The noise (N, L, D) in the model's precision; (N, L, 2 D) if a variance in [-1, 1] follows it.
 
         Raises:
             UserError: latents of another shape.
@@ -109,7 +107,7 @@ class DiT(ContinuousGenerator):
         return predicted.flatten(2).transpose(1, 2)  # (N, L, D or 2 D)
 
     def forward(self, latents: Tensor, labels: Tensor, noise_levels: Tensor, noise: Tensor) -> GeneratorOutput:
-        """Predict the noise of noised latents: what training takes the squared error of (DDPM, equation 14).
+        """Predict the noise of noised latents, for the squared error of training (DDPM, equation 14).
 
         Args:
             latents: (N, L, D) float32 as the tokenizer makes them.
@@ -126,14 +124,13 @@ class DiT(ContinuousGenerator):
         prediction = self.predict(noised, timesteps, labels)[..., : self.latent_shape[1]]
         return GeneratorOutput(prediction=prediction, targets=noise.to(self.dtype))
 
-    def _sampler(self, labels: Tensor, sampling: DDPMSampling) -> Callable[..., Tensor]:
+    def _model(self, labels: Tensor, sampling: DDPMSampling) -> Model:
         if sampling.variance == "learned" and not self.learned_variance:
             raise UserError("this dit predicts no variance; set sampling.variance=small or large")
         width = self.latent_shape[1]
         channels = min(sampling.guided_channels or width, width)  # a predicted variance is never guided
         guidance = sampling.model_copy(update={"guided_channels": channels})
-        model = guided_velocity(self.predict, labels, self.null_label, guidance)
-        return partial(sample_ddpm, model, sampling=sampling, bars=self.bars, clip=self.config.clip)
+        return guided_model(self.predict, labels, self.null_label, guidance)
 
-    def _plan(self, sampling: DDPMSampling, sigma: float) -> MixturePlan:
-        return plan_ddpm(sampling, sigma, self.bars)
+    def _process(self, sampling: DDPMSampling) -> DDPMProcess:
+        return DDPMProcess(sampling, self.bars, self.config.clip)

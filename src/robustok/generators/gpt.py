@@ -21,7 +21,6 @@ from robustok.config import Config
 from robustok.errors import UserError
 from robustok.generators.key_value_cache import KeyValueCache
 from robustok.generators.tokens import TokenGenerator, initialise, modulate, project
-from robustok.types import GeneratorOutput
 
 QUERY_KEY_NORM_EPSILON = 1e-5
 
@@ -196,31 +195,16 @@ class GPT(TokenGenerator):
             for modulation in (*(layer.adaLN_modulation for layer in self.layers), self.final_adaLN):
                 nn.init.zeros_(modulation[1].weight)  # every block starts as the identity
 
-    def forward(self, tokens: Tensor, labels: Tensor, orders: Tensor | None = None) -> GeneratorOutput:
-        """Predict every token from those before it, for the cross-entropy of training.
-
-        Args:
-            tokens: (N, L) int64, in raster order.
-            labels: (N,) int64; ``null_label`` is the condition "no class".
-            orders: None, or raster order for every image, the only one this generator supports.
-
-        Returns:
-            Logits (N, L, K), and the tokens (N, L) as targets.
-
-        Raises:
-            UserError: another number of tokens than the model was built for, or another order.
-        """
-        if tokens.shape[1] != self.length:
-            raise UserError(f"got {tokens.shape[1]} tokens per image, this generator was built for {self.length}")
-        return GeneratorOutput(prediction=self.logits(tokens, labels, orders)[:, :-1], targets=tokens)
-
     def logits(self, tokens: Tensor, labels: Tensor, orders: Tensor | None = None) -> Tensor:
         """Teacher-forced logits (N, T + 1, K) without the cache; row i predicts token i.
 
         Args:
             tokens: (N, T) int64, T <= L: all tokens (the last row then predicts nothing) or the first ones.
             labels: (N,) int64.
-            orders: as in :meth:`forward`.
+            orders: None, or raster order for every image, the only one this generator supports.
+
+        Raises:
+            UserError: another order.
         """
         if orders is not None and bool((orders != torch.arange(self.length, device=orders.device)).any()):
             raise UserError("a gpt generator visits tokens in raster order only; set random_until=0 raster_from=0")

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from robustok.errors import UserError
-from robustok.generators.diffusion_blocks import MLP, NORM_EPSILON, Attention, Block, FinalLayer, SwiGLU
+from robustok.generators.diffusion_blocks import MLP, NORM_EPSILON, SwiGLU
 from robustok.generators.diffusion_transformer import (
     DiffusionTransformer,
     DiffusionTransformerConfig,
@@ -20,7 +20,7 @@ from robustok.generators.diffusion_transformer import (
 
 
 class LightningDiTConfig(DiffusionTransformerConfig):
-    """A LightningDiT. The default size is LightningDiT-XL; the four switches are on in all published ones."""
+    """A LightningDiT. The default size is XL; rope, rms_norm, swiglu and shift are on in all published models."""
 
     name: Literal["lightningdit"] = "lightningdit"
     noise_levels: Literal["uniform", "logit_normal"] = Field("logit_normal", description="distribution in training")
@@ -31,7 +31,7 @@ class LightningDiTConfig(DiffusionTransformerConfig):
 
 
 class RotaryTable(nn.Module):
-    """Fixed cosines and sines (L, head width): the first half of a head turns by the row, the second by the column."""
+    """Fixed cosines and sines (L, head width): half of a head rotates by the row, the other half by the column."""
 
     def __init__(self, side: int, head_width: int) -> None:
         super().__init__()
@@ -43,14 +43,14 @@ class RotaryTable(nn.Module):
         self.register_buffer("freqs_sin", angles.sin())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Turn neighbouring pairs of (N, heads, L, head width)."""
+        """Rotate neighbouring pairs of (N, heads, L, head width)."""
         even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)  # each (N, heads, L, head width / 2)
-        turned = torch.stack([-odd, even], dim=-1).flatten(-2)
-        return x * self.freqs_cos + turned * self.freqs_sin
+        swapped = torch.stack([-odd, even], dim=-1).flatten(-2)
+        return x * self.freqs_cos + swapped * self.freqs_sin
 
 
 class LightningDiT(DiffusionTransformer):
-    """Velocity field of a square grid of latents, which are a sequence (N, L, D) in raster order at its edge.
+    """Velocity of a square grid of latents, passed as a sequence (N, L, D) in raster order.
 
     Raises:
         UserError: L is no square number, or rotary positions with heads whose width does not divide by 4.
@@ -60,7 +60,7 @@ class LightningDiT(DiffusionTransformer):
     licence = "MIT"
 
     def _assemble(self) -> None:
-        config, (length, channels) = self.config, self.latent_shape
+        config, length = self.config, self.latent_shape[0]
         self.side = round(length**0.5)
         if self.side**2 != length:
             raise UserError(f"lightningdit models a square grid, got {length} latents per image; sit takes any number")
@@ -72,27 +72,16 @@ class LightningDiT(DiffusionTransformer):
         if config.rms_norm:
             norm = head_norm = partial(nn.RMSNorm, eps=NORM_EPSILON)
         mlp, ratio = (SwiGLU, 8 / 3) if config.swiglu else (MLP, 4)
-        hidden = config.mlp_width or int(ratio * config.width)
         self.register_buffer("pos_embed", grid_table(self.side, config.width))
         if config.rope:
             self.feat_rope = RotaryTable(self.side, head_width)
-        self.blocks = nn.ModuleList(
-            Block(
-                Attention(config.width, config.heads, head_norm if config.qk_norm else None),
-                mlp(config.width, hidden),
-                norm,
-                config.width,
-                config.shift,
-            )
-            for _ in range(config.depth)
-        )
-        self.final_layer = FinalLayer(config.width, channels * (1 + config.learn_sigma), norm)
+        self._stack(norm, head_norm, mlp, config.mlp_width or int(ratio * config.width), config.shift)
 
     def _rotate(self, x: Tensor) -> Tensor:
         return self.feat_rope(x) if self.config.rope else x
 
     def velocity(self, latents: Tensor, times: Tensor | float, labels: Tensor) -> Tensor:
-        """As in :class:`DiffusionTransformer`; also takes the release's layout (N, D, H, W), which it then returns."""
+        """As in :class:`DiffusionTransformer`; also takes the authors' layout (N, D, H, W), and then returns it."""
         if latents.ndim != 4:
             return super().velocity(latents, times, labels)
         if latents.shape[2:] != (self.side, self.side):
@@ -112,6 +101,6 @@ def grid_table(side: int, width: int) -> Tensor:
 
 
 def _grid(side: int) -> tuple[Tensor, Tensor]:
-    """Row and column of each place in raster order, each (L,)."""
-    places = torch.arange(side**2)
-    return places // side, places % side
+    """Row and column of each index in raster order, each (L,)."""
+    indices = torch.arange(side**2)
+    return indices // side, indices % side

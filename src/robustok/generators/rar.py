@@ -25,7 +25,6 @@ from robustok.config import Config, Heads
 from robustok.errors import UserError
 from robustok.generators.key_value_cache import KeyValueCache
 from robustok.generators.tokens import TokenGenerator, initialise, modulate, project
-from robustok.types import GeneratorOutput
 
 LAYER_NORM_EPSILON = 1e-6
 # Sampling computes the modulation of many positions at once; at most this many values (256 MB in float32).
@@ -198,32 +197,13 @@ class RAR(TokenGenerator):
         for module in (*self.blocks, self.adaln_before_head):
             nn.init.zeros_(module.adaLN_modulation[1].weight)  # every block starts as the identity
 
-    def forward(self, tokens: Tensor, labels: Tensor, orders: Tensor | None = None) -> GeneratorOutput:
-        """Predict every token from those before it in its image's order, for the cross-entropy of training.
-
-        Args:
-            tokens: (N, L) int64, in raster order.
-            labels: (N,) int64; ``null_label`` is the condition "no class" (see :func:`drop_labels`).
-            orders: (N, L) int64, a permutation of 0..L-1 per image (see :func:`draw_orders`); None is raster.
-
-        Returns:
-            Logits (N, L, K), and as targets the tokens (N, L) in the order in which they were predicted.
-
-        Raises:
-            UserError: another number of tokens than the model was built for.
-        """
-        if tokens.shape[1] != self.length:
-            raise UserError(f"got {tokens.shape[1]} tokens per image, this generator was built for {self.length}")
-        targets = tokens if orders is None else tokens.gather(1, orders)  # (N, L)
-        return GeneratorOutput(prediction=self.logits(tokens, labels, orders)[:, :-1], targets=targets)
-
     def logits(self, tokens: Tensor, labels: Tensor, orders: Tensor | None = None) -> Tensor:
         """Teacher-forced logits (N, T + 1, K) without the cache; row i predicts the i-th token of the order.
 
         Args:
             tokens: (N, T) int64: all tokens (T = L; the last row then predicts nothing) or a prefix in raster order.
-            labels: (N,) int64.
-            orders: (N, L) int64, or one for all images (L,); needs T = L; None is raster.
+            labels: (N,) int64; ``null_label`` is the condition "no class" (see :func:`drop_labels`).
+            orders: (N, L) int64 (see :func:`draw_orders`), or one for all images (L,); needs T = L; None is raster.
         """
         if orders is not None:
             orders = orders.expand(len(tokens), -1)  # (N, L)

@@ -1,7 +1,7 @@
 """Guidance, temperature, truncation, sigma and random draws of token sampling: pure functions of logits.
 
-Every image has a random generator of its own and spends exactly one uniform number on each of its tokens. Image 4711 is
-therefore the same in whatever batch, on whatever process it is sampled (up to the rounding of the logits).
+Every image has its own random generator, of which each of its tokens uses exactly one uniform number. So image 4711 is
+the same in any batch and on any process (up to the rounding of the logits).
 """
 
 import math
@@ -16,15 +16,15 @@ from robustok.config import Config
 from robustok.errors import UserError
 from robustok.randomness import image_uniforms
 
-# GigaTok's step schedule multiplies by this, not by 1, where it does not guide.
+# GigaTok's step schedule multiplies by this, not by 1, before it guides.
 FAINT_GUIDANCE = 1.0001
 
 
 class Sampling(Config):
     """How tokens are drawn from a generator.
 
-    Guidance acts inside a window. Token p of L stands at the share p / (L - 1) of the image, 0 first and 1 last; ends
-    belong to the window. The schedules of the releases:
+    Guidance acts inside a window of the image, both ends included. Token p of L is at the share p / (L - 1), from 0 to
+    1. The schedules of the authors' codes:
 
     * RAR: ``guidance_power`` alone;
     * LlamaGen: ``guidance_power`` 0, and for its ``cfg_interval`` n, which guides tokens 0 to n + 1,
@@ -34,7 +34,7 @@ class Sampling(Config):
 
     name: Literal["tokens"] = "tokens"
     guidance_scale: float = Field(
-        1.0, ge=0, description="classifier-free guidance at the last token; 1 (or 0, as released) switches it off"
+        1.0, ge=0, description="classifier-free guidance at the last token; 1 (or 0, as in RAR's code) switches it off"
     )
     guidance_power: float = Field(
         1.0, ge=0, description="exponent of the power-cosine guidance schedule; 0 is constant"
@@ -51,7 +51,7 @@ class Sampling(Config):
 
     @property
     def guided(self) -> bool:
-        """Whether sampling needs a second, unconditional pass. The released code writes "none" as a scale of 0."""
+        """Whether sampling needs a second, unconditional pass. RAR's code writes "none" as a scale of 0."""
         return self.guidance_scale not in (0.0, 1.0)
 
 
@@ -60,7 +60,7 @@ def guidance_scales(length: int, sampling: Sampling) -> Tensor:
 
     ``1 + (g - 1) * (1 - cos(pi * (s / L) ** power)) / 2`` rises from 1 at the first step towards g at the last:
     early tokens stay diverse, late ones follow their class. With power 0 it is g throughout. Before the window the
-    scale is 1.0001 and the first token is guided all the same, as GigaTok has it; after the window it is 1.
+    scale is 1.0001 and the first token is guided nevertheless, as in GigaTok's code; after the window it is 1.
 
     Returns:
         (L,) float64; ones where guidance is off.
@@ -77,7 +77,7 @@ def guidance_scales(length: int, sampling: Sampling) -> Tensor:
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
-    """Classifier-free guidance: 0 is unconditional, 1 is conditional, more exaggerates what the class changes."""
+    """Classifier-free guidance: 0 is unconditional, 1 is conditional, more amplifies what the class changes."""
     return unconditional + scale * (conditional - unconditional)
 
 
@@ -87,7 +87,7 @@ def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     Args:
         logits: (..., K), temperature applied.
         top_k: how many tokens stay; 0, or K and more, keeps all. Among equal logits the lower token stays.
-        top_p: of what ``top_k`` left, the smallest set of best tokens with this probability stays; 1 keeps all.
+        top_p: of those, the smallest set of most likely tokens with this probability stays; 1 keeps all.
     """
     if not top_k and top_p >= 1:
         return logits
@@ -97,15 +97,15 @@ def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
         dropped[..., top_k:] = True
     if top_p < 1:
         probabilities = best.masked_fill(dropped, -torch.inf).softmax(-1, dtype=torch.float64)
-        dropped |= probabilities.cumsum(-1) - probabilities >= top_p  # what the better ones hold already suffices
+        dropped |= probabilities.cumsum(-1) - probabilities >= top_p  # the more likely ones suffice
     return logits.masked_fill(torch.zeros_like(dropped).scatter(-1, tokens, dropped), -torch.inf)
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
     """Draw one token per row by inverting its cumulative distribution.
 
-    ``torch.multinomial`` takes one generator for the whole batch: an image would change with its neighbours. Here one
-    uniform number per image decides. The sum runs in float64: rare tokens of large codebooks keep their probability.
+    ``torch.multinomial`` takes one generator for the whole batch, so an image would depend on the others. Here one
+    uniform number per image decides. The sum is float64: rare tokens of large codebooks keep their probability.
 
     Args:
         logits: (N, K); -inf excludes a token.
@@ -133,10 +133,10 @@ def token_chooser(
     sigma: float | None,
     device: torch.device,
 ) -> Callable[[int, Tensor], Tensor]:
-    """What decides each token of a sample, or of its mixture with real tokens.
+    """The function that draws each token of a sample, or of its mixture with real tokens.
 
-    Each position keeps its real token with probability ``sigma``, drawn once per image before everything else.
-    The draws are made even where nothing is kept: the tokens of an image use the same numbers whatever sigma is.
+    Each position keeps its real token with probability ``sigma``, drawn once per image before all other numbers.
+    All numbers are drawn whatever sigma is, so that the tokens of an image use the same ones at every sigma.
 
     Args:
         sampling: temperature, top_k, top_p.
@@ -147,7 +147,7 @@ def token_chooser(
         device: of the logits.
 
     Returns:
-        A function of the step and the guided logits (N, K) that gives tokens (N,) int64.
+        A function of the step and the guided logits (N, K) that returns tokens (N,) int64.
     """
     keep = image_uniforms(rngs, length).to(device) < (sigma or 0.0)  # (N, L)
     uniforms = image_uniforms(rngs, length).to(device)  # (N, L)
@@ -161,7 +161,7 @@ def token_chooser(
 
 
 def check_labels(labels: Tensor, classes: int) -> None:
-    """Refuse labels that are no vector of classes 0..C-1, or C for "no class".
+    """Refuse labels other than a vector of classes 0..C-1, or C for "no class".
 
     Raises:
         UserError: wrong shape or dtype, or a label out of range.
@@ -175,8 +175,10 @@ def check_labels(labels: Tensor, classes: int) -> None:
         )
 
 
-def check_mixture(sigma: float | None, reference: Tensor | None, shape: tuple[int, int], codebook_size: int) -> None:
-    """Refuse a sigma or reference tokens that cannot be mixed with samples of ``shape`` (N, L).
+def check_mixture(
+    sigma: float | None, reference: Tensor | None, shape: tuple[int, ...], codebook_size: int | None
+) -> None:
+    """Refuse a sigma or real latents that cannot be mixed with samples of ``shape``: (N, L), or (N, L, D) continuous.
 
     Raises:
         UserError: sigma outside [0, 1]; sigma above 0 without a reference; a reference of another shape or dtype, or
@@ -186,15 +188,15 @@ def check_mixture(sigma: float | None, reference: Tensor | None, shape: tuple[in
         raise UserError(f"sigma is {sigma}; accepted is 0 (free sample) to 1 (the reference itself)")
     if reference is None:
         if sigma:
-            raise UserError(f"sigma is {sigma} but no reference is given; pass the tokens of real images")
+            raise UserError(f"sigma is {sigma} but no reference is given; pass the latents of real images")
         return
-    if reference.shape != shape or reference.dtype != torch.int64:
+    fits = reference.dtype == torch.int64 if codebook_size else reference.is_floating_point()
+    remedy = "encode the images with the tokenizer this generator was trained on"
+    if reference.shape != shape or not fits:
+        found = f"shape {tuple(reference.shape)} and dtype {reference.dtype}"
         raise UserError(
-            f"the reference has shape {tuple(reference.shape)} and dtype {reference.dtype}; "
-            f"expected {shape} torch.int64"
+            f"the reference has {found}; expected {'torch.int64' if codebook_size else 'floats'} {shape}; {remedy}"
         )
-    if reference.numel() and not 0 <= int(reference.min()) <= int(reference.max()) < codebook_size:
-        raise UserError(
-            f"the reference holds tokens {int(reference.min())} to {int(reference.max())}; this generator knows "
-            f"0 to {codebook_size - 1}; encode the images with the tokenizer it was trained on"
-        )
+    if codebook_size and reference.numel() and not 0 <= int(reference.min()) <= int(reference.max()) < codebook_size:
+        found = f"tokens {int(reference.min())} to {int(reference.max())}"
+        raise UserError(f"the reference has {found}; this generator has 0 to {codebook_size - 1}; {remedy}")

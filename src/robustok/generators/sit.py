@@ -1,4 +1,4 @@
-"""SiT, the diffusion transformer that MAETok is published with, over latents without a grid.
+"""SiT, the diffusion transformer that MAETok is published with, for latents without a grid.
 
 Sources: Ma et al., "SiT: Exploring Flow and Diffusion-based Generative Models with Scalable Interpolant Transformers"
 (arXiv 2401.08740); Chen et al., "Masked Autoencoders Are Effective Tokenizers for Diffusion Models" (arXiv 2502.03444).
@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from robustok.generators.diffusion_blocks import MLP, NORM_EPSILON, Attention, Block, FinalLayer
+from robustok.generators.diffusion_blocks import MLP, NORM_EPSILON
 from robustok.generators.diffusion_transformer import (
     DiffusionTransformer,
     DiffusionTransformerConfig,
@@ -26,26 +26,16 @@ class SiTConfig(DiffusionTransformerConfig):
 
 
 class SiT(DiffusionTransformer):
-    """Velocity field of a sequence of latents, for MAETok and other tokenizers without a grid."""
+    """Velocity of a sequence of latents, for MAETok and other tokenizers without a grid."""
 
     noise_time = 1.0
     licence = "Apache-2.0 by the card of the weights; the code was released without a licence"
 
     def _assemble(self) -> None:
-        config, (length, channels) = self.config, self.latent_shape
+        width = self.config.width
+        self.register_buffer("pos_embed", position_table(self.latent_shape[0], width))
         norm = partial(nn.LayerNorm, eps=NORM_EPSILON, elementwise_affine=False)
-        hidden = config.mlp_width or 4 * config.width
-        self.register_buffer("pos_embed", position_table(length, config.width))
-        self.blocks = nn.ModuleList(
-            Block(
-                Attention(config.width, config.heads, nn.LayerNorm if config.qk_norm else None),
-                MLP(config.width, hidden),
-                norm,
-                config.width,
-            )
-            for _ in range(config.depth)
-        )
-        self.final_layer = FinalLayer(config.width, channels * (1 + config.learn_sigma), norm)
+        self._stack(norm, nn.LayerNorm, MLP, self.config.mlp_width or 4 * width)
 
 
 def position_table(length: int, width: int) -> Tensor:

@@ -24,12 +24,13 @@ from robustok.generators.sampling import (
     token_chooser,
 )
 from robustok.randomness import per_image
+from robustok.types import GeneratorOutput
 
 COLUMN_ROWS = 8  # rows from which on `project` is faster
 
 
 class TokenGenerator(nn.Module):
-    """A class-conditional model of tokens in raster order. Families implement ``_steps`` and ``_transform``.
+    """A class-conditional model of tokens. Families implement ``logits``, ``_steps`` and ``_transform``.
 
     Args:
         config: size and variant of the transformer.
@@ -62,6 +63,29 @@ class TokenGenerator(nn.Module):
         self.sampling = Sampling()
         self._compiled: Callable[..., Tensor] | None = None
         self._static_caches: list[StaticCache] | None = None
+
+    def forward(self, tokens: Tensor, labels: Tensor, orders: Tensor | None = None) -> GeneratorOutput:
+        """Predict every token from those before it in its image's order, for the cross-entropy of training.
+
+        Args:
+            tokens: (N, L) int64, in raster order.
+            labels: (N,) int64; ``null_label`` is the condition "no class".
+            orders: (N, L) int64, a permutation of 0..L-1 per image; None is raster.
+
+        Returns:
+            Logits (N, L, K), and as targets the tokens (N, L) in the order in which they were predicted.
+
+        Raises:
+            UserError: another number of tokens than the model was built for, or an order that it does not support.
+        """
+        if tokens.shape[1] != self.length:
+            raise UserError(f"got {tokens.shape[1]} tokens per image, this generator was built for {self.length}")
+        prediction = self.logits(tokens, labels, orders)[:, :-1]
+        return GeneratorOutput(prediction, targets=tokens if orders is None else tokens.gather(1, orders))
+
+    def logits(self, tokens: Tensor, labels: Tensor, orders: Tensor | None = None) -> Tensor:
+        """Teacher-forced logits (N, T + 1, K) without the cache; row i predicts the i-th token of the order."""
+        raise NotImplementedError
 
     def check(self, latents: Tensor | None = None) -> list[str]:
         """Sentences on what is wrong with a converted model; empty if nothing is."""
@@ -150,7 +174,7 @@ class TokenGenerator(nn.Module):
         compiler = os.environ.get("CXX", "g++")
         if next(self.parameters()).device.type == "cpu" and shutil.which(compiler) is None:
             raise UserError(
-                f"compile=true needs a C++ compiler and {compiler} is none; install g++ or set compile=false"
+                f"cache.compile=true needs a C++ compiler and {compiler} is none; install g++, or leave it out"
             )
         self._compiled = torch.compile(self._transform, mode="reduce-overhead", dynamic=False)
 
