@@ -17,12 +17,12 @@ from robustok.metrics.pfid import (
     PublishedGrid,
     RelativeGrid,
     decoded_statistics,
-    image_draws,
     perturbed_frechet,
     perturbed_protocol,
     perturbed_tokens,
     summarise,
 )
+from robustok.randomness import image_draws
 from robustok.tokenizers.perturbation import nearest_codes
 
 SIZE, LENGTH, IMAGES = 24, 12, 40

@@ -4,13 +4,12 @@ from pathlib import Path
 
 from robustok.commands.generate import GenerateRun, SampleCacheSettings, generate
 from robustok.devices import start_accelerator
-from robustok.errors import UserError
 from robustok.evaluation.comparison import COMPARED
 from robustok.evaluation.evaluator import Evaluator
 from robustok.evaluation.reconstructions import reconstructions
 from robustok.evaluation.samples import decoded_samples, image_set
 from robustok.evaluation.settings import EvaluateRun
-from robustok.files import append_line
+from robustok.files import append_line, writing
 from robustok.types import Measurement
 
 
@@ -36,10 +35,8 @@ def evaluate(run: EvaluateRun) -> list[Measurement]:
     for name, path in run.images.items():
         found += image_set(evaluator, name, path)
     if accelerator.is_main_process:
-        try:
+        with writing(run.out):
             run.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write to {run.out}: {error.strerror}; choose another out=FOLDER") from None
         for measurement in found:
             append_line(run.out / "metrics.jsonl", measurement.line())
     return found

@@ -19,7 +19,8 @@ from torch import Tensor
 from robustok.config import Config
 from robustok.errors import UserError
 from robustok.metrics.frechet import GaussianStatistics
-from robustok.metrics.pfid import PerturbedSummary, distances, image_draws, over_seeds
+from robustok.metrics.pfid import PerturbedSummary, distances, over_seeds
+from robustok.randomness import image_draws
 from robustok.types import FeatureExtractor
 
 

@@ -6,7 +6,6 @@ images are encoded once; each cell of the grid perturbs the cached tokens, decod
 no such tokens: what stands in for it there is another quantity under another name, in ``noise.py``.
 """
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from robustok.config import Config
 from robustok.errors import UserError
 from robustok.metrics.codebook import count_tokens
 from robustok.metrics.frechet import GaussianStatistics, covariance_factor, frechet_distance, mean_and_standard_error
+from robustok.randomness import image_draws
 from robustok.tokenizers.perturbation import PerturbationDraw, apply_draw, nearest_codes
 from robustok.types import FeatureExtractor
 
@@ -307,25 +307,6 @@ def perturbed_tokens(tokens: Tensor, neighbours: Tensor, rate: float, seed: int,
     positions = draws[:, 0].argsort(dim=1).argsort(dim=1) < round(rate * length)  # (n, L)
     draw = PerturbationDraw(torch.ones(len(indices), dtype=torch.bool), positions, draws[:, 1])
     return apply_draw(tokens[indices], neighbours, draw.to(tokens.device))
-
-
-def image_draws(draw: Callable[..., Tensor], key: str, indices: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Random numbers (n, *shape) that depend on the key and on each image's place alone, not on its batch or process.
-
-    One generator is seeded anew for each image, in some 30 microseconds. A CPU generator takes 32 bits of its seed:
-    the key decides where the count of images starts, so that no two images of a cell share their draws.
-
-    Args:
-        draw: ``torch.rand`` or ``torch.randn``.
-        key: names what the draws are for, with its seed.
-        indices: (n,) int64, places of the images in the set.
-        shape: of one image's draws.
-    """
-    start = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big")
-    rng, draws = torch.Generator(), torch.empty(len(indices), *shape)
-    for row, index in zip(draws, indices.tolist(), strict=True):
-        draw(shape, generator=rng.manual_seed((start + index) % 2**32), out=row)
-    return draws
 
 
 def over_seeds(

@@ -21,7 +21,7 @@ from torch import nn
 from robustok.backbones import silent_diffusers
 from robustok.checkpoints import read_checkpoint, write_checkpoint
 from robustok.errors import UserError
-from robustok.files import atomic_folder
+from robustok.files import atomic_folder, one_line
 from robustok.hub import download_folder, is_remote
 
 AUTOENCODERS = ("vae", "vqvae", "movq")  # parts of a pipeline that may be a tokenizer
@@ -114,7 +114,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except OSError:
         raise UserError(f"{file} is missing; copy the whole folder") from None
     except ValueError as error:
-        raise UserError(f"{file} is no JSON ({_line(error)}); copy it again") from None
+        raise UserError(f"{file} is no JSON ({one_line(error, 200)}); copy it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{file} holds no JSON object; copy it again")
     return content
@@ -134,7 +134,7 @@ def load_network(network: nn.Module, found: Component) -> None:
                     safe, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
                 )
         except Exception as error:  # of many types, all of which the user can act on
-            reason = f"cannot be loaded as {found.class_name} ({_line(error)})"
+            reason = f"cannot be loaded as {found.class_name} ({one_line(error, 200)})"
             raise UserError(f"{folder} {reason}; copy it again") from None
     problems = [f"{kind.removesuffix('_keys')} {name}" for kind, names in report.items() for name in names]
     if problems:
@@ -174,7 +174,3 @@ def write_network(network: nn.Module, path: Path) -> Path:
     with atomic_folder(path) as folder:
         network.save_pretrained(folder)
     return path
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

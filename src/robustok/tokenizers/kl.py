@@ -113,6 +113,7 @@ class KL(VariationalAutoencoder):
     kind = "continuous"
     latent_mean, latent_std, latent_multiplier = 0.0, 1.0, None
     licence = "MIT"
+    latent_space: str | None = None
     image_range = (-1.0, 1.0)
 
     def __init__(self, config: KLConfig) -> None:

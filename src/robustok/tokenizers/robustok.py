@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from robustok.backbones import pretrained_backbone
 from robustok.config import Config, Heads
 from robustok.errors import UserError
+from robustok.files import one_line
 from robustok.tokenizers.conv import check_size
 from robustok.tokenizers.quantizer import QuantizerConfig, VectorQuantizer
 from robustok.tokenizers.vq import QuantizedTokenizer
@@ -236,7 +237,7 @@ def _copy_backbone(vit: VisionTransformer, config: ViTConfig, sizes: dict[str, i
     try:
         vit.load_state_dict({name: given[name] for name in given if name in own or not name.startswith("patch_embed.")})
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error, 160)
         raise UserError(
             f"{config.pretrained} is no plain vision transformer with a class token ({reason}); choose another"
         ) from None

@@ -27,6 +27,7 @@ class QuantizedTokenizer(nn.Module):
 
     kind = "discrete"
     licence: str
+    latent_space: str | None = None
     image_range = (-1.0, 1.0)
     latent_space: str | None = None
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from robustok.backbones import ImageNetRange, pretrained_backbone
 from robustok.config import Config, Heads, validate
 from robustok.errors import UserError
+from robustok.files import one_line
 
 
 class DinoConfig(Config):
@@ -91,7 +92,7 @@ class DinoBackbone(nn.Module):
         try:
             self.vit.load_state_dict(state)
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             raise UserError(f"the weights do not fit the discriminator's backbone: {reason}; set its sizes") from None
         return self
 
@@ -277,6 +278,6 @@ def load_heads(settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Di
     try:
         heads.load_state_dict(weights)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise UserError(f"the weights are not those of the discriminator's heads: {reason}; check the file") from None
     return heads
