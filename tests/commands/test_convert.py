@@ -187,7 +187,7 @@ STATISTICS = {  # family, file of statistics, words, what is said
     "missing, with a grid": ("lightningdit", None, [], "statistics=latents_stats.pt"),
     "half": ("sit", None, ["config.vq_mean=0.1"], "latent_std is missing"),
     "defaults": ("sit", None, ["config.vq_mean=0", "config.vq_std=1"], "are the defaults 0 and 1"),
-    "defaults of the tokenizer": ("maetok_tokenizer", None, [], "left at mean 0 and deviation 1"),
+    "defaults of the tokenizer": ("maetok_tokenizer", None, [], "left at mean 0 and standard deviation 1"),
     "defaults in a file": ("lightningdit", {"mean": torch.zeros(4), "std": torch.ones(4)}, [], "defaults 0 and 1"),
     "inverted": ("lightningdit", {"mean": torch.zeros(4), "std": torch.full((4,), 40.0)}, [], "looks inverted"),
     "negative": ("lightningdit", {"mean": torch.zeros(4), "std": -torch.ones(4)}, [], "positive ones for the std"),
