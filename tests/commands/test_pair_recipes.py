@@ -1,4 +1,4 @@
-"""The recipes of off-the-shelf pairs and of the small pairs: every one is a configuration that its verb accepts."""
+"""The recipes of off-the-shelf pairs and of the small pairs: every one is a configuration that its command accepts."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from robustok.training.tokenizer import TokenizerTrainingRun
 
 CONFIGS = Path(robustok.config.__file__).parents[2] / "configs"
 PAIRS = {path.stem: path for path in (CONFIGS / "pairs").glob("*.yaml")}
-PLACES = (
+PATHS = (
     "data.path=images",
     "tokenizer=runs/tokenizer",
     "generator=runs/generator",
@@ -28,20 +28,20 @@ PLACES = (
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_a_recipe_of_a_pair_is_ten_epochs_of_its_pairs(name):
-    run = load(PostTrainRun, PAIRS[name], PLACES)
+    run = load(PostTrainRun, PAIRS[name], PATHS)
     assert run.steps == 10 * run.mixture.count // run.batch_size
     assert run.sigma in run.sweep.sigmas
     assert 1.0 in run.sweep.sigmas  # the control
     assert run.ema_decay**run.steps < 0.2  # little of the untouched decoder is left in the average
-    chosen = load(PostTrainRun, PAIRS[name], (*PLACES, "sigma=auto", "held_out.extractor.name=inception"))
+    chosen = load(PostTrainRun, PAIRS[name], (*PATHS, "sigma=auto", "held_out.extractor.name=inception"))
     assert chosen.sigma == "auto"
 
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_the_command_in_a_recipe_is_all_that_its_files_need(name):
     lines = [line[1:].strip() for line in PAIRS[name].read_text().splitlines() if line.startswith("#   ")]
-    program, verb, file, *words = " ".join(lines).replace("\\ ", "").split()
-    assert (program, verb, file) == ("robustok", "post-train", f"pairs/{name}.yaml")
+    program, command, file, *words = " ".join(lines).replace("\\ ", "").split()
+    assert (program, command, file) == ("robustok", "post-train", f"pairs/{name}.yaml")
     run = load(PostTrainRun, file, words)
     for source, kind in ((run.tokenizer, "tokenizer"), (run.generator, "generator")):
         assert kind in {(FAMILIES | FOLDERS)[family].kind for family in families_named(source.family)}
@@ -64,7 +64,7 @@ def test_the_command_in_a_recipe_is_all_that_its_files_need(name):
     ],
 )
 def test_samplers_are_those_that_the_converted_generators_carry(name, sampling):
-    assert load(PostTrainRun, PAIRS[name], PLACES).mixture.sampling == sampling
+    assert load(PostTrainRun, PAIRS[name], PATHS).mixture.sampling == sampling
 
 
 @pytest.mark.parametrize(

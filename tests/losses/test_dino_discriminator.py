@@ -300,7 +300,7 @@ def test_the_term_reaches_images_but_no_weight_and_the_step_only_the_heads(tmp_p
     assert {name.split("/")[0].split(".")[0] for name in trained.state()["network"]} == {"heads"}
 
 
-def test_heads_learn_to_tell_noise_from_stripes(tmp_path, backbone_file):
+def test_heads_learn_to_distinguish_noise_and_stripes(tmp_path, backbone_file):
     trained = adversary(tmp_path, backbone_file, learning_rate=3e-2)
     stripes = torch.arange(16).remainder(4).sub(1.5).expand(16, 3, 16, 16)
     noise = [trained.see(some_images(16, 16, seed), 0, "fake") for seed in range(30)]

@@ -120,7 +120,7 @@ def test_encode_and_decode_match_the_method_read_literally(variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_released_weights_load_and_come_back_as_they_were(variant):
+def test_pretrained_weights_load_and_are_exported_as_they_were(variant):
     original = build(variant)
     released = original.state_dict()
     assert {"encoder.latent_tokens", "decoder.model.patch_embed.proj.weight", "post_quant_conv.bias"} < released.keys()

@@ -150,7 +150,7 @@ def test_stochastic_images_are_uniform_and_floor_takes_the_first():
 
 
 @pytest.mark.parametrize(("rate", "strength"), [(0.7, 5), (1.0, 2), (0.3, 10)])
-def test_bernoulli_with_self_has_the_released_rate(codebook, rate, strength):
+def test_bernoulli_with_self_has_the_rate_of_the_authors(codebook, rate, strength):
     tokens, neighbours = some_tokens(500, 64), nearest_codes(codebook, strength, include_self=True)
     changed = (perturb(tokens, neighbours, rate, 1.0, rng(), "bernoulli") != tokens).double().mean().item()
     expected = rate * (1 - 1 / strength)

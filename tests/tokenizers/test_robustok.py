@@ -66,7 +66,7 @@ def test_more_or_fewer_latents_than_patches():
         assert own == {"encoder.latent_positions", "decoder.latent_positions"}
 
 
-def test_unpatchify_puts_every_pixel_in_its_place():
+def test_unpatchify_puts_every_pixel_at_its_position():
     patches = torch.arange(2 * 9 * 4 * 4 * 3).view(2, 9, 48)
     images = unpatchify(patches, 4)
     for n, row, column, channel in torch.cartesian_prod(*map(torch.arange, (2, 12, 12, 3))).tolist():
