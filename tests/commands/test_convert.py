@@ -226,11 +226,7 @@ def test_the_discriminator_comes_along_so_that_post_training_can_carry_it(capsys
     content = {"model": weights, "discriminator": heads.state_dict(), "optimizer_disc": {"state": {}}, "steps": 7}
     torch.save(content, tmp_path / "main-train.pt")
     start = ["family=robustok", f"weights={tmp_path}/main-train.pt", "config.num_heads=2"]
-    words_of_it = [
-        "config.discriminator.num_heads=2",
-        "config.discriminator.depth=3",
-        "config.discriminator.key_depths=[0,2]",
-    ]
+    settings = [f"config.discriminator.{word}" for word in ("num_heads=2", "depth=3", "key_depths=[0,2]")]
     assert run(capsys, *start, *settings, f"out={tmp_path}/a")[0] == 0
     header = header_of(tmp_path / "a")
     assert header["trained_on"] == "converted from main-train.pt, model, with its discriminator"
