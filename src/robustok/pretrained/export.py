@@ -28,7 +28,7 @@ def export_weights(model: nn.Module) -> dict[str, Tensor]:
     return family.complete(model, weights)
 
 
-def export_folder(model: nn.Module, path: Path) -> Path:
+def export_folder(model: nn.Module, path: str | Path) -> Path:
     """Write a folder that ``from_pretrained`` of the diffusers library loads.
 
     Raises:
@@ -37,4 +37,4 @@ def export_folder(model: nn.Module, path: Path) -> Path:
     family = next((family for family in FOLDERS.values() if type(model) is family.model), None)
     if family is None:
         raise UserError(f"a {type(model).__name__} is no model of the diffusers library; export it to a file")
-    return write_network(family.network(model), path)
+    return write_network(family.network(model), Path(path))
