@@ -1,6 +1,6 @@
 """DiT, the diffusion transformer that predicts the noise of a DDPM, as the diffusers library has it.
 
-    generator = from_folder("DiT-XL-2-256")
+    generator = load_pretrained("dit", "DiT-XL-2-256")
     generator.set_latent_statistics(0.0, 1.0, 0.18215)  # of its autoencoder
     latents = generator.generate(labels, generator.sampling, image_rngs(seed, indices))
 
