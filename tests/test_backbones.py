@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from robustok.backbones import ImageNetRange, pretrained_backbone
 from robustok.errors import UserError
 from robustok.losses.semantic import Teacher, TeacherConfig
-from robustok.tokenizers.robustok import RobusTok, RobusTokConfig, ViTConfig
+from robustok.tokenizers.robustok import RobusTok, RobusTokConfig, ViTConfig, load_pretrained_backbones
 
 DINOV2 = "vit_small_patch14_dinov2.lvd142m"
 VIT = {"width": 384, "heads": 6, "layer_scale": 1e-5, "pretrained": DINOV2}
@@ -64,7 +64,8 @@ def test_a_model_of_the_same_size_is_unchanged(files):
 def test_encoder_decoder_and_teacher_start_alike(files):
     encoder, decoder = (ViTConfig(**VIT, weights=file, drop_path=0.1) for file in files[:2])
     config = RobusTokConfig(image_size=64, patch_size=16, encoder=encoder, decoder=decoder)
-    tokenizer = RobusTok(config, pretrained=True)
+    tokenizer = RobusTok(config)
+    load_pretrained_backbones(tokenizer)
     teacher = Teacher(TeacherConfig(name="timm", model=DINOV2, path=files[0]), 64, 16)
     starts = [tokenizer.encoder.backbone, tokenizer.decoder.backbone, teacher.network[1]]
     for name, value in tokenizer.decoder.backbone.state_dict().items():
@@ -107,7 +108,7 @@ def test_unfitting_weights_are_refused(files, tmp_path):
     def built(**changes):
         vit = ViTConfig(**VIT | {"weights": files[1]} | changes)
         config = RobusTokConfig(image_size=32, patch_size=16, encoder=vit, decoder=ViTConfig(width=16, heads=2))
-        return RobusTok(config, pretrained=True)
+        load_pretrained_backbones(RobusTok(config))
 
     with pytest.raises(UserError, match=r"has width, depth, heads \(384, 12, 6\), configured are \(384, 12, 12\)"):
         built(heads=12)

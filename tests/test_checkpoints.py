@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from robustok.checkpoints import choose_weights, read_checkpoint, settle
+from robustok.checkpoints import choose_weights, read_checkpoint
 from robustok.errors import UserError
 
 
@@ -219,15 +219,6 @@ def test_a_json_file_beside_the_weights_has_the_same_metadata(tmp_path):
     (tmp_path / "model.json").write_text("{")
     with pytest.raises(UserError, match="is no JSON"):
         read_checkpoint(tmp_path / "model.safetensors")
-
-
-def test_settle_prefers_weights_to_configuration_to_defaults():
-    names = {"num_heads": "heads", "dim": "width"}
-    assert settle({"width": 4}, {"dim": 4, "num_heads": 2, "seed": 1}, names, heads=1) == {"width": 4, "heads": 2}
-    with pytest.raises(UserError, match="dim = 5, the weights have 4"):
-        settle({"width": 4}, {"dim": 5}, names)
-    with pytest.raises(UserError, match="did you mean 'num_heads'"):
-        settle({"width": 4}, {"num_head": 5}, names)
 
 
 # The hub

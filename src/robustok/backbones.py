@@ -1,5 +1,7 @@
-"""Pretrained networks of timm: a tokenizer's initial encoder, its semantic teacher, the discriminator's features."""
+"""Networks of other libraries: pretrained backbones of timm, and the models of diffusers."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +53,38 @@ def pretrained_backbone(name: str, weights: str | Path | None, role: str, settin
         raise UserError(f"cannot load {role} {name}: {reason[:200]}; give a local file as {setting}") from None
     model.pretrained_cfg.pop("state_dict", None)  # timm keeps a copy of all weights there
     return model
+
+
+def diffusers_network(class_name: str, settings: Mapping[str, Any]) -> nn.Module:
+    """A model of the diffusers library with random weights.
+
+    Args:
+        class_name: of the library, such as ``AutoencoderKL``.
+        settings: content of its config.json.
+
+    Raises:
+        UserError: diffusers is not installed, or does not accept the settings.
+    """
+    try:
+        import diffusers
+    except ImportError:
+        raise UserError(f"{class_name} needs diffusers; pip install 'robustok[diffusers]'") from None
+    try:
+        with silent_diffusers():
+            return getattr(diffusers, class_name).from_config(dict(settings))
+    except Exception as error:  # diffusers validates with errors of many types
+        reason = one_line(error, 200)
+        raise UserError(f"diffusers makes no {class_name} of these settings ({reason}); correct them") from None
+
+
+@contextmanager
+def silent_diffusers() -> Iterator[None]:
+    """Context without the log of diffusers: what it warns of is checked by us, or is an error."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

@@ -4,13 +4,12 @@ Of a pickle, only tensors and plain containers are loaded; any other object that
 arguments and optimiser states beside the weights need none of the project's packages, and malicious code never runs.
 """
 
-import difflib
 import json
 import pickle
 import types
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -184,75 +183,6 @@ def write_checkpoint(path: str | Path, weights: dict[str, Tensor]) -> Path:
     with atomic_file(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
     return path
-
-
-# Sizes of a model from its weights and configuration
-
-
-def flatten_config(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The innermost keys of a nested configuration with their values; tuples become lists, None is left out."""
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from flatten_config(value)
-        elif value is not None:
-            yield key, list(value) if isinstance(value, tuple) else value
-
-
-def settle(found: dict[str, Any], config: dict[str, Any], names: dict[str, str], **defaults: Any) -> dict[str, Any]:
-    """A model's settings under our names: from the weights, else from the configuration, else from the defaults.
-
-    Args:
-        found: settings read from the weights.
-        config: a flat configuration, under the authors' names or ours; other keys are ignored.
-        names: the authors' names to ours.
-        defaults: by our names.
-
-    Raises:
-        UserError: the configuration contradicts the weights, or a key looks like a misspelling.
-    """
-    known = {**names, **{own: own for own in names.values()}}
-    settled = dict(defaults)
-    for key, value in config.items():
-        if key in known:
-            own = known[key]
-            if own in found and found[own] != value:
-                raise UserError(f"config gives {key} = {value!r}, the weights have {found[own]!r}; correct one of them")
-            settled[own] = value
-        elif near := difflib.get_close_matches(key, known, n=1, cutoff=0.85):
-            raise UserError(f"config: unknown key {key!r}; did you mean {near[0]!r}?")
-    return settled | found
-
-
-def shape_of(weights: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
-    """Shape of a tensor that must have this many dimensions.
-
-    Raises:
-        UserError: it is missing, empty, or has other dimensions.
-    """
-    found = tuple(weights[name].shape) if name in weights else None
-    if found is None or len(found) != dimensions or 0 in found:
-        what = "is missing" if found is None else f"is {found}, expected {dimensions} dimensions"
-        raise UserError(f"{name} {what}; is this a checkpoint of another family?")
-    return found
-
-
-def ratio_of(weights: Mapping[str, Tensor], name: str, width: int, configured: Any = None) -> float:
-    """Hidden width of an MLP divided by ``width``, from the bias (hidden,) of its first layer.
-
-    Some projects round the hidden width down, so a configured ratio that rounds to it is returned as it is.
-    """
-    hidden = shape_of(weights, name, 1)[0]
-    if isinstance(configured, int | float) and int(configured * width) == hidden:
-        return configured
-    return hidden / width
-
-
-def depth_of(weights: Mapping[str, Tensor], prefix: str) -> int:
-    """Number of blocks, whose weights are named ``PREFIX0.*``, ``PREFIX1.*`` and so on."""
-    blocks = {name.removeprefix(prefix).partition(".")[0] for name in weights if name.startswith(prefix)}
-    if not blocks:
-        raise UserError(f"{prefix}0.* is missing; is this a checkpoint of another family?")
-    return len(blocks)
 
 
 # The restricted unpickler

@@ -52,13 +52,17 @@ C = TypeVar("C", bound=Config)
 
 
 def _divides_width(heads: int, info: ValidationInfo) -> int:
-    width = info.data.get("width")
+    width = info.data.get("width")  # None where it is not valid itself
     if width is not None and width % heads:
-        raise ValueError(f"heads must divide width, which is {width}")
+        raise ValueError(f"heads {heads} do not divide width {width}; choose a divisor")
     return heads
 
 
-Heads = Annotated[int, Field(gt=0, description="attention heads; must divide width"), AfterValidator(_divides_width)]
+Heads = Annotated[
+    int,
+    Field(gt=0, description="attention heads; must divide width", validate_default=True),
+    AfterValidator(_divides_width),
+]
 """Setting of a transformer whose ``width`` is declared before it."""
 
 

@@ -1,4 +1,4 @@
-"""The verb that takes released checkpoints to snapshots and back, in whole and under abuse."""
+"""The command that converts pretrained checkpoints to snapshots and back, and its errors."""
 
 import os
 import pickle
@@ -68,6 +68,8 @@ def test_every_family_becomes_a_snapshot_that_loads_and_goes_back_bit_for_bit(ca
     assert same(loaded.state_dict(), model.state_dict())
     assert loaded.config == load_pretrained(family, weights, RELEASES[family][1]).config
     assert header["trained_on"].startswith("converted from theirs.pt, ema")
+    assert header["source"] == {"file": "theirs.pt", "part": "ema", "family": family}
+    assert "- source" not in card
     assert header["licence"] == model.licence
     assert model.licence in card
     if FAMILIES[family].kind == "tokenizer":
@@ -185,7 +187,7 @@ STATISTICS = {  # family, file of statistics, words, what is said
     "missing, with a grid": ("lightningdit", None, [], "statistics=latents_stats.pt"),
     "half": ("sit", None, ["config.vq_mean=0.1"], "latent_std is missing"),
     "defaults": ("sit", None, ["config.vq_mean=0", "config.vq_std=1"], "are the defaults 0 and 1"),
-    "defaults of the tokenizer": ("maetok_tokenizer", None, [], "left at mean 0 and deviation 1"),
+    "defaults of the tokenizer": ("maetok_tokenizer", None, [], "left at mean 0 and standard deviation 1"),
     "defaults in a file": ("lightningdit", {"mean": torch.zeros(4), "std": torch.ones(4)}, [], "defaults 0 and 1"),
     "inverted": ("lightningdit", {"mean": torch.zeros(4), "std": torch.full((4,), 40.0)}, [], "looks inverted"),
     "negative": ("lightningdit", {"mean": torch.zeros(4), "std": -torch.ones(4)}, [], "positive ones for the std"),
@@ -224,8 +226,8 @@ def test_the_discriminator_comes_along_so_that_post_training_can_carry_it(capsys
     content = {"model": weights, "discriminator": heads.state_dict(), "optimizer_disc": {"state": {}}, "steps": 7}
     torch.save(content, tmp_path / "main-train.pt")
     start = ["family=robustok", f"weights={tmp_path}/main-train.pt", "config.num_heads=2"]
-    told = ["config.discriminator.num_heads=2", "config.discriminator.depth=3", "config.discriminator.key_depths=[0,2]"]
-    assert run(capsys, *start, *told, f"out={tmp_path}/a")[0] == 0
+    settings = [f"config.discriminator.{word}" for word in ("num_heads=2", "depth=3", "key_depths=[0,2]")]
+    assert run(capsys, *start, *settings, f"out={tmp_path}/a")[0] == 0
     header = header_of(tmp_path / "a")
     assert header["trained_on"] == "converted from main-train.pt, model, with its discriminator"
     config = carried_config(header["discriminator"], PatchConfig(), source="test")

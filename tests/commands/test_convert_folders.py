@@ -85,6 +85,7 @@ def test_a_pipeline_becomes_a_tokenizer_and_its_generator(capsys, tmp_path):
     torch.testing.assert_close(generator.normalise(latents).float(), 0.18215 * latents)
     header = yaml.safe_load((out / "generator" / "config.yaml").read_text())
     assert header["trained_on"] == "converted from DiT, DiTTransformer2DModel"
+    assert header["source"] == {"file": "DiT", "part": "DiTTransformer2DModel", "family": "dit"}
     assert header["commercial_use"].startswith("NOT PERMITTED")
     card = (out / "tokenizer" / "README.md").read_text()
     assert "AutoencoderKL; it holds no discriminator" in card
@@ -132,12 +133,12 @@ def test_another_decoder_of_the_same_encoder(capsys, tmp_path):
     assert load_generator(tmp_path / "generator").latent_space == encoder_digest(load_tokenizer(tmp_path / "tokenizer"))
 
 
-def test_statistics_of_its_latents_may_be_told(capsys, tmp_path):
+def test_statistics_of_its_latents_can_be_given(capsys, tmp_path):
     pipeline(tmp_path / "DiT")
     alone = ["family=dit", f"weights={tmp_path}/DiT/transformer", f"out={tmp_path}/out"]
     assert "needs the statistics" in refused(capsys, tmp_path, *alone)
-    told = ["config.latent_mean=0.5", "config.latent_std=2.0", "config.latent_multiplier=0.3"]
-    assert run(capsys, *alone, *told)[0] == 0
+    settings = ["config.latent_mean=0.5", "config.latent_std=2.0", "config.latent_multiplier=0.3"]
+    assert run(capsys, *alone, *settings)[0] == 0
     latents = torch.randn(2, 16, 4)
     torch.testing.assert_close(load_generator(tmp_path / "out").normalise(latents).float(), 0.3 * (latents - 0.5) / 2)
     pipeline(tmp_path / "other", {"latents_mean": [1.0, 2.0, 3.0, 4.0], "latents_std": [2.0, 4.0, 8.0, 1.0]})

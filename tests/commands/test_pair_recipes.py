@@ -1,4 +1,4 @@
-"""The recipes of off-the-shelf pairs and of the small pairs: every one is a configuration that its verb accepts."""
+"""The recipes of off-the-shelf pairs and of the small pairs: every one is a configuration that its command accepts."""
 
 from pathlib import Path
 
@@ -8,20 +8,16 @@ import robustok.config
 from robustok.commands.post_train import PostTrainRun
 from robustok.config import load, plain
 from robustok.generators import GENERATORS, check_sampling, default_sampling
-from robustok.generators.dit import PUBLISHED as DIT
 from robustok.generators.gpt import GPTConfig
-from robustok.generators.lightningdit import PUBLISHED as LIGHTNINGDIT
-from robustok.generators.rar import PUBLISHED as RAR
-from robustok.generators.sit import PUBLISHED as SIT
 from robustok.hub import is_remote
-from robustok.pretrained.families import FAMILIES, FOLDERS, families_named
+from robustok.pretrained.families import FAMILIES, FOLDERS, dit, families_named, lightningdit, rar, sit
 from robustok.tokenizers import TOKENIZERS
 from robustok.training.generator import GeneratorTrainingRun
 from robustok.training.tokenizer import TokenizerTrainingRun
 
 CONFIGS = Path(robustok.config.__file__).parents[2] / "configs"
 PAIRS = {path.stem: path for path in (CONFIGS / "pairs").glob("*.yaml")}
-PLACES = (
+PATHS = (
     "data.path=images",
     "tokenizer=runs/tokenizer",
     "generator=runs/generator",
@@ -32,20 +28,20 @@ PLACES = (
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_a_recipe_of_a_pair_is_ten_epochs_of_its_pairs(name):
-    run = load(PostTrainRun, PAIRS[name], PLACES)
+    run = load(PostTrainRun, PAIRS[name], PATHS)
     assert run.steps == 10 * run.mixture.count // run.batch_size
     assert run.sigma in run.sweep.sigmas
     assert 1.0 in run.sweep.sigmas  # the control
     assert run.ema_decay**run.steps < 0.2  # little of the untouched decoder is left in the average
-    chosen = load(PostTrainRun, PAIRS[name], (*PLACES, "sigma=auto", "held_out.extractor.name=inception"))
+    chosen = load(PostTrainRun, PAIRS[name], (*PATHS, "sigma=auto", "held_out.extractor.name=inception"))
     assert chosen.sigma == "auto"
 
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_the_command_in_a_recipe_is_all_that_its_files_need(name):
     lines = [line[1:].strip() for line in PAIRS[name].read_text().splitlines() if line.startswith("#   ")]
-    program, verb, file, *words = " ".join(lines).replace("\\ ", "").split()
-    assert (program, verb, file) == ("robustok", "post-train", f"pairs/{name}.yaml")
+    program, command, file, *words = " ".join(lines).replace("\\ ", "").split()
+    assert (program, command, file) == ("robustok", "post-train", f"pairs/{name}.yaml")
     run = load(PostTrainRun, file, words)
     for source, kind in ((run.tokenizer, "tokenizer"), (run.generator, "generator")):
         assert kind in {(FAMILIES | FOLDERS)[family].kind for family in families_named(source.family)}
@@ -60,15 +56,15 @@ def test_the_command_in_a_recipe_is_all_that_its_files_need(name):
 @pytest.mark.parametrize(
     ("name", "sampling"),
     [
-        ("robustok", RAR[4096, 768]),
-        ("maskgit", RAR[1024, 1024]),
-        ("maetok", SIT),
-        ("vavae", LIGHTNINGDIT),
-        ("dit", DIT),
+        ("robustok", rar.PUBLISHED[4096, 768]),
+        ("maskgit", rar.PUBLISHED[1024, 1024]),
+        ("maetok", sit.PUBLISHED),
+        ("vavae", lightningdit.PUBLISHED),
+        ("dit", dit.PUBLISHED),
     ],
 )
 def test_samplers_are_those_that_the_converted_generators_carry(name, sampling):
-    assert load(PostTrainRun, PAIRS[name], PLACES).mixture.sampling == sampling
+    assert load(PostTrainRun, PAIRS[name], PATHS).mixture.sampling == sampling
 
 
 @pytest.mark.parametrize(

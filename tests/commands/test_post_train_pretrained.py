@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from robustok.cli import main
 from robustok.commands import pretrained_sources
-from robustok.commands.pretrained_sources import PretrainedTokenizer, export_decoder
+from robustok.commands.pretrained_sources import PretrainedTokenizer, export_decoder, origin_of
 from robustok.config import plain
 from robustok.data.latent_cache import LatentCache
 from robustok.losses.discriminators import DinoConfig, DinoHeads
@@ -92,7 +92,7 @@ def best(out):
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_of_the_released_file_the_decoder_alone_changes(capsys, tmp_path, images, pair):
+def test_only_the_decoder_changes_in_the_exported_file(capsys, tmp_path, images, pair):
     words, out = command(pair, tmp_path, images), tmp_path / "post"
     printed, said = run(capsys, [*words, f"out={out}"])
     assert printed == f"{out}/snapshot/best\n"
@@ -178,8 +178,8 @@ def test_a_carried_discriminator_goes_on_and_the_card_says_so(capsys, tmp_path, 
     weights = released("robustok")[0] | {"semantic_model.norm.weight": torch.ones(16)}
     heads = shaken(DinoHeads(config)).state_dict()
     torch.save({"ema": weights, "discriminator": heads}, tmp_path / "tokenizer.pt")
-    told = {"num_heads": 2, "depth": 3, "key_depths": [0, 2], "input_size": 32, "patch_size": 8}
-    words.append(f"tokenizer.config.discriminator={json.dumps(told)}")
+    settings = {"num_heads": 2, "depth": 3, "key_depths": [0, 2], "input_size": 32, "patch_size": 8}
+    words.append(f"tokenizer.config.discriminator={json.dumps(settings)}")
     fresh = "discriminator={name: patch, width: 8, depth: 1}"
     run(capsys, [*words, f"discriminator={{name: dino, weights: {tmp_path}/dino.pth}}", f"out={out}"])
     assert best(out)["protocol"]["adversary"] == "carried"
@@ -209,10 +209,12 @@ def test_the_configuration_beside_a_file_comes_along(capsys, tmp_path, images):
     (tmp_path / "config.json").write_text(json.dumps(RELEASES["maetok_tokenizer"][1]))
     run(capsys, [*words, f"out={out}", f"tokenizer.weights={tmp_path}/model.safetensors", "tokenizer.config={}"])
     assert load_pretrained("maetok", out / "export" / "model.safetensors").config.latent_mean == 0.1
-    assert "Put `model.safetensors` in the place of the original" in (out / "export" / "README.md").read_text()
+    assert (
+        "Replace the original `model.safetensors` by `model.safetensors`" in (out / "export" / "README.md").read_text()
+    )
 
 
-def test_a_released_folder_becomes_a_folder(tmp_path, monkeypatch):
+def test_a_folder_is_exported_as_a_folder(tmp_path, monkeypatch):
     """As those of diffusers, whose pipelines hold more than the autoencoder."""
     model, asked = tiny_tokenizer("kl"), []
     write_snapshot(tmp_path / "best", {"kind": "tokenizer", "config": plain(model.config)}, model.state_dict(), {})
@@ -228,13 +230,34 @@ def test_a_released_folder_becomes_a_folder(tmp_path, monkeypatch):
         assert export_decoder(tmp_path / "best", source, tmp_path / "export") == tmp_path / "export" / "vae"
     (wanted,) = asked
     assert (wanted.to, wanted.original, wanted.weights) == ("export", None, tmp_path / "best")
-    assert "in the place of the folder `vae` of `DiT`" in (tmp_path / "export" / "README.md").read_text()
+    assert "Replace the folder `vae` of `DiT` by `vae`" in (tmp_path / "export" / "README.md").read_text()
 
     monkeypatch.setattr(pretrained_sources, "fetch", lambda path: tmp_path / "best")
     source = PretrainedTokenizer(family="diffusers_kl", weights="hf://stabilityai/sd-vae-ft-mse@v1")
     alone = tmp_path / "alone" / "sd-vae-ft-mse"
     assert export_decoder(tmp_path / "best", source, alone.parent) == alone
     assert asked[-1].original is None
+
+
+# Where a snapshot came from
+
+
+@pytest.mark.parametrize(
+    ("config", "trained_on", "expected"),
+    [
+        ("llamagen", "converted from vq.pt, ema of model; it holds no discriminator", ("vq.pt", "ema of model")),
+        ("diffusers_kl", "converted from hf://a/b@v1, AutoencoderKL; it holds no", ("hf://a/b@v1", "AutoencoderKL")),
+        ("llamagen", "digits train, 23 images", None),
+        ("llamagen", None, None),
+    ],
+)
+def test_snapshots_of_before_say_it_in_a_sentence_only(config, trained_on, expected):
+    header = {"config": {"name": config}} | ({} if trained_on is None else {"trained_on": trained_on})
+    found = origin_of(header)
+    assert found is None if expected is None else (found["file"], found["part"]) == expected
+    assert found is None or found["family"] == {"llamagen": "llamagen_tokenizer"}.get(config, config)
+    assert origin_of(header | {"source": {"file": "a"}}) == {"file": "a"}
+    assert origin_of(header | {"delta": {}}) is None
 
 
 # Paths instead of files
@@ -272,7 +295,7 @@ def test_statistics_of_a_file_survive_the_way_through_snapshots(capsys, tmp_path
         assert "quantize.codebook_used" not in changed(weights, load_file(folder / "export/tokenizer.safetensors"))
 
 
-def test_no_file_is_made_up_where_a_snapshot_does_not_tell_all_of_it(capsys, tmp_path, images):
+def test_no_file_is_exported_where_a_snapshot_does_not_hold_all_of_it(capsys, tmp_path, images):
     words, out = command("robustok", tmp_path, images), tmp_path / "post"
     run(capsys, [*words, f"out={out}"])
     rest = [word for word in words if not word.startswith("tokenizer.")]
@@ -375,7 +398,7 @@ def test_snapshots_and_latents_of_another_tokenizer(capsys, tmp_path, images):
     assert "latents of other images" in refuse(capsys, tmp_path, [*rest, *paths])
 
 
-def test_images_of_more_classes_than_the_generator_knows(capsys, tmp_path, images):
+def test_images_of_more_classes_than_the_generator_has(capsys, tmp_path, images):
     shutil.copytree(images, tmp_path / "images")
     (tmp_path / "images" / "more").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "images" / "more" / "0.png")

@@ -9,8 +9,10 @@ import torch
 from robustok.errors import UserError
 from robustok.generators import build_generator
 from robustok.generators.ddpm import DDPMSampling
-from robustok.generators.dit import PUBLISHED, DiTConfig, from_folder, to_folder
+from robustok.generators.dit import DiTConfig
 from robustok.generators.flow import DiffusionSampling
+from robustok.pretrained.export import export_folder
+from robustok.pretrained.families.dit import PUBLISHED, from_folder
 from robustok.randomness import image_rngs
 from robustok.training.generator import squared_error
 from robustok.types import Generator
@@ -191,12 +193,12 @@ def test_overfit_one_batch():
 def test_there_and_back(tmp_path):
     network = make(tmp_path)
     model = from_folder(tmp_path)
-    again = diffusers.DiTTransformer2DModel.from_pretrained(to_folder(model, tmp_path / "back"))
+    again = diffusers.DiTTransformer2DModel.from_pretrained(export_folder(model, tmp_path / "back"))
     assert all(torch.equal(value, network.state_dict()[name]) for name, value in again.state_dict().items())
     alone = from_folder(tmp_path / "back")  # without a scheduler: DiT's
     assert torch.equal(alone.bars, model.bars)
     with pytest.raises(UserError, match="exists"):
-        to_folder(model, tmp_path / "back")
+        export_folder(model, tmp_path / "back")
 
 
 def test_the_class_of_the_release(tmp_path):

@@ -112,7 +112,7 @@ def test_sizes_and_names_are_those_of_the_release():
 
 
 def test_settings_that_cannot_work_are_refused():
-    with pytest.raises(UserError, match="heads = 5: heads must divide width, which is 16"):
+    with pytest.raises(UserError, match="heads = 5: heads 5 do not divide width 16"):
         validate(RARConfig, {"width": 16, "heads": 5})
     with pytest.raises(UserError, match="at least 14"):
         build(position_rows=13)

@@ -167,7 +167,7 @@ def test_shapes_that_no_model_has():
         build_generator(config, (8, D), CLASSES)
     with pytest.raises(UserError, match="no multiple of 4"):
         build_generator(config.model_copy(update={"heads": 8}), (L, D), CLASSES)
-    with pytest.raises(UserError, match="heads must divide width"):
+    with pytest.raises(UserError, match="heads 3 do not divide width 16"):
         build("sit", heads=3)
 
 

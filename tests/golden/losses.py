@@ -15,11 +15,12 @@ from robustok.losses.adversarial import (
     hinge_loss,
     lecam_loss,
 )
-from robustok.losses.discriminators import augment, load_dino
-from robustok.losses.discriminators.dino import LocalBatchNorm
+from robustok.losses.discriminators import augment, load_heads
+from robustok.losses.discriminators.dino import DinoBackbone, LocalBatchNorm
 from robustok.losses.reconstruction import pixel_loss
 from robustok.losses.semantic import contrastive_loss
 from robustok.metrics.codebook import count_tokens
+from robustok.pretrained.families.robustok import discriminator_settings
 from robustok.tokenizers.conv import to_grid, to_row
 from robustok.training.adversary import Adversary
 from robustok.training.generator import accuracy, cross_entropy
@@ -193,35 +194,42 @@ def dino_discriminator(golden: Golden) -> None:
     """Logits in evaluation and training mode, gradients, power iteration."""
     notes = golden.notes
     weights = {name: golden[name] for name in golden.weights}
-    model = load_dino(weights, notes["config"])
+    of_backbone, of_heads = (
+        {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        for prefix in ("dino.", "disc.")
+    )
+    for constant in ("x_scale", "x_shift"):  # of ImageNet's range
+        of_backbone.pop(constant, None)
+    heads = load_heads(discriminator_settings(of_heads, notes["config"]), of_heads).eval()
+    backbone = DinoBackbone(heads.config).load(of_backbone)
     images, size = golden["input.images"].clone().requires_grad_(True), notes["config"]["input_size"]
-    logits = model(images)
+    logits = heads(backbone(images))
     golden.row("logits_resized", logits, golden["logits_resized"], Tolerance(1e-4))
-    upsampled = model(golden["input.small_images"])
+    upsampled = heads(backbone(golden["input.small_images"]))
     golden.row("logits_upsampled", upsampled, golden["logits_upsampled"], Tolerance(1e-4))
     top, left = golden["crop_top_left"].tolist()
-    cropped = model(images[:, :, top : top + size, left : left + size])
+    cropped = heads(backbone(images[:, :, top : top + size, left : left + size]))
     golden.row("logits_cropped", cropped, golden["logits_cropped"], Tolerance(1e-4))
     (gradient,) = torch.autograd.grad(generator_loss(logits), images)
     expected, gradients = golden["image_grad_strided"], Tolerance(1e-6, of_largest=1e-3)
     golden.row("image_grad_strided", strided(gradient, expected), expected, gradients)
     expected = golden["backbone_activations"]
-    activations = model.backbone(images)[:, 0]  # (heads, width, P)
+    activations = backbone(images)[:, 0]  # (heads, width, P)
     step = -(-activations.shape[-1] // expected.shape[-1])
     golden.row("backbone_activations", activations[..., ::step], expected, Tolerance(1e-4))
 
-    model.heads.train()
-    logits = model(images.detach())
+    heads.train()
+    logits = heads(backbone(images.detach()))
     golden.row("train.logits", logits, golden["train.logits"], Tolerance(1e-4))
     still = logits.detach()
     loss = hinge_loss(logits, still.roll(1, 0) - 0.3) + hinge_loss(still, 0.5 * logits)
     golden.row("train.hinge", loss, golden["train.hinge"], Tolerance(1e-4))
-    model.heads.zero_grad()
+    heads.zero_grad()
     loss.backward()
-    found = {name: parameter.grad for name, parameter in model.heads.named_parameters()}
+    found = {name: parameter.grad for name, parameter in heads.named_parameters()}
     for name, expected in golden.under("train.grad.").items():
         golden.row(f"train.grad.{name}", found[name], expected, gradients)
-    state = model.heads.state_dict()
+    state = heads.state_dict()
     for name, expected in golden.under("train.after.").items():
         golden.row(f"train.after.{name}", state[name], expected, Tolerance(1e-4))
     for batch, said in notes.get("batch_sizes_of_local_batch_norm", {}).items():

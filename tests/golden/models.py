@@ -58,6 +58,12 @@ def llamagen_tokenizer(golden: Golden) -> None:
             run.row(f"decoded_{name}", model.decode(tokens, tuple(shape)))
 
 
+def _alignment_features(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Tokens (N, L) to the features that GigaTok's training aligned with DINOv2, (N, h w, F)."""
+    states = model.row_to_grid.states(model.from_latent(model.embed(tokens)), model.config.alignment.depth)
+    return model.alignment(states)
+
+
 def gigatok_tokenizer(golden: Golden) -> None:
     """Rows of tokens, (N, D, 1, L) in the release."""
     for run in golden.precisions("gigatok_tokenizer", 3e-5, 1e-9):
@@ -75,9 +81,9 @@ def gigatok_tokenizer(golden: Golden) -> None:
         run.row("recon", model.decode_vectors(quantized.vectors), single=5e-5)
         run.row("codebook_entry", to_grid(model.embed(tokens), row))
         run.row("decoded_codes", model.decode(tokens))
-        run.row("decoder_2d_features", model.grid_features(model.embed(tokens)))
+        run.row("decoder_2d_features", model.row_to_grid(model.from_latent(model.embed(tokens))))
         if model.alignment is not None:
-            run.row("distill_features", model.alignment_features(tokens))
+            run.row("distill_features", _alignment_features(model, tokens))
 
 
 def maskgit_vqgan(golden: Golden) -> None:

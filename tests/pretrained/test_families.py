@@ -102,7 +102,7 @@ def test_a_tokenizer_says_what_it_is_and_that_it_is_well(tokenizer):
 
 @pytest.mark.parametrize("name", [name for name in TINY_TOKENIZERS if hasattr(TOKENIZERS[name][0], "check")])
 def test_a_check_speaks_in_sentences(name):
-    """Of weights that are no numbers, or of statistics that nobody set."""
+    """Of weights that are no numbers, or of statistics that were not set."""
     tokenizer = tiny_tokenizer(name, **({"latent_mean": 0.0, "latent_std": 1.0} if name == "maetok" else {}))
     if name != "maetok":
         for parameter in tokenizer.parameters():

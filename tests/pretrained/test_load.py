@@ -59,7 +59,7 @@ def every():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_released_model_does_what_it_did_and_goes_back_bit_for_bit(family):
+def test_a_pretrained_model_does_what_it_did_and_is_exported_bit_for_bit(family):
     weights, model = released(family)
     loaded = robustok.load_pretrained(family, weights, RELEASES[family][1])
     assert type(loaded) is type(model)
@@ -87,7 +87,7 @@ def test_a_released_model_does_what_it_did_and_goes_back_bit_for_bit(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_file_brings_its_configuration(family, every, tmp_path):
-    """As metadata, with tensors that are none of the model's; nothing else is told."""
+    """As metadata, with tensors that are none of the model's; nothing else is given."""
     metadata = {"state_keys": json.dumps([*every[family]]), "config": json.dumps(RELEASES[family][1])}
     save_file(every[family] | {"output.x": torch.ones(1)}, tmp_path / "a.safetensors", metadata)
     assert same(export_weights(load_pretrained(family, tmp_path / "a.safetensors")), every[family])
@@ -98,7 +98,7 @@ def test_a_file_brings_its_configuration(family, every, tmp_path):
             load_pretrained(family, tmp_path / "a.safetensors", {"depth": 3, "n_layer": 3, "ch": 3, "n_head": 3})
 
 
-def test_a_configuration_that_nobody_typed_is_named_as_such(every, tmp_path):
+def test_a_configuration_of_the_file_is_named_as_such(every, tmp_path):
     save_file(every["robustok"], tmp_path / "a.safetensors", {"config": '{"num_heads": 2, "embed_dim": 8}'})
     with pytest.raises(UserError, match=r"embed_dim = 8, the weights have 16.*This config is the one in the file"):
         load_pretrained("robustok", tmp_path / "a.safetensors")
@@ -124,7 +124,7 @@ def test_orders_are_visited_as_they_were(every):
     assert (loaded.config.heads, loaded.config.dropout, loaded.sampling) == (2, 0.2, Sampling())
 
 
-def test_the_released_tokenizer_has_the_official_names_and_shapes(every):
+def test_the_exported_tokenizer_has_the_names_and_shapes_of_the_authors(every):
     found = {name: tuple(tensor.shape) for name, tensor in every["robustok"].items()}
     for name, shape in {
         "encoder.model.patch_embed.proj.weight": (16, 3, 2, 2),
@@ -154,13 +154,28 @@ def test_published_generators_bring_their_sampling(codes, scale, width):
     assert loaded.latent_shape == (4, width)
 
 
-def test_weights_without_a_released_place_are_not_dropped():
+def test_weights_that_the_layout_does_not_have_are_not_dropped():
     vit = {"width": 16, "depth": 1, "heads": 2}
     config = RobusTokConfig(image_size=16, patch_size=8, latents=9, encoder=vit, decoder=vit)
     with pytest.raises(UserError, match="no place for decoder"):
         export_weights(RobusTok(config))
-    with pytest.raises(UserError, match="Linear has no released layout"):
+    with pytest.raises(UserError, match="Linear has no layout"):
         export_weights(torch.nn.Linear(2, 2))
+
+
+def test_the_old_names_of_the_public_functions_still_work():
+    with pytest.warns(DeprecationWarning, match=r"robustok\.load_released is now robustok\.load_pretrained"):
+        assert robustok.load_released is load_pretrained
+    with pytest.warns(DeprecationWarning, match="export_weights"):
+        assert robustok.to_released is export_weights
+
+
+def test_the_discriminator_of_another_variant_is_refused():
+    weights = {"heads.0.0.0.weight_orig": torch.ones(8, 8, 1), "heads.0.1.fn.0.weight_orig": torch.ones(8, 8, 3)}
+    settings = FAMILIES["robustok"].discriminator
+    assert settings(weights, {"num_heads": 2, "input_size": None}) == {"heads": 2, "width": 8, "kernel_size": 3}
+    with pytest.raises(UserError, match="config gives norm_type = 'gn', the weights have 'bn'"):
+        settings(weights, {"norm_type": "gn"})
 
 
 # Names
@@ -209,13 +224,13 @@ def test_other_names_are_refused_with_the_known_ones(name, near):
     assert all(family in str(error.value) for family in FAMILIES)
 
 
-def test_the_weights_tell_tokenizer_from_gpt(every):
+def test_the_weights_distinguish_tokenizer_and_gpt(every):
     for name in ("llamagen", "gigatok"):
         for family in ALIASES[name]:
             assert choose_family(name, every[family]) == family
     with pytest.raises(UserError, match="means llamagen_tokenizer or llamagen_gpt, and the weights look like sit"):
         choose_family("llamagen", every["sit"])
-    with pytest.raises(UserError, match="the weights tell neither"):
+    with pytest.raises(UserError, match="the weights are of none of them"):
         choose_family("gigatok", {"x": torch.ones(1)})
 
 
@@ -297,7 +312,7 @@ def test_a_configuration_that_does_not_fit_is_refused(every, family, config, sai
         ("llamagen_gpt", lambda: tiny_generator("gpt"), {"n_head": 2, "block_size": 16.0}),
     ],
 )
-def test_sizes_and_forms_that_no_release_has_but_another_may(family, model, config):
+def test_sizes_and_forms_that_nothing_published_has(family, model, config):
     weights = export_weights(model())
     wrapped = {f"_orig_mod.module.{name}": tensor for name, tensor in weights.items()}
     assert same(export_weights(load_pretrained(family, wrapped, config)), weights)

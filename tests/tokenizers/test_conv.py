@@ -188,7 +188,7 @@ def test_parts_against_their_formulas():
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_released_layout_and_back(name, tmp_path):
+def test_the_layout_of_the_authors_and_back(name, tmp_path):
     tokenizer, images = build(name), some_images()
     released = export_weights(tokenizer)
     config = {"args": {"dropout": 0.0}, "derived": GROUPS | {"image_range": [-1, 1], "downsample": 4}}
@@ -201,7 +201,7 @@ def test_released_layout_and_back(name, tmp_path):
     assert torch.equal(load_tokenizer(tmp_path / "snapshot").encode(images), tokenizer.encode(images))
 
 
-def test_released_names():
+def test_names_of_the_authors():
     """One name of every kind, as the loading code of each release expects it."""
     llamagen, maskgit, kl = (export_weights(build(name)).keys() for name in SIZES)
     assert {
@@ -232,7 +232,7 @@ def test_released_names():
     } <= kl
 
 
-def test_what_released_files_hold_besides():
+def test_what_published_files_hold_besides():
     others = ("foundation_model.x", "linear_proj.weight", "loss.discriminator.y")
     weights = export_weights(build("kl")) | {name: torch.zeros(1) for name in others}
     assert load_pretrained("vavae", weights, GROUPS).licence == "MIT"
@@ -317,7 +317,7 @@ def test_a_few_steps_of_training_lower_the_loss():
         assert losses[-1] < 0.8 * losses[0], type(tokenizer).__name__
 
 
-def test_every_family_says_its_facts():
+def test_every_family_has_licence_and_range():
     assert (LlamaGen.licence, LlamaGen.image_range) == ("MIT", (-1.0, 1.0))
     assert (MaskGIT.licence, KL.licence, KL.image_range) == ("Apache-2.0", "MIT", (-1.0, 1.0))
     assert all(FAMILIES[release].kind == "tokenizer" for release in RELEASES.values())

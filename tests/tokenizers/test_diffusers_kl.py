@@ -8,13 +8,15 @@ from safetensors.torch import load_file, save_file
 
 from robustok.config import plain
 from robustok.errors import UserError
+from robustok.pretrained.export import export_folder
+from robustok.pretrained.families import FOLDERS
 from robustok.snapshots import write_snapshot
 from robustok.tokenizers import encoder_digest, frozen_weights, load_tokenizer
-from robustok.tokenizers.diffusers_kl import from_folder, to_folder
 from robustok.training.adversary import last_layer
 from robustok.types import Tokenizer
 
 diffusers = pytest.importorskip("diffusers")
+from_folder = FOLDERS["diffusers_kl"].load
 
 SETTINGS = {
     "block_out_channels": (8, 16),
@@ -54,7 +56,7 @@ def test_same_numbers_as_the_library(tmp_path):
     assert torch.equal(tokenizer.normalise(latents), latents * 0.5)
 
 
-def test_normalisation_by_all_four_facts(tmp_path):
+def test_normalisation_by_all_four_settings(tmp_path):
     make(tmp_path / "shift", shift_factor=0.25)
     make(tmp_path / "channels", latents_mean=[1.0, 2.0, 3.0], latents_std=[2.0, 4.0, 8.0])
     latents = torch.randn(2, 16, 3)
@@ -76,7 +78,7 @@ def test_post_trained_folder_differs_in_its_decoder_alone(tmp_path):
     assert last_layer(tokenizer) is tokenizer.vae.decoder.conv_out.weight
     assert {name.split(".")[1] for name in frozen_weights(tokenizer)} == {"encoder", "quant_conv"}
     optimizer.step()
-    to_folder(tokenizer, tmp_path / "post")
+    export_folder(tokenizer, tmp_path / "post")
     again = diffusers.AutoencoderKL.from_pretrained(tmp_path / "post").eval()
     assert encoder_digest(tokenizer) == encoder_digest(from_folder(tmp_path / "post")) == before
     changed = {name for name, w in again.state_dict().items() if not torch.equal(w, vae.state_dict()[name])}
@@ -88,7 +90,7 @@ def test_post_trained_folder_differs_in_its_decoder_alone(tmp_path):
         grid = latents.transpose(1, 2).reshape(2, 3, 4, 4).contiguous()
         assert torch.equal(again.decode(grid).sample, tokenizer.decode(latents))
     with pytest.raises(UserError, match="exists"):
-        to_folder(tokenizer, tmp_path / "post")
+        export_folder(tokenizer, tmp_path / "post")
 
 
 def test_without_quantisation_convolutions_and_through_a_snapshot(tmp_path):
@@ -102,7 +104,7 @@ def test_without_quantisation_convolutions_and_through_a_snapshot(tmp_path):
     assert torch.equal(load_tokenizer(tmp_path / "snapshot").decode(latents), tokenizer.decode(latents))
 
 
-def test_check_judges_the_scale_with_images(tmp_path):
+def test_check_finds_a_wrong_scale_with_images(tmp_path):
     make(tmp_path / "vae", scaling_factor=40.0)
     found = from_folder(tmp_path / "vae").check(some_images())
     assert any("scaling_factor 40" in sentence for sentence in found)

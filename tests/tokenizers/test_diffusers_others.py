@@ -5,9 +5,11 @@ import torch
 
 from robustok.cli import main
 from robustok.errors import UserError
+from robustok.pretrained.families import FOLDERS
 from robustok.pretrained.load import load_pretrained
 from robustok.snapshots import resolve
-from robustok.tokenizers import diffusers_dc, diffusers_vq, encoder_digest, load_tokenizer
+from robustok.tokenizers import encoder_digest, load_tokenizer
+from robustok.tokenizers.diffusers import DiffusersDC
 from robustok.types import DiscreteTokenizer, Tokenizer
 
 diffusers = pytest.importorskip("diffusers")
@@ -59,7 +61,7 @@ def make(path, class_name, settings):
 
 def test_the_deep_compression_autoencoder(tmp_path):
     network = make(tmp_path / "dc", "AutoencoderDC", DC)
-    tokenizer = diffusers_dc.from_folder(tmp_path / "dc", image_size=16)
+    tokenizer = FOLDERS["diffusers_dc"].load(tmp_path / "dc", image_size=16)
     assert isinstance(tokenizer, Tokenizer)
     assert tokenizer.factor == network.spatial_compression_ratio == 4
     assert (tokenizer.latent_shape, tokenizer.kind, tokenizer.latent_multiplier) == ((16, 4), "continuous", 0.4)
@@ -69,16 +71,16 @@ def test_the_deep_compression_autoencoder(tmp_path):
         assert torch.equal(latents[1, 4 * 2 + 3], grid[1, :, 2, 3])  # row by row
         assert torch.equal(tokenizer.decode(latents), network.decode(grid).sample)
     assert torch.equal(tokenizer.normalise(latents), latents * 0.4)
-    assert diffusers_dc.from_folder(tmp_path / "dc").image_size == 256
-    assert diffusers_dc.DiffusersDC.factor_of({}) == 32  # the library's default
+    assert FOLDERS["diffusers_dc"].load(tmp_path / "dc").image_size == 256
+    assert DiffusersDC.factor_of({}) == 32  # the library's default
     with pytest.raises(UserError, match="not divisible by 4"):
-        diffusers_dc.from_folder(tmp_path / "dc", image_size=6)
+        FOLDERS["diffusers_dc"].load(tmp_path / "dc", image_size=6)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(v) or "plain")
 def test_the_vector_quantised_autoencoder(tmp_path, variant):
     network = make(tmp_path / "vq", "VQModel", VQ | variant)
-    tokenizer = diffusers_vq.from_folder(tmp_path / "vq")
+    tokenizer = FOLDERS["diffusers_vq"].load(tmp_path / "vq")
     width = 6 if "vq_embed_dim" in variant else 4
     assert isinstance(tokenizer, DiscreteTokenizer)
     assert (tokenizer.latent_shape, tokenizer.image_size, len(tokenizer.codebook)) == ((16, width), 8, 32)
@@ -98,8 +100,11 @@ def test_the_vector_quantised_autoencoder(tmp_path, variant):
     with pytest.raises(UserError, match="decodes tokens"):
         tokenizer.decode(tokenizer.embed(tokens))
     with torch.no_grad():
-        tokenizer.codebook.zero_()
+        tokenizer.codebook.copy_(tokenizer.codebook[:1].clone())
     assert "collapsed" in tokenizer.check()[0]
+    with torch.no_grad():
+        tokenizer.codebook.zero_()
+    assert "codes are zero" in tokenizer.check()[0]
 
 
 @pytest.mark.parametrize(

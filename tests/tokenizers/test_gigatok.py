@@ -56,7 +56,7 @@ def test_contract():
     assert torch.equal(tokenizer.decode(tokens, grid=(1, 8)), tokenizer.decode(tokens))
     torch.testing.assert_close(tokenizer.codebook.norm(dim=1), torch.ones(32))
     torch.testing.assert_close(tokenizer(images).reconstructions, tokenizer.decode(tokens), atol=1e-4, rtol=1e-4)
-    assert tokenizer.alignment_features(tokens).shape == (2, 16, 10)
+    assert tokenizer.alignment(tokenizer.row_to_grid.states(torch.zeros(2, 8, 12), 1)).shape == (2, 16, 10)
     assert tokenizer.check() == []
 
 
@@ -132,7 +132,7 @@ def test_block_against_its_formula():
     torch.testing.assert_close(block(x, positions, memory, places), y)
 
 
-def test_every_place_starts_from_the_first_latent_and_reads_the_row():
+def test_every_position_starts_from_the_first_latent_and_attends_to_the_row():
     tokenizer = build()
     row = torch.randn(1, 8, 12, generator=torch.Generator().manual_seed(0))
     start = tokenizer.row_to_grid.states(row, 0)
@@ -147,7 +147,7 @@ def test_every_place_starts_from_the_first_latent_and_reads_the_row():
 @pytest.mark.parametrize(
     "settings", [{}, {"alignment": None}, {"adaptive_norm": False}, {"depth_to_space": False}, {"show_usage": False}]
 )
-def test_released_layout_and_back(settings, tmp_path):
+def test_the_layout_of_the_authors_and_back(settings, tmp_path):
     tokenizer, images = build(**settings), some_images()
     released = export_weights(tokenizer)
     again = load_pretrained("gigatok_tokenizer", released, CONFIG)
@@ -159,7 +159,7 @@ def test_released_layout_and_back(settings, tmp_path):
     assert torch.equal(load_tokenizer(tmp_path / "snapshot").decode(tokens), tokenizer.decode(tokens))
 
 
-def test_released_names_and_shapes():
+def test_names_and_shapes_of_the_authors():
     shapes = {name: tuple(tensor.shape) for name, tensor in export_weights(build()).items()}
     for name, shape in {
         "s2to1encoder.positional_embedding": (16, 1, 16),
@@ -194,7 +194,6 @@ def test_bad_input_is_one_sentence():
         (lambda: tokenizer.encode(some_images(1, 16)), r"takes \(N, 3, 8, 8\)"),
         (lambda: tokenizer.decode(torch.zeros(2, 16, dtype=torch.int64)), "a row of 8"),
         (lambda: tokenizer.decode(torch.zeros(2, 8, dtype=torch.int64), grid=(2, 4)), "a grid of 2 x 4"),
-        (lambda: build(alignment=None).alignment_features(torch.zeros(2, 8, dtype=torch.int64)), "no alignment"),
         (lambda: load_pretrained("gigatok_tokenizer", released, {"norm_groups": 4}), "lacks encoder_heads"),
         (lambda: load_pretrained("gigatok_tokenizer", released, {"last_level_2d_query_init": True}), "last_level"),
         (lambda: load_pretrained("gigatok_tokenizer", {"x": torch.zeros(1)}), "another family"),

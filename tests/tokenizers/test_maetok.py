@@ -120,7 +120,7 @@ def test_encode_and_decode_match_the_method_read_literally(variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_released_weights_load_and_come_back_as_they_were(variant):
+def test_pretrained_weights_load_and_are_exported_as_they_were(variant):
     original = build(variant)
     released = original.state_dict()
     assert {"encoder.latent_tokens", "decoder.model.patch_embed.proj.weight", "post_quant_conv.bias"} < released.keys()
@@ -212,7 +212,7 @@ def test_wrong_statistics_and_ranges_are_reported_in_plain_sentences():
     far = 10 * deviation
     for name in ("weight", "bias"):
         getattr(right.quant_conv, name).mul_(10)
-    assert right.check(images) == [f"Latents have a deviation of {far:.3g}, the statistics say {deviation:.3g}."]
+    assert right.check(images) == [f"Latents have a standard deviation of {far:.3g}, latent_std is {deviation:.3g}."]
     inverted = build(latent_std=1 / far)
     inverted.load_state_dict(right.state_dict())
     assert inverted.check(images)[0].endswith("that is its inverse.")

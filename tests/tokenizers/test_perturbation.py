@@ -150,7 +150,7 @@ def test_stochastic_images_are_uniform_and_floor_takes_the_first():
 
 
 @pytest.mark.parametrize(("rate", "strength"), [(0.7, 5), (1.0, 2), (0.3, 10)])
-def test_bernoulli_with_self_has_the_released_rate(codebook, rate, strength):
+def test_bernoulli_with_self_has_the_rate_of_the_authors(codebook, rate, strength):
     tokens, neighbours = some_tokens(500, 64), nearest_codes(codebook, strength, include_self=True)
     changed = (perturb(tokens, neighbours, rate, 1.0, rng(), "bernoulli") != tokens).double().mean().item()
     expected = rate * (1 - 1 / strength)
@@ -262,5 +262,5 @@ def test_annealing_is_continuous(end_ratio):
 def test_annealing_without_length():
     assert annealing_ratio(1000, 0, 0, 0.5) == 1
     assert [annealing_ratio(step, 5, 5, 0.5) for step in (4, 5, 6)] == [1, 1, 0.5]  # the release divides by zero
-    with pytest.raises(UserError, match="anneal_end 3 lies before anneal_start 5"):
+    with pytest.raises(UserError, match="anneal_end 3 is before anneal_start 5"):
         validate(PerturbationConfig, {"anneal_start": 5, "anneal_end": 3})

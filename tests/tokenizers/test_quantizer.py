@@ -63,7 +63,7 @@ def test_each_loss_moves_one_side_only():
     assert torch.autograd.grad(found.vectors.sum(), quantizer.embedding.weight, allow_unused=True)[0] is None
 
 
-def test_quantised_vectors_are_the_codes_looked_up():
+def test_quantised_vectors_are_codes():
     quantizer = build()
     found = quantizer(some_features())
     torch.testing.assert_close(found.vectors, quantizer.embed(found.tokens))
@@ -96,7 +96,7 @@ def test_autocast_does_not_change_the_codes():
     assert not torch.equal(rounded, found.tokens)
 
 
-def test_revived_codes_stand_on_features():
+def test_revived_codes_are_features():
     quantizer = build()
     before = quantizer.embedding.weight.detach().clone()
     found = quantizer(some_features())

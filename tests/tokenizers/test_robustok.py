@@ -10,7 +10,7 @@ from robustok.errors import UserError
 from robustok.tokenizers import frozen_weights
 from robustok.tokenizers.perturbation import PerturbationConfig, draw_perturbation
 from robustok.tokenizers.quantizer import QuantizerConfig
-from robustok.tokenizers.robustok import RobusTok, RobusTokConfig, ViTConfig, unpatchify
+from robustok.tokenizers.robustok import RobusTok, RobusTokConfig, ViTConfig, load_pretrained_backbones, unpatchify
 from robustok.types import DiscreteTokenizer
 
 SIZES = {16: 4, 32: 8, 256: 16}  # image size: patch size
@@ -66,7 +66,7 @@ def test_more_or_fewer_latents_than_patches():
         assert own == {"encoder.latent_positions", "decoder.latent_positions"}
 
 
-def test_unpatchify_puts_every_pixel_in_its_place():
+def test_unpatchify_puts_every_pixel_at_its_position():
     patches = torch.arange(2 * 9 * 4 * 4 * 3).view(2, 9, 48)
     images = unpatchify(patches, 4)
     for n, row, column, channel in torch.cartesian_prod(*map(torch.arange, (2, 12, 12, 3))).tolist():
@@ -236,20 +236,24 @@ def test_wrong_shapes():
         validate(RobusTokConfig, {"encoder": {"width": 16, "heads": 3}})
 
 
+def started(config):
+    """A tokenizer with the pretrained backbones of its configuration."""
+    tokenizer = RobusTok(config)
+    load_pretrained_backbones(tokenizer)
+    return tokenizer
+
+
 def test_a_pretrained_backbone_from_a_local_file(tmp_path):
     model = timm.create_model("vit_tiny_patch16_224", num_classes=0)
     torch.save(model.state_dict(), tmp_path / "vit.pth")
     vit = ViTConfig(width=192, heads=3, pretrained="vit_tiny_patch16_224", weights=tmp_path / "vit.pth")
     config = RobusTokConfig(image_size=32, patch_size=8, encoder=vit, decoder=ViTConfig(width=16, depth=1, heads=2))
-    loaded = RobusTok(config, pretrained=True).encoder.backbone
+    loaded = started(config).encoder.backbone
     assert torch.equal(loaded.blocks[11].mlp.fc2.weight, model.blocks[11].mlp.fc2.weight)
     assert loaded.patch_embed.proj.weight.shape == (192, 3, 8, 8)  # resampled
     assert loaded.pos_embed.shape == (1, 17, 192)
     assert not torch.equal(RobusTok(config).encoder.backbone.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
     with pytest.raises(UserError, match=r"width, depth, heads \(192, 12, 3\), configured are \(192, 6, 3\)"):
-        RobusTok(config.model_copy(update={"encoder": vit.model_copy(update={"depth": 6})}), pretrained=True)
+        started(config.model_copy(update={"encoder": vit.model_copy(update={"depth": 6})}))
     with pytest.raises(UserError, match=r"cannot load the pretrained backbone .* give a local file"):
-        RobusTok(
-            config.model_copy(update={"encoder": vit.model_copy(update={"weights": tmp_path / "none.pth"})}),
-            pretrained=True,
-        )
+        started(config.model_copy(update={"encoder": vit.model_copy(update={"weights": tmp_path / "none.pth"})}))

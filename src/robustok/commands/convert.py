@@ -1,4 +1,4 @@
-"""Pretrained checkpoints to ours, and back.
+"""Other people's checkpoints to snapshots, and back.
 
     robustok convert family=robustok weights=main-train.pt out=runs/tokenizer
     robustok convert family=sit weights=sit-xl.pt tokenizer=runs/maetok out=runs/generator
@@ -6,13 +6,14 @@
     robustok convert family=diffusers weights=DiT-XL-2-256 out=runs/dit    (its tokenizer and its generator)
     robustok convert family=diffusers to=export weights=runs/post out=sd-vae-post
 
-The families are those of ``pretrained.families``. Those of diffusers are folders, alone or parts of a pipeline.
+Families are single files of weights (``FAMILIES``), or folders of the diffusers library (``FOLDERS``), alone or parts
+of a pipeline.
 """
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -24,98 +25,96 @@ from robustok.errors import UserError
 from robustok.files import atomic_folder
 from robustok.generators import load_generator
 from robustok.hub import is_remote
+from robustok.losses.discriminators import DinoHeads, load_heads
 from robustok.pretrained.diffusers_folders import fetch
-from robustok.pretrained.export import export_weights
-from robustok.pretrained.families import (
-    FAMILIES,
-    FOLDERS,
-    Family,
-    FolderFamily,
-    choose_family,
-    families_in,
-    families_named,
-)
-from robustok.pretrained.load import check_all, load_checkpoint, load_folder, load_pretrained
+from robustok.pretrained.export import export_folder, export_weights
+from robustok.pretrained.families import FAMILIES, FOLDERS, choose_family, families_in, families_named
+from robustok.pretrained.family import Family
+from robustok.pretrained.load import check_all, load_checkpoint, load_folder
 from robustok.snapshots import read_extra, read_header, write_snapshot
 from robustok.tokenizers import encoder_digest, load_tokenizer
-from robustok.types import Generator
+from robustok.types import Generator, Tokenizer
 
-R = TypeVar("R", Family, FolderFamily)
-
-__all__ = ["FAMILIES", "ConvertRun", "convert", "export_weights", "load_pretrained"]
+ALL = FAMILIES | FOLDERS
 
 
 class ConvertRun(Config):
-    """Pretrained weights to a snapshot, or a snapshot to released weights."""
+    """Pretrained weights to a snapshot, or a snapshot to the layout of its authors."""
 
-    family: str = Field(description=f"whose layout the released file has: one of {', '.join((*FAMILIES, *FOLDERS))}")
+    family: str = Field(description=f"layout of the pretrained weights: one of {', '.join(ALL)}")
     weights: Path = Field(
-        description="released file (.pt, .bin, .ckpt or .safetensors), or hf://ORG/REPO/FILE; of diffusers the folder "
-        "of a model or a pipeline, or hf://ORG/REPO; with to=export, our snapshot or run folder"
+        description="file (.pt, .bin, .ckpt or .safetensors), or hf://ORG/REPO/FILE; of diffusers the folder of a "
+        "model or a pipeline, or hf://ORG/REPO; with to=export, our snapshot or run folder"
     )
     out: Path = Field(
         description="folder of the snapshot; with to=export, the .safetensors file, or "
         "a folder of diffusers; must not exist yet"
     )
     to: Literal["snapshot", "export"] = Field(
-        "snapshot", description="snapshot: ours; export: the official names in a safetensors file"
+        "snapshot", description="snapshot: ours; export: the authors' names in a safetensors file"
     )
     config: dict[str, Any] = Field(
         {},
-        description="what the shapes do not tell, under the release's names, such as config.num_heads=12, and under "
-        "config.discriminator for that; default: what the file or a JSON file beside it says",
+        description="settings that are in no shape, under the authors' names, such as config.num_heads=12, and under "
+        "config.discriminator for that; default: those in the file or in a JSON file beside it",
     )
     tokenizer: Path | None = Field(
-        None, description="snapshot of the tokenizer whose latents the generator models; without it nothing checks that"
+        None, description="snapshot of the tokenizer whose latents the generator models; null: that is not checked"
     )
     statistics: Path | None = Field(
         None, description="file with mean and std of the latents that a diffusion model was trained on"
     )
-    discriminator: bool = Field(True, description="take along the discriminator that training left in the file")
-    licence: str | None = Field(None, description="of these weights, where it is not that of the release")
+    discriminator: bool = Field(True, description="keep the discriminator of a training checkpoint")
+    licence: str | None = Field(None, description="of these weights, where it is not that of the family")
     original: Path | None = Field(
         None,
-        description="with to=export: the released file, from which comes what we have no use for but official "
-        "loaders ask for, such as a frozen teacher",
+        description="with to=export: the original file, which provides what our model does not have but the authors' "
+        "loaders require, such as a frozen teacher",
     )
 
 
 def convert(run: ConvertRun) -> Path:
-    """Convert one model. Nothing is written unless all of it fits and nothing looks wrong.
+    """Convert one model. Nothing is written unless all of it fits and no check fails.
 
     Returns:
         The snapshot's folder, or the safetensors file.
 
     Raises:
-        UserError: the weights cannot be read, do not fit or look wrong; latent statistics are missing or contradict
+        UserError: the weights cannot be read, do not fit or fail a check; latent statistics are missing or contradict
             each other; ``out`` exists, or the disk is full.
     """
     if run.out.exists():
         raise UserError(f"{run.out} exists; choose another out=PATH or remove it first")
     names = families_named(run.family)  # before a long download
-    if names[0] in FOLDERS:
-        return _export_folder(run, names) if run.to == "export" else _convert_folder(run, names)
     if run.to == "export":
-        return write_checkpoint(run.out, _export(run))
+        return _export(run, names)
+    return _convert_folder(run, names) if names[0] in FOLDERS else _convert_file(run)
+
+
+def _convert_file(run: ConvertRun) -> Path:
     checkpoint = read_checkpoint(run.weights)
-    family = choose_family(run.family, checkpoint.weights)
-    room, config = FAMILIES[family], {key: value for key, value in run.config.items() if key != "discriminator"}
-    model = load_checkpoint(family, checkpoint, config or None)
-    discriminator = _discriminator(room, checkpoint, run)
-    tokenizer = None if run.tokenizer is None or room.kind == "tokenizer" else load_tokenizer(run.tokenizer)
-    header = _header(room, model, checkpoint, run, tokenizer, carried=discriminator is not None)
+    name = choose_family(run.family, checkpoint.weights)
+    family, config = FAMILIES[name], {key: value for key, value in run.config.items() if key != "discriminator"}
+    model = load_checkpoint(name, checkpoint, config or None)
+    heads = _discriminator(family, checkpoint, run)
+    given = family.kind == "generator" and run.tokenizer is not None
+    header = _header(run, name, model, checkpoint.part, load_tokenizer(run.tokenizer) if given else None)
     extra = {}
-    if discriminator is not None:
-        header["discriminator"] = plain(discriminator.config)
-        extra["discriminator"] = discriminator.state_dict()
-    if leftover := _leftover(room, model, checkpoint.weights):
-        extra["released"] = leftover
+    if heads is not None:
+        header["trained_on"] += ", with its discriminator"
+        header["discriminator"], extra["discriminator"] = plain(heads.config), heads.state_dict()
+    elif checkpoint.discriminator is not None:
+        header["trained_on"] += "; its discriminator is not used"
+    elif family.kind == "tokenizer":
+        header["trained_on"] += "; it holds no discriminator"
+    if statistics := _statistics(family, model, checkpoint.weights):
+        extra["released"] = statistics
     write_snapshot(run.out, header, model.state_dict(), extra)
     return run.out
 
 
 def _convert_folder(run: ConvertRun, names: tuple[str, ...]) -> Path:
-    """A folder of diffusers: one model, or the two of a pipeline, which get folders of their own.
+    """Convert a folder of diffusers: one model, or the two of a pipeline, each to a folder of its own.
 
     The autoencoder of a generator's pipeline is the tokenizer whose latents it models, unless another one is given.
     """
@@ -124,21 +123,21 @@ def _convert_folder(run: ConvertRun, names: tuple[str, ...]) -> Path:
     wanted = {kind: name for kind, name in held.items() if name in names}
     if "tokenizer" in wanted and run.tokenizer is not None:
         raise UserError(f"{run.weights} holds a tokenizer; drop tokenizer={run.tokenizer}, or set family=dit")
-    words = {word for name in held.values() for word in FOLDERS[name].words}
-    if unknown := [key for key in run.config if key not in words]:
-        raise UserError(f"config.{unknown[0]} is not known; of {run.weights} are {', '.join(sorted(words))}")
+    known = {setting for name in held.values() for setting in FOLDERS[name].settings}
+    if unknown := [key for key in run.config if key not in known]:
+        raise UserError(f"config.{unknown[0]} is not known; of {run.weights} are {', '.join(sorted(known))}")
 
-    def part(kind: str) -> nn.Module:
-        room = FOLDERS[held[kind]]
-        return load_folder(held[kind], source, {key: v for key, v in run.config.items() if key in room.words})
+    def load(name: str) -> nn.Module:
+        return load_folder(name, source, {key: v for key, v in run.config.items() if key in FOLDERS[name].settings})
 
     tokenizer = None if run.tokenizer is None else load_tokenizer(run.tokenizer)
     if tokenizer is None and "tokenizer" in held:
-        tokenizer = part("tokenizer")
+        tokenizer = load(held["tokenizer"])
     snapshots = {}
     for kind, name in wanted.items():
-        model = tokenizer if kind == "tokenizer" else part(kind)
-        header = _header(FOLDERS[name], model, Checkpoint({}, FOLDERS[name].class_name), run, tokenizer)
+        model = tokenizer if kind == "tokenizer" else load(name)
+        header = _header(run, name, model, FOLDERS[name].class_name, tokenizer)
+        header["trained_on"] += "; it holds no discriminator" if kind == "tokenizer" else ""
         snapshots[kind] = header, model.state_dict()
     if len(snapshots) == 1:
         write_snapshot(run.out, *snapshots.popitem()[1], {})
@@ -149,59 +148,74 @@ def _convert_folder(run: ConvertRun, names: tuple[str, ...]) -> Path:
     return run.out
 
 
-def _header(
-    room: Family | FolderFamily,
-    model: nn.Module,
-    checkpoint: Checkpoint,
-    run: ConvertRun,
-    tokenizer: nn.Module | None,
-    carried: bool = False,
-) -> dict[str, Any]:
-    """What the snapshot of a model says; one that looks wrong gets none."""
-    if room.kind == "tokenizer":
-        facts = {"latent_space": encoder_digest(model), "image_range": list(model.image_range)}
+def _header(run: ConvertRun, name: str, model: nn.Module, part: str, tokenizer: nn.Module | None) -> dict[str, Any]:
+    """The header of a snapshot.
+
+    Args:
+        run: settings.
+        name: of the family.
+        model: whose snapshot it is.
+        part: of the file or pipeline that the weights are from.
+        tokenizer: whose latents a generator models, if it is known.
+
+    Raises:
+        UserError: the model does not fit the tokenizer, or a check finds a problem.
+    """
+    family = ALL[name]
+    header = {"kind": family.kind, "config": plain(model.config), "step": 0}
+    if family.kind == "tokenizer":
+        header |= {"latent_space": encoder_digest(model), "image_range": list(model.image_range)}
     else:
-        _take_statistics(model, run, tokenizer)
-        facts = _generator_facts(model, run.tokenizer or run.weights, tokenizer)
-    if problems := model.check() if hasattr(model, "check") else []:
+        if tokenizer is not None:
+            _check_tokenizer(model, tokenizer, run.tokenizer or run.weights)
+            model.latent_shape, model.latent_space = tokenizer.latent_shape, encoder_digest(tokenizer)
+        _set_statistics(model, run, tokenizer)
+        header |= {"config": plain(model.config), "codebook_size": model.codebook_size}
+        header |= {"latent_shape": list(model.latent_shape), "classes": model.classes}
+        header |= {"latent_space": model.latent_space, "sampling": plain(model.sampling)}
+    if problems := model.check():
         raise UserError(f"{run.weights}: {problems[0]}")
-    header = {"kind": room.kind, "config": plain(model.config), "step": 0}
-    return header | facts | _provenance(room, checkpoint, run, carried)
+    file = re.sub("^hf:/+", "hf://", run.weights.as_posix()) if is_remote(run.weights) else run.weights.name
+    header["source"] = {"file": file, "part": part, "family": name}
+    header |= {"trained_on": f"converted from {file}, {part}", "licence": run.licence or family.model.licence}
+    if re.search(r"\bnc\b|non-?commercial", header["licence"], re.IGNORECASE):
+        header["commercial_use"] = "NOT PERMITTED by this licence, nor of decoders trained from these weights"
+    elif re.search(r"\bnone\b|without a licence|no licence", header["licence"], re.IGNORECASE):
+        header["commercial_use"] = "UNCLEAR, as some of the weights or code came without a licence; ask the authors"
+    return header
 
 
-def _discriminator(room: Family, checkpoint: Checkpoint, run: ConvertRun) -> nn.Module | None:
-    """The one that training left in the file, if the family's are ours too."""
-    if checkpoint.discriminator is None or room.discriminator is None or not run.discriminator:
+def _discriminator(family: Family, checkpoint: Checkpoint, run: ConvertRun) -> DinoHeads | None:
+    """The discriminator of a training checkpoint; None where there is none, or its family has another kind."""
+    if checkpoint.discriminator is None or family.discriminator is None or not run.discriminator:
         return None
     try:
-        return room.discriminator(checkpoint.discriminator, run.config.get("discriminator"))
+        settings = family.discriminator(checkpoint.discriminator, run.config.get("discriminator", {}))
+        return load_heads(settings, checkpoint.discriminator)
     except UserError as error:
         raise UserError(
             f"the discriminator in {run.weights}: {error}; set config.discriminator.*, or discriminator=false"
         ) from None
 
 
-def _provenance(room: Family | FolderFamily, checkpoint: Checkpoint, run: ConvertRun, carried: bool) -> dict[str, str]:
-    """Where the weights come from, and under which licence."""
-    source = re.sub("^hf:/+", "hf://", run.weights.as_posix()) if is_remote(run.weights) else run.weights.name
-    origin = f"converted from {source}, {checkpoint.part}"
-    if carried:
-        origin += ", with its discriminator"
-    elif checkpoint.discriminator is not None:
-        origin += "; its discriminator is not used"
-    elif room.kind == "tokenizer":
-        origin += "; it holds no discriminator"
-    facts = {"trained_on": origin, "licence": run.licence or room.model.licence}
-    if re.search(r"\bnc\b|non-?commercial", facts["licence"], re.IGNORECASE):
-        facts["commercial_use"] = "NOT PERMITTED by this licence, nor of decoders trained from these weights"
-    elif re.search(r"\bnone\b|without a licence|no licence", facts["licence"], re.IGNORECASE):
-        facts["commercial_use"] = "UNCLEAR, as some of the release came without a licence; ask its authors"
-    return facts
+def _check_tokenizer(model: Generator, tokenizer: Tokenizer, path: Path) -> None:
+    """Refuse a tokenizer whose latents the generator cannot model."""
+    if tokenizer.kind != model.kind:
+        raise UserError(f"{path} makes {tokenizer.kind} latents, the generator models {model.kind} ones; give its own")
+    if tokenizer.kind == "discrete":
+        what, expected = "(codes, tokens per image)", (model.codebook_size, model.length)
+        found = (len(tokenizer.codebook), tokenizer.latent_shape[0])
+    else:
+        what, found, expected = "latents of shape", tuple(tokenizer.latent_shape), tuple(model.latent_shape)
+    if found != expected:
+        raise UserError(
+            f"{path} has {what} {found}, the generator {expected}; give the tokenizer that it was trained with"
+        )
 
 
-def _take_statistics(model: Generator, run: ConvertRun, tokenizer: nn.Module | None) -> None:
-    """Tell a diffusion model the statistics of its latents, from wherever they are given; several must agree."""
-    if getattr(model, "kind", "discrete") == "discrete":
+def _set_statistics(model: Generator, run: ConvertRun, tokenizer: Tokenizer | None) -> None:
+    """Set the latent statistics of a diffusion model: from the file, then from the tokenizer, which must agree."""
+    if model.kind == "discrete":
         if run.statistics is not None:
             raise UserError(f"statistics={run.statistics} is for diffusion models, {run.family} models tokens; drop it")
         return
@@ -211,10 +225,10 @@ def _take_statistics(model: Generator, run: ConvertRun, tokenizer: nn.Module | N
         if not {"mean", "std"} <= found.keys():
             raise UserError(f"{run.statistics} holds {', '.join(sorted(found)[:5])}; expected mean and std")
         given["statistics"] = (found["mean"], found["std"], multiplier)
-    own = getattr(tokenizer, "latent_mean", 0.0), getattr(tokenizer, "latent_std", 1.0)
-    scale = getattr(tokenizer, "latent_multiplier", None)
-    if own != (0.0, 1.0) or scale not in (None, 1.0):  # which says that nobody set them
-        given["tokenizer"] = (*own, multiplier if scale is None else scale)
+    if tokenizer is not None:
+        own, scale = (tokenizer.latent_mean, tokenizer.latent_std), tokenizer.latent_multiplier
+        if own != (0.0, 1.0) or scale not in (None, 1.0):  # else they are defaults, and unknown
+            given["tokenizer"] = (*own, multiplier if scale is None else scale)
     for source, values in given.items():
         before, old = model.config.latent_multiplier, (model.latent_mean, model.latent_std)
         model.set_latent_statistics(*values)
@@ -231,71 +245,29 @@ def _take_statistics(model: Generator, run: ConvertRun, tokenizer: nn.Module | N
         )
 
 
-def _generator_facts(model: Generator, path: Path | None, tokenizer: nn.Module | None) -> dict[str, Any]:
-    """What a snapshot says of a generator; the tokenizer at ``path``, if given, is the one whose latents it models."""
-    if tokenizer is not None:
-        kind = getattr(model, "kind", "discrete")
-        if tokenizer.kind != kind:
-            raise UserError(f"{path} makes {tokenizer.kind} latents, the generator models {kind} ones; give its own")
-        if kind == "discrete":
-            what, expected = "(codes, tokens per image)", (model.codebook_size, model.length)
-            found = (len(tokenizer.codebook), tokenizer.latent_shape[0])
-        else:
-            what, found, expected = "latents of shape", tuple(tokenizer.latent_shape), tuple(model.latent_shape)
-        if found != expected:
-            raise UserError(
-                f"{path} has {what} {found}, the generator {expected}; give the tokenizer that it was trained with"
-            )
-        model.latent_shape, model.latent_space = tokenizer.latent_shape, encoder_digest(tokenizer)
-    return {
-        "codebook_size": model.codebook_size,
-        "latent_shape": list(model.latent_shape),
-        "classes": model.classes,
-        "latent_space": model.latent_space,
-        "sampling": plain(model.sampling),
-    }
+def _statistics(family: Family, model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of the file that the model does not have and :func:`export_weights` would replace by zeros."""
+    own = {family.export_name(name) for name in model.state_dict()}
+    added = {name: tensor for name, tensor in export_weights(model).items() if name not in own}
+    return {name: weights[name] for name, zeros in added.items() if not torch.equal(weights[name].to(zeros), zeros)}
 
 
-# The way back
-
-
-def _leftover(room: Family, model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Pretrained statistics that the model has no place for and :func:`export_weights` would make up."""
-    own = {room.export_name(name) for name in model.state_dict()}
-    made_up = {name: tensor for name, tensor in export_weights(model).items() if name not in own}
-    return {name: weights[name] for name, zeros in made_up.items() if not torch.equal(weights[name].to(zeros), zeros)}
-
-
-def _load_snapshot(path: Path) -> nn.Module:
-    """A tokenizer or a generator of ours, whichever it is."""
-    return (load_tokenizer if read_header(path).get("kind") == "tokenizer" else load_generator)(path)
-
-
-def _room_of(model: nn.Module, run: ConvertRun, rooms: Mapping[str, R], names: tuple[str, ...]) -> R:
-    """How the model's release is written, which has to be one of those that ``run.family`` names."""
-    for name in names:
-        if type(model) is rooms[name].model:
-            return rooms[name]
-    raise UserError(f"{run.weights} holds a {type(model).__name__}, which is no {run.family}; give its own family")
-
-
-def _export_folder(run: ConvertRun, names: tuple[str, ...]) -> Path:
-    """A snapshot as a folder that the diffusers library loads."""
-    if run.original is not None:
-        raise UserError(f"original={run.original} is for families of a single file; drop it, a folder lacks nothing")
-    model = _load_snapshot(run.weights)
-    return _room_of(model, run, FOLDERS, names).save(model, run.out)
-
-
-def _export(run: ConvertRun) -> dict[str, Tensor]:
-    """A snapshot's weights in the released layout, with what else the release stores where that is known."""
-    model, names = _load_snapshot(run.weights), families_named(run.family)
-    weights, room = export_weights(model), _room_of(model, run, FAMILIES, names)
-    weights |= read_extra(run.weights, "released").get("released", {})
+def _export(run: ConvertRun, names: tuple[str, ...]) -> Path:
+    """A snapshot in the layout of its authors."""
+    if names[0] in FOLDERS and run.original is not None:
+        raise UserError(f"original={run.original} is for families of a single file; drop it")
+    load = load_tokenizer if read_header(run.weights).get("kind") == "tokenizer" else load_generator
+    model = load(run.weights)
+    name = next((name for name in names if type(model) is ALL[name].model), None)
+    if name is None:
+        raise UserError(f"{run.weights} holds a {type(model).__name__}, which is no {run.family}; give its own family")
+    if name in FOLDERS:
+        return export_folder(model, run.out)
+    family = FAMILIES[name]
+    weights = export_weights(model) | read_extra(run.weights, "released").get("released", {})
     if run.original is not None:
         official = read_checkpoint(run.original).weights
-        bare = {name: tensor for name, tensor in official.items() if not name.startswith(room.dropped)}
-        check_all(bare, weights, names[0])
-        own = {room.export_name(name) for name in model.state_dict()}
-        weights |= {name: tensor for name, tensor in official.items() if name not in own}
-    return weights
+        check_all({key: v for key, v in official.items() if not key.startswith(family.dropped)}, weights, name)
+        own = {family.export_name(key) for key in model.state_dict()}
+        weights |= {key: tensor for key, tensor in official.items() if key not in own}
+    return write_checkpoint(run.out, weights)

@@ -1,11 +1,11 @@
-"""Post-training of weights as their authors released them: what comes before the training, and what after.
+"""Post-training of other people's weights: what comes before the training, and what after.
 
     robustok post-train pairs/llamagen.yaml tokenizer.weights=vq_ds16_c2i.pt generator.weights=c2i_L_256.pt ...
 
-Before: both become snapshots in the run folder and are held against each other, against the latents and the images.
-After: the decoder goes back into a file of the original's layout, with a card that says how it was made:
+Before: both become snapshots in the run folder, and are checked against each other, the latents and the images.
+After: the decoder is written in the layout of the original file, with a model card:
 
-    runs/post/  tokenizer/  generator/  latents/  ...  snapshot/best/  released/  README.md  vq_ds16_c2i.safetensors
+    runs/post/  tokenizer/  generator/  latents/  ...  snapshot/best/  export/  README.md  vq_ds16_c2i.safetensors
 """
 
 import re
@@ -34,31 +34,31 @@ from robustok.snapshots import read_header
 from robustok.tokenizers import TOKENIZERS, encoder_digest, load_tokenizer
 from robustok.types import Tokenizer
 
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")  # of released files; what has none of them is a folder
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")  # of files of weights; a path without one is a folder
 
 
 class Pretrained(Config):
-    """A model as it was released, where the path of a snapshot or run folder may stand too."""
+    """Other people's weights, in the place of the path of a snapshot or run folder."""
 
-    family: str = Field(description="whose layout the released file has, as robustok convert takes it")
+    family: str = Field(description="layout of the weights, as in robustok convert")
     weights: Path | None = Field(
         None,
-        description="released file or folder, or where it is on the Hub (hf://ORG/REPO/FILE, hf://ORG/REPO); KEY=PATH "
-        "alone takes a snapshot or run folder instead",
+        description="file or folder, or its address on the Hub (hf://ORG/REPO/FILE, hf://ORG/REPO); KEY=PATH alone is "
+        "a snapshot or run folder instead",
     )
-    published: str | None = Field(None, description="where the weights are to be had, for whoever has none yet")
-    config: dict[str, Any] = Field({}, description="what the shapes do not tell, as robustok convert takes it")
-    licence: str | None = Field(None, description="of these weights, where it is not that of the release")
+    published: str | None = Field(None, description="where the weights can be downloaded, for error messages")
+    config: dict[str, Any] = Field({}, description="settings that are in no shape, as in robustok convert")
+    licence: str | None = Field(None, description="of these weights, where it is not that of the family")
 
 
 class PretrainedTokenizer(Pretrained):
-    """A released tokenizer."""
+    """A pretrained tokenizer."""
 
-    discriminator: bool = Field(True, description="take along the discriminator that training left in the file")
+    discriminator: bool = Field(True, description="keep the discriminator of a training checkpoint")
 
 
 class PretrainedGenerator(Pretrained):
-    """A released generator."""
+    """A pretrained generator."""
 
     statistics: Path | None = Field(
         None, description="file with mean and std of the latents that a diffusion model was trained on"
@@ -66,27 +66,27 @@ class PretrainedGenerator(Pretrained):
 
 
 def _form(value: Any) -> str:
-    return "released" if isinstance(value, dict | Pretrained) else "path"
+    return "pretrained" if isinstance(value, dict | Pretrained) else "path"
 
 
 TokenizerSource = Annotated[
-    Annotated[Path, Tag("path")] | Annotated[PretrainedTokenizer, Tag("released")], Discriminator(_form)
+    Annotated[Path, Tag("path")] | Annotated[PretrainedTokenizer, Tag("pretrained")], Discriminator(_form)
 ]
 GeneratorSource = Annotated[
-    Annotated[Path, Tag("path")] | Annotated[PretrainedGenerator, Tag("released")], Discriminator(_form)
+    Annotated[Path, Tag("path")] | Annotated[PretrainedGenerator, Tag("pretrained")], Discriminator(_form)
 ]
 Sources = Mapping[str, Path | Pretrained | None]
-"""Where "tokenizer" and "generator" come from; None where there is none."""
+"""What "tokenizer" and "generator" are read from; None where there is none."""
 
 
 # Before the training
 
 
 def check_given(sources: Sources) -> None:
-    """Refuse released models whose files are not named, or not there.
+    """Refuse pretrained models whose files are not given, or do not exist.
 
     Raises:
-        UserError: says which file is meant, and where it is to be had.
+        UserError: names the setting, and where the file can be downloaded.
     """
     for name, source in sources.items():
         if not isinstance(source, Pretrained):
@@ -94,19 +94,21 @@ def check_given(sources: Sources) -> None:
         if source.weights is None:
             where = f" ({source.published})" if source.published else ""
             raise UserError(
-                f"{name}.weights is missing; give {name}.weights=FILE, the released {source.family} weights{where}, or "
+                f"{name}.weights is missing; give {name}.weights=FILE, the {source.family} weights{where}, or "
                 f"{name}=FOLDER of a snapshot"
             )
-        for key in ("weights", "statistics"):
-            path = getattr(source, key, None)
+        files = {"weights": source.weights}
+        if isinstance(source, PretrainedGenerator):
+            files["statistics"] = source.statistics
+        for key, path in files.items():
             if path is not None and not is_remote(path) and not path.exists():
                 where = f"; {source.published}" if source.published else ""
-                raise UserError(f"{name}.{key}={path} is not there; give the path of the released file{where}")
+                raise UserError(f"{name}.{key}={path} is not there; give the path of the file{where}")
 
 
 @contextmanager
 def refused_as_a_whole(sources: Sources, out: Path) -> Iterator[None]:
-    """Context: a run that is refused in it leaves no run folder behind, if there was none before."""
+    """Context: a UserError removes the run folder, unless there was one before."""
     fresh = not (out / "config.yaml").exists()
     try:
         yield
@@ -116,37 +118,39 @@ def refused_as_a_whole(sources: Sources, out: Path) -> Iterator[None]:
         shutil.rmtree(out, ignore_errors=True)
         reason = str(error)
         for name, source in sources.items():
-            if isinstance(source, Pretrained):  # its snapshot is gone
+            if isinstance(source, Pretrained):  # its snapshot is removed, too
                 reason = reason.replace(str(out / name), str(source.weights))
         raise UserError(reason) from None
 
 
 def convert_sources(sources: Sources, out: Path) -> dict[str, Path]:
-    """Pretrained models to snapshots in the run folder, those apart that are there already; paths stay what they are.
+    """Convert pretrained models to snapshots in the run folder, unless they are there already.
 
     Args:
         sources: "tokenizer", and "generator" where there is one.
         out: the run folder.
 
     Returns:
-        Paths of snapshots, or run folders, by the same names.
+        Paths of snapshots or run folders by the same names; a source that is a path is returned as it is.
 
     Raises:
         UserError: as ``convert`` raises it; a tokenizer where a generator should be, or the reverse.
     """
     paths: dict[str, Path] = {}
     for name, source in sources.items():
-        if isinstance(source, Pretrained) and not (out / name / "model.safetensors").exists():
-            _convert(name, source, out / name, paths.get("tokenizer"))
-        if source is not None:
-            paths[name] = out / name if isinstance(source, Pretrained) else source
+        if isinstance(source, Pretrained):
+            if not (out / name / "model.safetensors").exists():
+                _convert(name, source, out / name, paths.get("tokenizer"))
+            paths[name] = out / name
+        elif source is not None:
+            paths[name] = source
     return paths
 
 
 def _convert(name: str, source: Pretrained, out: Path, tokenizer: Path | None) -> None:
-    own = {key: value for key, value in source if key != "published"}
+    settings = {key: value for key, value in source if key != "published"}
     try:
-        convert(ConvertRun(out=out, **own, **({"tokenizer": tokenizer} if name == "generator" else {})))
+        convert(ConvertRun(out=out, **settings, tokenizer=tokenizer if name == "generator" else None))
     except UserError as error:
         raise UserError(f"{name}: {error} (its settings are written {name}.KEY=VALUE here)") from None
     if not (out / "config.yaml").exists():
@@ -156,7 +160,7 @@ def _convert(name: str, source: Pretrained, out: Path, tokenizer: Path | None) -
 
 
 def check_together(paths: Mapping[str, Path], latents: Path | None, data: Data) -> int:
-    """Refuse, before the long work, a generator or latents of another tokenizer, and images that are not there.
+    """Check, before the long work, that generator and latents belong to the tokenizer and that the images exist.
 
     Args:
         paths: of the snapshots, "tokenizer" and perhaps "generator".
@@ -164,7 +168,7 @@ def check_together(paths: Mapping[str, Path], latents: Path | None, data: Data) 
         data: the images.
 
     Returns:
-        How many latents pairs can be made of.
+        How many pairs can be made at most.
 
     Raises:
         UserError: names what does not fit.
@@ -187,14 +191,14 @@ def check_together(paths: Mapping[str, Path], latents: Path | None, data: Data) 
 
 
 def _check_generator(paths: Mapping[str, Path], tokenizer: Tokenizer, space: str, classes: int) -> None:
-    """Hold a generator's facts against its tokenizer, which makes latents of this space, and the data's classes."""
+    """Check a generator against its tokenizer, whose latent space has the digest ``space``, and the data's classes."""
     path, header = paths["generator"], read_header(paths["generator"])
     if header.get("kind") != "generator":
         raise UserError(f"{path} is a snapshot of a {header.get('kind')}, expected a generator; give another path")
     check_kind(header["config"]["name"], tokenizer.kind, str(paths["tokenizer"]))
     codes = len(tokenizer.codebook) if tokenizer.kind == "discrete" else None
     found = header.get("latent_space"), tuple(header["latent_shape"]), header["codebook_size"]
-    expected = space if found[0] else None, tuple(tokenizer.latent_shape), codes  # not all say whose latents they model
+    expected = space if found[0] else None, tuple(tokenizer.latent_shape), codes  # a latent space may be unknown
     if found != expected:
         raise UserError(
             f"{path} models the latents of another tokenizer: (latent space, shape, codes) are {found}, those of "
@@ -202,12 +206,12 @@ def _check_generator(paths: Mapping[str, Path], tokenizer: Tokenizer, space: str
         )
     if classes > header["classes"]:
         raise UserError(
-            f"the images have {classes} classes, {path} knows {header['classes']}; give the images it was trained on"
+            f"the images have {classes} classes, {path} has {header['classes']}; give the images it was trained on"
         )
 
 
 def look_at(source: Path | PretrainedTokenizer, out: Path) -> Tokenizer:
-    """The tokenizer that a run would start from, without writing anything."""
+    """The tokenizer that a run would start from; nothing is written."""
     if not isinstance(source, Pretrained):
         return load_tokenizer(source)
     if (out / "tokenizer" / "model.safetensors").exists():
@@ -216,77 +220,85 @@ def look_at(source: Path | PretrainedTokenizer, out: Path) -> Tokenizer:
     return load_pretrained(source.family, source.weights, config or None)
 
 
-# After it
+# After the training
 
 
 def export_decoder(snapshot: Path, source: Path | PretrainedTokenizer, out: Path) -> Path | None:
-    """Write a post-trained tokenizer in the layout of the file that it came from, and a card beside it.
+    """Write a post-trained tokenizer in the layout of the file that it came from, and a model card beside it.
 
     Args:
         snapshot: the post-trained one.
-        source: what it was post-trained from: a released file, or a snapshot.
+        source: what it was post-trained from: pretrained weights, or a snapshot.
         out: folder, which is made.
 
     Returns:
-        What was written, or was there already; None where a snapshot does not tell all of the file that it came from.
+        What was written, or existed already. None where the source is a snapshot that was not converted from another
+        layout, or does not hold all that this layout has.
 
     Raises:
         UserError: as ``convert`` raises it.
     """
+    origin, original = origin_of(read_header(snapshot)), None
     if isinstance(source, Pretrained):
-        family, name = source.family, source.weights
-        original = None if families_named(family)[0] in FOLDERS else name
+        family, file = source.family, source.weights
+        original = None if families_named(family)[0] in FOLDERS else file
     else:
-        family, name, original = _family_of(source), _file_of(read_header(source)), None
-        if family is None or name is None:
+        found = origin_of(read_header(source))
+        if found is None or (found["family"] in FAMILIES and FAMILIES[found["family"]].dropped):
             return None
-    target = out / (f"{name.stem}.safetensors" if name.suffix in SUFFIXES else _part(name))
+        family, file = found["family"], Path(Path(found["file"]).name)
+    target = out / (f"{file.stem}.safetensors" if file.suffix in SUFFIXES else _folder_name(file))
     if not target.exists():
         convert(ConvertRun(family=family, to="export", weights=snapshot, original=original, out=target))
-    header = read_header(snapshot)
-    (out / "README.md").write_text(model_card(header, use=_use(header, name, target, family)))
-    if original is not None:  # its official loader, and ours, may need the configuration beside it
-        notes = file_beside(download(original) if is_remote(original) else original)
-        if notes is not None:
-            shutil.copy(notes, out / notes.name)
+    use = _use(origin["part"] if origin else "flat state dict", file, target, family)
+    (out / "README.md").write_text(model_card(read_header(snapshot), use=use))
+    if original is not None:  # the authors' loader, and ours, may need the configuration beside it
+        config = file_beside(download(original) if is_remote(original) else original)
+        if config is not None:
+            shutil.copy(config, out / config.name)
     return target
 
 
-def _part(source: Path) -> str:
-    """What to call the folder of an autoencoder: as a pipeline of diffusers calls it, or as it was called."""
+def origin_of(header: Mapping[str, Any]) -> dict[str, str] | None:
+    """What a snapshot of a tokenizer was converted from: ``file``, ``part`` and ``family``; None where it was not.
+
+    The first snapshots had no ``source``; theirs is read from the sentence ``trained_on``.
+    """
+    if "delta" in header:
+        return None
+    if "source" in header:
+        return header["source"]
+    found = re.match(r"converted from (.+?), ([^,;]+)", str(header.get("trained_on", "")))
+    model = TOKENIZERS.get(header["config"].get("name"), (None,))[0]
+    family = next((name for name, family in (FAMILIES | FOLDERS).items() if family.model is model), None)
+    return {"file": found[1], "part": found[2], "family": family} if found and family else None
+
+
+def _folder_name(source: Path) -> str:
+    """What to call the folder of an autoencoder: as in its pipeline, or like the folder that it came from."""
     folder, name = fetch(source), source.name.partition("@")[0]
     return next((part for part in AUTOENCODERS if (folder / part).is_dir()), name)
 
 
-def _family_of(source: Path) -> str | None:
-    """The family whose file can be written from a snapshot alone: it has none of the parts that we drop on reading."""
-    model = TOKENIZERS.get(read_header(source)["config"].get("name"), (None,))[0]
-    whole = {name: room for name, room in FAMILIES.items() if not room.dropped} | FOLDERS
-    fits = (name for name, room in whole.items() if room.model is model)
-    return next(fits, None)
+def _use(part: str, file: Path, target: Path, family: str) -> str:
+    """How the weights are used in the project that they came from, in Markdown.
 
-
-def _file_of(header: Mapping[str, Any]) -> Path | None:
-    """Name of the released file that a snapshot was converted from; None where it was not, or not as a whole."""
-    if "delta" in header:
-        return None
-    found = re.match(r"converted from (.+?), ", str(header.get("trained_on", "")))
-    return Path(Path(found[1]).name) if found else None
-
-
-def _use(header: Mapping[str, Any], name: Path, target: Path, family: str) -> str:
-    """How the weights are put back into the project that they came from, in Markdown."""
+    Args:
+        part: of the original file that the weights were in, such as "ema".
+        file: the original.
+        target: what was written.
+        family: its layout.
+    """
     if target.is_dir():
-        place = f"the folder `{target.name}` of `{name.name}`" if target.name != name.name else f"`{name.name}`"
-        return f"Put `{target.name}` in the place of {place}, and load it as before."
-    if name.suffix == ".safetensors":
-        return f"Put `{target.name}` in the place of the original `{name.name}`."
-    part = re.match(r"converted from .+?, ([^,;]+)", str(header.get("trained_on", "")))
+        folder = f"the folder `{target.name}` of `{file.name}`" if target.name != file.name else f"`{file.name}`"
+        return f"Replace {folder} by `{target.name}`, and load it as before."
+    if file.suffix == ".safetensors":
+        return f"Replace the original `{file.name}` by `{target.name}`."
     content = f'load_file("{target.name}")'
-    for wrapper in part[1].split(" of ") if part and part[1] != "flat state dict" else ():
+    for wrapper in part.split(" of ") if part != "flat state dict" else ():
         content = f'{{"{wrapper}": {content}}}'
     return (
-        f"In the place of the original `{name.name}`:\n\n```python\nimport torch\nfrom safetensors.torch import "
-        f'load_file\ntorch.save({content}, "{name.name}")\n```\n\n'
+        f"To replace the original `{file.name}`:\n\n```python\nimport torch\nfrom safetensors.torch import "
+        f'load_file\ntorch.save({content}, "{file.name}")\n```\n\n'
         f'In robustok: `robustok.load_pretrained("{family}", "{target.name}")`.'
     )

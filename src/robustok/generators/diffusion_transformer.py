@@ -5,18 +5,15 @@ gate every block (adaLN-zero). Parameters have the names of the authors' code. L
 ``robustok.types``: W width.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from robustok.checkpoints import depth_of, shape_of
-from robustok.config import Heads, validate
-from robustok.errors import UserError
+from robustok.config import Heads
 from robustok.generators.continuous import ContinuousConfig, ContinuousGenerator
-from robustok.generators.diffusion_blocks import NORM_EPSILON, Attention, Block, FinalLayer, TimeEmbedder
+from robustok.generators.diffusion_blocks import Attention, Block, FinalLayer, TimeEmbedder
 from robustok.generators.diffusion_sampling import Model, guided_model
 from robustok.generators.flow import (
     DiffusionPath,
@@ -146,64 +143,3 @@ class DiffusionTransformer(ContinuousGenerator):
 
     def _process(self, sampling: DiffusionSampling) -> FlowProcess:
         return FlowProcess(sampling, self.noise_time, sampling.path or self.config.path)
-
-
-# Pretrained checkpoints
-
-HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # by width: the published sizes S, B, L, XL
-
-
-def pretrained_facts(weights: Mapping[str, Tensor], channels: int) -> dict[str, Any]:
-    """What the tensors tell of every released diffusion transformer."""
-    rows, width = shape_of(weights, "y_embedder.embedding_table.weight", 2)
-    return {
-        "width": width,
-        "depth": depth_of(weights, "blocks."),
-        "classes": rows - 1,
-        "null_label": rows - 1,
-        "channels": channels,
-        "patch_size": 1,
-        "qk_norm": "blocks.0.attn.q_norm.weight" in weights,
-        "learn_sigma": shape_of(weights, "final_layer.linear.weight", 2)[0] == 2 * channels,
-        "norm_epsilon": NORM_EPSILON,
-    }
-
-
-def build_pretrained(
-    family: type[DiffusionTransformer],
-    config: type[DiffusionTransformerConfig],
-    weights: Mapping[str, Tensor],
-    settings: dict[str, Any],
-    latent_shape: tuple[int, int],
-) -> DiffusionTransformer:
-    """The model that settled settings describe.
-
-    Raises:
-        UserError: the number of heads is unknown, or a setting is not accepted.
-    """
-    if settings["qk_norm"]:
-        settings["heads"] = settings["width"] // shape_of(weights, "blocks.0.attn.q_norm.weight", 1)[0]
-    settings.setdefault("heads", HEADS.get(settings["width"]))
-    if settings["heads"] is None:
-        raise UserError(f"config lacks num_heads, which a width of {settings['width']} does not tell; give it")
-    for name in ("latent_mean", "latent_std"):
-        if name in settings:  # a number, a list, or a tensor such as (1, D, 1, 1)
-            settings[name] = torch.as_tensor(settings[name], dtype=torch.float64).flatten().tolist()
-    if "path" in settings:
-        settings["path"] = str(settings["path"]).lower()
-    ours = {key: value for key, value in settings.items() if key in config.model_fields}
-    return family(validate(config, ours, source="config"), latent_shape, settings["classes"])
-
-
-def check_tables(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Fixed tables that a release stores must be ours up to rounding: another table is another model.
-
-    Raises:
-        UserError: names the table.
-    """
-    for name, ours in model.named_buffers():
-        given = weights.get(name)
-        if given is None or given.shape != ours.shape:
-            continue  # the strict check of all shapes says so
-        if not torch.allclose(given.cpu().float(), ours, rtol=0, atol=5e-3):  # half precision keeps that much
-            raise UserError(f"{name} has other values than the fixed table of a {model.config.name}; check the file")

@@ -1,6 +1,6 @@
 """DiT, the diffusion transformer that predicts the noise of a DDPM, as the diffusers library has it.
 
-    generator = from_folder("DiT-XL-2-256")
+    generator = load_pretrained("dit", "DiT-XL-2-256")
     generator.set_latent_statistics(0.0, 1.0, 0.18215)  # of its autoencoder
     latents = generator.generate(labels, generator.sampling, image_rngs(seed, indices))
 
@@ -9,25 +9,18 @@ Source: Peebles & Xie, "Scalable Diffusion Models with Transformers" (arXiv 2212
 variance too, only ancestral sampling uses it, and training does not change it.
 """
 
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from robustok.config import validate
+from robustok.backbones import diffusers_network
 from robustok.errors import UserError
 from robustok.generators.continuous import ContinuousConfig, ContinuousGenerator
 from robustok.generators.ddpm import DDPMProcess, DDPMSampling, add_noise, alpha_bars
 from robustok.generators.diffusion_sampling import Model, guided_model
-from robustok.pretrained.diffusers_folders import build_network, component, load_network, read_json, write_network
 from robustok.types import GeneratorOutput
-
-PUBLISHED = DDPMSampling(
-    sampler="ancestral", steps=250, spacing="linspace", variance="learned", guidance_scale=1.5, guided_channels=3
-)
-XL = {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72}
 
 
 class DiTConfig(ContinuousConfig):
@@ -75,7 +68,7 @@ class DiT(ContinuousGenerator):
             raise UserError(
                 f"a grid of side {self.side} does not divide into patches of {patch}; set another patch_size"
             )
-        self.transformer = build_network("DiTTransformer2DModel", config.settings | derived)
+        self.transformer = diffusers_network("DiTTransformer2DModel", config.settings | derived)
         if (out := self.transformer.out_channels) not in (channels, 2 * channels):
             raise UserError(
                 f"settings.out_channels is {out}; accepted is {channels}, or {2 * channels} with a variance"
@@ -141,70 +134,3 @@ class DiT(ContinuousGenerator):
 
     def _process(self, sampling: DDPMSampling) -> DDPMProcess:
         return DDPMProcess(sampling, self.bars, self.config.clip)
-
-
-# Folders of the library
-
-
-def from_folder(path: str | Path, **statistics: Any) -> DiT:
-    """Load a DiT from the folder of its pipeline, or from its own; in eval mode, frozen, on the CPU.
-
-    A transformer without a scheduler beside it is taken to follow DiT's: 1000 timesteps, linear betas.
-
-    Args:
-        path: the folder.
-        statistics: latent_mean, latent_std, latent_multiplier, which stand in the configuration of the autoencoder;
-            without them it does not sample.
-
-    Raises:
-        UserError: no such folder, another class, weights that do not fit, or a chain that we do not have.
-    """
-    found = component(path, "DiTTransformer2DModel")
-    settings = dict(found.settings)
-    try:
-        side, channels = int(settings.pop("sample_size", 32)), int(settings.pop("in_channels", 4))
-        classes = int(settings.pop("num_embeds_ada_norm", 1000))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{found.folder}/config.json: {error}; copy it again") from None
-    file = found.folder.parent / "scheduler" / "scheduler_config.json"
-    scheduler = read_json(file) if file.exists() or found.folder != Path(path) else {}
-    config = validate(
-        DiTConfig, _chain(scheduler, found.folder) | statistics | {"settings": settings}, str(found.folder)
-    )
-    model = DiT(config, (side**2, channels), classes)
-    load_network(model.transformer, found)
-    if model.learned_variance and all(settings.get(key, value) == value for key, value in XL.items()):
-        model.sampling = PUBLISHED
-    else:
-        model.sampling = DDPMSampling(spacing=scheduler.get("timestep_spacing", "leading"))
-    return model.eval().requires_grad_(False)
-
-
-def _chain(scheduler: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The settings of the chain that a scheduler of the library describes, under our names."""
-    accepted = {
-        "prediction_type": ("epsilon",),
-        "beta_schedule": ("linear", "scaled_linear"),
-        "trained_betas": (None,),
-        "thresholding": (False,),
-        "rescale_betas_zero_snr": (False,),
-        "set_alpha_to_one": (True,),
-    }
-    for key, values in accepted.items():
-        if key in scheduler and scheduler[key] not in values:
-            raise UserError(
-                f"the scheduler beside {folder} has {key} = {scheduler[key]!r}; accepted is "
-                f"{' or '.join(map(repr, values))}; give the scheduler it was trained with"
-            )
-    names = {"timesteps": "num_train_timesteps", **{key: key for key in ("beta_start", "beta_end", "beta_schedule")}}
-    found = {ours: scheduler[theirs] for ours, theirs in names.items() if theirs in scheduler}
-    return found | {"clip": scheduler.get("clip_sample_range", 1.0) if scheduler.get("clip_sample") else None}
-
-
-def to_folder(model: DiT, path: Path) -> Path:
-    """Write a folder that ``DiTTransformer2DModel.from_pretrained`` loads.
-
-    Raises:
-        UserError: it exists, or cannot be written.
-    """
-    return write_network(model.transformer, path)

@@ -9,19 +9,17 @@ Parameters have the names of the authors' code, so that its checkpoints load as 
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from robustok.checkpoints import depth_of, settle, shape_of
-from robustok.config import Config, validate
+from robustok.config import Config
 from robustok.errors import UserError
 from robustok.generators.key_value_cache import KeyValueCache
-from robustok.generators.sampling import Sampling
 from robustok.generators.tokens import TokenGenerator, initialise, modulate, project
 
 QUERY_KEY_NORM_EPSILON = 1e-5
@@ -304,113 +302,3 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     cosines, sines = rotation
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)  # each (..., T, D / 2)
     return torch.stack([even * cosines - odd * sines, odd * cosines + even * sines], dim=-1).flatten(-2)
-
-
-# Pretrained checkpoints
-
-NAMES = {
-    "dim": "width",
-    "n_layer": "depth",
-    "n_head": "heads",
-    "n_kv_head": "kv_heads",
-    "head_dim": "head_width",
-    "ffn_hidden_dim": "mlp_width",
-    "vocab_size": "codebook_size",
-    "block_size": "length",
-    "num_classes": "classes",
-    "null_class": "null_label",
-    "cls_token_num": "class_tokens",
-    "model_type": "model_type",
-    "rope": "rope",
-    "rope_base": "rotary_base",
-    "use_qk_norm": "query_key_norm",
-    "use_adaLN": "adaptive_norm",
-    "use_simple_adaLN": "simple_adaptive_norm",
-    "norm_eps": "norm_epsilon",
-    "class_dropout_prob": "label_dropout",
-    "codebook_embed_dim": "codebook_dim",
-}
-LLAMAGEN_SCALES = {768: 2.0, 1024: 2.0, 1280: 1.75, 1536: 1.75, 3200: 1.65}  # by width: the documented commands
-
-
-def from_llamagen(weights: Mapping[str, Tensor], config: dict[str, Any]) -> GPT:
-    """A GPT of the sizes that LlamaGen's tensors and the flat configuration tell, not yet with these weights.
-
-    ``block_size``, the tokens per image, is in no tensor: 256 for models of 256 pixels, 576 for 384. Nor is ``n_head``,
-    but it is known for the published sizes.
-
-    Raises:
-        UserError: the configuration lacks one of these or contradicts the tensors.
-    """
-    facts = _facts(weights) | {"rope": True, "adaptive_norm": False, "query_key_norm": False}
-    settings = settle(facts, config, NAMES, norm_epsilon=1e-5, rotary_base=10_000.0, label_dropout=0.1, codebook_dim=8)
-    if "length" not in settings:
-        raise UserError("config lacks block_size, the tokens per image; give 256 for 256-pixel models, 576 for 384")
-    if not isinstance(length := settings["length"], int | float) or length != int(length):
-        raise UserError(f"config gives block_size = {length!r}, expected a whole number of tokens")
-    settings["length"] = int(length)
-    scale = LLAMAGEN_SCALES.get(facts["width"], 1.5)
-    return _model(weights, settings, "rotary", Sampling(guidance_scale=scale, guidance_power=0))
-
-
-def from_gigatok(weights: Mapping[str, Tensor], config: dict[str, Any]) -> GPT:
-    """A GPT of the sizes that GigaTok's tensors and the flat configuration tell, not yet with these weights.
-
-    The variant shows in the tensors; only ``n_head`` does not, but it is known for the published sizes.
-
-    Raises:
-        UserError: the configuration contradicts the tensors; or rotary positions, which the release cannot sample.
-    """
-    if config.get("rope"):
-        raise UserError("config gives rope = True, with which the release itself cannot sample; not supported")
-    facts = _facts(weights) | {
-        "length": shape_of(weights, "positional_embedding", 2)[0] - 1,
-        "adaptive_norm": "layers.0.adaLN_modulation.1.weight" in weights,
-        "query_key_norm": "layers.0.attention.q_norm.weight" in weights,
-        "simple_adaptive_norm": False,
-        "rope": False,
-    }
-    settings = settle(facts, config, NAMES, norm_epsilon=1e-5, label_dropout=0.1, codebook_dim=8)
-    return _model(weights, settings, "learned", Sampling(guidance_scale=1.75, guidance_power=0, guidance_from=0.18))
-
-
-def _facts(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What the tensors of both releases tell."""
-    codebook_size, width = shape_of(weights, "tok_embeddings.weight", 2)
-    classes = shape_of(weights, "cls_embedding.embedding_table.weight", 2)[0] - 1
-    return {
-        "width": width,
-        "depth": depth_of(weights, "layers."),
-        "mlp_width": shape_of(weights, "layers.0.feed_forward.w1.weight", 2)[0],
-        "codebook_size": codebook_size,
-        "classes": classes,
-        "null_label": classes,
-        "class_tokens": 1,
-        "model_type": "c2i",
-    }
-
-
-def _model(weights: Mapping[str, Tensor], settings: dict[str, Any], positions: str, sampling: Sampling) -> GPT:
-    """The model that the settings describe, with the facts that its training would have stored."""
-    width, depth = settings["width"], settings["depth"]
-    published = {(size.width, size.depth): size.heads for size in GPT_SIZES.values()}
-    heads = settings.get("heads") or published.get((width, depth))
-    if heads is None:
-        raise UserError(f"config lacks n_head, which width {width} and depth {depth} do not tell; give it")
-    rows = shape_of(weights, "layers.0.attention.wqkv.weight", 2)[0]  # those of the queries, the keys and the values
-    kv_heads = (rows - width) * heads // (2 * width)
-    if kv_heads < 1 or rows != width + 2 * kv_heads * (width // heads):
-        raise UserError(f"attention.wqkv has {rows} rows, which {heads} heads do not divide; correct n_head")
-    found = {"kv_heads": kv_heads, "head_width": width // heads}
-    for key, value in found.items():
-        if settings.get(key, value) != value:
-            raise UserError(f"config gives {key} = {settings[key]}, the weights have {value}; correct one of them")
-    keys = ("width", "depth", "mlp_width", "norm_epsilon", "label_dropout", "adaptive_norm", "query_key_norm")
-    ours = {key: settings[key] for key in keys} | {"heads": heads, "kv_heads": kv_heads, "positions": positions}
-    if positions == "rotary":
-        ours["rotary_base"] = settings["rotary_base"]
-    size = (settings["codebook_size"], settings["length"], settings["classes"])
-    model = GPT(validate(GPTConfig, ours, source="config"), *size)
-    model.latent_shape = (settings["length"], settings["codebook_dim"])
-    model.sampling = sampling
-    return model

@@ -4,25 +4,19 @@ Source: Yao et al., "Reconstruction vs. Generation: Taming Optimization Dilemma 
 2501.01423). Time runs from 0 (noise) to 1 (data).
 """
 
-from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from robustok.checkpoints import settle, shape_of
 from robustok.errors import UserError
 from robustok.generators.diffusion_blocks import MLP, NORM_EPSILON, SwiGLU
 from robustok.generators.diffusion_transformer import (
     DiffusionTransformer,
     DiffusionTransformerConfig,
-    build_pretrained,
-    check_tables,
-    pretrained_facts,
 )
-from robustok.generators.flow import DiffusionSampling
 
 
 class LightningDiTConfig(DiffusionTransformerConfig):
@@ -110,77 +104,3 @@ def _grid(side: int) -> tuple[Tensor, Tensor]:
     """Row and column of each index in raster order, each (L,)."""
     indices = torch.arange(side**2)
     return indices // side, indices % side
-
-
-# Pretrained checkpoints
-
-NAMES = {
-    "hidden_size": "width",
-    "depth": "depth",
-    "num_heads": "heads",
-    "ffn_hidden_dim": "mlp_width",
-    "mlp_ratio": "mlp_ratio",
-    "class_dropout_prob": "label_dropout",
-    "num_classes": "classes",
-    "null_class": "null_label",
-    "path_type": "path",
-    "input_size": "input_size",
-    "patch_size": "patch_size",
-    "in_channels": "channels",
-    "use_qknorm": "qk_norm",
-    "use_swiglu": "swiglu",
-    "use_rope": "rope",
-    "use_rmsnorm": "rms_norm",
-    "wo_shift": "unshifted",
-    "learn_sigma": "learn_sigma",
-    "norm_eps": "norm_epsilon",
-    "mean": "latent_mean",
-    "std": "latent_std",
-    "latent_multiplier": "latent_multiplier",
-}
-PUBLISHED = DiffusionSampling(
-    steps=249, guidance_scale=6.7, guidance_interval=(0.125, 1.0), guided_channels=3, timestep_shift=0.3
-)
-
-
-def from_pretrained(weights: Mapping[str, Tensor], config: dict[str, Any]) -> LightningDiT:
-    """A LightningDiT of the sizes and the variant that the tensors tell, not yet with these weights.
-
-    The latent statistics are in a file of their own (``latents_stats.pt`` with ``mean`` and ``std``); without them the
-    model predicts velocities but does not sample. An XL model gets the guidance scale of 800 epochs, 6.7; for the
-    one of 64 epochs it is 10.
-
-    Raises:
-        UserError: the configuration contradicts the tensors; a fixed table differs; patches larger than 1.
-    """
-    width, channels, patch, _ = shape_of(weights, "x_embedder.proj.weight", 4)
-    if patch != 1:
-        raise UserError(f"x_embedder.proj has patches of {patch}; robustok has LightningDiT with patches of 1 only")
-    length = shape_of(weights, "pos_embed", 3)[1]
-    swiglu, rope = "blocks.0.mlp.w12.weight" in weights, "feat_rope.freqs_cos" in weights
-    facts = pretrained_facts(weights, channels) | {
-        "mlp_width": shape_of(weights, "blocks.0.mlp.w3.weight" if swiglu else "blocks.0.mlp.fc2.weight", 2)[1],
-        "input_size": round(length**0.5),
-        "swiglu": swiglu,
-        "rope": rope,
-        "rms_norm": "blocks.0.norm1.weight" in weights,
-        "unshifted": shape_of(weights, "blocks.0.adaLN_modulation.1.weight", 2)[0] == 4 * width,
-    }
-    if rope:
-        facts["heads"] = width // shape_of(weights, "feat_rope.freqs_cos", 2)[1]
-    settings = settle(facts, config, NAMES) | {"shift": not facts["unshifted"]}
-    model = build_pretrained(LightningDiT, LightningDiTConfig, weights, settings, (length, channels))
-    model.sampling = PUBLISHED if (width, facts["depth"]) == (1152, 28) else DiffusionSampling()
-    check_tables(model, weights)
-    return model
-
-
-def export_name(name: str) -> str:
-    """The release's name of our weight."""
-    return name.replace("x_embedder.", "x_embedder.proj.", 1)
-
-
-def complete(model: LightningDiT, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The release embeds patches of one latent by a 1 x 1 convolution."""
-    weights["x_embedder.proj.weight"] = weights["x_embedder.proj.weight"][:, :, None, None]  # (W, D, 1, 1)
-    return weights

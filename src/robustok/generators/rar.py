@@ -13,19 +13,17 @@ The sequence is ``[start, condition, token, token, ...]``. Three learned tables 
 Parameters have the names of the authors' code, so that its checkpoints load as they are.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from robustok.checkpoints import depth_of, settle, shape_of
-from robustok.config import Config, Heads, validate
+from robustok.config import Config, Heads
 from robustok.errors import UserError
 from robustok.generators.key_value_cache import KeyValueCache
-from robustok.generators.sampling import Sampling
 from robustok.generators.tokens import TokenGenerator, initialise, modulate, project
 
 LAYER_NORM_EPSILON = 1e-6
@@ -300,63 +298,3 @@ def drop_labels(labels: Tensor, rate: float, null_label: int, rng: torch.Generat
     """Replace each label (N,) by ``null_label`` with probability ``rate``: guidance needs a model without class."""
     dropped = torch.rand(labels.shape, generator=rng, device=rng.device) < rate
     return labels.masked_fill(dropped.to(labels.device), null_label)
-
-
-# Pretrained checkpoints
-
-NAMES = {
-    "hidden_size": "width",
-    "num_hidden_layers": "depth",
-    "num_attention_heads": "heads",
-    "intermediate_size": "mlp_width",
-    "dropout": "dropout",
-    "class_label_dropout": "label_dropout",
-    "image_seq_len": "length",
-    "condition_num_classes": "classes",
-    "codebook_size": "codebook_size",
-    "codebook_embed_dim": "codebook_dim",
-}
-PUBLISHED = {  # (codes, width): the settings of the published results, over RobusTok's tokens and over MaskGIT's
-    (4096, 768): Sampling(guidance_scale=6.0, guidance_power=1.15, temperature=1.02),
-    (4096, 1024): Sampling(guidance_scale=6.75, guidance_power=1.01, temperature=1.04),
-    (1024, 768): Sampling(guidance_scale=16.0, guidance_power=2.75),
-    (1024, 1024): Sampling(guidance_scale=15.5, guidance_power=2.5, temperature=1.02),
-    (1024, 1280): Sampling(guidance_scale=6.9, guidance_power=1.5, temperature=1.02),
-}
-CODE_WIDTHS = {1024: 256}  # by codes: MaskGIT's; RobusTok's codes are 64 wide
-SPARE_POSITIONS, SPARE_TIMESTEPS = 1024, 100  # rows of the released tables beyond the tokens of an image
-
-
-def from_pretrained(weights: Mapping[str, Tensor], config: dict[str, Any]) -> RAR:
-    """A generator of the sizes that the released tensors tell, down to the heads; not yet with these weights.
-
-    Raises:
-        UserError: the configuration contradicts the tensors, or these do not tell the tokens per image.
-    """
-    width = shape_of(weights, "cls_token", 3)[-1]
-    codes = shape_of(weights, "lm_head.weight", 2)[0]
-    positions, timesteps = (shape_of(weights, name, 3)[1] for name in ("pos_embed", "timesteps_embeddings"))
-    facts = {
-        "width": width,
-        "depth": depth_of(weights, "blocks."),
-        "heads": width // shape_of(weights, "blocks.0.attn.q_norm.weight", 1)[0],
-        "mlp_width": shape_of(weights, "blocks.0.mlp.fc1.weight", 2)[0],
-        "codebook_size": codes,
-        "classes": shape_of(weights, "embeddings.weight", 2)[0] - codes - 2,  # one mask token, one "no class"
-    }
-    exact = positions == timesteps  # no spare rows: ours
-    length = positions - (2 if exact else SPARE_POSITIONS)
-    tables = {"length": length} if exact or length == timesteps - SPARE_TIMESTEPS else {}
-    settings = settle(facts, config, NAMES, **tables, dropout=0.1, label_dropout=0.1)
-    if "length" not in settings or settings["length"] < 1 or facts["classes"] < 1:
-        raise UserError(
-            f"tables of {positions} and {timesteps} rows and {facts['classes']} classes do not tell "
-            "the tokens per image; give config image_seq_len, or check the file"
-        )
-    ours = {key: settings[key] for key in ("width", "depth", "heads", "dropout", "label_dropout")}
-    ours |= {"mlp_ratio": facts["mlp_width"] / width, "position_rows": positions, "timestep_rows": timesteps}
-    model = RAR(validate(RARConfig, ours, source="config"), codes, settings["length"], facts["classes"])
-    model.latent_shape = (model.length, settings.get("codebook_dim") or CODE_WIDTHS.get(codes, 64))
-    model.latent_space = None
-    model.sampling = PUBLISHED.get((codes, width), Sampling())
-    return model

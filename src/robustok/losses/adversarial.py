@@ -13,9 +13,7 @@ class AdversarialConfig(Config):
     """The adversarial term."""
 
     weight: float = Field(0.5, ge=0, description="weight of the adversarial term; 0 trains without a discriminator")
-    start: int = Field(
-        0, ge=0, description="step from which the discriminator learns and its term counts; before, nothing of it runs"
-    )
+    start: int = Field(0, ge=0, description="first step with a discriminator; before it, nothing of it runs")
     adaptive: bool = Field(True, description="scale by the ratio of gradient norms at the decoder's last layer")
     max_adaptive: float = Field(1e4, gt=0, description="upper clamp of the adaptive weight")
     lecam_weight: float = Field(0.001, ge=0, description="weight of the LeCam regularisation of the discriminator")
@@ -31,12 +29,12 @@ class AdversarialConfig(Config):
 
 
 def generator_loss(fake: Tensor) -> Tensor:
-    """What the decoder minimises: minus the mean logit of its images."""
+    """The decoder's term: minus the mean logit of its images."""
     return -fake.float().mean()
 
 
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """What the discriminator minimises, before LeCam."""
+    """The discriminator's loss, without LeCam."""
     return (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean()) / 2
 
 
@@ -53,13 +51,13 @@ class LeCam:
     fake: float = 0.0
 
     def update(self, real: float, fake: float, decay: float) -> None:
-        """Move the averages, before they are used, as the release does."""
+        """Update the averages. The authors' code does this before using them."""
         self.real = decay * self.real + (1 - decay) * real
         self.fake = decay * self.fake + (1 - decay) * fake
 
 
 def lecam_loss(real: Tensor, fake: Tensor, averages: LeCam) -> Tensor:
-    """Keep logits near the moving averages of the other side (LeCam)."""
+    """LeCam: squared distances of the logits from the moving averages of the other side, one-sided."""
     return F.relu(real.float() - averages.fake).square().mean() + F.relu(averages.real - fake.float()).square().mean()
 
 

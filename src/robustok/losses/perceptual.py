@@ -10,9 +10,9 @@ from robustok.metrics.lpips import check_sides, load_lpips
 
 
 def perceptual_loss(maps: Callable[[Tensor], Sequence[Tensor]], images: Tensor, reconstructions: Tensor) -> Tensor:
-    """Squared distance of channel-normalised feature maps, mean over places, sum over layers.
+    """Squared distance of channel-normalised feature maps, mean over positions, sum over layers.
 
-    LPIPS without its learned channel weights, for any network: used with a small classifier where VGG makes no sense.
+    LPIPS without its learned channel weights, for any network; used with a small classifier on small images.
 
     Args:
         maps: images (N, 3, H, W) in [-1, 1] to feature maps, each (N, C, h, w).
@@ -26,7 +26,7 @@ def perceptual_loss(maps: Callable[[Tensor], Sequence[Tensor]], images: Tensor, 
 
 
 class LPIPSLoss(nn.Module):
-    """LPIPS with VGG-16 from the lpips package, in eval mode: the released code leaves its dropout on.
+    """LPIPS with VGG-16 from the lpips package, in eval mode (in the authors' code its dropout is on).
 
     Args:
         weights: local file with torchvision's vgg16 state dict; None uses torchvision's cache or download.

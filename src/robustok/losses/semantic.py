@@ -63,7 +63,7 @@ class Teacher(nn.Module):
             self.network = load_classifier(config.path)
             self.width = self.network.config.features
         else:
-            # A vision transformer sees the patches that the tokenizer sees; other networks take any image size.
+            # A vision transformer gets the tokenizer's patch size; other networks take any image size.
             sizes = {"img_size": image_size, "patch_size": patch_size} if config.model.startswith("vit_") else {}
             network = pretrained_backbone(config.model, config.path, "the teacher", "teacher.path", **sizes)
             self.network = nn.Sequential(ImageNetRange(), network)

@@ -2,14 +2,14 @@
 
     DiT-XL-2-256/  model_index.json  vae/  transformer/  scheduler/
 
-Nothing but the library itself makes its models. Weights that older releases hold as pickles are read by us, so that
-nothing in them is executed.
+The library's own classes load and save the models. Weights in pickles are read by robustok, so that nothing in them is
+executed.
 """
 
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,25 +18,26 @@ from typing import Any
 import torch
 from torch import nn
 
+from robustok.backbones import silent_diffusers
 from robustok.checkpoints import read_checkpoint, write_checkpoint
 from robustok.errors import UserError
 from robustok.files import atomic_folder, one_line
 from robustok.hub import download_folder, is_remote
 
-AUTOENCODERS = ("vae", "vqvae", "movq")  # folders of a pipeline that may hold a tokenizer
-PARTS = (*AUTOENCODERS, "transformer")  # or another model of ours
-STEM = "diffusion_pytorch_model"  # of files of weights
+AUTOENCODERS = ("vae", "vqvae", "movq")  # parts of a pipeline that may be a tokenizer
+PARTS = (*AUTOENCODERS, "transformer")  # or a generator
+STEM = "diffusion_pytorch_model"  # of the names of weight files
 FILES = ("config.json", f"{STEM}.safetensors", f"{STEM}-*.safetensors", f"{STEM}.safetensors.index.json")
 
 
 @dataclass(frozen=True)
 class Component:
-    """A model that lies in a folder.
+    """A model in a folder.
 
     Attributes:
         folder: with its config.json.
         class_name: of the library.
-        settings: what the class is made from.
+        settings: content of its config.json without private keys.
     """
 
     folder: Path
@@ -45,23 +46,25 @@ class Component:
 
 
 def fetch(path: str | Path) -> Path:
-    """A folder on disk: the one given, or for ``hf://ORG/REPO`` and ``hf://ORG/REPO/FOLDER`` what is needed of it.
+    """A folder on disk: the given one, or what was downloaded of ``hf://ORG/REPO`` or ``hf://ORG/REPO/FOLDER``.
 
     Raises:
         UserError: it cannot be downloaded.
     """
     if not is_remote(path):
         return Path(path)
-    places = ("", *(f"{part}/" for part in PARTS))
-    folder = download_folder(path, ["scheduler/scheduler_config.json", *(p + file for p in places for file in FILES)])
-    held = [place for place in places if (folder / place / "config.json").is_file()]
-    if pickled := [f"{place}{STEM}.bin" for place in held if not [*(folder / place).glob("*.safetensors")]]:
+    subfolders = ("", *(f"{part}/" for part in PARTS))
+    folder = download_folder(
+        path, ["scheduler/scheduler_config.json", *(p + file for p in subfolders for file in FILES)]
+    )
+    held = [part for part in subfolders if (folder / part / "config.json").is_file()]
+    if pickled := [f"{part}{STEM}.bin" for part in held if not [*(folder / part).glob("*.safetensors")]]:
         folder = download_folder(path, pickled)
     return folder
 
 
 def components(path: str | Path) -> list[Component]:
-    """The models in a folder: the parts of a pipeline, or the one that it is of.
+    """The models in a folder: the parts of a pipeline, or a single model.
 
     Raises:
         UserError: there are none, or a config.json is damaged.
@@ -75,13 +78,13 @@ def components(path: str | Path) -> list[Component]:
         own = {key: value for key, value in settings.items() if not key.startswith("_")}
         name = str(settings.get("_class_name"))
         if name == "Transformer2DModel" and settings.get("norm_type") == "ada_norm_zero":
-            name = "DiTTransformer2DModel"  # which had no class of its own when its weights were released
+            name = "DiTTransformer2DModel"  # which had no class of its own when its weights were published
         found.append(Component(folder, name, own))
     return found
 
 
 def component(path: str | Path, class_name: str) -> Component:
-    """The one of this class.
+    """The model of this class in a folder.
 
     Raises:
         UserError: the folder has none.
@@ -95,13 +98,13 @@ def component(path: str | Path, class_name: str) -> Component:
 
 
 def latent_side(path: str | Path) -> int | None:
-    """Height and width of the latents that the transformer of a pipeline models; None where there is none."""
+    """Height and width of the latents that a pipeline's transformer models; None without a transformer."""
     sides = [each.settings.get("sample_size") for each in components(path) if each.folder == Path(path) / "transformer"]
     return sides[0] if sides and isinstance(sides[0], int) else None
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """What a JSON file says.
+    """The content of a JSON file.
 
     Raises:
         UserError: it is missing, or no JSON object.
@@ -117,25 +120,6 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def build_network(class_name: str, settings: Mapping[str, Any]) -> nn.Module:
-    """A model of the library with random weights.
-
-    Raises:
-        UserError: diffusers is not installed, or does not take the settings.
-    """
-    try:
-        import diffusers
-    except ImportError:
-        raise UserError(f"{class_name} needs diffusers; pip install 'robustok[diffusers]'") from None
-    try:
-        with _quietly():
-            return getattr(diffusers, class_name).from_config(dict(settings))
-    except Exception as error:  # diffusers validates with errors of many types
-        raise UserError(
-            f"diffusers makes no {class_name} of these settings ({one_line(error, 200)}); correct them"
-        ) from None
-
-
 def load_network(network: nn.Module, found: Component) -> None:
     """Fill a model with the weights of its folder, all of them and none besides.
 
@@ -145,7 +129,7 @@ def load_network(network: nn.Module, found: Component) -> None:
     folder = found.folder
     with _safetensors(found) as safe:
         try:
-            with _quietly():  # what it would warn of is an error here
+            with silent_diffusers():  # its warnings are errors here
                 loaded, report = type(network).from_pretrained(
                     safe, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
                 )
@@ -163,7 +147,7 @@ def load_network(network: nn.Module, found: Component) -> None:
 
 @contextmanager
 def _safetensors(found: Component) -> Iterator[Path]:
-    """A folder with the same model as safetensors: its own, or a temporary one if it holds a pickle."""
+    """A folder with the model as safetensors: its own, or a temporary one if it holds a pickle."""
     folder, pickled = found.folder, found.folder / f"{STEM}.bin"
     if [*folder.glob("*.safetensors")]:
         yield folder
@@ -190,15 +174,3 @@ def write_network(network: nn.Module, path: Path) -> Path:
     with atomic_folder(path) as folder:
         network.save_pretrained(folder)
     return path
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    from diffusers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)

@@ -1,25 +1,40 @@
-"""Write models of ours under the names that their authors use."""
+"""Write models of ours in the layouts of their authors."""
+
+from pathlib import Path
 
 from torch import Tensor, nn
 
 from robustok.errors import UserError
-from robustok.pretrained.families import FAMILIES
+from robustok.pretrained.diffusers_folders import write_network
+from robustok.pretrained.families import FAMILIES, FOLDERS
 
 
 def export_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The model's weights under the official names and in the official shapes, bit for bit, on the CPU.
+    """The model's weights under the authors' names and in their shapes, bit for bit, on the CPU.
 
-    They share memory with the model. What nothing reads but official loaders ask for is only made up here: statistics
-    of codes in use are zeros, and a frozen teacher is no part of it. The verb takes both from the ``original`` file.
+    They share memory with the model. Statistics of codes in use are zeros, and a frozen teacher is left out: the
+    command takes both from the ``original`` file.
 
     Raises:
-        UserError: a model that the release has no place for.
+        UserError: a model, or a variant of it, that no layout has.
     """
-    room = next((family for family in FAMILIES.values() if type(model) is family.model), None)
-    if room is None:
+    family = next((family for family in FAMILIES.values() if type(model) is family.model), None)
+    if family is None:
         raise UserError(
-            f"a {type(model).__name__} has no released layout; "
-            f"convertible are {', '.join(sorted({family.model.__name__ for family in FAMILIES.values()}))}"
+            f"a {type(model).__name__} has no layout to export to; "
+            f"models that have: {', '.join(sorted({family.model.__name__ for family in FAMILIES.values()}))}"
         )
-    weights = {room.export_name(name): tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    return room.complete(model, weights)
+    weights = {family.export_name(name): tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    return family.complete(model, weights)
+
+
+def export_folder(model: nn.Module, path: str | Path) -> Path:
+    """Write a folder that ``from_pretrained`` of the diffusers library loads.
+
+    Raises:
+        UserError: no model of that library; the folder exists, or cannot be written.
+    """
+    family = next((family for family in FOLDERS.values() if type(model) is family.model), None)
+    if family is None:
+        raise UserError(f"a {type(model).__name__} is no model of the diffusers library; export it to a file")
+    return write_network(family.network(model), Path(path))

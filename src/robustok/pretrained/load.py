@@ -8,36 +8,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustok.checkpoints import Checkpoint, choose_weights, flatten_config, read_checkpoint
+from robustok.checkpoints import Checkpoint, choose_weights, read_checkpoint
 from robustok.errors import UserError
 from robustok.pretrained.diffusers_folders import fetch
 from robustok.pretrained.export import export_weights
 from robustok.pretrained.families import FAMILIES, FOLDERS, choose_family, families_in, families_named, recognise
-
-# Loading and the way back
+from robustok.pretrained.shapes import flatten_config
 
 
 def load_pretrained(
     family: str, weights: str | Path | Mapping[str, Any], config: Mapping[str, Any] | str | None = None
 ) -> nn.Module:
-    """Load a released model; in eval mode, frozen, on the CPU.
+    """Load a pretrained model; in eval mode, frozen, on the CPU.
 
     Args:
-        family: one of ``FAMILIES``, or a name that can mean nothing else, such as ``va-vae``, ``SiT-XL`` or, since the
-            weights tell tokenizer from GPT, ``llamagen``.
-        weights: path of a .pt, .bin, .ckpt or .safetensors file, ``hf://ORG/REPO/FILE``, or a mapping of the release's
-            names to tensors; either may wrap the tensors as released training does, under ``ema`` (preferred),
-            ``model``, ``module`` or ``state_dict``. Every tensor counts, so a mapping holds nothing else; a file may
-            hold more if it says which are the model's (:func:`robustok.checkpoints.read_checkpoint`). For ``diffusers``
-            and its families, the folder of a model or a pipeline, or ``hf://ORG/REPO``.
-        config: what the shapes do not tell, under the release's names (``num_heads``) or ours (``heads``), nested as
-            released configurations are or flat, or such a mapping as JSON. Other keys are ignored unless they look
-            like a misspelling, and a value that contradicts the weights is refused. None: what the file, or a JSON
-            file beside it, says. Each family's ``from_pretrained`` tells what it cannot do without.
+        family: one of ``FAMILIES`` or ``FOLDERS``, or another name for one, such as ``va-vae`` or ``SiT-XL``. For
+            ``llamagen`` and ``gigatok`` the weights decide whether it is the tokenizer or the GPT.
+        weights: path of a .pt, .bin, .ckpt or .safetensors file, ``hf://ORG/REPO/FILE``, or a mapping of the authors'
+            names to tensors. The tensors may be inside of ``ema`` (preferred), ``model``, ``module`` or ``state_dict``.
+            A mapping may hold nothing besides; a file may if it lists which tensors are the model's
+            (:func:`robustok.checkpoints.read_checkpoint`). For ``diffusers`` and its families, the folder of a model
+            or a pipeline, or ``hf://ORG/REPO``.
+        config: settings that are in no shape, under the authors' names (``num_heads``) or ours (``heads``), nested or
+            flat, or such a mapping as JSON. Other keys are ignored unless they look like a misspelling; a value that
+            contradicts the weights is refused. None: the configuration in the file, or in a JSON file beside it. Each
+            family's ``build`` says which settings it needs.
 
     Returns:
         A tokenizer; or a generator with ``sampling`` (as published, where its size is), ``latent_shape`` (L, D) and
-        ``latent_space`` None, since the file does not say whose latents these are.
+        ``latent_space`` None, since the file does not name the tokenizer.
 
     Raises:
         UserError: unknown family; an unreadable file; missing, unexpected or misshapen tensors, or those of another
@@ -60,45 +59,49 @@ def load_pretrained(
     return load_checkpoint(choose_family(family, checkpoint.weights), checkpoint, config)
 
 
-def load_folder(family: str, path: str | Path, config: Mapping[str, Any]) -> nn.Module:
-    """:func:`load_pretrained` of one of the ``FOLDERS``."""
-    room = FOLDERS[family]
-    if unknown := [key for key in config if key not in room.words]:
-        raise UserError(f"config has {unknown[0]!r}, which {family} does not take; known: {', '.join(room.words)}")
-    return room.load(path, **config)
+def load_folder(name: str, path: str | Path, config: Mapping[str, Any]) -> nn.Module:
+    """:func:`load_pretrained` for one of the ``FOLDERS``."""
+    family = FOLDERS[name]
+    if unknown := [key for key in config if key not in family.settings]:
+        raise UserError(f"config has {unknown[0]!r}, which {name} does not take; known: {', '.join(family.settings)}")
+    return family.load(path, **config)
 
 
-def load_checkpoint(family: str, checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> nn.Module:
-    """:func:`load_pretrained` of a file that was read already; ``family`` is one of ``FAMILIES``."""
-    room, looks = FAMILIES[family], recognise(checkpoint.weights)
-    tensors = {name: tensor for name, tensor in checkpoint.weights.items() if not name.startswith(room.dropped)}
+def load_checkpoint(name: str, checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> nn.Module:
+    """:func:`load_pretrained` for one of the ``FAMILIES``, from a checkpoint that was read already."""
+    family = FAMILIES[name]
+    tensors = {key: tensor for key, tensor in checkpoint.weights.items() if not key.startswith(family.dropped)}
     try:
-        model = room.build(tensors, dict(flatten_config(checkpoint.config if config is None else config)))
-        check_all(tensors, export_weights(model), family)
+        model = family.build(tensors, dict(flatten_config(checkpoint.config if config is None else config)))
+        check_all(tensors, export_weights(model), name)
     except UserError as error:
         reason = str(error) if str(error).endswith("?") else f"{error}."
         if reason.startswith("config") and config is None and checkpoint.config:
             reason += " This config is the one in the file, or in the JSON file beside it"
-        if looks not in (family, None):
-            reason += f" These look like the weights of {looks}: try family={looks}"
+        if (found := recognise(checkpoint.weights)) not in (name, None):
+            reason += f" These look like the weights of {found}: try family={found}"
         raise UserError(reason.removesuffix(".")) from None
     state = model.state_dict()
-    model.load_state_dict({name: tensors[room.export_name(name)].reshape(t.shape) for name, t in state.items()})
+    model.load_state_dict({key: tensors[family.export_name(key)].reshape(t.shape) for key, t in state.items()})
     return model.eval().requires_grad_(False)
 
 
 def check_all(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], family: str) -> None:
-    """Every key there, none besides, each of its shape, and the constants as they must be."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    """Refuse tensors unless their names, shapes and types are the expected ones; integers must have equal values.
+
+    Raises:
+        UserError: lists up to three problems.
+    """
     problems = [f"missing {name}" for name in sorted(expected.keys() - given.keys())]
     problems += [f"unexpected {name}" for name in sorted(given.keys() - expected.keys())]
     for name in sorted(expected.keys() & given.keys()):
-        if tuple(given[name].shape) != shapes[name]:
-            problems.append(f"{name} is {tuple(given[name].shape)}, expected {shapes[name]}")
-        elif given[name].is_floating_point() != expected[name].is_floating_point():
-            problems.append(f"{name} is {given[name].dtype}, expected {expected[name].dtype}")
-        elif not expected[name].is_floating_point() and not torch.equal(given[name].cpu(), expected[name]):
-            problems.append(f"{name} has other values than the release's")
+        found, wanted = given[name], expected[name]
+        if found.shape != wanted.shape:
+            problems.append(f"{name} is {tuple(found.shape)}, expected {tuple(wanted.shape)}")
+        elif found.is_floating_point() != wanted.is_floating_point():
+            problems.append(f"{name} is {found.dtype}, expected {wanted.dtype}")
+        elif not wanted.is_floating_point() and not torch.equal(found.cpu(), wanted):
+            problems.append(f"{name} has other values than in all published files")
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(

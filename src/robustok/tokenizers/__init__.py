@@ -12,9 +12,7 @@ from robustok.errors import UserError
 from robustok.files import tensor_digest
 from robustok.snapshots import Snapshot, load_weights, read_snapshot, split_scale
 from robustok.tokenizers.deltas import Delta, apply_delta
-from robustok.tokenizers.diffusers_dc import DiffusersDC, DiffusersDCConfig
-from robustok.tokenizers.diffusers_kl import DiffusersKL, DiffusersKLConfig
-from robustok.tokenizers.diffusers_vq import DiffusersVQ, DiffusersVQConfig
+from robustok.tokenizers.diffusers import DiffusersConfig, DiffusersDC, DiffusersKL, DiffusersVQ
 from robustok.tokenizers.gigatok import GigaTok, GigaTokConfig
 from robustok.tokenizers.kl import KL, KLConfig
 from robustok.tokenizers.llamagen import LlamaGen, LlamaGenConfig
@@ -30,28 +28,27 @@ TOKENIZERS = {
     "maskgit": (MaskGIT, MaskGITConfig),
     "gigatok": (GigaTok, GigaTokConfig),
     "kl": (KL, KLConfig),
-    "diffusers_kl": (DiffusersKL, DiffusersKLConfig),
-    "diffusers_dc": (DiffusersDC, DiffusersDCConfig),
-    "diffusers_vq": (DiffusersVQ, DiffusersVQConfig),
+    "diffusers_kl": (DiffusersKL, DiffusersConfig),
+    "diffusers_dc": (DiffusersDC, DiffusersConfig),
+    "diffusers_vq": (DiffusersVQ, DiffusersConfig),
 }
 TokenizerConfig = Annotated[
     RobusTokConfig | LlamaGenConfig | MaskGITConfig | GigaTokConfig | KLConfig | MAETokConfig,
     Field(discriminator="name"),
 ]
-"""The families that main training trains."""
+"""The families that can be trained."""
 
 
 def load_tokenizer(path: str | Path, strength: float | None = None) -> Tokenizer:
     """Load a tokenizer from a snapshot, or from the newest snapshot of a run folder; in eval mode, on the CPU.
 
     Args:
-        path: of the snapshot or run folder. Behind a delta, as `robustok make-delta` writes it, ``@0.5`` may stand for
-            the strength.
-        strength: of a delta: 0 is the original, 1, the default, its post-trained self.
+        path: of the snapshot or run folder. ``PATH@0.5`` is a delta of `robustok make-delta` with its strength.
+        strength: of a delta: 0 is the original, 1, the default, the post-trained tokenizer.
 
     Raises:
         UserError: no snapshot, another kind, an unknown family, or weights that do not fit; a delta whose original is
-            missing or another one, a strength for what is no delta.
+            missing or another one; a strength without a delta.
     """
     snapshot = read_snapshot(path, kind="tokenizer")
     strength = split_scale(path)[1] if strength is None else strength
@@ -74,27 +71,27 @@ def load_tokenizer(path: str | Path, strength: float | None = None) -> Tokenizer
 
 
 def _load_delta(snapshot: Snapshot, strength: float) -> Tokenizer:
-    """The original that a delta names, with its difference mixed in."""
-    facts = snapshot.header["delta"]
-    base = Path(os.path.normpath(snapshot.path.absolute() / facts["base"]))
+    """The original of a delta, with ``strength`` times the difference added."""
+    delta = snapshot.header["delta"]
+    base = Path(os.path.normpath(snapshot.path.absolute() / delta["base"]))
     if not (base / "model.safetensors").exists():
         raise UserError(
-            f"{snapshot.path} is a difference to {base}, which is missing; put that snapshot there, or its place into "
+            f"{snapshot.path} is a difference to {base}, which is missing; put that snapshot there, or its path into "
             f"delta.base of {snapshot.path / 'config.yaml'}"
         )
     tokenizer = load_tokenizer(base)
     try:
-        return apply_delta(tokenizer, Delta(facts["digest"], snapshot.weights, facts["relative_error"]), strength)
+        return apply_delta(tokenizer, Delta(delta["digest"], snapshot.weights, delta["relative_error"]), strength)
     except UserError as error:
         raise UserError(f"{snapshot.path} on {base}: {error}") from None
 
 
 def frozen_weights(tokenizer: Tokenizer) -> dict[str, torch.Tensor]:
-    """All weights that are not the decoder's: encoder and quantiser, what decides the latents of an image."""
+    """All weights that are not the decoder's: encoder and quantiser, which determine the latents of an image."""
     decoder = {id(p) for module in tokenizer.decoder_modules() for p in module.parameters()}
     return {name: p for name, p in tokenizer.named_parameters() if id(p) not in decoder}
 
 
 def encoder_digest(tokenizer: Tokenizer) -> str:
-    """Names the latent space: equal for a tokenizer and its post-trained self, whose decoder alone differs."""
+    """Digest of the latent space: equal for a tokenizer and its post-trained version, which differ in the decoder."""
     return tokenizer.latent_space or tensor_digest(frozen_weights(tokenizer))

@@ -1,21 +1,18 @@
-"""What the convolutional tokenizers share: residual blocks, attention, the two halves, and the edges of the model.
+"""What the convolutional tokenizers share: blocks, encoder, decoder, and the shapes of images and latents.
 
 LlamaGen, VA-VAE, GigaTok and MaskGIT all descend from the network of VQGAN (Esser et al., arXiv 2012.09841): levels of
-residual blocks, each at half the resolution of the one before. Where one of them differs, its own file says so.
+residual blocks, each at half the resolution of the one before. What differs in one of them is in its own file.
 
-Level 0 of an encoder works at full resolution. Decoders number their levels as their releases do: from the full
-resolution too, or in the order of computation.
+Level 0 of an encoder has the full resolution. The levels of a decoder are numbered as in its authors' code: from the
+full resolution, too, or in the order of computation.
 """
 
-import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from robustok.checkpoints import depth_of, shape_of
 from robustok.config import Config
 from robustok.errors import UserError
 
@@ -31,7 +28,7 @@ class ConvConfig(Config):
     )
     blocks: int = Field(2, ge=1, description="residual blocks a level; decoders of the VQGAN kind have one more")
     attention: tuple[int, ...] | None = Field(
-        None, description="levels with attention, 0 is the full resolution; null is the lowest one alone"
+        None, description="levels with attention, 0 is the full resolution; null: only the lowest"
     )
     middle_blocks: int = Field(2, ge=1, description="residual blocks at the lowest resolution, between the levels")
     middle_attention: bool = Field(True, description="attention after the first of these")
@@ -78,7 +75,7 @@ class GridConfig(Config):
 
     @property
     def patch_size(self) -> int:
-        """Pixels along one side of what a latent stands for."""
+        """Pixels along one side of a latent."""
         return self.encoder.factor
 
     @property
@@ -115,7 +112,7 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention of all places of the grid, with a single head."""
+    """Self-attention of all positions of the grid, with a single head."""
 
     def __init__(self, channels: int, config: ConvConfig) -> None:
         super().__init__()
@@ -131,7 +128,7 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """A convolution of stride 2 that pads on the right and at the bottom alone."""
+    """A convolution of stride 2, padded at the right and the bottom only."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -178,7 +175,7 @@ class Level(nn.Module):
 
 
 def middle(config: ConvConfig, block: Block) -> nn.Sequential:
-    """What works at the lowest resolution, between the levels and the latents."""
+    """Blocks at the lowest resolution, between the levels and the latents."""
     width = config.widths[-1]
     attention = [Attention(width, config)] if config.middle_attention else []
     first, *others = (block(width, width, config) for _ in range(config.middle_blocks))
@@ -206,7 +203,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images to features."""
-        x = self.conv_in(x.contiguous())  # (N, width, H, W); in this order, as in to_grid
+        x = self.conv_in(x.contiguous())  # (N, width, H, W); contiguous as in to_grid
         for level in self.levels:
             x = level.downsample(level(x))  # (N, widths[level], half, half)
         return self.conv_out(F.silu(self.norm_out(self.middle(x))))
@@ -254,11 +251,11 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-# The edges of a model
+# Shapes of images and latents
 
 
 def check_images(images: Tensor, factor: int) -> None:
-    """Refuse what a convolutional encoder cannot take.
+    """Refuse images that a convolutional encoder cannot take.
 
     Raises:
         UserError: no images (N, 3, H, W), or sides that are no multiples of ``factor``.
@@ -267,6 +264,35 @@ def check_images(images: Tensor, factor: int) -> None:
         raise UserError(
             f"got images of shape {tuple(images.shape)}, this tokenizer takes (N, 3, H, W) with H and W divisible "
             f"by {factor}; resize them"
+        )
+
+
+def image_problems(images: Tensor, reconstructions: Tensor) -> list[str]:
+    """Problems with images and their reconstructions, both (N, 3, H, W), as sentences; empty if there are none."""
+    found, low, high = [], images.min().item(), images.max().item()
+    if low < -1.001 or high > 1.001:
+        found.append(f"The images range from {low:.3g} to {high:.3g}, but a tokenizer takes [-1, 1].")
+    elif low >= 0:
+        found.append(f"The lowest value of the images is {low:.3g}: they seem to be in [0, 1], not in [-1, 1].")
+    constant = images.mean((2, 3), keepdim=True)  # (N, 3, 1, 1)
+    error, plain = ((images - other).square().mean().item() for other in (reconstructions, constant))
+    if not error < plain:
+        found.append(
+            f"The squared error of the reconstructions ({error:.3g}) is larger than that of the mean colours "
+            f"({plain:.3g}): the weights are untrained, or the value range or the file is wrong."
+        )
+    return found
+
+
+def check_size(images: Tensor, size: int) -> None:
+    """Refuse images that are not (N, 3, size, size).
+
+    Raises:
+        UserError: another shape.
+    """
+    if images.shape[1:] != (3, size, size):
+        raise UserError(
+            f"got images of shape {tuple(images.shape)}, this tokenizer takes (N, 3, {size}, {size}); resize them"
         )
 
 
@@ -288,77 +314,5 @@ def to_grid(latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
             f"got {length} latents an image, which fill no grid of {rows} x {columns}; "
             "give latents of whole images, and grid=(rows, columns) unless these are square"
         )
-    # In this order in memory: where channels come last, the CPU's group norm cancels up to three digits away.
+    # Contiguous: with channels last in memory, the CPU's group norm loses up to three digits.
     return latents.transpose(1, 2).reshape(len(latents), -1, rows, columns).contiguous()  # (N, D, h, w)
-
-
-def image_problems(images: Tensor, reconstructions: Tensor) -> list[str]:
-    """What speaks against a batch of images (N, 3, H, W) or against what a tokenizer makes of them."""
-    found, low, high = [], images.min().item(), images.max().item()
-    if low < -1.001 or high > 1.001:
-        found.append(
-            f"The images lie in [{low:.3g}, {high:.3g}], but a tokenizer takes [-1, 1]; "
-            "open them with robustok.open_images."
-        )
-    elif low >= 0:
-        found.append(
-            f"No value of the images lies below 0 (lowest {low:.3g}): they seem to be in [0, 1], not in [-1, 1]."
-        )
-    constant = images.mean((2, 3), keepdim=True)  # (N, 3, 1, 1)
-    error, plain = ((images - other).square().mean().item() for other in (reconstructions, constant))
-    if not error < plain:
-        found.append(
-            f"Reconstructions miss the images by more ({error:.3g}) than their mean colours do ({plain:.3g}): "
-            "the weights are untrained, or the value range or the file is wrong."
-        )
-    return found
-
-
-# What released weights tell
-
-Names = Sequence[tuple[str, str]]  # our pattern, the release's replacement
-
-
-def rename(name: str, names: Names) -> str:
-    """The release's name of our weight."""
-    for pattern, replacement in names:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def conv_sizes(
-    weights: Mapping[str, Tensor], side: str, names: Names, extra_blocks: int = 0, lowest_first: bool = False
-) -> dict[str, Any]:
-    """Fields of :class:`ConvConfig` that the shapes of released weights tell.
-
-    Args:
-        weights: released tensors.
-        side: "encoder" or "decoder".
-        names: how the release names our weights.
-        extra_blocks: blocks of a level beyond ``ConvConfig.blocks``.
-        lowest_first: as :class:`Decoder` has it.
-
-    Raises:
-        UserError: weights of another family, or channels that are no multiples of the encoder's first.
-    """
-    width = shape_of(weights, rename("encoder.conv_in.weight", names), 4)[0]
-    levels = depth_of(weights, rename(f"{side}.levels.", names))
-    order = reversed(range(levels)) if lowest_first else range(levels)  # full resolution first
-    prefixes = [rename(f"{side}.levels.{number}.", names) for number in order]
-
-    def of(part: str) -> str:
-        return rename(f"{side}.levels.0.{part}", names).removeprefix(rename(f"{side}.levels.0.", names))
-
-    channels = [shape_of(weights, prefix + of("blocks.0.conv1.weight"), 4)[0] for prefix in prefixes]
-    if any(c % width for c in channels):
-        raise UserError(
-            f"{side} has levels of {channels} channels, expected multiples of the {width} of encoder.conv_in; "
-            "check the file"
-        )
-    return {
-        "width": width,
-        "multipliers": [c // width for c in channels],
-        "blocks": depth_of(weights, prefixes[0] + of("blocks.")) - extra_blocks,
-        "attention": [n for n, prefix in enumerate(prefixes) if prefix + of("attentions.0.q.weight") in weights],
-        "middle_attention": rename(f"{side}.middle.1.q.weight", names) in weights,
-    }

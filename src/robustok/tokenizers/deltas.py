@@ -1,4 +1,4 @@
-"""Deltas: a post-trained tokenizer as its difference to the original, whole or as a LoRA, mixed in at any strength.
+"""Deltas: a post-trained tokenizer as its difference to the original, whole or as a LoRA, added at any strength.
 
     weights = original + strength * difference
 
@@ -17,7 +17,7 @@ from robustok.errors import UserError
 from robustok.files import tensor_digest
 
 UP, DOWN = ":up", ":down"  # factors of a difference: up (rows, rank) times down (rank, columns)
-PLACES, VALUES = ":places", ":values"  # where original + difference rounds to another float than it should, and which
+INDICES, VALUES = ":places", ":values"  # where original + difference rounds to another float, and the right one
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Delta:
     Attributes:
         base: digest of all weights of the original.
         tensors: by the name of the weight, its difference, or its two factors under ``:up`` and ``:down``. Weights that
-            did not change have none.
-        relative_error: norm of what rank and rounding lost, as a share of the norm of the difference; 0 is exact.
+            did not change are left out.
+        relative_error: norm of the error by rank and rounding over the norm of the difference; 0 is exact.
     """
 
     base: str
@@ -39,14 +39,14 @@ class Delta:
 def compute_delta(
     original: nn.Module, post_trained: nn.Module, rank: int | None = None, dtype: torch.dtype = torch.float32
 ) -> Delta:
-    """The difference between a tokenizer and its post-trained self.
+    """The difference between a tokenizer and its post-trained version.
 
     Args:
         original: what post-training started from.
         post_trained: the same tokenizer with other weights.
-        rank: of the LoRA; None keeps every difference whole. Vectors, and matrices of which two factors would be no
-            smaller, are kept whole in any case. A convolution counts as a matrix of (output, input * height * width).
-        dtype: of what is kept. Only float32 without a rank is exact.
+        rank: of the LoRA; None stores every difference whole. Vectors, and matrices of which two factors would be no
+            smaller, are always stored whole. A convolution is a matrix of (output, input * height * width).
+        dtype: of the stored tensors. Only float32 without a rank is exact.
 
     Raises:
         UserError: the two are not versions of one tokenizer.
@@ -55,8 +55,8 @@ def compute_delta(
     wrong = [name for name in sorted(before.keys() | after.keys()) if not _alike(before.get(name), after.get(name))]
     if wrong:
         raise UserError(
-            f"the two tokenizers differ in more than numbers, first in {wrong[0]}; give a tokenizer and what "
-            "post-training made of it"
+            f"the two tokenizers differ in more than numbers, first in {wrong[0]}; give a tokenizer and its "
+            "post-trained version"
         )
     tensors: dict[str, Tensor] = {}
     lost, whole = 0.0, 0.0
@@ -68,10 +68,10 @@ def compute_delta(
         kept = _kept(name, difference, rank, dtype)
         if rank is None and dtype == torch.float32:
             sum_ = old + kept[name]
-            # Few: mostly where a weight changed its sign. That of a zero counts too.
+            # Few: mostly where a weight changed its sign. The sign of zero is compared, too.
             wrong_bits = ((sum_ != new) | (sum_.signbit() != new.signbit())).flatten().nonzero()[:, 0]
             if len(wrong_bits):
-                kept |= {name + PLACES: wrong_bits, name + VALUES: new.flatten()[wrong_bits].clone()}
+                kept |= {name + INDICES: wrong_bits, name + VALUES: new.flatten()[wrong_bits].clone()}
         else:
             lost += (difference - _difference(name, kept, old.shape).double()).square().sum().item()
         whole += difference.square().sum().item()
@@ -86,7 +86,7 @@ def apply_delta(tokenizer: nn.Module, delta: Delta, strength: float = 1.0) -> nn
     Args:
         tokenizer: the original.
         delta: from :func:`compute_delta`.
-        strength: 0 is the original, 1 the post-trained one; more, or less than 0, goes on along the line.
+        strength: 0 is the original, 1 the post-trained one; values above 1 and below 0 extrapolate.
 
     Returns:
         The same tokenizer.
@@ -98,33 +98,33 @@ def apply_delta(tokenizer: nn.Module, delta: Delta, strength: float = 1.0) -> nn
     if (found := tensor_digest(weights)) != delta.base:
         raise UserError(
             f"the delta belongs to the tokenizer with the digest {delta.base}, this one has {found}; "
-            "give the very tokenizer that was post-trained"
+            "give the tokenizer that was post-trained"
         )
     if not strength:
         return tokenizer
     for name in {key.partition(":")[0] for key in delta.tensors}:
         weight = weights[name]
         weight.add_(_difference(name, delta.tensors, weight.shape).to(weight.device), alpha=strength)
-        if strength == 1 and name + PLACES in delta.tensors:
-            places, values = (delta.tensors[name + part].to(weight.device) for part in (PLACES, VALUES))
-            weight.view(-1)[places] = values
+        if strength == 1 and name + INDICES in delta.tensors:
+            indices, values = (delta.tensors[name + part].to(weight.device) for part in (INDICES, VALUES))
+            weight.view(-1)[indices] = values
     return tokenizer
 
 
 def _alike(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether two weights have a difference, or none."""
+    """Whether two weights have the same shape and type, and are equal unless they are floats."""
     if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
         return False
     return a.is_floating_point() or torch.equal(a, b)
 
 
 def _kept(name: str, difference: Tensor, rank: int | None, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What is stored of a difference: itself, or the two factors of its best approximation of this rank."""
+    """The stored form of a difference: itself, or the two factors of its best approximation of this rank."""
     rows, columns = len(difference) if difference.ndim else 1, difference[0].numel() if difference.ndim else 1
     if rank is None or difference.ndim < 2 or rank * (rows + columns) >= rows * columns:
         return {name: difference.to(dtype)}
     u, s, v = torch.linalg.svd(difference.reshape(rows, columns), full_matrices=False)
-    share = s[:rank].sqrt()  # of the singular values to each factor, so that both are of the same size
+    share = s[:rank].sqrt()  # half of each singular value to either factor
     up, down = u[:, :rank] * share, share[:, None] * v[:rank]  # (rows, rank), (rank, columns)
     return {name + UP: up.to(dtype).contiguous(), name + DOWN: down.to(dtype).contiguous()}
 

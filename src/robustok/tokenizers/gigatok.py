@@ -1,4 +1,4 @@
-"""GigaTok: a convolutional network around transformers that turn its grid into a row of tokens, and back.
+"""GigaTok: a convolutional autoencoder with transformers from its grid to a row of tokens, and back.
 
     images -> CNN -> grid -> transformer -> row of latents -> quantiser -> transformer -> grid -> CNN -> images
 
@@ -6,7 +6,7 @@ Source: Xiong et al., "GigaTok: Scaling Visual Tokenizers to 3 Billion Parameter
 (arXiv 2504.08736).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,66 +14,38 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from robustok.checkpoints import depth_of, settle, shape_of
-from robustok.config import Config, validate
+from robustok.config import Config, Heads
 from robustok.errors import UserError
-from robustok.tokenizers import llamagen
-from robustok.tokenizers.conv import NORM_EPSILON, ConvConfig, Decoder, Encoder, Upsample, conv, rename, to_grid, to_row
+from robustok.tokenizers.conv import (
+    NORM_EPSILON,
+    ConvConfig,
+    Decoder,
+    Encoder,
+    Upsample,
+    check_size,
+    conv,
+    to_grid,
+    to_row,
+)
 from robustok.tokenizers.vq import VQConfig, VQTokenizer
 
-NAMES = (  # ours, the release's
-    *llamagen.NAMES,
-    (r"decoder\.conv_blocks\.(\d+)\.adaptive", r"decoder.adaptive.\1"),
-    (r"grid_to_row\.embed", "s2to1encoder.encoder_embed"),
-    (r"row_to_grid\.embed", "s1to2decoder.decoder_embed"),
-    ("grid_to_row", "s2to1encoder"),
-    ("row_to_grid", "s1to2decoder"),
-    ("alignment", "s1to2decoder.distill_mlp"),
-    ("grid_positions", "positional_embedding"),
-    ("latent_positions", "latent_token_positional_embedding"),
-)
-CONFIG_NAMES = llamagen.CONFIG_NAMES | {  # the release's, ours
-    "num_latent_tokens": "latents",
-    "grid": "grid",
-    "encoder_width": "encoder_width",
-    "encoder_layers": "encoder_depth",
-    "encoder_heads": "encoder_heads",
-    "decoder_width": "decoder_width",
-    "decoder_layers": "decoder_depth",
-    "decoder_heads": "decoder_heads",
-    "adaptive_gn": "adaptive_norm",
-    "d2s_up": "depth_to_space",
-    "distill_depth": "alignment_depth",
-    "out_inner_dim": "alignment_width",
-    "multi_level_query_init": "query_pyramid",
-    "last_level_2d_query_init": "last_level_queries",
-    "multi_level_2d_query_init": "multi_level_queries",
-    "layer_norm_eps": "layer_norm_eps",
-    "group_norm_eps": "norm_eps",
-}
 PLAIN = ConvConfig(attention=(), middle_attention=False)
 
 
 class TransformerConfig(Config):
-    """Size of a transformer between grid and row."""
+    """Size of one of the two transformers."""
 
     width: int = Field(512, ge=1, description="width of the residual stream")
     depth: int = Field(6, ge=1, description="number of blocks")
-    heads: int = Field(8, ge=1, description="attention heads; must divide width")
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> "TransformerConfig":
-        if self.width % self.heads:
-            raise ValueError(f"heads {self.heads} do not divide width {self.width}; choose a divisor")
-        return self
+    heads: Heads = 8
 
 
 class AlignmentConfig(Config):
-    """The perceptron that training aligned with a frozen DINOv2; nothing that encodes or decodes uses it."""
+    """The MLP that GigaTok's training aligned with a frozen DINOv2; encoding and decoding do not use it."""
 
     width: int = Field(768, ge=1, description="width of the features it is aligned with")
     hidden: int = Field(3072, ge=1, description="hidden width")
-    depth: int = Field(3, ge=1, description="number of the decoder's transformer block after which it reads the grid")
+    depth: int = Field(3, ge=1, description="transformer blocks of the decoder before the features that it reads")
 
 
 class GigaTokConfig(VQConfig):
@@ -83,18 +55,20 @@ class GigaTokConfig(VQConfig):
     encoder: ConvConfig = PLAIN
     decoder: ConvConfig = PLAIN
     z_channels: int = Field(256, ge=1, description="channels between the networks and the projection to the codebook")
-    show_usage: bool = Field(True, description="the released file has the statistics of codes in use, as all do so far")
+    show_usage: bool = Field(
+        True, description="whether exported files hold the usage of codes, as all published ones do"
+    )
     latents: int = Field(256, ge=1, description="tokens per image, a power of two")
     grid_to_row: TransformerConfig = TransformerConfig()
     row_to_grid: TransformerConfig = TransformerConfig(width=768, depth=12, heads=12)
     adaptive_norm: bool = Field(True, description="statistics of the grid modulate every level of the decoder")
     depth_to_space: bool = Field(True, description="up-sample by depth to space; else by nearest neighbours")
-    alignment: AlignmentConfig | None = Field(None, description="head that released training aligned with DINOv2")
+    alignment: AlignmentConfig | None = Field(None, description="head that GigaTok's training aligned with DINOv2")
 
     @model_validator(mode="after")
     def _fits(self) -> "GigaTokConfig":
         if self.latents & (self.latents - 1):
-            raise ValueError(f"latents {self.latents} is no power of two; the queries are a pyramid of halves")
+            raise ValueError(f"latents {self.latents} is no power of two, as the pyramid of queries needs")
         if self.alignment is not None and self.alignment.depth > self.row_to_grid.depth:
             raise ValueError(
                 f"alignment.depth {self.alignment.depth} exceeds {self.row_to_grid.depth} blocks; lower it"
@@ -113,16 +87,11 @@ class GigaTokConfig(VQConfig):
 
 
 class GigaTok(VQTokenizer):
-    """GigaTok. Its tokens are a row, without places in the image; images have the one size it was trained for.
-
-    Args:
-        config: sizes.
-        pretrained: for the signature's sake; only tokenizers with a backbone start from pretrained weights.
-    """
+    """GigaTok. Its tokens are a row without positions in the image; images have the one size it was trained for."""
 
     licence = "MIT"
 
-    def __init__(self, config: GigaTokConfig, pretrained: bool = False) -> None:
+    def __init__(self, config: GigaTokConfig) -> None:
         super().__init__(config)
         z = config.z_channels
         self.encoder = Encoder(config.encoder, z)
@@ -141,27 +110,8 @@ class GigaTok(VQTokenizer):
         Raises:
             UserError: images of another size.
         """
-        size = self.image_size
-        if images.shape[1:] != (3, size, size):
-            raise UserError(
-                f"got images of shape {tuple(images.shape)}, this tokenizer takes (N, 3, {size}, {size}); resize them"
-            )
+        check_size(images, self.image_size)
         return self.to_latent(self.grid_to_row(self.encoder(images)))  # (N, L, D)
-
-    def grid_features(self, vectors: Tensor) -> Tensor:
-        """Code vectors (N, L, D) to the grid (N, z_channels, h, w) that the convolutional decoder takes."""
-        return self.row_to_grid(self.from_latent(vectors))
-
-    def alignment_features(self, tokens: Tensor) -> Tensor:
-        """Tokens (N, L) to what training aligned with DINOv2, (N, h w, F).
-
-        Raises:
-            UserError: a model without the head.
-        """
-        if self.alignment is None:
-            raise UserError("this GigaTok has no alignment head; load a release that was trained with one")
-        row = self.from_latent(self.embed(tokens))  # (N, L, z)
-        return self.alignment(self.row_to_grid.states(row, self.config.alignment.depth))
 
     def decode_vectors(self, vectors: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Code vectors (N, L, D) to images (N, 3, H, W).
@@ -173,7 +123,7 @@ class GigaTok(VQTokenizer):
         if vectors.shape[1] != length or grid not in (None, (1, length)):
             found = f"{vectors.shape[1]} tokens an image" if grid is None else f"a grid of {grid[0]} x {grid[1]}"
             raise UserError(f"got {found}, this tokenizer decodes a row of {length}; give tokens (N, {length})")
-        return self.decoder(self.grid_features(vectors))
+        return self.decoder(self.row_to_grid(self.from_latent(vectors)))
 
     def decoder_modules(self) -> Sequence[nn.Module]:
         """What post-training may train."""
@@ -181,7 +131,7 @@ class GigaTok(VQTokenizer):
 
 
 class CrossBlock(nn.Module):
-    """Self-attention, cross-attention, MLP; positions enter queries and keys alone."""
+    """Self-attention, cross-attention, MLP; positions are added to queries and keys, not to values."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -192,17 +142,17 @@ class CrossBlock(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
 
     def forward(self, x: Tensor, positions: Tensor, memory: Tensor, memory_positions: Tensor) -> Tensor:
-        """Queries (N, Q, width) that read the memory (N, M, width), each with its positions."""
+        """Queries (N, Q, width) that attend to the memory (N, M, width), each with its positions."""
         h = self.norm1(x)
         x = x + self.self_attn(h + positions, h + positions, h, need_weights=False)[0]  # (N, Q, width)
         h = self.norm2(x) + positions
-        # The memory was normed before its embedding, and is not again.
+        # The memory was normalised before its embedding.
         x = x + self.multihead_attn(h, memory + memory_positions, memory, need_weights=False)[0]
         return x + self.linear2(F.gelu(self.linear1(self.norm3(x))))
 
 
 class GridToRow(nn.Module):
-    """Grid (N, z, h, w) to a row (N, L, z): queries read the grid."""
+    """Grid (N, z, h, w) to a row (N, L, z): queries attend to the grid."""
 
     def __init__(self, config: GigaTokConfig) -> None:
         super().__init__()
@@ -225,7 +175,7 @@ class GridToRow(nn.Module):
 
 
 class RowToGrid(nn.Module):
-    """Row (N, L, z) to a grid (N, z, h, w): every place starts from the first latent and reads the row."""
+    """Row (N, L, z) to a grid (N, z, h, w): every position starts from the first latent and attends to the row."""
 
     def __init__(self, config: GigaTokConfig) -> None:
         super().__init__()
@@ -237,7 +187,7 @@ class RowToGrid(nn.Module):
         self.ln_post, self.conv_out = nn.LayerNorm(size.width), conv(size.width, z)
 
     def states(self, row: Tensor, depth: int) -> Tensor:
-        """The places of the grid (N, h w, width) after the first ``depth`` blocks."""
+        """The positions of the grid (N, h w, width) after the first ``depth`` blocks."""
         memory = self.embed(self.ln_pre(row))  # (N, L, width)
         x = memory[:, :1].expand(-1, self.grid_positions.shape[1], -1)  # (N, h w, width)
         for block in self.transformer[:depth]:
@@ -268,14 +218,14 @@ def pyramid(grid: Tensor, count: int) -> Tensor:
 
 
 def alignment_head(config: GigaTokConfig) -> nn.Sequential:
-    """Three layers from the grid's states to the features they are aligned with."""
+    """Three layers from the states of the grid to the features that these are aligned with."""
     head, width = config.alignment, config.row_to_grid.width
     sizes = (nn.Linear(width, head.hidden), nn.Linear(head.hidden, head.hidden), nn.Linear(head.hidden, head.width))
     return nn.Sequential(sizes[0], nn.SiLU(), sizes[1], nn.SiLU(), sizes[2])
 
 
 class AdaptiveNorm(nn.Module):
-    """A group norm whose scale and shift are made from the spread and the mean of the grid that is decoded."""
+    """A group norm whose scale and shift are computed from standard deviation and mean of the decoder's input."""
 
     def __init__(self, channels: int, features: int, groups: int) -> None:
         super().__init__()
@@ -315,68 +265,3 @@ class DepthToSpace(nn.Module):
         """(N, C, H, W) to (N, C, 2 H, 2 W)."""
         x = self.conv1(x).unflatten(1, (2, 2, -1))  # (N, row, column, C, H, W)
         return x.permute(0, 3, 4, 1, 5, 2).flatten(4, 5).flatten(2, 3)  # (N, C, 2 H, 2 W)
-
-
-# Pretrained weights
-
-
-def from_pretrained(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> GigaTok:
-    """A tokenizer of the sizes that released weights and a flat configuration tell; not yet with these weights.
-
-    The shapes do not tell the heads: without ``encoder_heads`` and ``decoder_heads`` they are 64 wide.
-
-    Raises:
-        UserError: weights of another family, or a configuration that is incomplete or contradicts them.
-    """
-    facts, sides = llamagen.pretrained_facts(weights)
-    places, _, _ = shape_of(weights, "s2to1encoder.positional_embedding", 3)
-    facts["grid"] = round(places**0.5)
-    facts |= {
-        "image_size": facts["grid"] * facts["factor"],
-        "latents": shape_of(weights, "s2to1encoder.latent_token_positional_embedding", 3)[0],
-        "encoder_width": shape_of(weights, "s2to1encoder.encoder_embed.weight", 2)[0],
-        "encoder_depth": depth_of(weights, "s2to1encoder.transformer."),
-        "decoder_width": shape_of(weights, "s1to2decoder.decoder_embed.weight", 2)[0],
-        "decoder_depth": depth_of(weights, "s1to2decoder.transformer."),
-        "adaptive_norm": "decoder.adaptive.0.gamma.weight" in weights,
-        "depth_to_space": "decoder.conv_blocks.0.upsample.conv1.weight" in weights,
-        "layer_norm_eps": 1e-5,
-        # How the queries start; the release has other ways, whose weights nobody published.
-        "query_pyramid": True,
-        "last_level_queries": False,
-        "multi_level_queries": False,
-    }
-    head = "s1to2decoder.distill_mlp."
-    aligned = f"{head}0.weight" in weights
-    if aligned:
-        facts["alignment_width"] = shape_of(weights, f"{head}4.weight", 2)[0]
-    heads = {f"{side}_heads": facts[f"{side}_width"] / 64 for side in ("encoder", "decoder")}
-    defaults = llamagen.DEFAULTS | heads | {"alignment_depth": AlignmentConfig().depth}
-    settings = settle(facts, dict(config), CONFIG_NAMES, **defaults)
-    for side in ("encoder", "decoder"):
-        if settings[f"{side}_heads"] % 1:
-            width = facts[f"{side}_width"]
-            raise UserError(f"config lacks {side}_heads, which the shapes of a width of {width} do not tell; give it")
-    ours = llamagen.pretrained_settings(settings, sides)
-    ours |= {key: settings[key] for key in ("latents", "adaptive_norm", "depth_to_space")}
-    for ours_name, side in (("grid_to_row", "encoder"), ("row_to_grid", "decoder")):
-        ours[ours_name] = {key: settings[f"{side}_{key}"] for key in ("width", "depth", "heads")}
-    if aligned:
-        hidden = shape_of(weights, f"{head}0.weight", 2)[0]
-        depth = min(settings["alignment_depth"], facts["decoder_depth"])
-        ours["alignment"] = {"width": facts["alignment_width"], "hidden": hidden, "depth": depth}
-    return GigaTok(validate(GigaTokConfig, ours, source="config"))
-
-
-def export_name(name: str) -> str:
-    """The release's name of our weight."""
-    return rename(name, NAMES)
-
-
-def complete(model: GigaTok, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give 1x1 convolutions and positions the release's shapes, and add its buffer of usage statistics."""
-    for name in ("quant_conv.weight", "post_quant_conv.weight", "s2to1encoder.conv_out.weight"):
-        weights[name] = weights[name][:, :, None, None]  # (out, in, 1, 1)
-    for name in [name for name in weights if name.endswith("positional_embedding")]:
-        weights[name] = weights[name].transpose(0, 1)  # (L, 1, width)
-    return llamagen.complete(model, weights)

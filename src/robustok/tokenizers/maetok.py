@@ -5,26 +5,26 @@ Source: Chen et al., "Masked Autoencoders Are Effective Tokenizers for Diffusion
     images -> patches + latent tokens -> ViT -> latent tokens -> linear -> latents
     latents -> linear -> mask tokens + latents -> ViT -> pixels
 
-Patches are told apart by learned positions, or by rotary positions in two dimensions with learned frequencies (Heo et
-al., arXiv 2403.13298). Parameters carry the released names, so that a released checkpoint loads as it is. Small models
-train from scratch as a plain autoencoder (:meth:`MAETok.forward`), best with ``init=local layer_scale=null
-positions=learned``.
+Patches have learned positions, or rotary positions in two dimensions with learned frequencies (Heo et al., arXiv
+2403.13298). Parameters have the names of the authors' checkpoints. Small models train from scratch as a plain
+autoencoder (:meth:`MAETok.forward`), best with ``init=local layer_scale=null positions=learned``.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from timm.layers import Mlp
+from timm.models.vision_transformer import LayerScale
 from torch import Tensor, nn
 
-from robustok.checkpoints import depth_of, settle, shape_of
-from robustok.config import Config, validate
+from robustok.config import Config, Heads
 from robustok.errors import UserError
+from robustok.tokenizers.conv import check_size
 from robustok.tokenizers.robustok import unpatchify
 
 LAYER_NORM_EPSILON = 1e-6
@@ -35,17 +35,11 @@ class TransformerConfig(Config):
 
     width: int = Field(768, ge=1, description="width of the residual stream")
     depth: int = Field(12, ge=1, description="number of blocks")
-    heads: int = Field(12, ge=1, description="attention heads; must divide width")
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> "TransformerConfig":
-        if self.width % self.heads:
-            raise ValueError(f"heads {self.heads} do not divide width {self.width}; choose a divisor")
-        return self
+    heads: Heads = 12
 
 
 class MAETokConfig(Config):
-    """A MAETok tokenizer; the defaults are the released ImageNet 256x256 model, with 128 latents of width 32."""
+    """A MAETok tokenizer; the defaults are the published ImageNet 256x256 model, with 128 latents of width 32."""
 
     name: Literal["maetok"] = "maetok"
     image_size: int = Field(256, ge=1, description="height and width of the images in pixels")
@@ -58,16 +52,16 @@ class MAETokConfig(Config):
         "rotary", description="positions of the patches: rotary with learned frequencies, or one learned vector each"
     )
     rotary_base: float = Field(10.0, gt=1, description="spread of the frequencies from which rotary positions start")
-    decoder_class_token: bool = Field(False, description="whether a class token stands before the decoder's patches")
+    decoder_class_token: bool = Field(False, description="whether the decoder has a class token")
     encoder_mask_token: bool = Field(
-        False, description="whether the weights hold the vector that stood for masked patches in released training"
+        False, description="whether the weights hold the vector that replaced masked patches in MAETok's training"
     )
     layer_scale: float | None = Field(1e-5, description="initial LayerScale; null is none")
     init: Literal["dinov2", "local"] = Field(
-        "dinov2", description="dinov2: its usual start; local: tokens first attend to their own place, for small models"
+        "dinov2", description="dinov2: as in DINOv2; local: tokens first attend to their own position, for small models"
     )
-    latent_mean: float = Field(0.0, description="mean of all latents: what a generator's latents are shifted by")
-    latent_std: float = Field(1.0, gt=0, description="standard deviation of all latents: what they are divided by")
+    latent_mean: float = Field(0.0, description="mean of all latents, subtracted for a diffusion model")
+    latent_std: float = Field(1.0, gt=0, description="standard deviation of all latents, by which they are divided")
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "MAETokConfig":
@@ -100,18 +94,19 @@ class AutoencoderOutput:
 class MAETok(nn.Module):
     """Continuous tokenizer. See :class:`robustok.types.Tokenizer` for the contract.
 
-    Latents are the encoder's own. A diffusion model wants them with mean 0 and deviation 1: :meth:`normalise` them
-    before it, :meth:`denormalise` its samples before :meth:`decode`.
+    Its latents are not normalised. A diffusion model needs a mean of 0 and a standard deviation of 1:
+    :meth:`normalise` them before it, :meth:`denormalise` its samples before :meth:`decode`.
 
     Attributes:
-        image_range: of the images it takes and makes.
-        licence: of the released weights.
+        image_range: values of the images that the authors' code takes.
+        licence: of the published weights.
     """
 
     kind = "continuous"
     image_range = (-1.0, 1.0)
+    latent_multiplier = None
     latent_space: str | None = None
-    licence = "apache-2.0 according to the model page; the released code has no licence file"
+    licence = "apache-2.0 according to the model page; the code has no licence file"
 
     def __init__(self, config: MAETokConfig) -> None:
         super().__init__()
@@ -130,11 +125,7 @@ class MAETok(nn.Module):
         Raises:
             UserError: images of another size.
         """
-        size = self.image_size
-        if images.shape[1:] != (3, size, size):
-            raise UserError(
-                f"got images of shape {tuple(images.shape)}, this tokenizer takes (N, 3, {size}, {size}); resize them"
-            )
+        check_size(images, self.image_size)
         return self.quant_conv(self.encoder(images))  # (N, L, D)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -156,7 +147,7 @@ class MAETok(nn.Module):
         return AutoencoderOutput(reconstructions=self.decode(latents), latents=latents)
 
     def normalise(self, latents: Tensor) -> Tensor:
-        """Latents to those that a diffusion model works on."""
+        """Latents of :meth:`encode` to those that a diffusion model takes."""
         return (latents - self.latent_mean) / self.latent_std
 
     def denormalise(self, latents: Tensor) -> Tensor:
@@ -169,28 +160,23 @@ class MAETok(nn.Module):
 
     @torch.no_grad()
     def check(self, images: Tensor | None = None) -> list[str]:
-        """Plain sentences on what is wrong with image range or latent statistics; empty where all is well.
-
-        Args:
-            images: some (N, 3, H, W), a few dozen, for what shows on real images only; None leaves that out.
-        """
+        """Problems with the latent statistics, or with a few dozen images (N, 3, H, W), as sentences."""
         problems = []
         if (self.latent_mean, self.latent_std) == (0.0, 1.0):
             problems.append(
-                "The latent statistics are left at mean 0 and deviation 1, so latents are not normalised at all; "
-                "give vq_mean and vq_std of the release's config.json."
+                "The latent statistics are left at mean 0 and standard deviation 1: latents are not normalised; "
+                "give vq_mean and vq_std of the authors' config.json."
             )
         if images is None:
             return problems
         low, high = images.min().item(), images.max().item()
         if low >= 0 or low < -1.01 or high > 1.01:
             problems.append(f"The images range from {low:.3g} to {high:.3g}; this tokenizer takes [-1, 1].")
-        deviation = self.encode(images).std().item()
-        if not 0.5 < deviation / self.latent_std < 2:
-            inverted = 0.5 < deviation * self.latent_std < 2
+        std = self.encode(images).std().item()
+        if not 0.5 < std / self.latent_std < 2:
+            inverse = "; that is its inverse." if 0.5 < std * self.latent_std < 2 else "."
             problems.append(
-                f"Latents have a deviation of {deviation:.3g}, the statistics say {self.latent_std:.3g}"
-                + ("; that is its inverse." if inverted else ".")
+                f"Latents have a standard deviation of {std:.3g}, latent_std is {self.latent_std:.3g}{inverse}"
             )
         return problems
 
@@ -202,7 +188,7 @@ class LatentTransformer(nn.Module):
         config: of the tokenizer.
         size: of this transformer.
         class_token: whether there is one.
-        projection: what embeds patches.
+        projection: embeds patches.
     """
 
     def __init__(self, config: MAETokConfig, size: TransformerConfig, class_token: bool, projection: nn.Module) -> None:
@@ -210,9 +196,9 @@ class LatentTransformer(nn.Module):
         self.patches, self.prefix, self.heads = config.grid**2, int(class_token), size.heads
         self.model = VisionTransformer(config, size, class_token, projection)
         positions = self.model.pos_embed.detach()[:, 1:]  # (1, P, W)
-        # A latent starts at the place of a patch, evenly spread.
-        places = torch.linspace(0, self.patches - 1, config.latents).round().long()
-        start = positions[:, places] if config.init == "local" else 0.02 * torch.randn(1, config.latents, size.width)
+        # With init=local, latents start at positions of patches, evenly spread.
+        chosen = torch.linspace(0, self.patches - 1, config.latents).round().long()
+        start = positions[:, chosen] if config.init == "local" else 0.02 * torch.randn(1, config.latents, size.width)
         self.latent_pos_embed = nn.Parameter(start.clone())  # (1, L, W)
         self.rotary = config.positions == "rotary"
         if self.rotary:
@@ -222,7 +208,7 @@ class LatentTransformer(nn.Module):
             self.register_buffer("freqs_t_y", rows.flatten())  # (P,)
 
     def transform(self, patches: Tensor, latents: Tensor) -> Tensor:
-        """Class token and patches (N, c + P, W) and latents (N, L, W) to the normed outputs (N, c + P + L, W)."""
+        """Class token and patches (N, c + P, W) and latents (N, L, W) to the normalised outputs (N, c + P + L, W)."""
         x = torch.cat([patches, latents + self.latent_pos_embed], dim=1)  # (N, c + P + L, W)
         rotations = self._rotations(latents.shape[1]) if self.rotary else [None] * len(self.model.blocks)
         for block, rotation in zip(self.model.blocks, rotations, strict=True):
@@ -230,7 +216,7 @@ class LatentTransformer(nn.Module):
         return self.model.norm(x)
 
     def _rotations(self, latents: int) -> Tensor:
-        """Cosines and sines of every block (depth, 2, heads, c + P + L, head width / 2); only patches are turned."""
+        """Cosines and sines of every block (depth, 2, heads, c + P + L, head width / 2); only patches are rotated."""
         along_x, along_y = self.freqs[:, :, None]  # each (depth, 1, W / 2)
         angles = self.freqs_t_x[:, None] * along_x + self.freqs_t_y[:, None] * along_y  # (depth, P, W / 2)
         angles = angles.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (depth, heads, P, head width / 2)
@@ -246,13 +232,13 @@ class Encoder(LatentTransformer):
         super().__init__(config, config.encoder, True, nn.Conv2d(3, width, patch, patch))
         self.latent_tokens = nn.Parameter(0.02 * torch.randn(1, config.latents, width))
         if config.encoder_mask_token:
-            self.register_buffer("mask_token", torch.zeros(1, 1, width))  # for the released layout alone
+            self.register_buffer("mask_token", torch.zeros(1, 1, width))  # only for export to the authors' layout
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) to (N, L, W)."""
         vit, count = self.model, len(images)
         patches = vit.patch_embed["proj"](images).flatten(2).transpose(1, 2)  # (N, P, W)
-        # The learned positions stay where rotary ones are added to them.
+        # The learned positions are used beside rotary ones, too.
         x = torch.cat([vit.cls_token.expand(count, -1, -1), patches], dim=1) + vit.pos_embed  # (N, 1 + P, W)
         return self.transform(x, self.latent_tokens.expand(count, -1, -1))[:, x.shape[1] :]  # (N, L, W)
 
@@ -262,8 +248,8 @@ class Decoder(LatentTransformer):
 
     def __init__(self, config: MAETokConfig) -> None:
         width, patch = config.decoder.width, config.patch_size
-        # The release stores a patch embedding, and beside rotary positions a table, that nothing reads. As buffers they
-        # take no gradient, and the file can be written again in full.
+        # Checkpoints hold a patch embedding and, with rotary positions, a position table that are not used. They are
+        # buffers, so that they have no gradient and can be exported.
         unused = Unused(weight=(width, 3, patch, patch), bias=(width,))
         super().__init__(config, config.decoder, config.decoder_class_token, unused)
         if self.rotary:
@@ -286,7 +272,7 @@ class Decoder(LatentTransformer):
 
 
 class VisionTransformer(nn.Module):
-    """What a vision transformer learns, under DINOv2's names."""
+    """The parameters of a vision transformer, under DINOv2's names."""
 
     def __init__(self, config: MAETokConfig, size: TransformerConfig, class_token: bool, projection: nn.Module) -> None:
         super().__init__()
@@ -301,7 +287,7 @@ class VisionTransformer(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight) if local else nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        if local:  # keys like queries: tokens of like position attend to each other, so a latent finds its patches
+        if local:  # keys start as queries: tokens of similar position attend to each other
             for block in self.blocks:
                 queries, keys, _ = block.attn.qkv.weight.data.chunk(3)
                 keys.copy_(queries)
@@ -335,7 +321,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(size.width, size.width)
 
     def forward(self, x: Tensor, rotation: Tensor | None) -> Tensor:
-        """(N, T, W) to (N, T, W); ``rotation`` (2, heads, T, head width / 2) turns queries and keys."""
+        """(N, T, W) to (N, T, W); ``rotation`` (2, heads, T, head width / 2) rotates queries and keys."""
         queries, keys, values = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if rotation is not None:  # each (N, heads, T, head width); the angles are float32 under autocast
             queries, keys = rotate(queries, rotation).to(values.dtype), rotate(keys, rotation).to(values.dtype)
@@ -343,20 +329,8 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))  # (N, T, W)
 
 
-class LayerScale(nn.Module):
-    """One learned factor for each channel of a branch."""
-
-    def __init__(self, width: int, start: float) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((width,), start))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, T, W) to (N, T, W)."""
-        return x * self.gamma
-
-
 class Unused(nn.Module):
-    """Tensors that a release stores and nothing reads.
+    """Tensors of a checkpoint that the model does not use.
 
     Args:
         shapes: of each by name.
@@ -369,14 +343,14 @@ class Unused(nn.Module):
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn neighbouring pairs of ``x`` (N, heads, T, D) by angles with cosines and sines (2, heads, T, D / 2)."""
+    """Rotate neighbouring pairs of ``x`` (N, heads, T, D) by angles with cosines and sines (2, heads, T, D / 2)."""
     cosines, sines = rotation
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)  # each (N, heads, T, D / 2)
     return torch.stack([even * cosines - odd * sines, odd * cosines + even * sines], dim=-1).flatten(-2)
 
 
 def rotary_frequencies(size: TransformerConfig, base: float) -> Tensor:
-    """Frequencies along x and y from which training starts: two directions at a right angle, turned for every head.
+    """Initial frequencies along x and y: two directions at a right angle, randomly rotated for every head.
 
     Returns:
         (2, depth, W / 2).
@@ -387,83 +361,3 @@ def rotary_frequencies(size: TransformerConfig, base: float) -> Tensor:
     angles = torch.cat([turns, turns + math.pi / 2], dim=-1).repeat_interleave(len(magnitudes), dim=-1)
     waves = magnitudes.repeat(2) * torch.stack([angles.cos(), angles.sin()])  # (2, depth, heads, head width / 2)
     return waves.flatten(2)
-
-
-# Pretrained checkpoints
-
-NAMES = {
-    "image_size": "image_size",
-    "base_image_size": "image_size",
-    "enc_patch_size": "patch_size",
-    "dec_patch_size": "patch_size",
-    "num_latent_tokens": "latents",
-    "codebook_embed_dim": "latent_dim",
-    "embed_dim": "width",
-    "num_heads": "heads",
-    "encoder_depth": "encoder_depth",
-    "decoder_depth": "decoder_depth",
-    "enc_type": "enc_type",
-    "dec_type": "dec_type",
-    "to_pixel": "to_pixel",
-    "use_ape": "use_ape",
-    "use_rope": "use_rope",
-    "rope_mixed": "rope_mixed",
-    "rope_theta": "rotary_base",
-    "dec_cls_token": "decoder_class_token",
-    "enc_token_drop": "token_drop",
-    "enc_token_drop_max": "token_drop_max",
-    "vq_mean": "latent_mean",
-    "vq_std": "latent_std",
-}
-DINOV2_HEADS = {384: 6, 768: 12, 1024: 16, 1536: 24}  # by width
-
-
-def from_pretrained(weights: Mapping[str, Tensor], config: dict[str, Any]) -> MAETok:
-    """A tokenizer of the sizes that the released tensors and the flat configuration tell, not yet with these weights.
-
-    The configuration must give ``vq_mean`` and ``vq_std`` for :meth:`MAETok.normalise` to do anything, and
-    ``num_heads`` where the widths are none of DINOv2's.
-
-    Raises:
-        UserError: the configuration contradicts the tensors, or names a variant that is not supported.
-    """
-    patch = shape_of(weights, "encoder.model.patch_embed.proj.weight", 4)[-1]
-    grid = math.isqrt(shape_of(weights, "encoder.model.pos_embed", 3)[1] - 1)
-    latent_dim, encoder_width = shape_of(weights, "quant_conv.weight", 2)
-    rotary = "decoder.freqs" in weights
-    facts = {
-        "image_size": grid * patch,
-        "patch_size": patch,
-        "latents": shape_of(weights, "encoder.latent_tokens", 3)[1],
-        "latent_dim": latent_dim,
-        "encoder_depth": depth_of(weights, "encoder.model.blocks."),
-        "decoder_depth": depth_of(weights, "decoder.model.blocks."),
-        "decoder_class_token": "decoder.model.cls_token" in weights,
-        "use_rope": rotary,
-        "use_ape": not rotary,
-        "enc_type": "vit",
-        "dec_type": "vit",
-        "to_pixel": "linear",
-    }
-    widths = {"encoder": encoder_width, "decoder": shape_of(weights, "post_quant_conv.weight", 2)[0]}
-    if rotary:  # the axial variant fails in the release itself
-        facts["rope_mixed"] = True
-    if len(set(widths.values())) == 1:
-        facts["width"] = encoder_width
-    settings = settle(facts, config, NAMES, latent_mean=0.0, latent_std=1.0, rotary_base=10.0)
-
-    def side(name: str) -> dict[str, Any]:
-        heads = settings.get("heads") or DINOV2_HEADS.get(widths[name])
-        if heads is None:
-            raise UserError(f"config lacks num_heads, which a width of {widths[name]} does not tell; give it")
-        return {"width": widths[name], "depth": settings[f"{name}_depth"], "heads": heads}
-
-    keys = ("image_size", "patch_size", "latents", "latent_dim", "decoder_class_token", "latent_mean", "latent_std")
-    ours = {key: settings[key] for key in (*keys, "rotary_base")} | {
-        "encoder": side("encoder"),
-        "decoder": side("decoder"),
-        "positions": "rotary" if rotary else "learned",
-        "encoder_mask_token": "encoder.mask_token" in weights,
-        "layer_scale": 1e-5 if "encoder.model.blocks.0.ls1.gamma" in weights else None,
-    }
-    return MAETok(validate(MAETokConfig, ours, source="config"))

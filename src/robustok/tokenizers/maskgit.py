@@ -1,57 +1,19 @@
-"""The VQGAN of MaskGIT as RAR and TiTok use it: no attention, a plain Euclidean codebook, images in [0, 1].
+"""The VQGAN of MaskGIT, in the port that RAR and TiTok use: no attention, a plain Euclidean codebook, images in [0, 1].
 
-Source: Chang et al., "MaskGIT: Masked Generative Image Transformer" (arXiv 2202.04200), in the PyTorch port that
-Yu et al., "Randomized Autoregressive Visual Generation" (arXiv 2411.00776), model the tokens of.
+Source: Chang et al., "MaskGIT: Masked Generative Image Transformer" (arXiv 2202.04200), in the PyTorch port of
+Yu et al., "Randomized Autoregressive Visual Generation" (arXiv 2411.00776).
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustok.checkpoints import depth_of, settle, shape_of
-from robustok.config import validate
-from robustok.tokenizers.conv import (
-    NORM_EPSILON,
-    ConvConfig,
-    Decoder,
-    Encoder,
-    check_images,
-    conv,
-    conv_sizes,
-    group_norm,
-    rename,
-    to_row,
-)
+from robustok.tokenizers.conv import ConvConfig, Decoder, Encoder, check_images, conv, group_norm, to_row
 from robustok.tokenizers.quantizer import QuantizerConfig
 from robustok.tokenizers.vq import VQConfig, VQTokenizer
 
-NAMES = (  # ours, the release's
-    (r"encoder\.levels", "encoder.down"),
-    (r"decoder\.levels", "decoder.up"),
-    (r"\.blocks\.", ".block."),
-    (r"\.middle\.", ".mid."),
-    (r"\.shortcut\.", ".nin_shortcut."),
-    (r"\.upsample\.conv\.", ".upsample_conv."),
-    ("quantizer", "quantize"),
-)
-CONFIG_NAMES = {  # the release's, ours
-    "hidden_channels": "width",
-    "channel_mult": "multipliers",
-    "num_resolutions": "levels",
-    "num_res_blocks": "blocks",
-    "num_channels": "channels",
-    "z_channels": "z_channels",
-    "num_embeddings": "codebook_size",
-    "embedding_dim": "codebook_dim",
-    "commitment_cost": "commitment_weight",
-    "resolution": "image_size",
-    "dropout": "dropout",
-    "norm_groups": "groups",
-    "norm_eps": "norm_eps",
-    "downsample": "factor",
-}
 PLAIN = ConvConfig(attention=(), middle_attention=False)
 
 
@@ -67,17 +29,13 @@ class MaskGITConfig(VQConfig):
 class MaskGIT(VQTokenizer):
     """MaskGIT's VQGAN; the encoder's features are compared with the codebook as they are, without a projection.
 
-    The release takes and makes images in [0, 1]; they are converted here, where they are in [-1, 1] as everywhere.
-
-    Args:
-        config: sizes.
-        pretrained: for the signature's sake; only tokenizers with a backbone start from pretrained weights.
+    The network takes and makes images in [0, 1]; they are converted to and from [-1, 1] here.
     """
 
     licence = "Apache-2.0"
     image_range = (0.0, 1.0)
 
-    def __init__(self, config: MaskGITConfig, pretrained: bool = False) -> None:
+    def __init__(self, config: MaskGITConfig) -> None:
         super().__init__(config)
         dim = config.quantizer.dim
         self.encoder = Encoder(config.encoder, dim, MaskGITBlock, down=lambda width: nn.AvgPool2d(2))
@@ -104,7 +62,7 @@ class MaskGITBlock(nn.Module):
     """The port's residual block, without biases.
 
     Where the number of channels changes, its shortcut is applied to the result of the main branch, and the block's
-    input is dropped: not what one would write, but what the weights were trained with.
+    input is not added: unusual, but the published weights were trained with it.
     """
 
     def __init__(self, channels: int, out: int, config: ConvConfig) -> None:
@@ -119,48 +77,3 @@ class MaskGITBlock(nn.Module):
         h = self.conv1(F.silu(self.norm1(x)))  # (N, out, H, W)
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         return h + (x if self.shortcut is None else self.shortcut(h))
-
-
-def from_pretrained(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> MaskGIT:
-    """A tokenizer of the sizes that released weights and a flat configuration tell; not yet with these weights.
-
-    Raises:
-        UserError: weights of another family, or a configuration that contradicts them.
-    """
-    encoder, decoder = (
-        conv_sizes(weights, side, NAMES) | {"middle_blocks": depth_of(weights, f"{side}.mid.")}
-        for side in ("encoder", "decoder")
-    )
-    size, dim = shape_of(weights, "quantize.embedding.weight", 2)
-    facts = {
-        "width": encoder["width"],
-        "multipliers": encoder["multipliers"],
-        "levels": len(encoder["multipliers"]),
-        "blocks": encoder["blocks"],
-        "channels": shape_of(weights, "encoder.conv_in.weight", 4)[1],
-        "z_channels": dim,
-        "codebook_size": size,
-        "codebook_dim": dim,
-        "norm_eps": NORM_EPSILON,
-        "factor": 2 ** (len(encoder["multipliers"]) - 1),
-    }
-    defaults = {"groups": 32, "dropout": 0.0, "commitment_weight": 0.25, "image_size": 256}
-    settings = settle(facts, dict(config), CONFIG_NAMES, **defaults)
-    shared = {key: settings[key] for key in ("groups", "dropout")}
-    ours = {
-        "image_size": settings["image_size"],
-        "encoder": encoder | shared,
-        "decoder": decoder | shared,
-        "quantizer": {
-            "size": size,
-            "dim": dim,
-            "normalize": False,
-            "commitment_weight": settings["commitment_weight"],
-        },
-    }
-    return MaskGIT(validate(MaskGITConfig, ours, source="config"))
-
-
-def export_name(name: str) -> str:
-    """The release's name of our weight."""
-    return rename(name, NAMES)

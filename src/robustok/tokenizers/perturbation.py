@@ -1,10 +1,9 @@
 """Latent perturbation: replace a share of an image's tokens by near neighbours in the codebook.
 
-Pure functions of tokens and a codebook, so they serve every discrete tokenizer, in training and in pFID. The paper's
-letters: ``rate`` is alpha (share of an image's tokens), ``proportion`` is beta (share of the batch's images),
-``strength`` is delta (how many nearest codes a replacement is drawn from). Source: arXiv 2509.12474, section on
-latent perturbation; where the released code differs, the difference is a switch of
-:class:`PerturbationConfig`.
+Pure functions of tokens and a codebook, for every discrete tokenizer, in training and in pFID. The paper's letters:
+``rate`` is alpha (share of an image's tokens), ``proportion`` is beta (share of the batch's images), ``strength`` is
+delta (how many nearest codes a replacement is drawn from). Source: arXiv 2509.12474, section on latent perturbation.
+Where the authors' code differs, :class:`PerturbationConfig` has a setting.
 """
 
 import math
@@ -13,11 +12,10 @@ from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from robustok.config import Config
 from robustok.errors import UserError
-from robustok.types import TokenizerOutput
 
 Selection = Literal["exact", "bernoulli"]
 ImageSelection = Literal["stochastic", "floor"]
@@ -37,25 +35,26 @@ class PerturbationConfig(Config):
     anneal_end: int = Field(0, ge=0, description="step at which they reach end_ratio; 0 means no annealing")
     end_ratio: float = Field(0.5, ge=0, le=1, description="rate and strength at the end, as a share of the start")
     selection: Selection = Field(
-        "exact", description="exact: round(rate x L) tokens an image; bernoulli: a coin a token (release)"
+        "exact",
+        description="exact: round(rate x L) tokens an image; bernoulli: each by chance (authors' code)",
     )
     image_selection: ImageSelection = Field(
         "stochastic",
-        description="stochastic: random images, fractions rounded at random; floor: the first int(beta x N) (release)",
+        description="stochastic: random images, fractions rounded at random; floor: the first int(beta x N) (authors)",
     )
     neighbour_of: Literal["code", "feature"] = Field(
-        "code", description="neighbours of the token's code, or of the feature (release)"
+        "code", description="neighbours of the token's code, or of the feature (authors' code)"
     )
-    include_self: bool = Field(False, description="whether a token may be replaced by itself (release: true)")
+    include_self: bool = Field(False, description="whether a token may be replaced by itself (authors' code: true)")
     semantic_on: Literal["clean", "perturbed"] = Field(
-        "clean", description="latents that the semantic loss sees (release: perturbed)"
+        "clean", description="latents in the semantic loss (authors' code: perturbed)"
     )
 
     @model_validator(mode="after")
-    def _annealing_has_a_length(self) -> "PerturbationConfig":
+    def _annealing_ends_after_its_start(self) -> "PerturbationConfig":
         if self.anneal_end and self.anneal_end < self.anneal_start:
             raise ValueError(
-                f"anneal_end {self.anneal_end} lies before anneal_start {self.anneal_start}; raise it or set 0"
+                f"anneal_end {self.anneal_end} is before anneal_start {self.anneal_start}; raise it or set 0"
             )
         return self
 
@@ -73,7 +72,7 @@ class PerturbationConfig(Config):
 def annealing_ratio(step: int, start: int, end: int, end_ratio: float) -> float:
     """1 up to ``start``, linear to ``end_ratio`` at ``end``, constant afterwards; ``end`` 0 means always 1.
 
-    The released ramp, ``1 - fraction * end_ratio``, jumps unless end_ratio is 0.5; this one does not.
+    The authors' ramp, ``1 - fraction * end_ratio``, jumps unless end_ratio is 0.5; this one does not.
     """
     if not end or step <= start:
         return 1.0
@@ -84,7 +83,7 @@ def annealing_ratio(step: int, start: int, end: int, end_ratio: float) -> float:
 
 @dataclass(frozen=True)
 class PerturbationDraw:
-    """The random numbers of one perturbation, drawn for a whole batch so that every process can take its rows.
+    """The random numbers of one perturbation, drawn for a whole batch of which every process takes its rows.
 
     Attributes:
         images: (N,) bool, which images are perturbed.
@@ -143,7 +142,7 @@ def draw_perturbation(
     extra = torch.rand((), generator=rng).item()
     wanted = proportion * count
     if image_selection == "stochastic":
-        # The small number keeps 0.3 * 10 = 3.0000000000000004 from becoming four images now and then.
+        # The small number: 0.3 * 10 = 3.0000000000000004 must never become four images.
         whole = math.floor(wanted + 1e-9)
         images = _smallest(keys[None], whole + int(extra < wanted - whole - 1e-9))[0]  # (N,)
     else:
@@ -165,7 +164,7 @@ def nearest_codes(codebook: Tensor, strength: int, include_self: bool = False) -
     Args:
         codebook: (K, D) in the geometry in which neighbours are meant.
         strength: delta >= 0, number of neighbours.
-        include_self: count the code itself as its own first neighbour (the released reading).
+        include_self: count the code itself as its own first neighbour (as in the authors' code).
 
     Returns:
         (K, strength) int64. A smaller strength is a prefix of a larger one.
@@ -208,7 +207,7 @@ def nearest_to(
     for start in range(0, len(queries), 4096):  # bounds memory at 4096 x K distances
         chunk = queries[start : start + 4096].detach().float()
         distances = torch.addmm(squares, chunk, codebook.T, alpha=-2)  # (m, K), short of the constant |query|^2
-        # The own code is placed by hand: rounding, or an unused duplicate of it, must not decide where it comes.
+        # The rank of the own code is set here: rounding, or a duplicate of it, must not decide it.
         distances.scatter_(1, own[start : start + 4096, None], -torch.inf if include_self else torch.inf)
         found.append(distances.topk(strength, largest=False, sorted=ordered).indices)  # (m, strength)
     return torch.cat(found) if found else own.new_empty((0, strength))  # (M, strength)
@@ -219,7 +218,7 @@ def apply_draw(tokens: Tensor, neighbours: Tensor, draw: PerturbationDraw) -> Te
 
     Args:
         tokens: (N, L) int64.
-        neighbours: (K, strength) from :func:`nearest_codes`; zero columns leave everything as it is.
+        neighbours: (K, strength) from :func:`nearest_codes`; with zero columns nothing is replaced.
         draw: which tokens, and which neighbour.
 
     Returns:
@@ -254,8 +253,8 @@ def perturb(
         rate: alpha in [0, 1], share of an image's tokens.
         proportion: beta in [0, 1], share of the images; 1 for pFID.
         rng: CPU random generator.
-        selection: ``exact`` count (paper) or ``bernoulli`` (release).
-        image_selection: ``stochastic`` or ``floor`` (release), see :func:`draw_perturbation`.
+        selection: ``exact`` count (paper) or ``bernoulli`` (authors' code).
+        image_selection: ``stochastic`` or ``floor`` (authors' code), see :func:`draw_perturbation`.
 
     Returns:
         (N, L) int64. rate 0, proportion 0 and strength 0 are identities.
@@ -272,9 +271,9 @@ def perturb_latents(
     strength: int,
     config: PerturbationConfig,
 ) -> tuple[Tensor, Tensor]:
-    """Perturbation inside a training forward, for any tokenizer with a codebook: one line after its quantiser.
+    """Perturbation in the training forward of any tokenizer with a codebook, called after its quantiser.
 
-    Neighbours are looked up for the drawn tokens alone: ranking all tokens of the batch costs many times more.
+    Neighbours are searched for the drawn tokens only: for all tokens of the batch it would take many times as long.
 
     Args:
         features: (N, L, D) continuous features, in the geometry of the codebook; gradients pass straight through to
@@ -286,7 +285,7 @@ def perturb_latents(
         config: ``neighbour_of`` and ``include_self`` are read from it.
 
     Returns:
-        The straight-through vectors (N, L, D) of all tokens, perturbed and not, and the tokens (N, L) they stand for.
+        The straight-through vectors (N, L, D) of all tokens, perturbed and not, and their tokens (N, L).
     """
     mask = draw.mask
     if strength > 0 and bool(mask.any()):
@@ -301,38 +300,3 @@ def perturb_latents(
 def straight_through(features: Tensor, vectors: Tensor) -> Tensor:
     """The value of ``vectors`` with the gradient of ``features``, both (N, L, D)."""
     return features + (vectors - features).detach()
-
-
-def perturbed_pass(
-    tokenizer: nn.Module,
-    images: Tensor,
-    perturbation: PerturbationConfig | None,
-    draw: PerturbationDraw | None,
-    strength: int,
-    semantic_targets: Tensor | None,
-) -> TokenizerOutput:
-    """The training forward of every tokenizer with a codebook; tokens are perturbed after the quantiser's losses.
-
-    Args:
-        tokenizer: has ``features``, ``quantizer``, ``codebook`` and ``decode_vectors``.
-        images: (N, 3, H, W) in [-1, 1].
-        perturbation: settings, or None for no perturbation.
-        draw: the random choices for these images.
-        strength: annealed delta.
-        semantic_targets: (N, D), the teacher's features as the tokenizer projects them; None without a teacher.
-    """
-    quantized = tokenizer.quantizer(tokenizer.features(images))
-    vectors = quantized.vectors  # (N, L, D)
-    if perturbation is not None and draw is not None:
-        codebook = tokenizer.codebook.detach()
-        vectors, _ = perturb_latents(quantized.features, quantized.tokens, codebook, draw, strength, perturbation)
-    seen = vectors if perturbation is not None and perturbation.semantic_on == "perturbed" else quantized.vectors
-    return TokenizerOutput(
-        reconstructions=tokenizer.decode_vectors(vectors),
-        tokens=quantized.tokens,
-        features=quantized.features,
-        codebook_loss=quantized.codebook_loss,
-        commitment_loss=quantized.commitment_loss,
-        semantic_latents=seen.mean(1),  # (N, D)
-        semantic_targets=semantic_targets,
-    )

@@ -22,13 +22,13 @@ class QuantizerConfig(Config):
     revive_every: int = Field(
         0,
         ge=0,
-        description="steps between revivals of codes that nothing chose since the last one; 0 is off, as in the paper",
+        description="steps between revivals of codes that were not used since the last one; 0 is off, as in the paper",
     )
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """What the quantiser makes of a batch of features.
+    """Features after quantisation.
 
     Attributes:
         vectors: (N, L, D), codes with the straight-through gradient of the features.
@@ -46,7 +46,7 @@ class Quantized:
 
 
 class VectorQuantizer(nn.Module):
-    """Nearest-code quantiser; the search is in float32 whatever the autocast dtype (bf16 flips 1 % of the codes)."""
+    """Nearest-code quantiser; the search is in float32 whatever the autocast dtype (bf16 changes 1 % of the codes)."""
 
     def __init__(self, config: QuantizerConfig) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class VectorQuantizer(nn.Module):
         All processes must pass the same arguments.
 
         Args:
-            dead: (K,) bool, codes that nothing chose of late.
+            dead: (K,) bool, codes that were not used since the last revival.
             features: (N, L, D) features of the current batch, in the geometry of the codebook.
             rng: CPU random generator.
         """

@@ -6,7 +6,6 @@
 Any image size that the patch size divides works, with any number of latents.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -16,12 +15,12 @@ from timm.models.vision_transformer import LayerScale, VisionTransformer
 from torch import Tensor, nn
 
 from robustok.backbones import pretrained_backbone
-from robustok.config import Config
+from robustok.config import Config, Heads
 from robustok.errors import UserError
 from robustok.files import one_line
-from robustok.tokenizers.perturbation import PerturbationConfig, PerturbationDraw, perturbed_pass
+from robustok.tokenizers.conv import check_size
 from robustok.tokenizers.quantizer import QuantizerConfig, VectorQuantizer
-from robustok.types import TokenizerOutput
+from robustok.tokenizers.vq import QuantizedTokenizer
 
 
 class ViTConfig(Config):
@@ -29,27 +28,21 @@ class ViTConfig(Config):
 
     width: int = Field(768, ge=1, description="width of the residual stream")
     depth: int = Field(12, ge=1, description="number of blocks")
-    heads: int = Field(12, ge=1, description="attention heads; must divide width")
+    heads: Heads = 12
     mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the MLPs, in widths")
     layer_scale: float | None = Field(
-        None, description="initial LayerScale; DINOv2 backbones have it (1e-5), null is none"
+        None, description="initial LayerScale; DINOv2 backbones have it (1e-5); null is none"
     )
     init: Literal["timm", "local"] = Field(
-        "timm", description="timm: its usual start; local: small models learn from scratch in a tenth of the steps"
+        "timm", description="timm: its default; local: small models learn from scratch in a tenth of the steps"
     )
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the last block, rising linearly from 0")
     pretrained: str | None = Field(
-        None, description="timm model to start from, such as vit_base_patch14_dinov2.lvd142m, resampled to our sizes"
+        None, description="timm model to start from, such as vit_base_patch14_dinov2.lvd142m, resampled to this size"
     )
     weights: Path | None = Field(
         None, description="local file with the pretrained weights, in timm's layout or DINOv2's; null downloads them"
     )
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> "ViTConfig":
-        if self.width % self.heads:
-            raise ValueError(f"heads {self.heads} do not divide width {self.width}; choose a divisor")
-        return self
 
 
 class RobusTokConfig(Config):
@@ -90,42 +83,23 @@ class RobusTokConfig(Config):
         return self.latents or self.patches
 
 
-class RobusTok(nn.Module):
-    """Tokenizer of the paper. See :class:`robustok.types.DiscreteTokenizer` for the contract.
+class RobusTok(QuantizedTokenizer):
+    """Tokenizer of the paper. See :class:`robustok.types.DiscreteTokenizer` for the contract."""
 
-    Args:
-        config: sizes.
-        pretrained: load the pretrained backbones that the configuration names. Off when weights follow from a snapshot.
+    licence = "none: the weights were published without a licence"
 
-    Attributes:
-        image_range: of the images it takes and makes.
-        licence: of the released weights.
-    """
-
-    kind = "discrete"
-    image_range = (-1.0, 1.0)
-    latent_space: str | None = None
-    licence = "none: the weights were released without a licence"
-
-    def __init__(self, config: RobusTokConfig, pretrained: bool = False) -> None:
+    def __init__(self, config: RobusTokConfig) -> None:
         super().__init__()
         self.config = config
         self.image_size = config.image_size
         self.latent_shape = (config.length, config.quantizer.dim)
-        self.encoder = Encoder(config, pretrained)
-        self.to_latent = nn.Linear(
-            self.encoder.width, config.quantizer.dim
-        )  # the paper's quant_conv, a 1x1 convolution
+        self.encoder = Encoder(config)
+        self.to_latent = nn.Linear(self.encoder.width, config.quantizer.dim)  # the paper's quant_conv
         self.quantizer = VectorQuantizer(config.quantizer)
         self.from_latent = nn.Linear(config.quantizer.dim, config.decoder.width)  # post_quant_conv
-        self.decoder = Decoder(config, pretrained)
+        self.decoder = Decoder(config)
         own_width = config.teacher_width in (None, self.encoder.width)
         self.from_teacher = None if own_width else nn.Linear(config.teacher_width, self.encoder.width)
-
-    @property
-    def codebook(self) -> Tensor:
-        """(K, D) in the geometry in which neighbours are meant."""
-        return self.quantizer.codebook
 
     def features(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) in [-1, 1] to features (N, L, D) before the quantiser.
@@ -133,20 +107,8 @@ class RobusTok(nn.Module):
         Raises:
             UserError: images of another size.
         """
-        if images.shape[1:] != (3, self.image_size, self.image_size):
-            size = self.image_size
-            raise UserError(
-                f"got images of shape {tuple(images.shape)}, this tokenizer takes (N, 3, {size}, {size}); resize them"
-            )
+        check_size(images, self.image_size)
         return self.to_latent(self.encoder(images))  # (N, L, D)
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Images (N, 3, H, W) in [-1, 1] to tokens (N, L) int64."""
-        return self.quantizer(self.features(images)).tokens
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Tokens (N, L) to code vectors (N, L, D)."""
-        return self.quantizer.embed(tokens)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Tokens (N, L) to images (N, 3, H, W), nominally in [-1, 1], not clamped.
@@ -165,45 +127,21 @@ class RobusTok(nn.Module):
         """Code vectors (N, L, D) to images (N, 3, H, W)."""
         return self.decoder(self.from_latent(vectors))
 
-    def decoder_modules(self) -> Sequence[nn.Module]:
-        """What post-training may train."""
-        return [self.from_latent, self.decoder]
-
-    def forward(
-        self,
-        images: Tensor,
-        perturbation: PerturbationConfig | None = None,
-        draw: PerturbationDraw | None = None,
-        strength: int = 0,
-        teacher_features: Tensor | None = None,
-    ) -> TokenizerOutput:
-        """Training forward: reconstruct, with the drawn tokens perturbed after the quantiser's losses.
-
-        Args:
-            images: (N, 3, H, W) in [-1, 1].
-            perturbation: settings, or None for no perturbation.
-            draw: the random choices for these images.
-            strength: annealed delta.
-            teacher_features: (N, teacher width) of the frozen semantic teacher.
-        """
-        targets = None if teacher_features is None else self._project_teacher(teacher_features)  # (N, D)
-        return perturbed_pass(self, images, perturbation, draw, strength, targets)
-
-    def _project_teacher(self, features: Tensor) -> Tensor:
-        # The paper projects the teacher with the tokenizer's own, trainable projection.
+    def project_teacher(self, features: Tensor) -> Tensor:
+        """Features (N, teacher width) of the semantic teacher to (N, D), by the projection of the latents (paper)."""
         return self.to_latent(features if self.from_teacher is None else self.from_teacher(features))  # (N, D)
 
 
 class Encoder(nn.Module):
-    """ViT over the class token, the patches and the learned latent tokens; keeps the latents."""
+    """ViT over the class token, the patches and the learned latent tokens; returns the latents."""
 
-    def __init__(self, config: RobusTokConfig, pretrained: bool) -> None:
+    def __init__(self, config: RobusTokConfig) -> None:
         super().__init__()
-        self.backbone = vision_transformer(config.encoder, config, pretrained)
+        self.backbone = vision_transformer(config.encoder, config)
         self.width = self.backbone.embed_dim
         self.latent_tokens = nn.Parameter(torch.randn(1, config.length, self.width) * 1e-6)
         self.latent_positions = latent_positions(config, self.width)
-        self.level_embed = level_embedding(self.width)  # tells image tokens (0) from latent tokens (1)
+        self.level_embed = level_embedding(self.width)  # of image tokens (0) and latent tokens (1)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) to (N, L, width)."""
@@ -211,7 +149,7 @@ class Encoder(nn.Module):
         n = len(images)
         patches = vit.patch_embed(images)  # (N, P, width)
         x = torch.cat([vit.cls_token.expand(n, -1, -1), patches], 1) + vit.pos_embed  # (N, 1 + P, width)
-        # By default latent i stands at the place of patch i and shares its positional embedding.
+        # By default latent i has the positional embedding of patch i.
         positions = vit.pos_embed[:, 1:] if self.latent_positions is None else self.latent_positions
         z = (self.latent_tokens + positions).expand(n, -1, -1)  # (N, L, width)
         s = torch.cat([x + self.level_embed.weight[0], z + self.level_embed.weight[1]], 1)  # (N, 1 + P + L, width)
@@ -221,9 +159,9 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """ViT over mask tokens and latents; the mask tokens become patches."""
 
-    def __init__(self, config: RobusTokConfig, pretrained: bool) -> None:
+    def __init__(self, config: RobusTokConfig) -> None:
         super().__init__()
-        self.backbone = vision_transformer(config.decoder, config, pretrained)
+        self.backbone = vision_transformer(config.decoder, config)
         del self.backbone.patch_embed  # no pixels enter the decoder; DDP refuses parameters that nothing uses
         width = self.backbone.embed_dim
         self.patch_size = config.patch_size
@@ -237,7 +175,7 @@ class Decoder(nn.Module):
         vit = self.backbone
         patches = vit.pos_embed.shape[1] - 1
         x = torch.cat([vit.cls_token, self.mask_token.expand(-1, patches, -1)], 1) + vit.pos_embed  # (1, 1 + P, width)
-        # The class token stands before the latents a second time and is kept: so was the released model trained.
+        # The class token is in the sequence a second time, before the latents: the published model was trained so.
         cls = (vit.cls_token + vit.pos_embed[:, :1]).expand(len(z), -1, -1)  # (N, 1, width)
         positions = vit.pos_embed[:, 1:] if self.latent_positions is None else self.latent_positions
         z = torch.cat([cls, z + positions], 1) + self.level_embed.weight[1]  # (N, 1 + L, width)
@@ -245,31 +183,44 @@ class Decoder(nn.Module):
         return unpatchify(self.to_pixels(vit.norm(vit.blocks(s))[:, 1 : 1 + patches]), self.patch_size)
 
 
-def vision_transformer(config: ViTConfig, tokenizer: RobusTokConfig, pretrained: bool) -> VisionTransformer:
-    """A vision transformer of timm: class token, learned positions, no registers, no head.
-
-    Raises:
-        UserError: the pretrained model cannot be had, or has another width, depth or number of heads than configured.
-    """
-    size = dict(img_size=tokenizer.image_size, patch_size=tokenizer.patch_size)
-    shape = dict(embed_dim=config.width, depth=config.depth, num_heads=config.heads, init_values=config.layer_scale)
-    # timm rounds the hidden width down: half an element more keeps it where a ratio is not exact.
-    shape |= dict(mlp_ratio=(int(config.width * config.mlp_ratio + 1e-6) + 0.5) / config.width)
-    vit = VisionTransformer(**size, **shape, drop_path_rate=config.drop_path, num_classes=0)
+def vision_transformer(config: ViTConfig, tokenizer: RobusTokConfig) -> VisionTransformer:
+    """A vision transformer of timm: class token, learned positions, no registers, no head."""
+    vit = VisionTransformer(
+        img_size=tokenizer.image_size,
+        patch_size=tokenizer.patch_size,
+        embed_dim=config.width,
+        depth=config.depth,
+        num_heads=config.heads,
+        init_values=config.layer_scale,
+        # timm rounds the hidden width down: half an element more keeps it where a ratio is not exact.
+        mlp_ratio=(int(config.width * config.mlp_ratio + 1e-6) + 0.5) / config.width,
+        drop_path_rate=config.drop_path,
+        num_classes=0,
+    )
     if config.init == "local":
         _start_local(vit)
-    if config.pretrained is not None and pretrained:
-        _start_pretrained(vit, config, size)
     return vit
 
 
-def _start_pretrained(vit: VisionTransformer, config: ViTConfig, size: dict[str, int]) -> None:
-    """Copy a pretrained model's weights, positions and patch kernel resampled to our image and patch size."""
+def load_pretrained_backbones(tokenizer: RobusTok) -> None:
+    """Copy the weights of the pretrained backbones that the configuration names, into encoder and decoder.
+
+    Positions and patch kernel are resampled to the tokenizer's image and patch size.
+
+    Raises:
+        UserError: a backbone cannot be loaded, or has another width, depth or number of heads than configured.
+    """
+    sizes = {"img_size": tokenizer.image_size, "patch_size": tokenizer.config.patch_size}
+    for half, config in ((tokenizer.encoder, tokenizer.config.encoder), (tokenizer.decoder, tokenizer.config.decoder)):
+        if config.pretrained is not None:
+            _copy_backbone(half.backbone, config, sizes)
+
+
+def _copy_backbone(vit: VisionTransformer, config: ViTConfig, sizes: dict[str, int]) -> None:
     role, setting = "the pretrained backbone", "weights, or set pretrained=null to start from random weights"
-    source = pretrained_backbone(config.pretrained, config.weights, role, setting, **size)
+    source = pretrained_backbone(config.pretrained, config.weights, role, setting, **sizes)
     if not isinstance(source, VisionTransformer):
         raise UserError(f"{config.pretrained} is a {type(source).__name__}; give a vision transformer of timm")
-
     found = (source.embed_dim, len(source.blocks), source.blocks[0].attn.num_heads)
     if found != (config.width, config.depth, config.heads):
         raise UserError(
@@ -282,8 +233,9 @@ def _start_pretrained(vit: VisionTransformer, config: ViTConfig, size: dict[str,
             f"{config.pretrained} {'has' if scaled else 'has no'} LayerScale and layer_scale is {config.layer_scale}; "
             f"set layer_scale={'1e-5' if scaled else 'null'}"
         )
+    own, given = vit.state_dict(), source.state_dict()  # the decoder has no patch embedding
     try:
-        vit.load_state_dict(source.state_dict())
+        vit.load_state_dict({name: given[name] for name in given if name in own or not name.startswith("patch_embed.")})
     except RuntimeError as error:
         reason = one_line(error, 160)
         raise UserError(
@@ -292,11 +244,10 @@ def _start_pretrained(vit: VisionTransformer, config: ViTConfig, size: dict[str,
 
 
 def _start_local(vit: VisionTransformer) -> None:
-    """Let every token attend to its own place at first: an addition for small models without pretrained weights.
+    """Let every token attend to its own position at first: an addition for small models without pretrained weights.
 
-    Keys start equal to queries, so that tokens of like position attend to each other, and positions start ten times
-    larger than timm's. A latent finds its patch, and a mask token its latent, without having to discover the way
-    through uniform attention.
+    Keys start equal to queries, so that tokens of similar position attend to each other, and positions start ten times
+    larger than timm's. So latents attend to their patches, and mask tokens to their latents, from the first step on.
     """
     for module in vit.blocks.modules():
         if isinstance(module, nn.Linear):
@@ -308,14 +259,14 @@ def _start_local(vit: VisionTransformer) -> None:
 
 
 def latent_positions(config: RobusTokConfig, width: int) -> nn.Parameter | None:
-    """Positions of the latents where they are not as many as the patches; None: they share the patches' positions."""
+    """Positions of the latents if their number is not that of the patches; None: those of the patches."""
     if config.length == config.patches:
         return None
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(1, config.length, width), std=0.02))
 
 
 def level_embedding(width: int) -> nn.Embedding:
-    """Two learned vectors that mark the halves of the sequence."""
+    """Two learned vectors, one for each half of the sequence."""
     embedding = nn.Embedding(2, width)
     nn.init.trunc_normal_(embedding.weight, std=(1 / width / 3) ** 0.5)
     return embedding

@@ -1,7 +1,4 @@
-"""What the vector-quantised tokenizers of other people share: the contract of a discrete tokenizer and its training.
-
-A family gives ``encoder``, ``to_latent``, ``quantizer``, ``from_latent``, ``decoder``; here is the rest.
-"""
+"""What the vector-quantised tokenizers share: the contract of a discrete tokenizer and its training forward."""
 
 from collections.abc import Sequence
 
@@ -11,88 +8,41 @@ from torch import Tensor, nn
 
 from robustok.errors import UserError
 from robustok.tokenizers.conv import GridConfig, check_images, image_problems, to_grid, to_row
-from robustok.tokenizers.perturbation import PerturbationConfig, PerturbationDraw, perturbed_pass
+from robustok.tokenizers.perturbation import PerturbationConfig, PerturbationDraw, perturb_latents
 from robustok.tokenizers.quantizer import QuantizerConfig, VectorQuantizer
 from robustok.types import TokenizerOutput
 
 
-class VQConfig(GridConfig):
-    """A convolutional tokenizer with a codebook."""
+class QuantizedTokenizer(nn.Module):
+    """A tokenizer with a codebook. See :class:`robustok.types.DiscreteTokenizer` for the contract.
 
-    quantizer: QuantizerConfig = QuantizerConfig(size=16384, dim=8)
-    teacher_width: int | None = Field(
-        None, ge=1, description="width of the semantic teacher's features, for training with one; adds a projection"
-    )
-
-
-class VQTokenizer(nn.Module):
-    """A discrete tokenizer whose latents are a grid. See :class:`robustok.types.DiscreteTokenizer` for the contract.
-
-    Nothing depends on the size of the images: ``encode`` takes every size that the factor divides, and ``decode`` every
-    number of tokens; ``image_size`` and ``latent_shape`` say what the model was trained for.
+    Subclasses have the modules ``to_latent``, ``quantizer``, ``from_latent`` and ``decoder`` and define ``features``,
+    ``decode``, ``decode_vectors`` and ``project_teacher``.
 
     Attributes:
-        licence: of the release.
-        image_range: values of images in the release; here they are always in [-1, 1].
+        licence: of the published weights.
+        image_range: values of the images that the authors' code takes; here they are always in [-1, 1].
+        latent_space: digest of the tokenizer whose latents it decodes, where its own weights do not determine it.
     """
 
     kind = "discrete"
     licence: str
     latent_space: str | None = None
     image_range = (-1.0, 1.0)
-
-    def __init__(self, config: VQConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.image_size = config.image_size
-        self.latent_shape = (config.length, config.quantizer.dim)
-        self.to_latent: nn.Module = nn.Identity()
-        self.from_latent: nn.Module = nn.Identity()
-        self.quantizer = VectorQuantizer(config.quantizer)
-        self.from_teacher = nn.Linear(config.teacher_width, config.quantizer.dim) if config.teacher_width else None
+    latent_space: str | None = None
 
     @property
     def codebook(self) -> Tensor:
         """(K, D) in the geometry in which neighbours are meant."""
         return self.quantizer.codebook
 
-    def features(self, images: Tensor) -> Tensor:
-        """Images (N, 3, H, W) in [-1, 1] to features (N, L, D) before the quantiser, row by row.
-
-        Raises:
-            UserError: images of a size that the factor does not divide.
-        """
-        check_images(images, self.config.patch_size)
-        return to_row(self.to_latent(self.encoder(images)))  # (N, L, D)
-
     def encode(self, images: Tensor) -> Tensor:
-        """Images (N, 3, H, W) in [-1, 1] to tokens (N, L) int64, row by row."""
+        """Images (N, 3, H, W) in [-1, 1] to tokens (N, L) int64."""
         return self.quantizer(self.features(images)).tokens
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Tokens (N, L) to code vectors (N, L, D)."""
         return self.quantizer.embed(tokens)
-
-    def decode(self, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Tokens (N, L) to images (N, 3, H, W), nominally in [-1, 1], not clamped.
-
-        Args:
-            latents: tokens, row by row.
-            grid: (rows, columns); a square where it is not given.
-
-        Raises:
-            UserError: no tokens (N, L), or not as many as the grid has places.
-        """
-        if latents.ndim != 2 or latents.is_floating_point():
-            raise UserError(
-                f"got latents of shape {tuple(latents.shape)} and type {latents.dtype}, "
-                "this tokenizer decodes tokens (N, L) int64"
-            )
-        return self.decode_vectors(self.embed(latents), grid)
-
-    def decode_vectors(self, vectors: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Code vectors (N, L, D) to images (N, 3, H, W)."""
-        return self.decoder(self.from_latent(to_grid(vectors, grid)))
 
     def decoder_modules(self) -> Sequence[nn.Module]:
         """What post-training may train."""
@@ -118,24 +68,93 @@ class VQTokenizer(nn.Module):
         Raises:
             UserError: features of a teacher without ``teacher_width`` in the configuration.
         """
-        if teacher_features is not None and self.from_teacher is None:
-            raise UserError("got a teacher's features without a projection for them; set the tokenizer's teacher_width")
-        targets = None if teacher_features is None else self.from_teacher(teacher_features)  # (N, D)
-        return perturbed_pass(self, images, perturbation, draw, strength, targets)
+        targets = None if teacher_features is None else self.project_teacher(teacher_features)  # (N, D)
+        quantized = self.quantizer(self.features(images))
+        vectors = quantized.vectors  # (N, L, D)
+        if perturbation is not None and draw is not None:
+            codebook = self.codebook.detach()
+            vectors, _ = perturb_latents(quantized.features, quantized.tokens, codebook, draw, strength, perturbation)
+        perturbed = perturbation is not None and perturbation.semantic_on == "perturbed"
+        return TokenizerOutput(
+            reconstructions=self.decode_vectors(vectors),
+            tokens=quantized.tokens,
+            features=quantized.features,
+            codebook_loss=quantized.codebook_loss,
+            commitment_loss=quantized.commitment_loss,
+            semantic_latents=(vectors if perturbed else quantized.vectors).mean(1),  # (N, D)
+            semantic_targets=targets,
+        )
 
     @torch.no_grad()
     def check(self, images: Tensor | None = None) -> list[str]:
-        """What is wrong with the weights, or with a few images (N, 3, H, W): plain sentences, none if all is well."""
-        weight, found = self.quantizer.embedding.weight, []
+        """Problems with the weights, or with a few images (N, 3, H, W), as sentences; empty if there are none."""
         if not all(p.isfinite().all() for p in self.parameters()):
-            found.append("Some weights are infinite or no numbers: the file is damaged.")
-        if not found and (weight.norm(dim=1) == 0).any():
-            found.append("Some codes are zero: the codebook was not trained or not loaded.")
-        if not found and len(weight.unique(dim=0)) < len(weight) / 2:
-            found.append("More than half of the codes are copies of others: the codebook has collapsed.")
-        return found if images is None or found else image_problems(images, self.decode(self.encode(images)))
+            return ["Some weights are infinite or no numbers: the file is damaged."]
+        if (self.codebook.norm(dim=1) == 0).any():
+            return ["Some codes are zero: the codebook was not trained or not loaded."]
+        if len(self.codebook.unique(dim=0)) < len(self.codebook) / 2:
+            return ["More than half of the codes are copies of others: the codebook has collapsed."]
+        return [] if images is None else image_problems(images, self.decode(self.encode(images)))
 
 
-def without_teacher(model: VQTokenizer, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Leave out the projection of a teacher, which releases have no place for and only training uses."""
-    return {name: tensor for name, tensor in weights.items() if not name.startswith("from_teacher.")}
+class VQConfig(GridConfig):
+    """A convolutional tokenizer with a codebook."""
+
+    quantizer: QuantizerConfig = QuantizerConfig(size=16384, dim=8)
+    teacher_width: int | None = Field(
+        None, ge=1, description="width of the semantic teacher's features, for training with one; adds a projection"
+    )
+
+
+class VQTokenizer(QuantizedTokenizer):
+    """A convolutional discrete tokenizer, whose latents are on a grid.
+
+    Nothing depends on the size of the images: ``encode`` takes every size that the factor divides, and ``decode`` every
+    number of tokens; ``image_size`` and ``latent_shape`` are those that the model was trained for.
+    """
+
+    def __init__(self, config: VQConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.image_size = config.image_size
+        self.latent_shape = (config.length, config.quantizer.dim)
+        self.to_latent: nn.Module = nn.Identity()
+        self.from_latent: nn.Module = nn.Identity()
+        self.quantizer = VectorQuantizer(config.quantizer)
+        self.from_teacher = nn.Linear(config.teacher_width, config.quantizer.dim) if config.teacher_width else None
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W) in [-1, 1] to features (N, L, D) before the quantiser, row by row.
+
+        Raises:
+            UserError: images of a size that the factor does not divide.
+        """
+        check_images(images, self.config.patch_size)
+        return to_row(self.to_latent(self.encoder(images)))  # (N, L, D)
+
+    def decode(self, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Tokens (N, L) to images (N, 3, H, W), nominally in [-1, 1], not clamped.
+
+        Args:
+            latents: tokens, row by row.
+            grid: (rows, columns); a square where it is not given.
+
+        Raises:
+            UserError: no tokens (N, L), or another number than the grid has.
+        """
+        if latents.ndim != 2 or latents.is_floating_point():
+            raise UserError(
+                f"got latents of shape {tuple(latents.shape)} and type {latents.dtype}, "
+                "this tokenizer decodes tokens (N, L) int64"
+            )
+        return self.decode_vectors(self.embed(latents), grid)
+
+    def decode_vectors(self, vectors: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Code vectors (N, L, D) to images (N, 3, H, W)."""
+        return self.decoder(self.from_latent(to_grid(vectors, grid)))
+
+    def project_teacher(self, features: Tensor) -> Tensor:
+        """Features (N, teacher width) of the semantic teacher to (N, D)."""
+        if self.from_teacher is None:
+            raise UserError("got a teacher's features without a projection for them; set the tokenizer's teacher_width")
+        return self.from_teacher(features)

@@ -27,7 +27,7 @@ from robustok.tokenizers import TOKENIZERS, TokenizerConfig, encoder_digest
 from robustok.tokenizers.kl import KL, KLOutput
 from robustok.tokenizers.maetok import AutoencoderOutput
 from robustok.tokenizers.perturbation import PerturbationConfig, draw_perturbation
-from robustok.tokenizers.robustok import RobusTokConfig
+from robustok.tokenizers.robustok import RobusTokConfig, load_pretrained_backbones
 from robustok.training.adversary import Adversary, last_layer
 from robustok.training.common import TrainingConfig, average_copy, quantizer_terms
 from robustok.training.prepared import PreparedInParts
@@ -292,7 +292,10 @@ def _build(run: TokenizerTrainingRun, teacher: Teacher | None) -> nn.Module:
     own = config.encoder.width if config.name == "robustok" else None
     if teacher is not None and teacher.width != own:
         config = config.model_copy(update={"teacher_width": teacher.width})
-    return family(config, pretrained=True) if config.name == "robustok" else family(config)
+    tokenizer = family(config)
+    if config.name == "robustok":
+        load_pretrained_backbones(tokenizer)
+    return tokenizer
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Discriminators of images: a frozen part that only sees, a network that learns to judge.
+"""Discriminators of images: a trainable network, which for ``dino`` takes features of a frozen one.
 
 One family a file; a new one adds a line to ``DISCRIMINATORS``.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from robustok.config import validate
 from robustok.errors import UserError
 from robustok.losses.discriminators.augmentation import augment, augmentation_draw
-from robustok.losses.discriminators.dino import DinoConfig, DinoHeads, load_backbone, load_dino, load_heads
+from robustok.losses.discriminators.dino import DinoConfig, DinoHeads, load_backbone, load_heads
 from robustok.losses.discriminators.patch import PatchConfig, PatchDiscriminator
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "augmentation_draw",
     "carried_config",
     "frozen_features",
-    "load_dino",
     "load_heads",
 ]
 
@@ -38,9 +37,9 @@ DiscriminatorConfig = Annotated[PatchConfig | DinoConfig, Field(discriminator="n
 def frozen_features(
     config: PatchConfig | DinoConfig, device: torch.device
 ) -> Callable[[Tensor, torch.Generator], Tensor]:
-    """What stands before the network that learns: function of images (N, 3, H, W) and the random numbers of its crop.
+    """The frozen part: function of images (N, 3, H, W) and the random numbers of its crop to the network's input.
 
-    A patch discriminator judges the images themselves.
+    A patch discriminator takes the images themselves.
 
     Raises:
         UserError: pretrained weights cannot be had.
@@ -51,11 +50,11 @@ def frozen_features(
 
 
 def carried_config(settings: dict[str, Any], fresh: PatchConfig | DinoConfig, source: str) -> PatchConfig | DinoConfig:
-    """Settings of the discriminator that a snapshot carries.
+    """Settings of the discriminator that a snapshot holds.
 
     Args:
-        settings: as its header has them.
-        fresh: the run's own settings, whose file of backbone weights counts: the snapshot may come from elsewhere.
+        settings: from the snapshot's header.
+        fresh: the run's own settings. Their file of backbone weights is used: that of the snapshot may be missing here.
         source: of the settings, for the error.
 
     Raises:

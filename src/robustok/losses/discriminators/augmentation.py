@@ -1,4 +1,4 @@
-"""The differentiable augmentation that images of either side pass through before they are scored."""
+"""Differentiable augmentation of the discriminator's input, real images and reconstructions alike."""
 
 import torch
 import torch.nn.functional as F

@@ -1,9 +1,9 @@
-"""The paper's discriminator: small heads that learn, on the activations of a DINO vision transformer that does not.
+"""The paper's discriminator: trainable heads on the activations of a frozen DINO vision transformer.
 
     images -> crop or resize -> frozen ViT-S/16 -> activations at five depths -> a convolutional head each -> logits
 
-Only the heads learn, so they alone enter states and snapshots. Source: projected discriminators, arXiv 2111.01007 and
-2301.09515; sizes and names of the weights are those of the RobusTok release.
+States and snapshots hold the heads only. Source: projected discriminators, arXiv 2111.01007 and 2301.09515; sizes and
+names of the weights are those of RobusTok's authors.
 """
 
 import math
@@ -18,8 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from robustok.backbones import ImageNetRange, pretrained_backbone
-from robustok.checkpoints import depth_of, flatten_config, ratio_of, settle, shape_of
-from robustok.config import Config, validate
+from robustok.config import Config, Heads, validate
 from robustok.errors import UserError
 from robustok.files import one_line
 
@@ -33,25 +32,25 @@ class DinoConfig(Config):
         None,
         description="local file of its weights, such as dino_deitsmall16_pretrain.pth; null downloads through timm",
     )
-    image_size: int = Field(224, ge=1, description="height and width in pixels of what the backbone sees")
+    image_size: int = Field(224, ge=1, description="height and width of the backbone's input in pixels")
     patch_size: int = Field(16, ge=1, description="height and width of the backbone's patches in pixels")
     width: int = Field(384, ge=1, description="width of the backbone and of the heads")
     depth: int = Field(12, ge=1, description="number of the backbone's blocks")
-    heads: int = Field(6, ge=1, description="attention heads of the backbone")
+    heads: Heads = 6
     mlp_ratio: float = Field(4.0, gt=0, description="width of the backbone's MLPs as a multiple of its own")
     gelu: Literal["tanh", "exact"] = Field(
-        "tanh", description="form of the backbone's GELU; tanh: the approximation of the release, exact: DINO's own"
+        "tanh",
+        description="GELU of the backbone; tanh: the approximation in the authors' code; exact: as in DINO",
     )
     read_after: tuple[int, ...] = Field(
-        (2, 5, 8, 11), description="blocks, counted from 0, after which a head reads; one more reads the embedding"
+        (2, 5, 8, 11),
+        description="blocks, counted from 0, whose output has a head; one more takes the embedding",
     )
     kernel_size: int = Field(9, ge=1, description="width of the heads' circular convolution in patches; odd")
-    augment: bool = Field(True, description="differentiable augmentation of what is judged")
+    augment: bool = Field(True, description="differentiable augmentation of the images")
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "DinoConfig":
-        if self.width % self.heads:
-            raise ValueError(f"heads {self.heads} do not divide width {self.width}; choose a divisor")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
         if self.kernel_size % 2 == 0:
@@ -62,7 +61,7 @@ class DinoConfig(Config):
 
 
 class DinoBackbone(nn.Module):
-    """Frozen vision transformer from images to the activations that the heads read.
+    """Frozen vision transformer from images to the activations that the heads take.
 
     Args:
         config: sizes; the weights are random until :meth:`load`.
@@ -85,7 +84,7 @@ class DinoBackbone(nn.Module):
         self.eval().requires_grad_(False)
 
     def load(self, weights: Mapping[str, Tensor]) -> "DinoBackbone":
-        """Take weights in DINO's layout, which is timm's too; keys lose their bias, as the release has it."""
+        """Copy weights in DINO's layout, also timm's; the bias of the keys becomes 0, as in the authors' code."""
         state = {name: tensor.clone() for name, tensor in weights.items()}
         for name in state:
             if name.endswith("attn.qkv.bias"):  # queries, keys, values; a bias of all keys cancels in the softmax
@@ -101,8 +100,8 @@ class DinoBackbone(nn.Module):
         """Images (N, 3, H, W) in [-1, 1] to activations (heads, N, width, patches).
 
         Args:
-            images: any size; brought to the size that the backbone takes.
-            rng: decides by a coin whether larger images are cropped or reduced, and where; None reduces them.
+            images: any size; resized to that of the backbone.
+            rng: decides whether larger images are cropped or reduced, and where; None reduces them.
         """
         x = self.to_range(fit(images, self.config.image_size, rng))  # (N, 3, image_size, image_size)
         x = self.vit.patch_embed(x)  # (N, P, width)
@@ -116,10 +115,10 @@ class DinoBackbone(nn.Module):
 
 
 def fit(images: Tensor, size: int, rng: torch.Generator | None = None) -> Tensor:
-    """Bring images (N, 3, H, W) to (N, 3, size, size).
+    """Resize or crop images (N, 3, H, W) to (N, 3, size, size).
 
-    Larger ones are cropped or reduced by area averaging, as a coin decides, the whole batch alike; others are enlarged,
-    bicubic. Without ``rng`` nothing is cropped.
+    Larger ones are cropped or reduced by area averaging, each with probability 0.5 and the same for the whole batch;
+    others are enlarged, bicubic. Without ``rng`` nothing is cropped.
     """
     height, width = images.shape[2:]
     if (height, width) == (size, size):
@@ -135,7 +134,7 @@ def fit(images: Tensor, size: int, rng: torch.Generator | None = None) -> Tensor
 
 
 class DinoHeads(nn.Module):
-    """What learns: one head for each depth at which the backbone is read."""
+    """The trainable part: one convolutional head for each depth of the backbone that is used."""
 
     def __init__(self, config: DinoConfig) -> None:
         super().__init__()
@@ -152,29 +151,12 @@ class DinoHeads(nn.Module):
     def forward(self, *sides: Tensor) -> Tensor:
         """Activations of one or more sides, each (heads, N, width, patches), to logits (sides * N, heads * patches).
 
-        Each side is judged by itself: batch statistics of real images mixed with reconstructions would give them away.
+        Each side has batch statistics of its own: those of a mixed batch would tell real images from reconstructions.
         """
-        return torch.cat([self._judge(activations) for activations in sides])  # (sides * N, heads * P)
+        return torch.cat([self._logits(activations) for activations in sides])  # (sides * N, heads * P)
 
-    def _judge(self, activations: Tensor) -> Tensor:
+    def _logits(self, activations: Tensor) -> Tensor:
         return torch.cat([head(x).flatten(1) for head, x in zip(self.heads, activations, strict=True)], 1)
-
-
-class DinoDiscriminator(nn.Module):
-    """Backbone and heads in one: images to logits.
-
-    Args:
-        backbone: frozen.
-        heads: trainable.
-    """
-
-    def __init__(self, backbone: DinoBackbone, heads: DinoHeads) -> None:
-        super().__init__()
-        self.backbone, self.heads = backbone, heads
-
-    def forward(self, images: Tensor, rng: torch.Generator | None = None) -> Tensor:
-        """Images (N, 3, H, W) in [-1, 1] to logits (N, heads * patches); ``rng`` as in :class:`DinoBackbone`."""
-        return self.heads(self.backbone(images, rng))
 
 
 def _convolution(width: int, kernel_size: int) -> nn.Sequential:
@@ -197,7 +179,7 @@ class SpectralConv1d(nn.Module):
     """Circular convolution whose weight is divided by its largest singular value.
 
     One power iteration a training forward, right vector first. PyTorch's own parametrization moves the left one first,
-    so the same vectors would lead to another estimate than in released checkpoints.
+    so the same vectors would lead to another estimate than in the authors' checkpoints.
     """
 
     def __init__(self, inputs: int, outputs: int, kernel_size: int) -> None:
@@ -222,15 +204,14 @@ class SpectralConv1d(nn.Module):
             with torch.no_grad():
                 self.weight_v.copy_(F.normalize(matrix.T @ self.weight_u, dim=0, eps=1e-12))
                 self.weight_u.copy_(F.normalize(matrix @ self.weight_v, dim=0, eps=1e-12))
-        # Copies, since backward needs them and the next forward moves the buffers.
+        # Copies, since backward needs them and the next forward changes the buffers.
         return self.weight_u.clone() @ matrix @ self.weight_v.clone()
 
 
 class LocalBatchNorm(nn.Module):
-    """Batch norm over groups of at most eight images and all places, the same in training and evaluation.
+    """Batch norm over groups of at most eight images and all positions, the same in training and evaluation.
 
-    Statistics of few images keep a discriminator from comparing a batch with itself. Batches that do not divide evenly
-    have groups that differ by one.
+    Groups of a batch that does not divide evenly differ in size by one image.
     """
 
     group_size, eps = 8, 1e-6
@@ -277,83 +258,27 @@ def load_backbone(config: DinoConfig) -> DinoBackbone:
     return DinoBackbone(config).load(model.state_dict())
 
 
-NAMES = {  # the release's: ours
-    "embed_dim": "width",
-    "num_heads": "heads",
-    "depth": "depth",
-    "key_depths": "read_after",
-    "patch_size": "patch_size",
-    "input_size": "image_size",
-    "mlp_ratio": "mlp_ratio",
-    "kernel_size": "kernel_size",
-    "norm_type": "norm_type",
-    "spectral_norm": "spectral_norm",
-    "norm_eps": "norm_eps",
-    "gelu": "gelu",
-}
-FIXED = {"norm_type": "bn", "spectral_norm": True, "norm_eps": LocalBatchNorm.eps}  # variants that we do not have
-
-
-def load_heads(weights: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> DinoHeads:
-    """The heads in a released training checkpoint, where they stand under ``discriminator``; in training mode.
-
-    Their ``state_dict`` and ``config`` are what a snapshot holds of a discriminator.
+def load_heads(settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -> DinoHeads:
+    """Trained heads, in training mode.
 
     Args:
+        settings: fields of :class:`DinoConfig`.
         weights: ``heads.0.0.0.weight_orig`` and so on.
-        config: what the shapes do not tell, under the release's names or ours; a backbone defaults to ViT-S/16.
 
     Raises:
-        UserError: missing, unexpected or misshapen tensors; a configuration that contradicts them.
+        UserError: settings that are not accepted; missing, unexpected or misshapen tensors.
     """
-    count = depth_of(weights, "heads.")
-    facts = FIXED | {
-        "width": shape_of(weights, "heads.0.0.0.weight_orig", 3)[0],
-        "kernel_size": shape_of(weights, "heads.0.1.fn.0.weight_orig", 3)[-1],
-    }
-    settings = settle(facts, dict(flatten_config(config or {})), NAMES)
-    ours = validate(DinoConfig, {key: value for key, value in settings.items() if key not in FIXED}, source="config")
-    if len(ours.read_after) + 1 != count:
+    config = validate(DinoConfig, settings, source="config")
+    count = len({name.split(".")[1] for name in weights if name.startswith("heads.")})
+    if len(config.read_after) + 1 != count:
         raise UserError(
-            f"the weights have {count} heads, config reads after blocks {list(ours.read_after)} and the embedding; "
+            f"the weights have {count} heads, config reads after blocks {list(config.read_after)} and the embedding; "
             "give key_depths"
         )
-    heads = DinoHeads(ours)
+    heads = DinoHeads(config)
     try:
         heads.load_state_dict(weights)
     except RuntimeError as error:
         reason = one_line(error, 200)
         raise UserError(f"the weights are not those of the discriminator's heads: {reason}; check the file") from None
     return heads
-
-
-def load_dino(weights: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> DinoDiscriminator:
-    """A whole discriminator from one mapping; in evaluation mode.
-
-    Args:
-        weights: the backbone under ``dino.*`` in DINO's own layout, the heads under ``disc.*`` as in a released
-            training checkpoint.
-        config: what the shapes do not tell, under the release's names (``num_heads``, ``key_depths``) or ours.
-
-    Raises:
-        UserError: as :func:`load_heads`.
-    """
-    parts: dict[str, dict[str, Tensor]] = {"dino": {}, "disc": {}}
-    for name, tensor in weights.items():
-        prefix, _, rest = name.partition(".")
-        if prefix not in parts:
-            raise UserError(f"unexpected {name}; a discriminator has dino.* and disc.*")
-        if rest not in ("x_scale", "x_shift"):  # the release's constants of the ImageNet range
-            parts[prefix][rest] = tensor
-    dino = parts["dino"]
-    width, patch = shape_of(dino, "cls_token", 3)[-1], shape_of(dino, "patch_embed.proj.weight", 4)[-1]
-    settings = dict(flatten_config(config or {}))
-    facts = {
-        "width": width,
-        "depth": depth_of(dino, "blocks."),
-        "patch_size": patch,
-        "image_size": round((shape_of(dino, "pos_embed", 3)[1] - 1) ** 0.5) * patch,
-        "mlp_ratio": ratio_of(dino, "blocks.0.mlp.fc1.bias", width, settings.get("mlp_ratio")),
-    }
-    heads = load_heads(parts["disc"], settle(facts, settings, NAMES))
-    return DinoDiscriminator(DinoBackbone(heads.config).load(dino), heads).eval()

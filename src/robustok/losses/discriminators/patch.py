@@ -17,9 +17,7 @@ class PatchConfig(Config):
     name: Literal["patch"] = "patch"
     width: int = Field(64, ge=1, description="channels of the first layer; doubles at each halving of the resolution")
     depth: int = Field(2, ge=0, description="number of halvings")
-    augment: bool = Field(
-        True, description="differentiable augmentation; without it a small data set is learnt by heart"
-    )
+    augment: bool = Field(True, description="differentiable augmentation; without it a small data set is memorised")
 
 
 class PatchDiscriminator(nn.Module):
@@ -35,5 +33,5 @@ class PatchDiscriminator(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 1))
 
     def forward(self, *sides: Tensor) -> Tensor:
-        """Images of one or more sides, each (N, 3, H, W) in [-1, 1], to logits (sides * N, places)."""
+        """Images of one or more sides, each (N, 3, H, W) in [-1, 1], to logits (sides * N, h * w)."""
         return self.layers(torch.cat(sides)).flatten(1)  # (sides * N, h * w)

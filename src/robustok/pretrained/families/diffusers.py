@@ -1,0 +1,46 @@
+"""Autoencoders of the diffusers library: AutoencoderKL, AutoencoderDC and VQModel, in their folders."""
+
+from functools import partial
+from pathlib import Path
+
+from robustok.config import validate
+from robustok.pretrained.diffusers_folders import component, latent_side, load_network
+from robustok.pretrained.family import FolderFamily
+from robustok.tokenizers.diffusers import DiffusersConfig, DiffusersDC, DiffusersKL, DiffusersTokenizer, DiffusersVQ
+
+MODELS = {"diffusers_kl": DiffusersKL, "diffusers_dc": DiffusersDC, "diffusers_vq": DiffusersVQ}
+
+
+def from_folder(name: str, path: str | Path, image_size: int | None = None) -> DiffusersTokenizer:
+    """Load a tokenizer from the folder of its autoencoder, or of a pipeline; in eval mode, frozen, on the CPU.
+
+    Args:
+        name: of the family.
+        path: the folder.
+        image_size: in pixels; by default the one whose latents the pipeline's transformer models, or that of the
+            autoencoder's configuration.
+
+    Raises:
+        UserError: no such folder, another class, or weights that do not fit.
+    """
+    found = component(path, MODELS[name].class_name)
+    size, side = found.settings.get("sample_size") or 256, latent_side(path)
+    if side is not None:
+        size = side * MODELS[name].factor_of(found.settings)
+    settings = {"name": name, "image_size": image_size or size, "settings": found.settings}
+    model = MODELS[name](validate(DiffusersConfig, settings, source=str(found.folder)))
+    load_network(model.vae, found)
+    return model.eval().requires_grad_(False)
+
+
+FAMILIES = {
+    name: FolderFamily(
+        kind="tokenizer",
+        model=model,
+        class_name=model.class_name,
+        load=partial(from_folder, name),
+        network=lambda tokenizer: tokenizer.vae,
+        settings=("image_size",),
+    )
+    for name, model in MODELS.items()
+}

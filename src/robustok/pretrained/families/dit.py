@@ -1,0 +1,80 @@
+"""DiT in a folder of the diffusers library, alone or beside the scheduler of its pipeline (arXiv 2212.09748)."""
+
+from pathlib import Path
+from typing import Any
+
+from robustok.config import validate
+from robustok.errors import UserError
+from robustok.generators.ddpm import DDPMSampling
+from robustok.generators.dit import DiT, DiTConfig
+from robustok.pretrained.diffusers_folders import component, load_network, read_json
+from robustok.pretrained.family import FolderFamily
+
+CLASS_NAME = "DiTTransformer2DModel"
+PUBLISHED = DDPMSampling(
+    sampler="ancestral", steps=250, spacing="linspace", variance="learned", guidance_scale=1.5, guided_channels=3
+)
+XL = {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72}
+
+
+def from_folder(path: str | Path, **statistics: Any) -> DiT:
+    """Load a DiT from the folder of its pipeline, or from its own; in eval mode, frozen, on the CPU.
+
+    A transformer without a scheduler beside it gets DiT's schedule: 1000 timesteps, linear betas.
+
+    Args:
+        path: the folder.
+        statistics: latent_mean, latent_std, latent_multiplier, which are in the configuration of the autoencoder;
+            without them the model does not sample.
+
+    Raises:
+        UserError: no such folder, another class, weights that do not fit, or a noise schedule that is not supported.
+    """
+    found = component(path, CLASS_NAME)
+    settings = dict(found.settings)
+    try:
+        side, channels = int(settings.pop("sample_size", 32)), int(settings.pop("in_channels", 4))
+        classes = int(settings.pop("num_embeds_ada_norm", 1000))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{found.folder}/config.json: {error}; copy it again") from None
+    file = found.folder.parent / "scheduler" / "scheduler_config.json"
+    scheduler = read_json(file) if file.exists() or found.folder != Path(path) else {}
+    fields = _noise_schedule(scheduler, found.folder) | statistics | {"settings": settings}
+    model = DiT(validate(DiTConfig, fields, str(found.folder)), (side**2, channels), classes)
+    load_network(model.transformer, found)
+    if model.learned_variance and all(settings.get(key, value) == value for key, value in XL.items()):
+        model.sampling = PUBLISHED
+    else:
+        model.sampling = DDPMSampling(spacing=scheduler.get("timestep_spacing", "leading"))
+    return model.eval().requires_grad_(False)
+
+
+def _noise_schedule(scheduler: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Fields of DiTConfig from the configuration of the library's scheduler."""
+    accepted = {
+        "prediction_type": ("epsilon",),
+        "beta_schedule": ("linear", "scaled_linear"),
+        "trained_betas": (None,),
+        "thresholding": (False,),
+        "rescale_betas_zero_snr": (False,),
+        "set_alpha_to_one": (True,),
+    }
+    for key, values in accepted.items():
+        if key in scheduler and scheduler[key] not in values:
+            raise UserError(
+                f"the scheduler beside {folder} has {key} = {scheduler[key]!r}; accepted is "
+                f"{' or '.join(map(repr, values))}; give the scheduler it was trained with"
+            )
+    names = {"timesteps": "num_train_timesteps", **{key: key for key in ("beta_start", "beta_end", "beta_schedule")}}
+    found = {ours: scheduler[theirs] for ours, theirs in names.items() if theirs in scheduler}
+    return found | {"clip": scheduler.get("clip_sample_range", 1.0) if scheduler.get("clip_sample") else None}
+
+
+FAMILY = FolderFamily(
+    kind="generator",
+    model=DiT,
+    class_name=CLASS_NAME,
+    load=from_folder,
+    network=lambda model: model.transformer,
+    settings=("latent_mean", "latent_std", "latent_multiplier"),
+)
