@@ -106,7 +106,7 @@ def test_preservation_outside_of_its_range(refused, pipeline, tmp_path, sigma):
 
 
 def test_more_neighbours_than_codes_in_an_evaluation(refused, pipeline, tmp_path):
-    grid = ["grid.name=explicit", "grid.rates=[0.5]", "grid.codes=[16]"]
+    grid = ["pfid.grid.name=explicit", "pfid.grid.rates=[0.5]", "pfid.grid.codes=[16]"]
     refused(
         *words("evaluate", pipeline, str(tmp_path / "e")), *grid, said=("strength is 16", "16 codes", "15 neighbours")
     )

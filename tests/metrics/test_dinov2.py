@@ -10,9 +10,8 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from robustok.config import load
 from robustok.errors import UserError
-from robustok.metrics import DINOv2Extractor
 from robustok.metrics.features import ExtractorConfig, load_extractor
-from robustok.metrics.features.dinov2 import resample_positions
+from robustok.metrics.features.dinov2 import DINOv2Extractor, resample_positions
 from robustok.types import FeatureExtractor
 
 SMALL = "vit_small_patch14_dinov2.lvd142m"

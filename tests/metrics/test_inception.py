@@ -17,8 +17,11 @@ from robustok.data.pixels import to_pixels
 from robustok.data.sources import Digits
 from robustok.errors import UserError
 from robustok.evaluation.settings import EvaluateRun
-from robustok.metrics import InceptionExtractor, inception_score, kernel_distance, precision_recall
-from robustok.metrics.features import SPATIAL_DIM, ExtractorConfig, inception, load_extractor
+from robustok.metrics.features import ExtractorConfig, inception, load_extractor
+from robustok.metrics.features.inception import SPATIAL_DIM, InceptionExtractor
+from robustok.metrics.inception_score import inception_score
+from robustok.metrics.kernel import kernel_distance
+from robustok.metrics.manifold import precision_recall
 from robustok.tokenizers import load_tokenizer
 from robustok.types import FeatureExtractor
 
@@ -266,9 +269,18 @@ def distance(a, b):
 def test_evaluation_by_hand(tmp_path, extractor, inception_weights, tokenizer, generator):
     samples = generate(tiny.samples_run(tmp_path / "samples", generator, "count=10"))
     metrics = ["gfid", "sfid", "kid", "precision", "recall", "inception_score"]
-    words = (f"latents=[{samples}]", f"decoders={{d: {tokenizer}}}", f"metrics=[{','.join(metrics)}]", "batch_size=5")
+    words = (f"samples.latents=[{samples}]", f"samples.decoders.d={tokenizer}", f"metrics=[{','.join(metrics)}]")
     space = ("extractor.name=inception", f"extractor.path={inception_weights}")
-    settings = (f"out={tmp_path}", "data.name=digits", "data.limit=7", "seed=3", "allow_fewer=true", *words, *space)
+    settings = (
+        f"out={tmp_path}",
+        "data.name=digits",
+        "data.limit=7",
+        "seed=3",
+        "allow_fewer=true",
+        "batch_size=5",
+        *words,
+        *space,
+    )
     measured = evaluate(load(EvaluateRun, None, settings))
     decode = load_tokenizer(tokenizer).decode
     fake = extractor.features(to_pixels(decode(LatentCache(samples).read(slice(None)).latents)))

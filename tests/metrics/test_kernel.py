@@ -3,8 +3,7 @@ import pytest
 import torch
 
 from robustok.errors import UserError
-from robustok.metrics import kernel_distance
-from robustok.metrics.kernel import _sums
+from robustok.metrics.kernel import _sums, kernel_distance
 
 
 def normal(n, f, seed):

@@ -5,7 +5,8 @@ import torch
 
 from robustok.errors import UserError
 from robustok.metrics.frechet import GaussianStatistics, frechet_distance
-from robustok.metrics.noise import NoiseGrid, latent_scale, noise_frechet, noised_latents
+from robustok.metrics.noise import NoiseFD, NoiseGrid, latent_scale, noised_latents
+from robustok.metrics.processes import Processes
 
 IMAGES, LENGTH, WIDTH = 30, 5, 3
 CHANNELS = torch.tensor([0.1, 1.0, 20.0])  # channels of very different size
@@ -32,7 +33,8 @@ def reference():
 
 
 def measure(levels=(0.0, 0.5), latents=LATENTS, decode=decode, **options):
-    return noise_frechet(NoiseGrid(levels=levels), latents, decode, FirstPixel(), reference(), **options)
+    given = dict(latents=latents, decode=decode, extractor=FirstPixel(), reference=reference())
+    return NoiseFD(grid=NoiseGrid(levels=levels), **given, **options).run()
 
 
 def test_scale_is_the_standard_deviation_of_each_channel():
@@ -54,10 +56,10 @@ def test_noise_has_the_stated_spread_in_every_channel():
 
 
 def test_noise_of_an_image_is_its_own():
-    places = torch.tensor([7, 2, 29])
-    alone = torch.cat([noised_latents(LATENTS, CHANNELS, 0.2, 1, place[None]) for place in places])
-    assert torch.equal(noised_latents(LATENTS, CHANNELS, 0.2, 1, places), alone)
-    assert not torch.equal(noised_latents(LATENTS, CHANNELS, 0.2, 2, places), alone)
+    indices = torch.tensor([7, 2, 29])
+    alone = torch.cat([noised_latents(LATENTS, CHANNELS, 0.2, 1, index[None]) for index in indices])
+    assert torch.equal(noised_latents(LATENTS, CHANNELS, 0.2, 1, indices), alone)
+    assert not torch.equal(noised_latents(LATENTS, CHANNELS, 0.2, 2, indices), alone)
 
 
 def test_cells_match_a_plain_loop_and_no_noise_is_the_reconstruction():
@@ -82,7 +84,7 @@ def test_units_batches_and_processes_do_not_matter():
     assert other.mean == pytest.approx(whole, rel=1e-12)
     parts = []
     for rank in (0, 1):
-        measure((0.5,), rank=rank, processes=2, sum_over_processes=lambda own: parts.append(own) or own)
+        measure((0.5,), processes=Processes(rank, 2, lambda own: parts.append(own) or own))
     total = GaussianStatistics.from_tensor(parts[0] + parts[1])
     assert frechet_distance(total, reference()) == pytest.approx(whole, rel=1e-12)
 

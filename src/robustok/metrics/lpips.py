@@ -56,7 +56,7 @@ class LPIPS:
 
     def __init__(self, net: Backbone = "alex", path: str | Path | None = None, device: torch.device | str = "cpu"):
         self.net, self.name, self.device = net, f"lpips_{net}", torch.device(device)
-        network, self.extractor = load_lpips(net, path, setting="lpips_weights")
+        network, self.extractor = load_lpips(net, path, setting="lpips.weights")
         self.network = network.to(self.device)
 
     @torch.no_grad()

@@ -28,7 +28,7 @@ UNREADABLE = (OSError, ValueError, TypeError, EOFError, KeyError, RuntimeError, 
 NUMBERS = ("mu", "sigma", "mu_s", "sigma_s", "features")
 DIGITS = 16
 
-Part = Literal["features", "spatial"]
+Part = Literal["features", "spatial", "logits"]
 
 
 @dataclass(frozen=True)
