@@ -35,29 +35,26 @@ def gap(
     generated = torch.cat([cache.read(slice(None)).latents for cache in sets])
     codebook = tokenizer.codebook.cpu() if tokenizer.kind == "discrete" else None
     line = partial(evaluator.measurement, reference=images.describe(), **details)
-    apart = latent_gap(generated, encoded, codebook)
-    found = _lines(line, apart.figures(), apart.images)
+    found = _lines(line, latent_gap(generated, encoded, codebook))
     some = [_spread(latents, GAP_IMAGES) for latents in (generated, encoded)]
     pairs = [side for latents in some for side in (latents, _encoded_again(evaluator, tokenizer, latents))]
-    found += _lines(line, reencoding_gap(*pairs, codebook).figures(), len(some[0]))
+    found += _lines(line, reencoding_gap(*pairs, codebook))
     if evaluator.run.samples.generator is not None and codebook is not None:
         found += _teacher_forced(evaluator, some[1], _spread(labels, GAP_IMAGES), line)
     return found
 
 
-def _lines(
-    line: Callable[..., Measurement], figures: dict[str, Figure], samples: int, **details: Any
-) -> list[Measurement]:
-    """A line for each figure, with what it would be for real images."""
+def _lines(line: Callable[..., Measurement], figures: dict[str, Figure], **details: Any) -> list[Measurement]:
+    """A line for each figure, with its baseline."""
     return [
-        line(name, Estimate(figure.value, figure.standard_error), samples=samples, baseline=figure.baseline, **details)
-        for name, figure in figures.items()
-        if math.isfinite(figure.value)  # latents that are all alike have no distance to measure others by
+        line(name, Estimate(f.value, f.standard_error), samples=f.images, baseline=f.baseline, **details)
+        for name, f in figures.items()
+        if math.isfinite(f.value)  # latents that are all alike have no distance to measure others by
     ]
 
 
 def _encoded_again(evaluator: Evaluator, tokenizer: Tokenizer, latents: Tensor) -> Tensor:
-    """What the encoder makes of the images, rounded to uint8, that latents decode to."""
+    """The latents of the images, rounded to uint8, that these latents decode to."""
     decode, found = evaluator.decoder(tokenizer), []
     for indices in evaluator.own(len(latents)):
         with torch.no_grad():
@@ -77,7 +74,7 @@ def _teacher_forced(
             logits = generator.logits(real, labels[indices].to(evaluator.device))[:, :-1]
         scores.append((indices, prediction_scores(logits, real, k)))
     counts = count_tokens(tokens, generator.codebook_size)
-    return _lines(line, teacher_forcing(evaluator.processes.in_order(scores), counts, k).figures(), len(tokens), k=k)
+    return _lines(line, teacher_forcing(evaluator.processes.in_order(scores), counts, k), k=k)
 
 
 def _spread(rows: Tensor, count: int) -> Tensor:
