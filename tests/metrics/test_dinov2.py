@@ -70,9 +70,9 @@ def bicubic_weights(old, grid, a=-0.75):
     """(grid, old) float64: Keys' kernel at (i + 1/2) * old / (grid + 0.1) - 1/2, the border repeated."""
     found = np.zeros((grid, old))
     for i in range(grid):
-        place = (i + 0.5) * old / (grid + 0.1) - 0.5
-        for k in range(int(np.floor(place)) - 1, int(np.floor(place)) + 3):
-            d = abs(place - k)
+        position = (i + 0.5) * old / (grid + 0.1) - 0.5
+        for k in range(int(np.floor(position)) - 1, int(np.floor(position)) + 3):
+            d = abs(position - k)
             near, far = (a + 2) * d**3 - (a + 3) * d**2 + 1, a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
             found[i, min(max(k, 0), old - 1)] += near if d <= 1 else far if d < 2 else 0.0
     return found

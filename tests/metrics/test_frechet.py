@@ -137,7 +137,7 @@ def test_moments_of_an_unknown_number_of_images():
     assert frechet_distance(a, unknown) == pytest.approx(frechet_distance(a, known), rel=1e-12)
     assert frechet_distance(unknown, a) == pytest.approx(frechet_distance(known, a), rel=1e-12)
     for use in (unknown.as_tensor, lambda: unknown.update(torch.ones(2, 3)), lambda: frechet_bias(unknown)):
-        with pytest.raises(UserError, match="do not say how many images"):
+        with pytest.raises(UserError, match="without their number of images"):
             use()
 
 
@@ -164,11 +164,11 @@ def test_order_batches_and_processes_do_not_matter():
         assert frechet_distance(statistics, reference) == pytest.approx(whole, rel=1e-12)
 
 
-def test_bias_is_the_mean_distance_of_samples_to_their_law():
+def test_bias_is_the_mean_distance_of_samples_to_their_distribution():
     scales = torch.linspace(0.2, 2, 8, dtype=torch.float64)
-    law = exact(torch.zeros(8, dtype=torch.float64), scales.square().diag(), count=400)
-    distances = [frechet_distance(GaussianStatistics.of(normal(400, 8, seed) * scales), law) for seed in range(200)]
-    assert np.mean(distances) == pytest.approx(frechet_bias(law), rel=0.06)
+    known = exact(torch.zeros(8, dtype=torch.float64), scales.square().diag(), count=400)
+    distances = [frechet_distance(GaussianStatistics.of(normal(400, 8, seed) * scales), known) for seed in range(200)]
+    assert np.mean(distances) == pytest.approx(frechet_bias(known), rel=0.06)
 
 
 def test_what_cannot_be_compared_is_named():

@@ -115,8 +115,8 @@ def test_spatial_features_are_seven_channels_with_channels_last(found, theirs):
     assert whole.shape == (3, 192, 17, 17)
     assert found.spatial.shape == (3, SPATIAL_DIM) == (3, 2023)
     for row, column, channel in [(0, 0, 0), (0, 0, 6), (0, 1, 0), (16, 3, 2)]:
-        place = (row * 17 + column) * 7 + channel
-        assert torch.allclose(found.spatial[:, place], whole[:, channel, row, column], rtol=1e-4, atol=1e-6)
+        at = (row * 17 + column) * 7 + channel
+        assert torch.allclose(found.spatial[:, at], whole[:, channel, row, column], rtol=1e-4, atol=1e-6)
 
 
 def test_no_batch_norm_is_left(extractor):
@@ -176,7 +176,7 @@ def test_resizing_is_that_of_tensorflow(shape):
 
 
 def test_resizing_by_hand():
-    """Place 1 of 4 lies at 1 * 2 / 4 of the old ones, place 3 beyond the last: no half-pixel offset."""
+    """Position 1 of 4 is at 1 * 2 / 4 of the old ones, position 3 beyond the last: no half-pixel offset."""
     row = inception.resize_like_tensorflow(torch.tensor([[[[10, 30]]]], dtype=torch.uint8), size=4)[0, 0, 0]
     assert row.tolist() == [10, 20, 30, 30]
 

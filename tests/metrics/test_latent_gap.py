@@ -189,7 +189,7 @@ def test_constant_logits_score_zero():
 
 
 def test_teacher_forcing_beside_chance():
-    """Logits that know the frequencies and nothing else reach chance and no more."""
+    """Logits made of the frequencies alone reach chance and no more."""
     chances = torch.tensor([0.5, 0.25, 0.125, 0.125])
     tokens = torch.multinomial(chances.expand(4000, 4), 5, replacement=True, generator=torch.Generator().manual_seed(0))
     counts = count_tokens(tokens, 4)

@@ -41,7 +41,7 @@ def metric(weights):
 
 
 def by_hand(a, b, state, heads):
-    """Zhang et al. 2018: squared difference of unit-length features, weighted by channel, mean over places, summed."""
+    """Zhang et al. 2018: squared difference of unit-length features, weighted by channel, mean over positions, sum."""
 
     shift, scale = torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1), torch.tensor([0.458, 0.448, 0.450])
 

@@ -128,7 +128,7 @@ def test_batch_size_and_processes_do_not_matter():
 
     barrier, sums = threading.Barrier(3), [None] * 3
 
-    def process(rank):  # a thread stands in for it
+    def process(rank):  # simulated by a thread
         def add_up(own):
             sums[rank] = own
             barrier.wait()
@@ -206,8 +206,8 @@ def test_the_fast_grid_is_every_rate_at_the_middle_strength():
 
 
 def test_protocols_cannot_be_confused():
-    def name(grid, size=4096, **facts):
-        return perturbed_protocol(grid, size, **facts)["protocol"]
+    def name(grid, size=4096, **settings):
+        return perturbed_protocol(grid, size, **settings)["protocol"]
 
     assert all(name(PublishedGrid(), size) == "published" for size in PUBLISHED_STRENGTHS)
     assert name(PublishedGrid(), images=50_000) == "published"
@@ -226,9 +226,9 @@ def test_protocols_cannot_be_confused():
         "published-scaled", "published-with-self", "published@5000", "published-fast",
         "published-fast-scaled-with-self@360", "relative", "relative-custom", "relative-with-self", "explicit",
     ]  # fmt: skip
-    facts = perturbed_protocol(PublishedGrid(), 1024)
-    assert (facts["rates"], facts["strengths"]) == ([0.9, 0.8, 0.7, 0.6, 0.5], [10, 15, 20])
-    assert (facts["codebook_size"], facts["include_self"], facts["neighbour_of"]) == (1024, False, "code")
+    found = perturbed_protocol(PublishedGrid(), 1024)
+    assert (found["rates"], found["strengths"]) == ([0.9, 0.8, 0.7, 0.6, 0.5], [10, 15, 20])
+    assert (found["codebook_size"], found["include_self"], found["neighbour_of"]) == (1024, False, "code")
 
 
 def frechet(grid=None, **options):

@@ -14,7 +14,7 @@ from robustok.metrics.reference import Part
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric that `robustok evaluate` knows.
+    """A metric of `robustok evaluate`.
 
     Attributes:
         applies_to: what it is a metric of, which decides the function.
@@ -54,79 +54,32 @@ class Metric:
 
 
 _FEATURES: tuple[Part, ...] = ("features",)
+_SPATIAL: tuple[Part, ...] = ("spatial",)
 
 # By the names that the setting `metrics` takes, in the order of the lines in metrics.jsonl.
 METRICS: dict[str, Metric] = {
-    "psnr": Metric("pairs", "peak signal-to-noise ratio in dB, mean over images, data range 255", pixels.capped_psnr),
-    "ssim": Metric("pairs", "structural similarity, Gaussian window 11 of sigma 1.5, mean over images", pixels.ssim),
+    "psnr": Metric("pairs", "peak signal-to-noise ratio in dB, data range 255", pixels.capped_psnr),
+    "ssim": Metric("pairs", "structural similarity, Gaussian window 11 of sigma 1.5", pixels.ssim),
     "lpips": Metric("pairs", "learned perceptual distance on AlexNet (lpips_alex) or VGG-16 (lpips_vgg)"),
     "codebook": Metric(
         "tokens", "share of the codes in use, and exp of the entropy of their frequencies", codebook_use
     ),
     "token_agreement": Metric("tokens", "share of tokens that stay the same when the decoded image is encoded again"),
-    "rfid": Metric(
-        "reconstructions",
-        "Frechet distance of reconstructions to the original images",
-        comparison.rfid,
-        published=50_000,
-    ),
-    "pfid": Metric(
-        "reconstructions",
-        "Frechet distance of reconstructions from perturbed tokens to the original images, mean over a grid",
-        published=50_000,
-    ),
-    "noise_fd": Metric(
-        "reconstructions",
-        "Frechet distance of reconstructions from noised continuous latents, mean over noise levels; not pFID",
-        published=50_000,
-    ),
-    "gfid": Metric("samples", "Frechet distance of generated images to real ones", comparison.gfid, published=50_000),
-    "gfid_infinity": Metric(
-        "samples", "gfid extrapolated to infinitely many images", comparison.gfid_infinity, _FEATURES
-    ),
-    "sfid": Metric(
-        "samples",
-        "Frechet distance on 7 x 17 x 17 spatial features of Inception",
-        comparison.sfid,
-        ("spatial",),
-        ("spatial",),
-        50_000,
-    ),
-    "kid": Metric(
-        "samples",
-        "unbiased squared MMD with the kernel (x.y / F + 1)^3, all images at once",
-        comparison.kid,
-        _FEATURES,
-        _FEATURES,
-    ),
+    "rfid": Metric("reconstructions", "Frechet distance to the original images", comparison.rfid, published=50_000),
+    "pfid": Metric("reconstructions", "rfid with perturbed tokens, mean over a grid", published=50_000),
+    "noise_fd": Metric("reconstructions", "rfid with noised continuous latents, mean over levels", published=50_000),
+    "gfid": Metric("samples", "Frechet distance to real images", comparison.gfid, published=50_000),
+    "gfid_infinity": Metric("samples", "gfid of infinitely many images", comparison.gfid_infinity, _FEATURES),
+    "sfid": Metric("samples", "gfid on spatial features of Inception", comparison.sfid, _SPATIAL, _SPATIAL, 50_000),
+    "kid": Metric("samples", "unbiased squared MMD, kernel (x.y / F + 1)^3", comparison.kid, _FEATURES, _FEATURES),
     "precision": Metric(
-        "samples",
-        "share of generated images within the real manifold, balls up to the 3rd neighbour",
-        comparison.precision,
-        _FEATURES,
-        _FEATURES,
-        50_000,
+        "samples", "share of samples in the real manifold", comparison.precision, _FEATURES, _FEATURES, 50_000
     ),
     "recall": Metric(
-        "samples",
-        "share of real images within the generated manifold, balls up to the 3rd neighbour",
-        comparison.recall,
-        _FEATURES,
-        _FEATURES,
-        50_000,
+        "samples", "share of real images in the samples' manifold", comparison.recall, _FEATURES, _FEATURES, 50_000
     ),
     "inception_score": Metric(
-        "samples",
-        "exp of the mean KL divergence of p(class | image) from p(class), 10 splits of shuffled images",
-        comparison.inception,
-        ("logits",),
-        published=50_000,
+        "samples", "exp KL of p(class | image) from p(class)", comparison.inception, ("logits",), published=50_000
     ),
-    "gap": Metric(
-        "latents",
-        "generated latents against those of real images: token_divergence, generated_usage, latent_distance, "
-        "latent_position_distance, latent_kernel_distance; decoded and encoded again: token_agreement, "
-        "reencoded_displacement, reencoded_distance; and how well the generator predicts real tokens: "
-        "generator_accuracy, generator_cross_entropy, generator_top_k",
-    ),
+    "gap": Metric("latents", "generated latents against those of real images, see robustok.metrics.latent_gap"),
 }

@@ -113,7 +113,7 @@ class GaussianStatistics:
 
     def _need(self, count: int) -> None:
         if self.count is None:
-            raise UserError("these statistics do not say how many images they stand for; pass count=NUMBER with them")
+            raise UserError("these statistics come without their number of images; pass count=NUMBER with them")
         if self.count < count:
             raise UserError(f"got features of {self.count} images, need at least {count}; evaluate more images")
 

@@ -1,4 +1,4 @@
-"""What every extractor and every metric of pixels does first: refuse what is not uint8, and compute in float32."""
+"""What every extractor and every metric of pixels needs: uint8 pixels, and computation in float32."""
 
 import contextlib
 from collections.abc import Iterator
@@ -17,7 +17,9 @@ def check_pixels(pixels: Tensor) -> None:
     """
     if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
         found = f"{tuple(pixels.shape)} {pixels.dtype}"
-        raise UserError(f"got {found}, metrics take pixels (N, 3, H, W) torch.uint8; convert with images.to_pixels")
+        raise UserError(
+            f"got {found}, metrics take pixels (N, 3, H, W) torch.uint8; convert with data.pixels.to_pixels"
+        )
 
 
 def check_pair(pixels: Tensor, reference: Tensor) -> None:

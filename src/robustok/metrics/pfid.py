@@ -77,7 +77,7 @@ class PublishedGrid(Config):
         return tuple(strengths)
 
 
-class PublishedFastGrid(Config):
+class PublishedFastGrid(PublishedGrid):
     """Five of the 15 published cells: every rate at the middle strength. For quick checks, not for tables.
 
     The three strengths are equally spaced, so the mean of these five is that of all 15 wherever the distance is linear
@@ -86,14 +86,9 @@ class PublishedFastGrid(Config):
 
     name: Literal["published-fast"] = "published-fast"
 
-    @property
-    def rates(self) -> tuple[float, ...]:
-        """Shares of an image's tokens."""
-        return PUBLISHED_RATES
-
     def strengths(self, codebook_size: int) -> tuple[int, ...]:
-        """The middle one of the published strengths, or of those that :class:`PublishedGrid` derives."""
-        return PublishedGrid().strengths(codebook_size)[1:2]
+        """The middle one of those of :class:`PublishedGrid`."""
+        return super().strengths(codebook_size)[1:2]
 
 
 class ExplicitGrid(Config):
