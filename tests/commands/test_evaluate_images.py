@@ -165,7 +165,9 @@ def inception(monkeypatch):
     monkeypatch.setattr("robustok.evaluation.evaluator.load_extractor", lambda config, device: FakeInception())
 
 
-def test_published_protocols_on_fewer_images_need_a_word_and_say_so(tmp_path, files, inception, capsys):
+def test_published_protocols_on_fewer_images_need_a_flag_and_are_named_by_their_count(
+    tmp_path, files, inception, capsys
+):
     words = ["evaluate", f"out={tmp_path}", f"images.a={files.folder}/noisy.npz", f"reference={files.folder}/real.npz"]
     words += ["extractor.name=inception", "metrics=[gfid,precision,inception_score]"]
     assert main(words) == 2
@@ -182,7 +184,7 @@ def test_published_protocols_on_fewer_images_need_a_word_and_say_so(tmp_path, fi
     assert "kid@" not in out
 
 
-def test_an_adm_reference_gives_moments_and_beside_them_images(tmp_path, files, inception):
+def test_an_adm_reference_has_moments_and_other_images(tmp_path, files, inception):
     """Its moments are of a whole data set; its images are for precision and recall only."""
     everything = to_pixels(open_images(Digits(), 16, "train").read(range(500)).images)
     found = FakeInception().features(everything)
@@ -226,8 +228,8 @@ def test_halves_are_drawn_of_pairs(tmp_path, files, classifier):
     assert 0 < errors[0] < errors[1] / 2  # what an image and its noisy copy share cancels
 
 
-def test_bare_statistics_are_enough_for_what_was_asked(tmp_path, files, inception):
-    """KID goes beside FID of few images where the reference can serve it, and is no reason to refuse where not."""
+def test_bare_statistics_are_enough_for_gfid(tmp_path, files, inception):
+    """KID is added to FID of few images only where the reference has features of single images."""
     pool = FakeInception()(files.real).double().numpy()
     np.savez(tmp_path / "bare.npz", mu=pool.mean(0), sigma=np.cov(pool.T))
     words = [f"images.a={files.folder}/noisy.npz", f"reference={tmp_path}/bare.npz", "extractor.name=inception"]
@@ -249,7 +251,7 @@ def test_several_feature_spaces_share_one_pass(tmp_path, files, classifier, ince
     assert [m.metric for m in found if m.metric.startswith("sfid")] == ["sfid@60"]  # Inception's alone
 
 
-# Samples made on the way
+# Samples made first
 
 
 @torch.no_grad()
@@ -276,7 +278,7 @@ def test_a_generator_is_sampled_evaluated_and_predicts_real_tokens(tmp_path, tok
     assert before == {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
 
 
-def test_what_is_missing_is_said(tmp_path, files, tokenizer, classifier):
+def test_what_is_missing_is_named(tmp_path, files, tokenizer, classifier):
     with pytest.raises(UserError, match="no real images"):
         run(tmp_path, f"images.a={files.folder}/png", f"extractor.path={classifier}")
     with pytest.raises(UserError, match="nothing to evaluate"):
@@ -290,7 +292,7 @@ def test_what_is_missing_is_said(tmp_path, files, tokenizer, classifier):
         run(tmp_path, *words, "metrics=[gfid,fid]")
 
 
-def test_settings_of_before_name_their_successors(tmp_path):
+def test_errors_for_renamed_settings_give_the_new_name(tmp_path):
     for old, new in {
         "latents=[a]": "samples.latents",
         "perturbation_seeds=2": "pfid.seeds",

@@ -73,15 +73,15 @@ def test_cells_match_a_plain_loop_and_no_noise_is_the_reconstruction():
     assert clean.value == pytest.approx(0, abs=1e-9)
     assert (half.level, half.value) == (0.5, pytest.approx(sum(values) / 2))
     assert half.standard_error == pytest.approx(abs(values[0] - values[1]) / 2)
-    assert found.mean == pytest.approx(half.value / 2)
+    assert found.mean.value == pytest.approx(half.value / 2)
     assert (found.images, found.seeds, found.protocol) == (IMAGES, (0, 1), "noise-custom")
 
 
 def test_units_batches_and_processes_do_not_matter():
-    whole = measure((0.5,)).mean
-    assert measure((0.5,), batch_size=7).mean == pytest.approx(whole, rel=1e-12)
+    whole = measure((0.5,)).mean.value
+    assert measure((0.5,), batch_size=7).mean.value == pytest.approx(whole, rel=1e-12)
     other = measure((0.5,), LATENTS * 8, lambda latents: decode(latents / 8))  # a power of two: no rounding
-    assert other.mean == pytest.approx(whole, rel=1e-12)
+    assert other.mean.value == pytest.approx(whole, rel=1e-12)
     parts = []
     for rank in (0, 1):
         measure((0.5,), processes=Processes(rank, 2, lambda own: parts.append(own) or own))

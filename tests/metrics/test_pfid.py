@@ -244,14 +244,14 @@ def test_one_call_is_all_seeds_of_all_cells():
     assert [(c.rate, c.strength) for c in found.cells] == [(0.5, 2), (0.5, 5), (1.0, 2), (1.0, 5)]
     assert [c.value for c in found.cells] == pytest.approx(values.mean(dim=0).tolist())
     assert [c.standard_error for c in found.cells] == pytest.approx((values.std(dim=0) / 3**0.5).tolist())
-    assert found.mean == pytest.approx(values.mean().item())
-    assert found.standard_error == pytest.approx(values.mean(dim=1).std().item() / 3**0.5)
+    assert found.mean.value == pytest.approx(values.mean().item())
+    assert found.mean.standard_error == pytest.approx(values.mean(dim=1).std().item() / 3**0.5)
     geometric = values.log().mean(dim=1).exp()
-    assert found.geometric_mean == pytest.approx(geometric.mean().item())
-    assert found.geometric_standard_error == pytest.approx(geometric.std().item() / 3**0.5)
+    assert found.geometric_mean.value == pytest.approx(geometric.mean().item())
+    assert found.geometric_mean.standard_error == pytest.approx(geometric.std().item() / 3**0.5)
     assert (found.images, found.seeds, found.protocol) == (IMAGES, (3, 4, 8), "explicit")
     assert found.seconds > 0
-    assert frechet().standard_error is None
+    assert frechet().mean.standard_error is None
     assert frechet().cells[0].standard_error is None
 
 

@@ -4,7 +4,7 @@ from collections.abc import Collection
 
 from torch import Tensor
 
-from robustok.metrics.features.inception import SPATIAL_DIM
+from robustok.metrics.features.inception import SPATIAL_DIM, InceptionExtractor
 from robustok.metrics.frechet import GaussianStatistics
 from robustok.metrics.processes import Processes
 from robustok.metrics.reference import Part, Reference
@@ -21,7 +21,9 @@ class FeatureCollector:
         every: keep the features of every so many images only.
     """
 
-    def __init__(self, extractor: FeatureExtractor, parts: Collection[Part], every: int = 1) -> None:
+    def __init__(
+        self, extractor: FeatureExtractor | InceptionExtractor, parts: Collection[Part], every: int = 1
+    ) -> None:
         self.extractor, self.parts, self.every = extractor, set(parts), every
         self.statistics = GaussianStatistics(extractor.dim)
         self.spatial = GaussianStatistics(SPATIAL_DIM) if "spatial" in self.parts else None

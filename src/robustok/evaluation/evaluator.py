@@ -105,7 +105,11 @@ class Evaluator:
         key = (str(path), space)
         if key not in self.references:
             reference = load_reference(path, extractor.name)
-            if reference.features is None and "features" in self._reference_parts(space, parts) and _has_images(path):
+            if (
+                reference.features is None
+                and "features" in self._reference_parts(space, parts)
+                and "arr_0" in _keys(path)
+            ):
                 # ADM's file: moments of the whole data set, and beside them 10,000 images for precision and recall.
                 images = self._collected(self.open(data_at(path), None, "train"), space, {"features"})
                 reference = replace(reference, features=images.features)
@@ -216,11 +220,8 @@ class Evaluator:
         )
 
 
-def _has_images(path: Path) -> bool:
-    return "arr_0" in _keys(path)
-
-
 def _keys(path: Path) -> list[str]:
+    """Names of the arrays in an .npz file."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return list(file.files)

@@ -5,7 +5,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from robustok.data.dataset import ImageDataset
 from robustok.data.pixels import from_pixels, to_pixels
 from robustok.evaluation.collector import FeatureCollector
 from robustok.evaluation.evaluator import Evaluator
@@ -16,7 +18,7 @@ from robustok.metrics.frechet import Estimate
 from robustok.metrics.noise import NoiseFD
 from robustok.metrics.pfid import PFID, GridSummary, perturbed_protocol
 from robustok.tokenizers import load_tokenizer
-from robustok.types import Measurement
+from robustok.types import Measurement, Tokenizer
 
 Line = Callable[..., Measurement]
 
@@ -61,28 +63,33 @@ def reconstructions(evaluator: Evaluator, path: Path) -> list[Measurement]:
         for name in compared:
             score = METRICS[name].function(sets)
             found.append(line(name, score.estimate, space=space, **score.details))
-    for space, extractor in enumerate(evaluator.extractors):
-        settings, processes = evaluator.run.pfid, evaluator.processes
-        shared = {
-            "latents": latents,
-            "decode": decode,
-            "extractor": extractor,
-            "seeds": range(evaluator.run.seed, evaluator.run.seed + settings.seeds),
-            "batch_size": evaluator.run.batch_size,
-            "processes": processes,
-        }
-        in_space = partial(line, space=space)
-        if "pfid" in evaluator.wanted and tokenizer.kind == "discrete":
-            reference = evaluator.real_features(images, space).statistics
-            pfid = PFID(
-                grid=settings.grid, codebook=tokenizer.codebook.cpu(), include_self=settings.include_self,
-                reference=reference, **shared,
-            )  # fmt: skip
-            found += _pfid_lines(pfid, in_space)
-        elif "noise_fd" in evaluator.wanted and tokenizer.kind == "continuous":
-            reference = evaluator.real_features(images, space).statistics
-            found += _noise_lines(NoiseFD(grid=settings.noise, reference=reference, **shared).run(), in_space)
+    for space in range(len(evaluator.extractors)):
+        found += _over_grids(evaluator, tokenizer, latents, images, space, partial(line, space=space))
     return found
+
+
+def _over_grids(
+    evaluator: Evaluator, tokenizer: Tokenizer, latents: Tensor, images: ImageDataset, space: int, line: Line
+) -> list[Measurement]:
+    """Every cell and the mean of pFID for tokens, or of noise_fd for continuous latents, in one feature space."""
+    settings, discrete = evaluator.run.pfid, tokenizer.kind == "discrete"
+    if ("pfid" if discrete else "noise_fd") not in evaluator.wanted:
+        return []
+    shared = {
+        "latents": latents,
+        "decode": evaluator.decoder(tokenizer),
+        "extractor": evaluator.extractors[space],
+        "reference": evaluator.real_features(images, space).statistics,
+        "seeds": range(evaluator.run.seed, evaluator.run.seed + settings.seeds),
+        "batch_size": evaluator.run.batch_size,
+        "processes": evaluator.processes,
+    }
+    if discrete:
+        codebook = tokenizer.codebook.cpu()
+        return _pfid_lines(
+            PFID(grid=settings.grid, codebook=codebook, include_self=settings.include_self, **shared), line
+        )
+    return _noise_lines(NoiseFD(grid=settings.noise, **shared).run(), line)
 
 
 def _pfid_lines(pfid: PFID, line: Line) -> list[Measurement]:
@@ -95,9 +102,8 @@ def _pfid_lines(pfid: PFID, line: Line) -> list[Measurement]:
         estimate = Estimate(cell.value, cell.standard_error)
         found.append(line("pfid", estimate, rate=cell.rate, strength=cell.strength, **details))
     details = protocol | {"cells": len(summary.cells), "seconds": round(summary.seconds, 1)}
-    found.append(line("pfid_mean", Estimate(summary.mean, summary.standard_error), **details))
-    geometric = Estimate(summary.geometric_mean, summary.geometric_standard_error)
-    return [*found, line("pfid_geometric_mean", geometric, **details)]
+    found.append(line("pfid_mean", summary.mean, **details))
+    return [*found, line("pfid_geometric_mean", summary.geometric_mean, **details)]
 
 
 def _noise_lines(summary: GridSummary, line: Line) -> list[Measurement]:
@@ -108,4 +114,4 @@ def _noise_lines(summary: GridSummary, line: Line) -> list[Measurement]:
         for cell in summary.cells
     ]
     details |= {"cells": len(summary.cells), "seconds": round(summary.seconds, 1)}
-    return [*found, line("noise_fd", Estimate(summary.mean, summary.standard_error), **details)]
+    return [*found, line("noise_fd", summary.mean, **details)]

@@ -106,19 +106,17 @@ class Comparison:
 
 def rfid(sets: Comparison) -> Score:
     """Frechet distance of reconstructions, with the standard error over halves of the pairs."""
-    details, error = sets.bias(sets.real.statistics), None
-    if sets.config.halves and sets.fake.features is not None:
-        error = paired_error(sets.fake.features, sets.real.features, sets.config.halves, sets.rng())
+    details, error = sets.bias(sets.real.statistics), paired_error(sets)
+    if error is not None:
         details["standard_error_from"] = f"{sets.config.halves} random halves of pairs"
     return Score(Estimate(sets.distance, error), details)
 
 
 def gfid(sets: Comparison) -> Score:
-    """Frechet distance, with the standard error over halves of the images or of the pairs."""
-    fake, real, halves = sets.fake, sets.real, sets.config.halves
-    details = {}
-    if halves and sets.paired and real.features is not None and len(real.features) == fake.count:
-        estimate = Estimate(sets.distance, paired_error(fake.features, real.features, halves, sets.rng()))
+    """Frechet distance, with the standard error over halves of the pairs or of the images."""
+    fake, real, halves, details = sets.fake, sets.real, sets.config.halves, {}
+    if (error := paired_error(sets)) is not None:
+        estimate = Estimate(sets.distance, error)
         details = {"standard_error_from": f"{halves} random halves of pairs"}
     elif halves:
         estimate = frechet_error(fake.features, real.statistics, rng=sets.rng(), repeats=halves, factor=real.factor)
@@ -167,16 +165,20 @@ def inception(sets: Comparison) -> Score:
     return Score(Estimate(score.mean), spread | {"shuffled": sets.config.shuffle})
 
 
-def paired_error(fake: Tensor, real: Tensor, halves: int, rng: torch.Generator) -> float:
-    """Standard error of a Frechet distance between images made from others and these, features (N, F) each.
+def paired_error(sets: Comparison) -> float | None:
+    """Standard error of the Frechet distance of images that were made from those of the reference.
 
-    The halves are drawn of pairs: an image and what was made from it vary together, and most of that cancels.
+    The halves are drawn of pairs: an image and what was made from it vary together, and most of that cancels. None
+    without halves or pairs, or without the features of every image.
     """
+    fake, real = sets.fake.features, sets.real.features
+    if not (sets.config.halves and sets.paired) or fake is None or real is None or len(fake) != len(real):
+        return None
 
     def distance(pairs: Tensor) -> float:
         return frechet_distance(*(GaussianStatistics.of(side) for side in pairs.split(fake.shape[1], dim=1)))
 
-    return delete_half_error(torch.cat([fake, real], dim=1), distance, rng, halves).standard_error
+    return delete_half_error(torch.cat([fake, real], dim=1), distance, sets.rng(), sets.config.halves).standard_error
 
 
 def _of_manifolds(sets: Comparison, value: float) -> Score:

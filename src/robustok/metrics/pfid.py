@@ -23,7 +23,13 @@ from torch import Tensor
 from robustok.config import Config
 from robustok.errors import UserError
 from robustok.metrics.codebook import count_tokens
-from robustok.metrics.frechet import GaussianStatistics, covariance_factor, frechet_distance, mean_and_standard_error
+from robustok.metrics.frechet import (
+    Estimate,
+    GaussianStatistics,
+    covariance_factor,
+    frechet_distance,
+    mean_and_standard_error,
+)
 from robustok.metrics.processes import ALONE, Processes
 from robustok.tokenizers.perturbation import PerturbationDraw, apply_draw, nearest_codes
 from robustok.types import FeatureExtractor
@@ -161,10 +167,8 @@ class GridSummary:
 
     Attributes:
         cells: every cell of the grid, with ``value`` and ``standard_error``.
-        mean: over cells; pFID is this number.
-        geometric_mean: over cells, in which the strongest cells do not outweigh all others.
-        standard_error: of ``mean`` over seeds; None for one seed.
-        geometric_standard_error: of ``geometric_mean`` over seeds; None for one seed.
+        mean: over cells, with its standard error over seeds; pFID is this number.
+        geometric_mean: the same; in it the strongest cells do not outweigh all others.
         protocol: its name, for pFID from :func:`perturbed_protocol`.
         images: N.
         seeds: of the noise.
@@ -172,10 +176,8 @@ class GridSummary:
     """
 
     cells: tuple[Any, ...]
-    mean: float
-    geometric_mean: float
-    standard_error: float | None
-    geometric_standard_error: float | None
+    mean: Estimate
+    geometric_mean: Estimate
     protocol: str
     images: int
     seeds: tuple[int, ...]
@@ -247,10 +249,8 @@ class GridDistance(ABC):
         for cell, column in zip(cells, zip(*rows, strict=True), strict=True):
             over_seeds = mean_and_standard_error(column)
             found.append(replace(cell, value=over_seeds.value, standard_error=over_seeds.standard_error))
-        return GridSummary(
-            tuple(found), mean.value, geometric.value, mean.standard_error, geometric.standard_error,
-            self.protocol, len(self.latents), tuple(self.seeds), time.perf_counter() - started,
-        )  # fmt: skip
+        seconds, images = time.perf_counter() - started, len(self.latents)
+        return GridSummary(tuple(found), mean, geometric, self.protocol, images, tuple(self.seeds), seconds)
 
     @torch.no_grad()
     def _statistics(self, cell: Any, seed: int) -> GaussianStatistics:
