@@ -132,12 +132,9 @@ def resize_like_tensorflow(pixels: Tensor, size: int = INPUT_SIZE) -> Tensor:
     above, below, share = _neighbours(pixels.shape[2], size, pixels.device)
     rows = torch.lerp(pixels[:, :, above].float(), pixels[:, :, below].float(), share[:, None])  # (N, C, size, W)
     left, right, share = _neighbours(pixels.shape[3], size, pixels.device)
-    blend, positions = (
-        torch.zeros(size, pixels.shape[3], device=pixels.device),
-        torch.arange(size, device=pixels.device),
-    )
-    blend[positions, left] += 1 - share
-    blend[positions, right] += share  # the last column is its own neighbour
+    blend, row = rows.new_zeros(size, pixels.shape[3]), torch.arange(size, device=pixels.device)
+    blend[row, left] += 1 - share
+    blend[row, right] += share  # the last column is its own neighbour
     return rows @ blend.T  # (N, C, size, size)
 
 
