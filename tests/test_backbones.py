@@ -55,7 +55,7 @@ def test_positions_and_patch_kernel_are_resampled(files, layout):
     assert "state_dict" not in model.pretrained_cfg
 
 
-def test_a_model_of_the_same_size_is_taken_as_it_is(files):
+def test_a_model_of_the_same_size_is_unchanged(files):
     model = pretrained_backbone(DINOV2, files[1], "the backbone", "weights")
     assert all(torch.equal(value, files[2][name]) for name, value in model.state_dict().items())
 
@@ -75,7 +75,7 @@ def test_encoder_decoder_and_teacher_start_alike(files):
     rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in starts[0].blocks]
     assert rates == pytest.approx([0.1 * i / 11 for i in range(12)])
     assert not any(getattr(block.drop_path1, "drop_prob", 0.0) for block in starts[2].blocks)
-    with torch.device("meta"):  # what a snapshot is loaded into, without the file
+    with torch.device("meta"):  # as a snapshot is loaded, without the backbone's file
         assert RobusTok(config).state_dict().keys() == tokenizer.state_dict().keys()
 
     # The teacher's feature is the class token after the last norm, of images in ImageNet's range.
@@ -103,7 +103,7 @@ class Harm:
         return open, (str(self.path), "w")
 
 
-def test_what_does_not_fit(files, tmp_path):
+def test_unfitting_weights_are_refused(files, tmp_path):
     def built(**changes):
         vit = ViTConfig(**VIT | {"weights": files[1]} | changes)
         config = RobusTokConfig(image_size=32, patch_size=16, encoder=vit, decoder=ViTConfig(width=16, heads=2))

@@ -302,7 +302,7 @@ def test_a_cache_of_another_tokenizer(refused, pipeline, other, tmp_path):
     said = ("was made by another tokenizer",)
     refused(*words("make-pairs", pipeline, out), f"latents={other / 'latents'}", said=said)
     refused(*words("post-train", pipeline, out), f"pairs={other / 'pairs'}", said=said)
-    refused(*words("evaluate", pipeline, out), f"latents=[{other / 'samples'}]", said=said)
+    refused(*words("evaluate", pipeline, out), f"samples.latents=[{other / 'samples'}]", said=said)
     held_out = [f"held_out.latents={other / 'samples'}", f"held_out.extractor.path={pipeline / 'classifier'}"]
     refused(*words("post-train", pipeline, out), *held_out, said=said)
     decode = ["images=npz", f"tokenizer={other / 'tokenizer'}"]

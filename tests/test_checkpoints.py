@@ -1,4 +1,4 @@
-"""Reading the files of others: what is read, what is refused, and that nothing in them runs."""
+"""Reading checkpoints of other projects: contents, errors, and that nothing in them is executed."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ from robustok.errors import UserError
 
 
 class Arguments(UserList):
-    """Stands for a foreign class, filled item by item."""
+    """A foreign class, filled item by item."""
 
 
 class Payload:
@@ -35,7 +35,7 @@ def weights(seed=0):
 
 
 def training_file(model, **more):
-    """A file as released training writes it, arguments of foreign classes included."""
+    """A file as other projects' training writes it, with arguments of foreign classes."""
     arguments = argparse.Namespace(rate=Arguments([0.1]), names=OrderedDict(a=1))
     return {"model": model, "optimizer": {"step": 3}, "steps": 7, "args": arguments, **more}
 
@@ -61,7 +61,7 @@ def prefixed(prefix, given):
     ],
     ids=["ema", "model", "flat", "lightning", "distributed", "nested"],
 )
-def test_the_weights_are_found_in_what_training_writes(tmp_path, zipped, content, part, seed):
+def test_the_weights_are_found_in_training_files(tmp_path, zipped, content, part, seed):
     torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
     found = read_checkpoint(tmp_path / "a.pt")
     assert found.part == part
@@ -102,7 +102,7 @@ def test_a_payload_does_not_run(tmp_path, protocol, zipped):
     assert mark.exists()  # it works where it is let
     mark.unlink()
     torch.save(training_file(weights(), payload=payload), tmp_path / "a.pt", **how)
-    if zipped or protocol == 2:  # torch itself knows old files by protocol 2 alone
+    if zipped or protocol == 2:  # torch recognises old files only with protocol 2
         assert same(read_checkpoint(tmp_path / "a.pt").weights, weights())  # beside the weights it is an empty object
     torch.save(weights() | {"last.bias": payload}, tmp_path / "b.pt", **how)
     with pytest.raises(UserError, match=r"'last.bias' is a _Stub" if zipped or protocol == 2 else "neither"):
@@ -110,7 +110,7 @@ def test_a_payload_does_not_run(tmp_path, protocol, zipped):
     (tmp_path / "c.pt").write_bytes(pickle.dumps(payload))  # no file of torch's
     old = bytearray((tmp_path / "b.pt").read_bytes())
     (tmp_path / "d.pt").write_bytes(bytes(old) + pickle.dumps(payload))
-    (tmp_path / "e.pt").write_bytes(OLD_HEAD + pickle.dumps(payload))  # in the place of the version
+    (tmp_path / "e.pt").write_bytes(OLD_HEAD + pickle.dumps(payload))  # instead of the version
     for name in ("c.pt", "d.pt", "e.pt"):
         with pytest.raises(UserError) as error:
             read_checkpoint(tmp_path / name)
@@ -143,12 +143,12 @@ def cut_off(file):
 
 
 def program(file):
-    """What TorchScript adds to an archive."""
+    """The file that TorchScript adds to an archive."""
     with zipfile.ZipFile(file, "a") as archive:
         archive.writestr("archive/constants.pkl", b"")
 
 
-BROKEN = {  # what happens to a.pt, what is said
+BROKEN = {  # change to a.pt, error message
     "truncated": (cut_off, "is cut off"),
     "damaged": (damage, "cannot be read as a PyTorch checkpoint"),
     "gone": (lambda file: file.unlink(), "is no file"),
@@ -188,10 +188,10 @@ def test_an_old_file_that_is_cut_off_is_one_line(tmp_path, share):
         read_checkpoint(tmp_path / "a.pt")
 
 
-# What a file says of itself
+# Metadata of a file
 
 
-def test_metadata_say_which_tensors_count_and_how_the_model_is_configured(tmp_path):
+def test_metadata_list_the_tensors_and_the_configuration_of_the_model(tmp_path):
     more = weights() | {"output.images": torch.ones(2)}
     metadata = {"state_keys": json.dumps([*weights(), "gone"]), "config": json.dumps({"args": {"dim": 3}})}
     save_file(more, tmp_path / "a.safetensors", metadata)
@@ -205,10 +205,10 @@ def test_metadata_say_which_tensors_count_and_how_the_model_is_configured(tmp_pa
         read_checkpoint(tmp_path / "c.safetensors")
 
 
-def test_a_json_file_beside_the_weights_says_the_same(tmp_path):
+def test_a_json_file_beside_the_weights_has_the_same_metadata(tmp_path):
     torch.save(weights() | {"input.x": torch.ones(1)}, tmp_path / "a.pt")
     (tmp_path / "config.json").write_text('{"vq_mean": 0.5}')
-    assert read_checkpoint(tmp_path / "a.pt").config == {}  # whose config.json it is, nobody knows
+    assert read_checkpoint(tmp_path / "a.pt").config == {}  # config.json may belong to another file
     (tmp_path / "a.json").write_text(json.dumps({"config": {"depth": 2}, "state_dict_keys": [*weights()]}))
     found = read_checkpoint(tmp_path / "a.pt")
     assert (found.weights.keys(), found.config) == (weights().keys(), {"depth": 2})
@@ -221,7 +221,7 @@ def test_a_json_file_beside_the_weights_says_the_same(tmp_path):
         read_checkpoint(tmp_path / "model.safetensors")
 
 
-def test_settle_knows_facts_from_wishes():
+def test_settle_prefers_weights_to_configuration_to_defaults():
     names = {"num_heads": "heads", "dim": "width"}
     assert settle({"width": 4}, {"dim": 4, "num_heads": 2, "seed": 1}, names, heads=1) == {"width": 4, "heads": 2}
     with pytest.raises(UserError, match="dim = 5, the weights have 4"):
@@ -278,7 +278,7 @@ def test_weights_come_from_the_hub(hub, monkeypatch):
         ("hf://", "expected hf://ORG/REPO/FILE"),
     ],
 )
-def test_a_hub_that_does_not_give_is_one_line(hub, address, said):
+def test_a_failed_download_is_one_line(hub, address, said):
     with pytest.raises(UserError, match=said) as error:
         read_checkpoint(address)
     assert "\n" not in str(error.value)

@@ -5,7 +5,19 @@ import pytest
 import yaml
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from robustok.config import Config, differences, list_settings, load, plain, recipe, save, validate
+from robustok.cli import VERBS
+from robustok.config import (
+    RENAMED_KEYS,
+    RENAMED_VALUES,
+    Config,
+    differences,
+    list_settings,
+    load,
+    plain,
+    recipe,
+    save,
+    validate,
+)
 from robustok.errors import UserError
 
 
@@ -17,7 +29,7 @@ class Circle(Config):
 
 class Box(Config):
     name: Literal["box"] = "box"
-    path: Path = Field(description="where it stands")
+    path: Path = Field(description="path of the file")
     colour: str = Field("red", description="of the line")
 
 
@@ -79,7 +91,7 @@ def test_what_is_saved_repeats_the_run(tmp_path):
         (["steps=0"], ["steps = 0", "greater than or equal to 1"]),
         (["steps=3"], ["steps 3 are odd; choose an even number"]),
         (["shape.name=star"], ["shape", "'star'", "'circle'", "'box'"]),
-        (["shape.name=box"], ["'shape.path' is missing", "where it stands"]),
+        (["shape.name=box"], ["'shape.path' is missing", "path of the file"]),
         (["shape.path=x"], ["'shape.path' belongs to another variant", "shape.name=box"]),
         (["shape.radius=-1"], ["shape.radius = -1", "greater than 0"]),
         (["betas=[1]"], ["betas"]),
@@ -103,13 +115,13 @@ def test_a_missing_key_is_named():
 
 def test_a_variant_without_default_has_to_be_named():
     class Needs(Config):
-        place: Annotated[Circle | Box, Field(discriminator="name")] = Field(description="which one")
+        shape: Annotated[Circle | Box, Field(discriminator="name")] = Field(description="which one")
 
-    with pytest.raises(UserError, match=r"'place.name' is missing; one of box, circle$"):
-        load(Needs, None, ["place.colour=blue"])
-    with pytest.raises(UserError, match="'place' is missing; which one"):
+    with pytest.raises(UserError, match=r"'shape.name' is missing; which one: one of box, circle$"):
+        load(Needs, None, ["shape.colour=blue"])
+    with pytest.raises(UserError, match="'shape' is missing; which one"):
         load(Needs)
-    assert load(Needs, None, ["place.name=box", "place.path=p"]).place == Box(path="p")
+    assert load(Needs, None, ["shape.name=box", "shape.path=p"]).shape == Box(path="p")
 
 
 @pytest.mark.parametrize(
@@ -177,7 +189,7 @@ def test_settings_list_every_key_with_its_default_and_description():
         ("shape.name", "circle", "one of box, circle", ()),
         ("shape.radius", "1.0", "in metres", ("circle",)),
         ("shape.colour", "red", "of the line", ()),
-        ("shape.path", None, "where it stands", ("box",)),
+        ("shape.path", None, "path of the file", ("box",)),
     ]
 
 
@@ -226,12 +238,45 @@ def test_later_files_win_and_variants_are_not_mixed(tmp_path):
         load(Run, [first, write(tmp_path / "d.yaml", {"stebs": 2})])
 
 
-def test_a_preset_has_settings_for_several_verbs(tmp_path):
+def test_a_preset_has_settings_for_several_commands(tmp_path):
     recipe = write(tmp_path / "a.yaml", {"out": "x", "model": {"width": 16}})
     settings = {"main-train": {"model": {"depth": 2}}, "post-train": {"steps": 4}}
     preset = write(tmp_path / "preset.yaml", {"settings": settings})
-    run = load(Run, [recipe, preset], verb="main-train")
+    run = load(Run, [recipe, preset], command="main-train")
     assert (run.model.width, run.model.depth, run.steps) == (16, 2, 100)
-    assert load(Run, [recipe, preset], verb="post-train").steps == 4
+    assert load(Run, [recipe, preset], command="post-train").steps == 4
     with pytest.raises(UserError, match=r"preset\.yaml holds settings for main-train, post-train, not for encode"):
-        load(Run, [recipe, preset], verb="encode")
+        load(Run, [recipe, preset], command="encode")
+
+
+# Files of older versions
+
+
+class Renamed(Config):
+    sigma: float = Field(0.9, description="of the pairs")
+    trainable: str = Field("decoder", description="what learns")
+    mixture: Inner = Inner()
+
+
+def test_settings_of_older_files_get_their_new_names(tmp_path):
+    file = write(tmp_path / "old.yaml", {"preservation": 0.5, "trainable": "release"})
+    with pytest.warns(UserWarning, match="preservation is now sigma, trainable=release is now trainable=authors"):
+        run = load(Renamed, file)
+    assert (run.sigma, run.trainable) == (0.5, "authors")
+    with pytest.raises(UserError, match="unknown key 'preservation'; did you mean 'sigma'"):
+        load(Renamed, None, ["preservation=0.5"])
+
+
+def test_new_and_unrelated_settings_are_left_alone(tmp_path, recwarn):
+    class Keeps(Config):
+        preservation: float = Field(1.0, description="another meaning")
+
+    assert load(Keeps, write(tmp_path / "a.yaml", {"preservation": 0.5})).preservation == 0.5
+    assert load(Renamed, write(tmp_path / "b.yaml", {"sigma": 0.5, "mixture": {"width": 2}})).sigma == 0.5
+    assert not recwarn.list
+
+
+def test_every_renamed_setting_exists_in_a_command():
+    known = {s.key for command in VERBS for s in list_settings(VERBS[command].load()[1])}
+    known |= {key.rpartition(".")[0] for key in known}  # groups
+    assert set(RENAMED_KEYS.values()) | {key for key, _ in RENAMED_VALUES} <= known

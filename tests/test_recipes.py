@@ -19,12 +19,12 @@ EPOCH = 1251
 
 def tokenizer_run(*files, words=()):
     return load(
-        TokenizerTrainingRun, ["imagenet256/tokenizer.yaml", *files], ["data.path=x", *words], verb="main-train"
+        TokenizerTrainingRun, ["imagenet256/tokenizer.yaml", *files], ["data.path=x", *words], command="main-train"
     )
 
 
 def post_run(*files):
-    return load(PostTrainRun, ["imagenet256/post.yaml", *files], ["data.path=x"], verb="post-train")
+    return load(PostTrainRun, ["imagenet256/post.yaml", *files], ["data.path=x"], command="post-train")
 
 
 def test_the_tokenizer_is_counted_exactly(monkeypatch):

@@ -4,6 +4,7 @@ import pickle
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from torch import nn
 
 from robustok import files, snapshots
@@ -46,6 +47,28 @@ def test_round_trip(tmp_path):
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "robustok"
 
 
+@pytest.mark.parametrize(
+    ("licence", "named"),
+    [
+        ("MIT", "mit"),
+        ("CC-BY-NC-4.0, that of DiT's code and weights", "cc-by-nc-4.0"),
+        ("Apache-2.0 for the weights of RAR; those of RobusTok were released without a licence", "other"),
+        ("none: the weights were released without a licence", "other"),
+        (None, None),
+    ],
+)
+def test_the_card_has_the_licence_and_the_origin_for_the_hub(tmp_path, licence, named):
+    more = {"licence": licence} if licence else {}
+    write(tmp_path / "a", **more, source={"file": "hf://org/repo@v1/a/b.pt", "part": "ema", "family": "vq"})
+    card = (tmp_path / "a" / "README.md").read_text()
+    data = yaml.safe_load(card.split("---")[1])
+    assert (data.get("license"), data["base_model"], data["tags"]) == (named, "org/repo", ["image-tokenizer"])
+    assert ("## Licence" in card) == (licence is not None)
+    assert ModelCard(card).data.license == named
+    write(tmp_path / "b", source={"file": "theirs.pt", "part": "ema", "family": "vq"})
+    assert "base_model" not in (tmp_path / "b" / "README.md").read_text()
+
+
 def test_an_exception_leaves_the_old_one(tmp_path):
     write(tmp_path / "a", seed=1)
 
@@ -63,21 +86,21 @@ def test_an_exception_leaves_the_old_one(tmp_path):
     assert torch.equal(read_snapshot(tmp_path / "a", "tokenizer").weights["bias"], weights(2)["bias"])
 
 
-@pytest.mark.parametrize("place", ["save_file", "replace_folder"])
-def test_a_full_disk_leaves_the_old_one(tmp_path, monkeypatch, place):
+@pytest.mark.parametrize("function", ["save_file", "replace_folder"])
+def test_a_full_disk_leaves_the_old_one(tmp_path, monkeypatch, function):
     write(tmp_path / "a", seed=1)
 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(snapshots if place == "save_file" else files, place, full)
+    monkeypatch.setattr(snapshots if function == "save_file" else files, function, full)
     with pytest.raises(UserError, match=r"cannot write .*No space left on device; free some space"):
         write(tmp_path / "a", seed=2)
     assert names(tmp_path) == ["a"]
     assert torch.equal(read_snapshot(tmp_path / "a", "tokenizer").weights["bias"], weights(1)["bias"])
 
 
-def test_what_a_killed_process_left_is_no_snapshot(tmp_path):
+def test_a_half_written_folder_is_no_snapshot(tmp_path):
     write(tmp_path / "run" / "snapshot" / "00000010")
     half = tmp_path / "run" / "snapshot" / ".00000020.tmp"
     half.mkdir()
@@ -150,7 +173,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
         load_tokenizer(tmp_path / "b")
 
 
-def test_the_digest_sees_names_shapes_types_and_values():
+def test_the_digest_depends_on_names_shapes_types_and_values():
     base = {"a": torch.zeros(2, 3), "b": torch.ones(())}
     others = [
         {"c": torch.zeros(2, 3), "b": torch.ones(())},

@@ -1,4 +1,4 @@
-"""Pretrained networks of timm: what starts the tokenizer, teaches it semantics and feeds the discriminator."""
+"""Pretrained networks of timm: a tokenizer's initial encoder, its semantic teacher, the discriminator's features."""
 
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from robustok.checkpoints import read_checkpoint
 from robustok.errors import UserError
+from robustok.files import one_line
 
 
 class ImageNetRange(nn.Module):
-    """Images in [-1, 1] to the range that networks pretrained on ImageNet expect."""
+    """Images in [-1, 1], normalised by ImageNet's mean and standard deviation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,18 +26,18 @@ class ImageNetRange(nn.Module):
         return ((images * 0.5 + 0.5) - self.mean) / self.std
 
 
-def pretrained_backbone(name: str, weights: Path | None, role: str, setting: str, **sizes: Any) -> nn.Module:
+def pretrained_backbone(name: str, weights: str | Path | None, role: str, setting: str, **sizes: Any) -> nn.Module:
     """A timm model without its classifier, with its pretrained weights.
 
-    Where ``sizes`` ask a vision transformer for another image or patch size than it was trained with, timm resamples
-    its positions (bicubic, antialiased, the class token's untouched) and its patch kernel (FlexiViT's pseudo-inverse,
-    arXiv 2212.08013).
+    If ``sizes`` give a vision transformer another image or patch size than it was trained with, timm resamples its
+    position embeddings (bicubic, antialiased, the class token's unchanged) and its patch embedding (FlexiViT's
+    pseudo-inverse, arXiv 2212.08013).
 
     Args:
         name: timm's name, such as ``vit_base_patch14_dinov2.lvd142m``.
         weights: local file, in timm's layout or the authors' own; None downloads through timm.
-        role: what the network is for, to be named in the error.
-        setting: the setting that takes a local file, likewise.
+        role: what the network is for, named in the error.
+        setting: the setting that takes a local file, named in the error.
         sizes: ``img_size``, ``patch_size`` and the like.
 
     Raises:
@@ -45,8 +46,8 @@ def pretrained_backbone(name: str, weights: Path | None, role: str, setting: str
     try:
         overlay = {"state_dict": read_checkpoint(weights).weights} if weights else None
         model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, **sizes)
-    except Exception as error:  # timm and the hub raise many kinds, all of which the user can act on
-        reason = " ".join(str(error).split()).split("; ")[0].split(". ")[0]  # the rest is advice for other settings
+    except Exception as error:  # timm and huggingface_hub raise many types
+        reason = one_line(error).split("; ")[0].split(". ")[0]  # the rest is advice for other settings
         raise UserError(f"cannot load {role} {name}: {reason[:200]}; give a local file as {setting}") from None
     model.pretrained_cfg.pop("state_dict", None)  # timm keeps a copy of all weights there
     return model

@@ -1,12 +1,11 @@
-"""Checkpoints in the layouts of others, read without executing anything in them.
+"""Checkpoints of other projects, read without executing anything in them.
 
-A pickle may hold tensors and plain containers; whatever else it names becomes an empty object. So the arguments and
-optimiser states beside the weights of a release need none of its packages, and a payload is never called.
+Of a pickle, only tensors and plain containers are loaded; any other object that it names becomes an empty stub. So the
+arguments and optimiser states beside the weights need none of the project's packages, and malicious code never runs.
 """
 
 import difflib
 import json
-import os
 import pickle
 import types
 import zipfile
@@ -22,27 +21,24 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from robustok.errors import UserError
-from robustok.hub import HUB_STEMS, download, is_remote, one_line_of
+from robustok.files import atomic_file, one_line
+from robustok.hub import HUB_STEMS, download, is_remote
 from robustok.snapshots import read_weights
 
-WRAPPERS = ("ema", "model", "module", "state_dict")  # what training puts around a state dict; the first is preferred
-
-
-PREFIXES = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
-
-
-ARCHIVE, OLD_FILE = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch's files begin
+WRAPPERS = ("ema", "model", "module", "state_dict")  # keys of the state dict in a checkpoint; the first is preferred
+PREFIXES = ("module.", "_orig_mod.")  # which DistributedDataParallel and torch.compile put before every name
+ARCHIVE, OLD_FILE = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # first bytes of PyTorch files
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A released checkpoint read from disk.
+    """A checkpoint read from disk.
 
     Attributes:
         weights: tensors by name, on the CPU.
         part: which part of the file they are, such as "ema", "model" or "flat state dict".
-        config: how the model is configured, where the file or a JSON file beside it says so; else empty.
-        discriminator: tensors by name of the discriminator that training left in the file; None where there is none.
+        config: configuration of the model, from the file or a JSON file beside it; empty if there is none.
+        discriminator: tensors by name of a discriminator in the file; None if there is none.
     """
 
     weights: dict[str, Tensor]
@@ -54,31 +50,31 @@ class Checkpoint:
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint without executing anything in it.
 
-    A safetensors file may say in its metadata which of its tensors are the model's (``state_keys``) and how the model
-    is configured (``config``), both as JSON. So may a JSON file of the same name beside any file
-    (``state_dict_keys``, ``config``); beside ``model.safetensors`` and the like, ``config.json`` is the configuration.
+    The metadata of a safetensors file may list the tensors of the model (``state_keys``) and have its configuration
+    (``config``), both as JSON. So may a JSON file of the same name beside any file (``state_dict_keys``, ``config``).
+    Beside ``model.safetensors`` and the other names of the Hub, ``config.json`` is the configuration.
 
     Args:
         path: a .pt, .bin, .ckpt or .safetensors file, or ``hf://ORG/REPO/FILE`` on the Hugging Face Hub.
 
     Raises:
-        UserError: missing, damaged, or of another format; holds no tensors by name.
+        UserError: missing, damaged, of another format, or without tensors by name.
     """
     path = download(path) if is_remote(path) else Path(path)
     if not path.is_file():
-        raise UserError(f"{path} is no file; give the released .pt, .bin or .safetensors file")
+        raise UserError(f"{path} is no file; give the original .pt, .bin or .safetensors file")
     safe = path.suffix == ".safetensors"
     checkpoint = choose_weights(read_weights(path) if safe else _read_pickle(path), str(path))
-    keys, config = _notes(path) if safe else (None, None)
-    beside_keys, beside_config = _notes_beside(path)
+    keys, config = _metadata(path) if safe else (None, None)
+    beside_keys, beside_config = _metadata_beside(path)
     if keys := keys or beside_keys:
         chosen = {name: checkpoint.weights[name] for name in keys if name in checkpoint.weights}
-        checkpoint = replace(checkpoint, weights=chosen)  # the strict check of all names says what is missing
+        checkpoint = replace(checkpoint, weights=chosen)  # loading reports missing names
     return replace(checkpoint, config=config or beside_config or {})
 
 
 def _read_pickle(path: Path) -> Any:
-    """What a PyTorch file holds: the zip archives of today, and the plain pickles of before 2020."""
+    """The content of a PyTorch file: a zip archive, or a plain pickle as before 2020."""
     with path.open("rb") as handle:
         head = handle.read(len(OLD_FILE))
     archive = head.startswith(ARCHIVE) and zipfile.is_zipfile(path)
@@ -88,18 +84,18 @@ def _read_pickle(path: Path) -> Any:
     try:
         if archive:
             with zipfile.ZipFile(path) as file:
-                if any(name.endswith("constants.pkl") for name in file.namelist()):  # TorchScript: holds programs
-                    raise UserError(f"{path} is a TorchScript program; give the released checkpoint with a state dict")
+                if any(name.endswith("constants.pkl") for name in file.namelist()):  # TorchScript, which contains code
+                    raise UserError(f"{path} is a TorchScript program; give the checkpoint with a state dict")
         return torch.load(path, map_location="cpu", pickle_module=reader, weights_only=False, mmap=archive)
     except UserError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
-        reason = one_line_of(error) or type(error).__name__
+        reason = one_line(error, 200)
         raise UserError(f"{path} cannot be read as a PyTorch checkpoint ({reason}); download it again") from None
 
 
-def _notes(path: Path) -> tuple[list[str] | None, dict[str, Any] | None]:
-    """Names of the model's tensors and configuration, as the metadata of a safetensors file has them."""
+def _metadata(path: Path) -> tuple[list[str] | None, dict[str, Any] | None]:
+    """Names of the model's tensors and its configuration, from the metadata of a safetensors file."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
     try:
@@ -109,7 +105,7 @@ def _notes(path: Path) -> tuple[list[str] | None, dict[str, Any] | None]:
         raise UserError(f"{path}: its metadata state_keys or config are no JSON; save it again without them") from None
 
 
-def _notes_beside(path: Path) -> tuple[list[str] | None, dict[str, Any] | None]:
+def _metadata_beside(path: Path) -> tuple[list[str] | None, dict[str, Any] | None]:
     """The same from a JSON file beside the weights."""
     file = file_beside(path)
     if file is None:
@@ -117,13 +113,14 @@ def _notes_beside(path: Path) -> tuple[list[str] | None, dict[str, Any] | None]:
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError):
-        raise UserError(f"{file}, which stands beside the weights, is no JSON; correct or move it") from None
+        raise UserError(f"{file}, the configuration beside the weights, is no JSON; correct or move it") from None
     content = _of_type(content, dict) or {}
     return _of_type(content.get("state_dict_keys"), list), _of_type(content.get("config", content), dict)
 
 
-def file_beside(path: Path) -> Path | None:
-    """The JSON file beside weights on disk that says how the model is configured, if there is one."""
+def file_beside(path: str | Path) -> Path | None:
+    """The JSON file beside weights on disk with the model's configuration, if there is one."""
+    path = Path(path)
     names = [path.with_suffix(".json"), *([path.with_name("config.json")] if path.stem in HUB_STEMS else [])]
     return next((name for name in names if name.is_file()), None)
 
@@ -133,7 +130,7 @@ def _of_type(value: Any, kind: type) -> Any:
 
 
 def choose_weights(content: Any, source: str) -> Checkpoint:
-    """The state dict in what a checkpoint holds: averaged weights, else the model's, else all of it.
+    """The state dict in the content of a checkpoint: averaged weights, else the model's, else all of it.
 
     Raises:
         UserError: no mapping of names to tensors.
@@ -159,7 +156,7 @@ def choose_weights(content: Any, source: str) -> Checkpoint:
 
 
 def _tensors_of(content: Any) -> dict[str, Tensor] | None:
-    """Tensors by name, if it is that."""
+    """Tensors by name, or None if the content is anything else."""
     if not isinstance(content, Mapping) or not content:
         return None
     if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
@@ -168,37 +165,32 @@ def _tensors_of(content: Any) -> dict[str, Tensor] | None:
 
 
 def _bare_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names without what wrappers of modules put before all of them, in whatever order they wrapped."""
+    """Names without the prefixes of module wrappers, in any order of wrapping."""
     for prefix in PREFIXES * 2:
         if all(name.startswith(prefix) for name in weights):
             weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
     return dict(weights)
 
 
-def write_checkpoint(path: Path, weights: dict[str, Tensor]) -> Path:
-    """Write a safetensors file, all of it or nothing.
+def write_checkpoint(path: str | Path, weights: dict[str, Tensor]) -> Path:
+    """Write a safetensors file, whole or not at all.
 
     Raises:
         UserError: another suffix, or the file cannot be written.
     """
+    path = Path(path)
     if path.suffix != ".safetensors":
         raise UserError(f"out={path} must end in .safetensors; torch.save its load_file() where a .pt is needed")
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
-        os.replace(temporary, path)
-    except Exception as error:  # safetensors wraps the operating system's errors in its own
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {one_line_of(error)}; free some space or choose another") from None
     return path
 
 
-# What weights and a released configuration tell of a model
+# Sizes of a model from its weights and configuration
 
 
 def flatten_config(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The innermost keys of a released configuration with their values, tuples as lists; None says nothing."""
+    """The innermost keys of a nested configuration with their values; tuples become lists, None is left out."""
     for key, value in config.items():
         if isinstance(value, Mapping):
             yield from flatten_config(value)
@@ -206,27 +198,37 @@ def flatten_config(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield key, list(value) if isinstance(value, tuple) else value
 
 
-def settle(facts: dict[str, Any], config: dict[str, Any], names: dict[str, str], **defaults: Any) -> dict[str, Any]:
-    """Facts of the weights, completed from the flat configuration, completed from defaults; all under our names.
+def settle(found: dict[str, Any], config: dict[str, Any], names: dict[str, str], **defaults: Any) -> dict[str, Any]:
+    """A model's settings under our names: from the weights, else from the configuration, else from the defaults.
+
+    Args:
+        found: settings read from the weights.
+        config: a flat configuration, under the authors' names or ours; other keys are ignored.
+        names: the authors' names to ours.
+        defaults: by our names.
 
     Raises:
-        UserError: a configured value contradicts a fact, or a key looks like a misspelling.
+        UserError: the configuration contradicts the weights, or a key looks like a misspelling.
     """
     known = {**names, **{own: own for own in names.values()}}
     settled = dict(defaults)
     for key, value in config.items():
         if key in known:
             own = known[key]
-            if own in facts and facts[own] != value:
-                raise UserError(f"config gives {key} = {value!r}, the weights have {facts[own]!r}; correct one of them")
+            if own in found and found[own] != value:
+                raise UserError(f"config gives {key} = {value!r}, the weights have {found[own]!r}; correct one of them")
             settled[own] = value
         elif near := difflib.get_close_matches(key, known, n=1, cutoff=0.85):
             raise UserError(f"config: unknown key {key!r}; did you mean {near[0]!r}?")
-    return settled | facts
+    return settled | found
 
 
 def shape_of(weights: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
-    """Shape of a tensor from which sizes are read."""
+    """Shape of a tensor that must have this many dimensions.
+
+    Raises:
+        UserError: it is missing, empty, or has other dimensions.
+    """
     found = tuple(weights[name].shape) if name in weights else None
     if found is None or len(found) != dimensions or 0 in found:
         what = "is missing" if found is None else f"is {found}, expected {dimensions} dimensions"
@@ -235,9 +237,9 @@ def shape_of(weights: Mapping[str, Tensor], name: str, dimensions: int) -> tuple
 
 
 def ratio_of(weights: Mapping[str, Tensor], name: str, width: int, configured: Any = None) -> float:
-    """Hidden width of an MLP in widths, by the bias (hidden,) of its first layer.
+    """Hidden width of an MLP divided by ``width``, from the bias (hidden,) of its first layer.
 
-    Releases round the hidden width down, so a configured ratio that leads to it counts as it is.
+    Some projects round the hidden width down, so a configured ratio that rounds to it is returned as it is.
     """
     hidden = shape_of(weights, name, 1)[0]
     if isinstance(configured, int | float) and int(configured * width) == hidden:
@@ -246,7 +248,7 @@ def ratio_of(weights: Mapping[str, Tensor], name: str, width: int, configured: A
 
 
 def depth_of(weights: Mapping[str, Tensor], prefix: str) -> int:
-    """Number of blocks."""
+    """Number of blocks, whose weights are named ``PREFIX0.*``, ``PREFIX1.*`` and so on."""
     blocks = {name.removeprefix(prefix).partition(".")[0] for name in weights if name.startswith(prefix)}
     if not blocks:
         raise UserError(f"{prefix}0.* is missing; is this a checkpoint of another family?")
@@ -257,7 +259,7 @@ def depth_of(weights: Mapping[str, Tensor], prefix: str) -> int:
 
 
 class _Stub:
-    """Stands for an object of a class or the result of a function that a pickle names and we do not call."""
+    """In place of an object of a class, or the result of a function, that a pickle names; neither is called."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "_Stub":
         return object.__new__(cls)
@@ -272,13 +274,13 @@ class _Stub:
         pass
 
     def append(self, value: Any) -> None:
-        """Pretrained arguments hold lists of a class of their own (ruamel's), which pickle fills by this."""
+        """Ignore the items of a list; pickle calls this for lists of ruamel's own class in saved arguments."""
 
     extend = append
 
 
 def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
-    """What ``torch._utils._rebuild_tensor_v2`` does, without gradients and hooks."""
+    """As ``torch._utils._rebuild_tensor_v2``, without gradients and hooks."""
     empty = torch.empty(0, dtype=storage.dtype)
     return empty.set_(storage._untyped_storage, offset, size, stride)
 
@@ -296,13 +298,13 @@ ALLOWED = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes tensors and plain containers; every other name becomes a stub, so nothing of the file is ever called."""
+    """Loads tensors and plain containers; every other name becomes a stub, so nothing in the file is ever called."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """The allowed object of that name, else a stub. Storage types never come here: torch resolves them itself."""
+        """The allowed object of that name, else a stub. torch resolves storage types itself."""
         return ALLOWED.get((module, name), _Stub)
 
 
 def _load(file: Any, **options: Any) -> Any:
-    """What ``pickle.load`` does, which torch calls for old files, restricted in the same way."""
+    """As ``pickle.load``, which torch calls for old files, with the same restrictions."""
     return _Unpickler(file, **options).load()

@@ -161,7 +161,7 @@ def _run(name: str, verb: Verb, words: list[str], dry_run: bool, as_json: bool) 
     files = list(takewhile(lambda word: word.endswith((".yaml", ".yml")) and "=" not in word, words))
     try:
         function, config = verb.load()
-        run = load(config, files, words[len(files) :], verb=name)
+        run = load(config, files, words[len(files) :], command=name)
         if dry_run:
             from robustok.commands.dry_run import estimate, show
 

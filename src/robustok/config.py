@@ -1,22 +1,41 @@
 """Configuration: defaults in pydantic models, then YAML files, then words such as ``tokenizer.width=192``.
 
-Every model lives beside the code it configures and inherits from :class:`Config`, which forbids unknown keys. A
-variant is a union discriminated by its ``name``. The merged result, written by :func:`save`, repeats a run.
+A configuration class is beside the code that it configures and inherits from :class:`Config`, which forbids unknown
+keys. A variant is a union discriminated by its ``name``. The merged result, written by :func:`save`, repeats a run.
 """
 
 import difflib
 import json
 import types
 import typing
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Tag, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from robustok.errors import UserError
+from robustok.files import one_line, write_file
+
+# Dotted settings in files of older versions. A key is renamed in a configuration that has the new key and not the old.
+RENAMED_KEYS = {
+    "preservation": "sigma",
+    **{name: f"samples.{name}" for name in ("latents", "decoders", "generator", "count", "sets", "sampling")},
+    **{name: f"comparison.{name}" for name in ("halves", "distance_dtype", "shuffle")},
+    **{name: f"pfid.{name}" for name in ("grid", "noise", "include_self")},
+    "perturbation_seeds": "pfid.seeds",
+    "lpips_net": "lpips.net",
+    "lpips_weights": "lpips.weights",
+}
+RENAMED_VALUES = {
+    ("mixture.mode", "generated"): "direct",
+    ("mode", "generated"): "direct",
+    ("to", "released"): "export",
+    ("trainable", "release"): "authors",
+}
 
 
 class Config(BaseModel):
@@ -32,15 +51,15 @@ def load(
     model: type[C],
     files: str | Path | Sequence[str | Path] | None = None,
     words: Sequence[str] = (),
-    verb: str | None = None,
+    command: str | None = None,
 ) -> C:
-    """Merge defaults, YAML files and dotted words into a validated configuration; what comes later wins.
+    """Merge defaults, YAML files and dotted words into a validated configuration; later ones win.
 
     Args:
         model: the configuration class.
         files: YAML files with what differs from the defaults, or names of recipes such as ``digits/tokenizer.yaml``.
         words: ``dotted.key=value`` strings; values are read as YAML (``seeds=[0,1]``, ``steps=200``).
-        verb: of a preset, a file with ``settings: {VERB: {...}}`` for several verbs, this one's settings count.
+        command: whose settings are read from a preset, a file with ``settings: {COMMAND: {...}}`` for several commands.
 
     Raises:
         UserError: the file is missing or no mapping; a word has no ``=``; a key is unknown (the nearest known one is
@@ -49,7 +68,7 @@ def load(
     files = [files] if isinstance(files, str | Path) else list(files or ())
     settings: dict[str, Any] = {}
     for file in files:
-        _merge(settings, _for_verb(read_yaml(recipe(file)), verb, file))
+        _merge(settings, read_settings(model, file, command))
     for word in words:
         key, separator, text = word.partition("=")
         if not separator or not key:
@@ -68,15 +87,20 @@ def validate(model: type[C], settings: dict[str, Any], source: str = "the settin
     Raises:
         UserError: names the key, what was found and what is accepted.
     """
+    settings = _tagged(model, settings)
     try:
-        return model.model_validate(_tagged(model, settings))
+        return model.model_validate(settings)
     except ValidationError as error:
-        raise UserError(_explain(model, error, source)) from None
+        raise UserError(_explain(model, error, settings, source)) from None
 
 
-def save(config: Config, path: Path) -> None:
-    """Write the whole configuration as YAML; that file alone repeats the run."""
-    path.write_text(yaml.safe_dump(plain(config), sort_keys=False))
+def save(config: Config, path: str | Path) -> None:
+    """Write the whole configuration as YAML; that file alone repeats the run.
+
+    Raises:
+        UserError: the disk is full, or the file cannot be written.
+    """
+    write_file(path, yaml.safe_dump(plain(config), sort_keys=False))
 
 
 def plain(config: Config) -> dict[str, Any]:
@@ -102,9 +126,9 @@ class Setting:
 
     Attributes:
         key: dotted key.
-        default: default value as one would write it; None where there is none and the key has to be given.
-        description: what it means, with its unit.
-        variants: names of the variants that have this key with this default; empty where all have it.
+        default: default value as written in a word; None if the key is required.
+        description: its meaning and unit.
+        variants: names of the variants that have this key with this default; empty if all have it.
     """
 
     key: str
@@ -130,7 +154,7 @@ def list_settings(model: type[Config], defaults: Config | None = None, prefix: s
         if not variants or optional or Path in _types(info.annotation):  # a path may stand for the group
             found.append(Setting(key, None if required else _text(default), info.description or ""))
         if len(variants) > 1:
-            names = sorted(_tags(info.annotation))
+            names = sorted(map(_tag, variants))
             about = ": ".join(filter(None, (info.description, f"one of {', '.join(names)}")))
             found.append(Setting(f"{key}.name", getattr(default, "name", None), about))
         merged: dict[tuple[str, str | None, str], list[str]] = {}
@@ -145,23 +169,62 @@ def list_settings(model: type[Config], defaults: Config | None = None, prefix: s
 
 
 def _text(value: Any) -> str:
-    """A value as one would write it after ``key=``."""
+    """A value as written after ``key=``."""
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_settings(model: type[Config], file: str | Path, command: str | None = None) -> dict[str, Any]:
+    """The settings in a recipe or in the config.yaml of a run folder; old names are replaced, with a warning.
+
+    Args:
+        model: the configuration class.
+        file: path of a YAML file, or name of a recipe.
+        command: whose settings are read from a preset.
+
+    Raises:
+        UserError: the file is missing, is not YAML, holds no mapping, or no settings of the command.
+    """
+    settings = read_yaml(recipe(file))
+    if list(settings) == ["settings"]:
+        presets = settings["settings"]
+        if command not in presets:
+            raise UserError(f"{file} holds settings for {', '.join(presets)}, not for {command}; leave it out")
+        settings = presets[command] or {}
+    known, notes = dict(_keys(model)), []
+    for key, group, last in list(_items(settings)):
+        new, value = RENAMED_KEYS.get(key), group[last]
+        if new in known and key not in known:
+            _set(settings, new.split("."), group.pop(last))
+            notes.append(f"{key} is now {new}")
+        elif key in known and isinstance(value, str) and (key, value) in RENAMED_VALUES:
+            group[last] = RENAMED_VALUES[key, value]
+            notes.append(f"{key}={value} is now {key}={group[last]}")
+    if notes:
+        warnings.warn(f"{file} was written by an older version: {', '.join(notes)}", stacklevel=2)
+    return settings
+
+
+def _items(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Dotted keys of nested settings, each with the dictionary that holds it and its key there."""
+    for key, value in settings.items():
+        yield f"{prefix}{key}", settings, key
+        if isinstance(value, dict):
+            yield from _items(value, f"{prefix}{key}.")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping.
 
     Raises:
         UserError: the file is missing, is not YAML or holds no mapping.
     """
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise UserError(f"cannot read the configuration {path}: {reason}; give the path of a YAML file") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is not valid YAML: {one_line(error)}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -181,17 +244,8 @@ def recipe(name: str | Path) -> Path:
     return path
 
 
-def _for_verb(content: dict[str, Any], verb: str | None, file: str | Path) -> dict[str, Any]:
-    """A file's settings; of a preset those for the verb."""
-    if list(content) != ["settings"]:
-        return content
-    if verb not in content["settings"]:
-        raise UserError(f"{file} holds settings for {', '.join(content['settings'])}, not for {verb}; leave it out")
-    return content["settings"][verb] or {}
-
-
 def _merge(settings: dict[str, Any], later: dict[str, Any]) -> None:
-    """Put later settings over these. Choosing another variant drops the settings of the one before."""
+    """Update the settings with later ones. Choosing another variant drops the settings of the one before."""
     for key, value in later.items():
         old = settings.get(key)
         if isinstance(value, dict) and isinstance(old, dict) and value.get("name", old.get("name")) == old.get("name"):
@@ -213,7 +267,7 @@ def _set(settings: dict[str, Any], keys: list[str], value: Any) -> None:
 
 
 def _tagged(model: type[Config], settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings in which a union whose variant is not named has the default one, if there is a default."""
+    """The settings with the name of the default variant in every union that names none."""
     filled = dict(settings)
     for key, info in model.model_fields.items():
         variants = _models(info.annotation)
@@ -226,29 +280,41 @@ def _tagged(model: type[Config], settings: dict[str, Any]) -> dict[str, Any]:
     return filled
 
 
-def _explain(model: type[Config], error: ValidationError, source: str) -> str:
-    """One line for the first error, with the nearest known key where the key is unknown."""
+def _explain(model: type[Config], error: ValidationError, settings: dict[str, Any], source: str) -> str:
+    """One line for the first error, with the nearest known key if a key is unknown."""
     errors = error.errors()
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    known = dict(_keys(model))
-    # A discriminated union puts the variant's tag into the location; it is not a key that the user wrote.
-    location = [str(part) for part in first["loc"]]
-    key = ".".join(part for i, part in enumerate(location) if i == 0 or not _is_variant(model, location[:i], part))
-    owners = sorted({variant for s in list_settings(model) if s.key == key for variant in s.variants})
+    known, key = dict(_keys(model)), _dotted(first["loc"], settings, first["type"] == "missing")
+    listed = list_settings(model)
+    owners = sorted({variant for s in listed if s.key == key for variant in s.variants})
     if first["type"] == "extra_forbidden" and owners:
         group = key.rpartition(".")[0]
         return f"{source}: {key!r} belongs to another variant; set {group}.name={' or '.join(owners)}, or drop it"
     if first["type"] == "extra_forbidden":
-        near = _nearest(key, list(known))
+        renamed = RENAMED_KEYS.get(key)
+        near = renamed if renamed in known else _nearest(key, list(known))
         hint = f"did you mean {near!r}?" if near else f"known: {', '.join(k for k in known if '.' not in k)}"
         return f"{source}: unknown key {key!r}; {hint}"
     if first["type"] == "union_tag_not_found":
-        names = sorted({tag for annotation in _annotations(model, location) for tag in _tags(annotation[1])})
-        return f"{source}: '{key}.name' is missing; one of {', '.join(names)}"
+        key = f"{key}.name"
+        return f"{source}: {key!r} is missing; {next(s.description for s in listed if s.key == key)}"
     if first["type"] == "missing":
         return f"{source}: {key!r} is missing; {known.get(key) or 'it has no default'}"
     message = first["msg"].removeprefix("Value error, ")
     return f"{source}: {key or 'settings'} = {first['input']!r}: {message}"
+
+
+def _dotted(location: Sequence[str | int], settings: Any, missing: bool) -> str:
+    """The dotted key of an error; its location also has the names of variants, which are no keys of the settings."""
+    key = []
+    for i, part in enumerate(location):
+        try:
+            settings = settings[part]
+        except (KeyError, IndexError, TypeError):
+            if not missing or i < len(location) - 1:
+                continue
+        key.append(str(part))
+    return ".".join(key)
 
 
 def _nearest(key: str, known: Sequence[str]) -> str | None:
@@ -263,22 +329,6 @@ def _nearest(key: str, known: Sequence[str]) -> str | None:
     return best if best is not None and likeness(best)[0] >= 0.6 else None
 
 
-def _is_variant(model: type[Config], path: list[str], part: str) -> bool:
-    """Whether ``part`` of an error's location is the tag of a union rather than a key."""
-    fields = [annotation for name, annotation in _annotations(model, path) if name == path[-1]]
-    return any(part in _tags(annotation) or part in _marks(annotation) for annotation in fields)
-
-
-def _annotations(model: type[Config], path: list[str]) -> Iterator[tuple[str, Any]]:
-    models = [model]
-    for depth, key in enumerate(path):
-        found = [(key, m.model_fields[key].annotation) for m in models if key in m.model_fields]
-        if depth == len(path) - 1:
-            yield from found
-        if found:  # a tag in the path leaves the candidate models as they are
-            models = [m for _, annotation in found for m in _models(annotation)]
-
-
 def _models(annotation: Any) -> list[type[Config]]:
     """All configuration classes inside a type annotation."""
     return [t for t in _types(annotation) if issubclass(t, Config)]
@@ -286,29 +336,13 @@ def _models(annotation: Any) -> list[type[Config]]:
 
 def _types(annotation: Any) -> list[type]:
     """All classes inside a type annotation."""
-    return [part for part in _parts(annotation) if isinstance(part, type)]
-
-
-def _parts(annotation: Any) -> Iterator[Any]:
-    """What a type annotation consists of, down to classes and what stands beside them in an ``Annotated``."""
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
-        for part in typing.get_args(annotation):
-            yield from _parts(part)
-    else:
-        yield annotation
-
-
-def _marks(annotation: Any) -> set[str]:
-    """The tags of a union whose variants are not told apart by their ``name``."""
-    return {part.tag for part in _parts(annotation) if isinstance(part, Tag)}
-
-
-def _tags(annotation: Any) -> set[str]:
-    return {_tag(m) for m in _models(annotation) if "name" in m.model_fields}
+        return [found for part in typing.get_args(annotation) for found in _types(part)]
+    return [annotation] if isinstance(annotation, type) else []
 
 
 def _tag(model: type[Config]) -> str:
-    """The ``name`` that chooses this variant of a union; empty for a class that is no variant."""
+    """The ``name`` of this variant of a union; empty for a class that is no variant."""
     return model.model_fields["name"].default if "name" in model.model_fields else ""
 
 

@@ -1,4 +1,4 @@
-"""What is printed while a command runs: notes and progress, on stderr."""
+"""Notes and progress on stderr while a command runs."""
 
 import os
 from collections.abc import Iterator
@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")  # of several processes the first one speaks
+console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")  # only the first process prints
 
 
 def track(steps: range, description: str, show: bool = True) -> Iterator[int]:
-    """Go through the steps with a progress bar and the time left on stderr."""
+    """Iterate over the steps with a progress bar and the remaining time on stderr."""
     if not show or not (console.is_terminal or console.is_jupyter) or os.environ.get("ROBUSTOK_PROGRESS") == "0":
         yield from steps
         return

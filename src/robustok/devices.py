@@ -23,16 +23,16 @@ def rank_rows(global_batch: int, rank: int, world: int) -> slice:
 
 
 def start_accelerator(batch_size: int = 0, parts: int = 1) -> Accelerator:
-    """The accelerator of this process: one device, or its share of `torchrun` / `accelerate launch`.
+    """The accelerator of this process, alone or of several under `torchrun` or `accelerate launch`.
 
     Args:
         batch_size: global batch.
-        parts: in which every process goes through its share (gradient accumulation).
+        parts: steps of gradient accumulation, into which every process divides its rows.
 
     Raises:
-        UserError: the global batch does not divide among the processes, or their shares into parts.
+        UserError: the global batch does not divide among the processes, or its rows into parts.
     """
-    # Without a GPU accelerate has to be told so, or every process of a `torchrun` takes itself for the only one.
+    # Without cpu=True, every process of a `torchrun` without GPUs would be the only process of its own run.
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     share = rank_rows(batch_size, accelerator.process_index, accelerator.num_processes)
     if (share.stop - share.start) % parts:
@@ -44,25 +44,24 @@ def start_accelerator(batch_size: int = 0, parts: int = 1) -> Accelerator:
 
 
 def leave_processes() -> None:
-    """Leave the group of processes, if there is one, as the last thing of a program that went well.
+    """Destroy the process group, if there is one, at the end of a successful program.
 
-    A thread of gloo that still frees what it sent while the interpreter shuts down ends the process with SIGABRT,
-    however complete the run is. Not for a program that failed: the others may wait for it inside a collective, and
-    only its exit lets the launcher end them.
+    Otherwise a thread of gloo that frees its buffers during interpreter shutdown may end the process with SIGABRT. Not
+    for a program that failed: other processes may wait for it in a collective until the launcher ends them.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def autocast(device: torch.device, precision: str) -> Any:
-    """Context that multiplies in bf16 where asked for, and where ``auto`` finds hardware for it."""
+    """Autocast to bf16 if ``precision`` is "bf16", or "auto" and the hardware is fast at it; else a null context."""
     if precision == "auto":
         precision = "bf16" if has_fast_bf16(device) else "float32"
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 products run in hardware: recent GPUs, and CPUs with AMX or AVX512-BF16."""
+    """Whether the hardware multiplies bf16: recent GPUs, and CPUs with AMX or AVX512-BF16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
@@ -71,7 +70,7 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether the flag is set in any process, so that all of them stop at the same step."""
+    """Whether the flag is set in any process; all processes get the same answer."""
     if accelerator.num_processes == 1:
         return flag
     return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum") > 0)

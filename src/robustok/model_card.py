@@ -1,27 +1,40 @@
-"""Model cards: what the README.md of a snapshot tells people, from what its config.yaml says."""
+"""Model cards: the README.md of a snapshot, from the content of its config.yaml."""
 
+import re
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import yaml
 
-TOLD = ("config", "kind", "licence", "post_trained", "protocol", "held_out", "sweep", "delta", "discriminator")
+from robustok.hub import is_remote, repository_of
+
+OWN_SECTION = ("config", "kind", "licence", "post_trained", "protocol", "held_out", "sweep", "delta", "discriminator")
+HUB_LICENCES = ("mit", "apache-2.0", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0")
 
 
 def model_card(header: dict[str, Any], use: str | None = None) -> str:
-    """A README.md for a snapshot, with the protocol and the licence of a post-trained one.
+    """A README.md for a snapshot: metadata for the Hub, provenance, post-training, licence and configuration.
 
     Args:
-        header: what config.yaml holds; ``kind`` and ``config`` at least.
-        use: how the weights beside the card are loaded, in Markdown; None is for a snapshot.
+        header: content of config.yaml; at least ``kind`` and ``config``.
+        use: how to load the weights beside the card, in Markdown; None if they are a snapshot.
     """
+    from huggingface_hub import ModelCardData  # here, because it takes a while to import
+
     config, kind = header["config"], header["kind"]
-    facts = "\n".join(f"- {key}: {value}" for key, value in header.items() if key not in TOLD)
+    file = header.get("source", {}).get("file", "")
+    data = ModelCardData(
+        library_name="robustok",
+        tags=[f"image-{kind}"],
+        base_model=repository_of(file) if is_remote(file) else None,
+        **_hub_licence(header.get("licence")),
+    )
     load = {"tokenizer": "load_tokenizer", "generator": "load_generator"}.get(kind, "load")
     loading = f'```python\nimport robustok\nmodel = robustok.{load}("path/to/this/folder")\n```'
     parts = [
-        f"---\nlibrary_name: robustok\ntags: [image-{kind}]\n---\n# {config.get('name')} {kind}",
+        f"---\n{data.to_yaml()}\n---\n# {config.get('name')} {kind}",
         "Made by robustok.",
-        facts,
+        "\n".join(f"- {key}: {value}" for key, value in header.items() if key not in (*OWN_SECTION, "source")),
         *(_delta(header["delta"]) if "delta" in header else ()),
         *(_post_training(header) if "post_trained" in header else ()),
         *(_held_out(header) if "held_out" in header else ()),
@@ -32,40 +45,50 @@ def model_card(header: dict[str, Any], use: str | None = None) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _hub_licence(text: str | None) -> dict[str, str]:
+    """The licence by its name on the Hub; ``other`` if it has none, or if parts of the original have no licence."""
+    if text is None:
+        return {}
+    name = re.match(r"[\w.-]*", text)[0].lower()
+    if name in HUB_LICENCES and not re.search(r"without a licence|no licence", text):
+        return {"license": name}
+    return {"license": "other", "license_name": "see-model-card"}
+
+
 def _post_training(header: dict[str, Any]) -> list[str]:
     """How the decoder was fine-tuned."""
-    facts, protocol = header["post_trained"], header.get("protocol", {})
+    settings = {**header["post_trained"], **header.get("protocol", {})}
     text = (
-        "The decoder alone learned to make real images of latents in which a generator replaced a share of the real "
-        "ones; sigma is the share that was kept. Encoder and latents are those of the original tokenizer."
+        "The decoder was fine-tuned to reconstruct real images from latents in which a generator replaced a share of "
+        "the real ones; sigma is the share that was kept. Encoder and latents are those of the original tokenizer."
     )
-    if facts.get("trainable", "decoder") != "decoder":
-        text = "All but the encoder's transformer learned, as in the released procedure."
-    rows = {key: value for key, value in (facts | protocol).items() if value is not None}
-    return ["## Post-training", text, _table(("setting", "value"), rows.items())]
+    if settings.get("trainable", "decoder") != "decoder":
+        text = "All but the encoder's transformer was trained, as in the authors' code."
+    rows = ((key, value) for key, value in settings.items() if value is not None)
+    return ["## Post-training", text, _table(("setting", "value"), rows)]
 
 
 def _held_out(header: dict[str, Any]) -> list[str]:
-    """What chose this snapshot."""
-    distances, rows = header["held_out"], header.get("sweep")
+    """The validation score by which the snapshot was chosen."""
+    score, rows = header["held_out"], header.get("sweep")
     text = (
-        f"Frechet distance to real images on held-out samples, which chose this snapshot and are no result to report: "
-        f"{distances['distance']:.4g}, of the decoder it started from {distances['at_the_start']:.4g}."
+        f"Frechet distance to real images on held-out samples: {score['distance']:.4g}, before post-training "
+        f"{score['at_the_start']:.4g}. This snapshot was chosen by it, so it is not a result to report."
     )
     return [text, *(["All that was tried:", _table(rows[0], (row.values() for row in rows))] if rows else [])]
 
 
-def _delta(facts: dict[str, Any]) -> list[str]:
-    """What a delta needs, and how much of the difference it holds."""
-    rank = "all of it" if facts["rank"] is None else f"rank {facts['rank']}"
+def _delta(delta: dict[str, Any]) -> list[str]:
+    """What a delta needs, and its size and error."""
+    rank = "all of it" if delta["rank"] is None else f"rank {delta['rank']}"
     return [
-        f"This snapshot holds the difference to another one alone ({rank}, {facts['dtype']}, relative error "
-        f"{facts['relative_error']:.3g}). The weights of `{facts['base']}`, digest {facts['digest']}, belong to it. "
-        "Behind its path, `@0.5` mixes both decoders half and half."
+        f"This snapshot holds only the difference to another one ({rank}, {delta['dtype']}, relative error "
+        f"{delta['relative_error']:.3g}). It needs the weights of `{delta['base']}`, digest {delta['digest']}. "
+        "`@0.5` after its path mixes both decoders half and half."
     ]
 
 
-def _table(heads: Any, rows: Any) -> str:
+def _table(heads: Collection[Any], rows: Iterable[Iterable[Any]]) -> str:
     """A table in Markdown."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join("| " + " | ".join("" if cell is None else str(cell) for cell in line) + " |" for line in lines)

@@ -12,10 +12,10 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from robustok.config import Config, differences, plain, read_yaml, save, validate
+from robustok.config import Config, differences, plain, read_settings, save, validate
 from robustok.console import console
 from robustok.errors import UserError
-from robustok.files import append_line, atomic_folder
+from robustok.files import append_line, atomic_folder, write_file
 from robustok.snapshots import read_weights
 
 
@@ -81,16 +81,7 @@ class RunFolder:
         file = self.path / "config.yaml"
         if not self.main or file.exists():
             return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_suffix(".tmp")
-            save(self.run, temporary)
-            temporary.replace(file)
-        except OSError as error:
-            raise UserError(
-                f"cannot write the run folder {self.path}: {error.strerror}; "
-                "free some space or choose another out=FOLDER"
-            ) from None
+        save(self.run, file)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line to log.jsonl."""
@@ -147,14 +138,12 @@ class RunFolder:
                     kept.append(line)
             except (ValueError, KeyError):
                 continue  # half a line, written when the process was killed
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        temporary.replace(file)
+        write_file(file, "".join(line + "\n" for line in kept))
 
 
 def _settings(run: Config, file: Path) -> dict[str, Any]:
     """The settings in a run's config.yaml; those that were not known when it was written have their defaults."""
-    settings = read_yaml(file)
+    settings = read_settings(type(run), file)
     try:
         return plain(validate(type(run), settings))
     except UserError:  # of another verb, perhaps: the keys that differ say so

@@ -1,12 +1,13 @@
-"""Snapshots: what users load. A folder with configuration, weights and a model card; no trainer needed, no pickle.
+"""Snapshots, the models that users load and share: a folder with configuration, weights and model card; no pickle.
 
     snapshot/00010000/
       config.yaml          kind, name, settings, step, provenance
       model.safetensors    EMA weights
       README.md            model card
 
-The same layout is uploaded to the Hugging Face Hub. A path may name the snapshot itself, or a run folder, whose
-newest one is taken. Behind that of a delta, which holds but a difference, ``@0.5`` says how much of it counts.
+The same layout is uploaded to the Hugging Face Hub. A path may be the snapshot itself, or a run folder, of which the
+best snapshot is taken, else the newest. A delta holds only the difference to another snapshot; ``@0.5`` after its path
+scales the difference.
 """
 
 from collections.abc import Mapping
@@ -30,7 +31,7 @@ class Snapshot:
 
     Attributes:
         path: its folder.
-        header: config.yaml: ``kind``, ``config`` and provenance.
+        header: content of config.yaml: ``kind``, ``config`` and provenance.
         weights: name to tensor, on the CPU.
     """
 
@@ -40,15 +41,16 @@ class Snapshot:
 
 
 def write_snapshot(
-    path: Path, header: dict[str, Any], weights: Mapping[str, Tensor], extra: Mapping[str, Mapping[str, Tensor]]
+    path: str | Path, header: dict[str, Any], weights: Mapping[str, Tensor], extra: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
-    """Write a snapshot so that a reader sees all of it or nothing.
+    """Write a snapshot, whole or not at all.
 
     Args:
-        path: folder to make; replaced if it exists.
-        header: what config.yaml holds; ``kind`` and ``config`` at least.
-        weights: the model.
-        extra: further files by name, such as ``discriminator``, which post-training carries over.
+        path: the folder; replaced if it exists.
+        header: content of config.yaml: at least ``kind`` and ``config``. Of weights of other projects, ``source`` has
+            the ``file`` they came from, the ``part`` of it and the ``family``; ``trained_on`` says so in prose.
+        weights: tensors of the model by name.
+        extra: further files by name, such as ``discriminator``, with which post-training goes on.
 
     Raises:
         UserError: the disk is full or not writable.
@@ -64,7 +66,7 @@ def read_snapshot(path: str | Path, kind: str) -> Snapshot:
     """Read a snapshot of the given kind.
 
     Raises:
-        UserError: there is none, it is incomplete, damaged or of another kind.
+        UserError: it is missing, incomplete, damaged or of another kind.
     """
     folder, header = resolve(path), read_header(path)
     if header.get("kind") != kind:
@@ -81,18 +83,18 @@ def read_header(path: str | Path) -> dict[str, Any]:
     """The config.yaml of a snapshot, without its weights.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: it is missing or damaged.
     """
     header = read_yaml(resolve(path) / "config.yaml")
     if "delta" in header:
-        strength, rank = split_scale(path)[1], header["delta"].get("rank")
-        facts = {"delta": f"rank {rank}" if rank else "whole", "delta_scale": 1.0 if strength is None else strength}
-        header["post_trained"] = (header.get("post_trained") or {}) | facts
+        scale, rank = split_scale(path)[1], header["delta"].get("rank")
+        delta = {"delta": f"rank {rank}" if rank else "whole", "delta_scale": 1.0 if scale is None else scale}
+        header["post_trained"] = (header.get("post_trained") or {}) | delta
     return header
 
 
 def split_scale(path: str | Path) -> tuple[Path, float | None]:
-    """A path and what stands behind its ``@``: how much of a delta counts, None where nothing is said."""
+    """A path without its ``@SCALE``, and the scale of the delta there; None if the path has none."""
     folder, at, number = str(path).rpartition("@")
     if not at or Path(path).exists():
         return Path(path), None
@@ -102,11 +104,11 @@ def split_scale(path: str | Path) -> tuple[Path, float | None]:
         return Path(path), None
 
 
-def read_weights(file: Path) -> dict[str, Tensor]:
+def read_weights(file: str | Path) -> dict[str, Tensor]:
     """Read a safetensors file.
 
     Raises:
-        UserError: missing or damaged.
+        UserError: it is missing or damaged.
     """
     try:
         return load_file(file)
@@ -117,10 +119,10 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
 
 def read_extra(path: str | Path, *names: str) -> dict[str, dict[str, Tensor]]:
-    """Those of the files NAME.safetensors that a snapshot has beside its weights, as ``write_snapshot`` takes them.
+    """The files NAME.safetensors that a snapshot has beside its weights, as ``write_snapshot`` takes them.
 
     Raises:
-        UserError: no snapshot, or a damaged file.
+        UserError: the snapshot is missing, or a file is damaged.
     """
     folder = resolve(path)
     files = {name: folder / f"{name}.safetensors" for name in names}
@@ -128,10 +130,10 @@ def read_extra(path: str | Path, *names: str) -> dict[str, dict[str, Tensor]]:
 
 
 def resolve(path: str | Path) -> Path:
-    """The snapshot folder that a path means: itself, or the best of a run folder (the newest, where none was scored).
+    """The snapshot folder at a path: itself, or the best of a run folder (the newest, if none was evaluated).
 
     Raises:
-        UserError: nothing of the kind is there.
+        UserError: there is none.
     """
     path, _ = split_scale(path)
     if (path / "model.safetensors").exists():
@@ -146,7 +148,7 @@ def load_weights(module: nn.Module, snapshot: Snapshot) -> None:
     """Load the weights strictly.
 
     Raises:
-        UserError: names and shapes do not agree with the configuration.
+        UserError: names or shapes do not fit the configuration.
     """
     own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in snapshot.weights.items()}

@@ -1,4 +1,4 @@
-"""The nouns every room of the house shares: two protocols, a few result records and the one user error.
+"""The types that all packages share: protocols of tokenizers, generators and extractors, and a few records.
 
 Letters used in all docstrings: N images, C H W image, L latents per image, D latent width, K codebook size, F features.
 
@@ -17,17 +17,25 @@ from robustok.config import Config
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Images to latents and back.
+    """Images to latents and back; every implementation is an ``nn.Module``.
 
     Attributes:
-        image_size: height and width of the square images it takes and makes, in pixels.
-        latent_shape: (L, D), latents per image and their width.
         kind: "discrete" (latents are tokens (N, L) int64) or "continuous" (latents are (N, L, D) float32).
+        config: its settings; ``config.name`` is its family.
+        image_size: height and width of its square images, in pixels.
+        latent_shape: (L, D), latents per image and their width.
+        latent_space: digest of the tokenizer whose latents it decodes; None if that follows from its own weights.
+        image_range: range of the images in the authors' code.
+        licence: of the pretrained weights.
     """
 
+    kind: Literal["discrete", "continuous"]
+    config: Config
     image_size: int
     latent_shape: tuple[int, int]
-    kind: Literal["discrete", "continuous"]
+    latent_space: str | None
+    image_range: tuple[float, float]
+    licence: str
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) float32 in [-1, 1] to latents: tokens (N, L) int64, or (N, L, D) float32."""
@@ -38,7 +46,7 @@ class Tokenizer(Protocol):
         ...
 
     def decoder_modules(self) -> Sequence[nn.Module]:
-        """The modules that turn latents into images: what post-training may train."""
+        """The modules that turn latents into images, which post-training may train."""
         ...
 
 
@@ -47,7 +55,7 @@ class DiscreteTokenizer(Tokenizer, Protocol):
     """A tokenizer with a codebook.
 
     Attributes:
-        codebook: (K, D), in the geometry in which neighbours are meant (unit rows for an l2-normalised quantiser).
+        codebook: (K, D), in the geometry that defines neighbours (unit rows for an l2-normalised quantiser).
     """
 
     codebook: Tensor
@@ -67,7 +75,7 @@ class TokenizerOutput:
         features: (N, L, D), the encoder's features in the geometry of the codebook.
         codebook_loss: scalar, unweighted.
         commitment_loss: scalar, unweighted.
-        semantic_latents: (N, D), mean over the latents that the semantic loss sees.
+        semantic_latents: (N, D), mean over the latents, for the semantic loss.
         semantic_targets: (N, D), the teacher's features projected to latent width; None without a teacher.
     """
 
@@ -126,7 +134,7 @@ class FeatureExtractor(Protocol):
     """Pixels to the feature space in which a distance is measured.
 
     Attributes:
-        name: names the space in every result, for example ``classifier-64-3f9a12bc`` (with a digest of the weights).
+        name: name of the space in results, for example ``classifier-64-3f9a12bc`` (with a digest of the weights).
         dim: F.
     """
 
@@ -140,12 +148,12 @@ class FeatureExtractor(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """Images with their labels and their place in the data set.
+    """Images with their labels and indices.
 
     Attributes:
         images: (N, 3, H, W) float32 in [-1, 1].
         labels: (N,) int64.
-        indices: (N,) int64, position in the data set (stable across runs).
+        indices: (N,) int64 in the data set, the same in every run.
     """
 
     images: Tensor
@@ -160,12 +168,12 @@ class Measurement:
     Attributes:
         metric: name of the metric, for example ``gfid``.
         value: the number.
-        standard_error: standard error of ``value`` over independent sets or seeds; None where there was one only.
+        standard_error: standard error of ``value`` over independent sets or seeds; None if there was only one.
         samples: number of samples behind the value.
-        seed: seed of the run that made it.
+        seed: seed of the run that measured it.
         extractor: name of the feature space with a digest of its weights; None for pixel metrics.
-        reference: what it was compared with: name, split, crop, count and digest in one string.
-        details: further facts, written beside the others: tokenizer, decoder, rate, strength, sigma, versions.
+        reference: the images compared with: name, split, crop, count and digest in one string.
+        details: further keys of the line: tokenizer, decoder, rate, strength, sigma, versions.
     """
 
     metric: str

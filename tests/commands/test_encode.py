@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_dataset import picture, truncate
 from torchvision.transforms import functional
 
 import tiny
@@ -16,6 +15,7 @@ from robustok.data.pixels import from_pixels, to_pixels
 from robustok.errors import UserError
 from robustok.tokenizers import load_tokenizer
 from robustok.training.decoder import train_decoder
+from tiny_images import picture, truncate
 
 COUNT = 14
 

@@ -176,8 +176,8 @@ def test_a_full_disk_is_the_users_to_solve(cache, tokenizer, monkeypatch):
         raise OSError(28, "No space left on device")
 
     for kind, function in (
-        ("npz", "robustok.data.arrays.os.fsync"),
-        ("png", "robustok.commands.image_files.os.replace"),
+        ("npz", "os.fsync"),
+        ("png", "os.replace"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(function, full)

@@ -128,7 +128,7 @@ def test_where_nothing_helps_the_decoder_stays_as_it_was(tmp_path, run_of, modul
     assert same(weights(path), read_snapshot(tokenizer, "tokenizer").weights)
     card = (path / "README.md").read_text()
     assert "| 0.5 | 2 | 6.5 | 1.0 |" in card
-    assert "5.5, of the decoder it started from 5.5" in card
+    assert "5.5, before post-training 5.5" in card
     assert not list(tmp_path.glob("post-*"))
     assert "stays as it was" in " ".join(capsys.readouterr().err.split())
 

@@ -1,4 +1,4 @@
-"""Arrays of images on disk: read image by image, written batch by batch, and what is said of files that are no such."""
+"""Arrays of images on disk: read image by image, written batch by batch, and errors for other files."""
 
 import pickle
 import tracemalloc
@@ -73,7 +73,7 @@ def test_a_data_set_of_them(tmp_path, monkeypatch, name, workers):
     assert f"{name} train, as they are, 8x8, 12 images" in dataset.describe()
 
 
-def test_the_same_pixels_are_the_same_data_whatever_the_file(tmp_path):
+def test_the_same_pixels_are_the_same_data_in_every_file_format(tmp_path):
     prints = set()
     for name, write in WRITERS.items():
         write(tmp_path / name, images())
@@ -149,7 +149,7 @@ def test_writing_holds_one_batch_and_shows_only_whole_files(tmp_path):
     assert (tmp_path / "again.npz").read_bytes() == content
 
 
-# What is no array of images
+# Files that are no arrays of images
 
 
 def npz(**arrays):
@@ -203,9 +203,9 @@ BAD = {
     "object labels": (npz(arr_0=images(1), arr_1=np.array([Bomb()], dtype=object)), r"arr_1 of .* is object"),
     "float labels": (npz(arr_0=images(), arr_1=np.zeros(12)), r"arr_1 of .* is float64 \(12,\); expected integer"),
     "few labels": (npz(arr_0=images(), arr_1=np.zeros(11, int)), r"\(11,\); expected integer labels \(12,\)"),
-    "pickle": (lambda file: file.write_bytes(pickle.dumps(Bomb())), "is no .npz and no .npy file"),
-    "text": (lambda file: file.write_text("pixels"), "is no .npz and no .npy file"),
-    "nothing": (lambda file: file.write_bytes(b""), "is no .npz and no .npy file"),
+    "pickle": (lambda file: file.write_bytes(pickle.dumps(Bomb())), "is neither an .npz nor an .npy file"),
+    "text": (lambda file: file.write_text("pixels"), "is neither an .npz nor an .npy file"),
+    "nothing": (lambda file: file.write_bytes(b""), "is neither an .npz nor an .npy file"),
     "half a zip": (cut(npz(arr_0=images()), 0.5), "is cut off or damaged"),
     "half an .npy": (cut(npy(images()), 0.5), "is cut off or damaged: .* expected 2304"),
     "half a header": (cut(npy(images()), 0.02), "is no NumPy array"),

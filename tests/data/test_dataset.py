@@ -14,30 +14,7 @@ from robustok.data.order import batch_indices, batch_seeds
 from robustok.data.pixels import from_pixels, to_pixels
 from robustok.data.sources import Digits, Folder
 from robustok.errors import UserError
-
-
-def picture(seed=0, width=8, height=8, mode="RGB"):
-    """A smooth random picture: noise enlarged, so that resizing is well behaved."""
-    noise = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    return Image.fromarray(noise).resize((width, height), Image.Resampling.BILINEAR).convert(mode)
-
-
-def encoded(image, form="PNG"):
-    stream = io.BytesIO()
-    image.save(stream, form)
-    return stream.getvalue()
-
-
-def save_tree(root, classes=("cat", "dog"), count=10):
-    for c, name in enumerate(classes):
-        (root / name).mkdir(parents=True)
-        for i in range(count):
-            picture(100 * c + i, 9, 7).save(root / name / f"{i:03d}.png")
-    return root
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+from tiny_images import encoded, picture, save_tree, truncate
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +72,7 @@ def test_center_crop_is_adms(width, height):
 
 
 def test_random_crop_draws_every_scale_and_stays_a_crop():
-    # A horizontal ramp: the range of values inside the crop tells the scale that was drawn.
+    # A horizontal ramp: the range of values in the crop gives the scale that was drawn.
     ramp = Image.fromarray(np.tile(np.arange(0, 200, 2, dtype=np.uint8), (100, 1)))
     crops = [random_crop(ramp, 20, torch.Generator().manual_seed(seed)) for seed in range(300)]
     assert {crop.shape for crop in crops} == {(20, 20, 3)}
@@ -162,7 +139,7 @@ def test_limit_is_a_fixed_part_of_the_split():
     assert small.fingerprint == open_images(Digits(limit=20), 8).fingerprint != large.fingerprint
 
 
-def test_fingerprint_tells_content_split_and_crop_apart(tmp_path):
+def test_fingerprint_depends_on_content_split_and_crop(tmp_path):
     save_tree(tmp_path, count=4)
     data = Folder(path=tmp_path)
     prints = [open_images(data, size, split).fingerprint for size in (8, 9) for split in ("train", "test")]
@@ -199,7 +176,7 @@ def test_a_truncated_image_is_named_once_and_skipped(tmp_path, crop, workers):
         shown = [i for b in batches_in_order(dataset, 3, workers=workers) for i in b.indices.tolist()]
         trained = torch.cat([b.indices for b in training_batches(dataset, 20, 0, 0, 2, workers=workers)])
     assert shown == [i for i in range(20) if i != 4]
-    assert sorted(trained[:20].tolist()) == sorted([*range(4), 5, *range(5, 20)])  # the next one takes its place
+    assert sorted(trained[:20].tolist()) == sorted([*range(4), 5, *range(5, 20)])  # replaced by the next one
     assert list(dataset.broken) == [4]
     assert sum(str(broken) in str(w.message) for w in caught) == 1
     assert "19 images" in dataset.describe()
@@ -240,14 +217,14 @@ def test_ranks_share_the_global_batch(digits):
         assert torch.equal(whole.indices, torch.cat([part.indices for part in parts]))
 
 
-def test_an_epoch_shows_every_image_at_most_once():
+def test_an_epoch_reads_every_image_at_most_once():
     count, batch = 50, 12
     epochs = [np.concatenate([batch_indices(count, batch, 5, 4 * e + s) for s in range(4)]) for e in range(3)]
     assert all(len(np.unique(epoch)) == 48 for epoch in epochs)
     assert not np.array_equal(epochs[0], epochs[1])
-    # Which two images an epoch leaves out changes: over many epochs all are seen alike.
-    seen = np.bincount(np.concatenate([batch_indices(count, batch, 5, s) for s in range(800)]), minlength=count)
-    assert seen.min() >= 180
+    # Which two images an epoch leaves out changes: over many epochs all are read equally often.
+    reads = np.bincount(np.concatenate([batch_indices(count, batch, 5, s) for s in range(800)]), minlength=count)
+    assert reads.min() >= 180
 
 
 def test_order_and_seeds_stay_what_they_are():
@@ -256,7 +233,7 @@ def test_order_and_seeds_stay_what_they_are():
     assert batch_seeds(2, 0, 3).tolist() == [1864928220998770902, 7547441921753775803]
 
 
-def test_in_order_passes_see_each_image_once_over_all_ranks(digits):
+def test_passes_in_order_read_each_image_once_over_all_ranks(digits):
     ranks = [[i for b in batches_in_order(digits, 7, r, 3) for i in b.indices.tolist()] for r in range(3)]
     assert [len(r) for r in ranks] == [17, 17, 16]
     assert sorted(ranks[0] + ranks[1] + ranks[2]) == list(range(50))
@@ -274,7 +251,7 @@ def test_flips_come_from_the_seeds_and_only_when_wanted(digits):
     same = torch.tensor([torch.equal(a, b) for a, b in zip(images, plain, strict=True)])
     assert (mirrored | same).all()
     assert 10 < mirrored.sum() < 40
-    assert torch.equal(digits.read(range(50)).images, plain)  # mirroring has not touched what is held in memory
+    assert torch.equal(digits.read(range(50)).images, plain)  # the images in memory are not mirrored
     never = open_images(Digits(limit=50), 16)
     assert torch.equal(never.read(range(50), seeds).images, plain)
 
@@ -294,12 +271,12 @@ def test_lazy_and_held_images_are_the_same(tmp_path, monkeypatch):
     held = open_images(Folder(path=tmp_path, holdout=0), 8)
     monkeypatch.setattr("robustok.data.dataset.MEMORY_LIMIT", 0)
     lazy = open_images(Folder(path=tmp_path, holdout=0), 8)
-    assert lazy._memory is None
-    assert held._memory is not None
+    assert not lazy.in_memory
+    assert held.in_memory
     assert torch.equal(held.read(range(20)).images, lazy.read(range(20)).images)
 
 
-def test_batches_that_cannot_be_are_refused(digits):
+def test_impossible_batches_are_refused(digits):
     with pytest.raises(UserError, match=r"global batch is 51 .* 50 images"):
         training_batches(digits, 51, 0, 0, 1)
     with pytest.raises(UserError, match="10 cannot be shared by 3"):

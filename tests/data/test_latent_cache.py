@@ -22,10 +22,10 @@ from robustok.errors import UserError
 
 
 def manifest(**changes):
-    facts = dict(
+    defaults = dict(
         kind="discrete", latent_shape=(6, 3), codebook_size=50, classes=4, count=23, shard_size=5, tokenizer="t1"
     )
-    return Manifest(**(facts | {"source": {"sigma": 0.7, "seeds": [1, 2]}} | changes))
+    return Manifest(**(defaults | {"source": {"sigma": 0.7, "seeds": [1, 2]}} | changes))
 
 
 def records(m, seed=0):
@@ -65,7 +65,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_written_is_read(tmp_path, kind):
+def test_written_records_are_read(tmp_path, kind):
     m = manifest(**KINDS[kind])
     whole = fill(tmp_path / "cache", m)
     cache = LatentCache(tmp_path / "cache")
@@ -130,6 +130,22 @@ def test_ranks_share_the_shards_and_a_killed_run_goes_on(tmp_path):
     fill(tmp_path, m, whole)
     assert not [f for f in os.listdir(tmp_path) if f.endswith(".tmp")]
     assert np.array_equal(LatentCache(tmp_path).read(slice(None)).seeds, whole["seeds"])
+
+
+def test_pairs_of_the_first_version_are_continued(tmp_path):
+    fill(tmp_path, manifest(source={"mode": "generated"}))
+    file = tmp_path / "manifest.json"
+    assert "generated" in file.read_text()
+    create_cache(tmp_path, manifest(source={"mode": "direct"}))
+    assert LatentCache(tmp_path).manifest.source["mode"] == "direct"
+
+
+def test_paths_may_be_text(tmp_path):
+    m = manifest()
+    create_cache(str(tmp_path), m)
+    for k in missing_shards(str(tmp_path)):
+        write_shard(str(tmp_path), k, shard(m, k, records(m)))
+    assert LatentCache(str(tmp_path)).path == tmp_path
 
 
 def test_opening_an_unfinished_cache_leaves_the_writer_alone(tmp_path):
@@ -299,7 +315,7 @@ def test_training_order_is_a_function_of_seed_and_step(tmp_path):
 
 
 def private_memory():
-    """Bytes that only this process holds: what is mapped from files is not among them."""
+    """Bytes that only this process holds, without files mapped into memory."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
@@ -316,7 +332,7 @@ def test_training_streams_a_cache_larger_than_its_memory(tmp_path):
         write_shard(tmp_path, k, {"latents": tokens ^ k, "labels": zeros, "indices": numbers, "seeds": zeros})
     assert sum(file.stat().st_size for file in tmp_path.glob("shard*")) > 5 * budget
     fill(tmp_path / "small", manifest())
-    next(training_latents(LatentCache(tmp_path / "small"), 8, 0, 0, 1))  # what libraries allocate once
+    next(training_latents(LatentCache(tmp_path / "small"), 8, 0, 0, 1))  # libraries allocate some memory once
     before, peak, total = private_memory(), 0, 0
     for step, batch in enumerate(training_latents(LatentCache(tmp_path), 256, 0, 0, m.count // 256)):
         total += batch.indices.sum().item()

@@ -2,7 +2,7 @@
 
 ``adm`` is what ADM's data loader does with an opened file: decode, ``convert("RGB")``, halve with a box filter,
 bicubic, centre crop. Ordinary inputs must agree in every pixel. The exceptions (transparency, 16 bits, EXIF) must agree
-with it once the image is turned into what a viewer shows.
+with it once the image is as a viewer shows it.
 """
 
 import io
@@ -10,7 +10,6 @@ import io
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
-from test_dataset import encoded, picture, truncate
 
 from robustok.data.crops import center_crop, to_rgb
 from robustok.data.dataset import open_images
@@ -18,6 +17,7 @@ from robustok.data.loader import batches_in_order
 from robustok.data.pixels import to_pixels
 from robustok.data.sources import Folder
 from robustok.errors import UserError
+from tiny_images import encoded, picture, truncate
 
 
 def adm(image, size):
@@ -117,7 +117,7 @@ def test_every_odd_kind_is_adms_unless_asked_otherwise(kind):
     assert not np.array_equal(center_crop(EXCEPTIONS[kind](), 32, "viewer"), expected)
 
 
-# What a viewer shows: ADM's crop of that
+# As a viewer shows it: ADM's crop of that
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
@@ -194,7 +194,7 @@ def too_elongated(root):
         (too_elongated, r"1\.png: .* of 60000x1 is too elongated"),
     ],
 )
-def test_what_cannot_be_read_is_named_and_skipped_or_refused_as_asked(tmp_path, odd, reason):
+def test_unreadable_images_are_named_and_skipped_or_refused_as_asked(tmp_path, odd, reason):
     data = Folder(path=save_folder(tmp_path, odd), holdout=0)
     with pytest.warns(UserWarning, match=reason):
         dataset = open_images(data, 64)

@@ -1,4 +1,4 @@
-"""Where images come from: what each kind of data set holds, and what is said when it does not."""
+"""The kinds of data set: their images, labels and splits, and the errors of bad ones."""
 
 import hashlib
 import json
@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_dataset import encoded, picture, save_tree, truncate
 
 from robustok.config import Config, validate
 from robustok.data.dataset import open_images
@@ -16,6 +15,7 @@ from robustok.data.loader import batches_in_order
 from robustok.data.pixels import to_pixels
 from robustok.data.sources import Cifar10, Data, Digits, Folder, Npz, Parquet, data_at
 from robustok.errors import UserError
+from tiny_images import encoded, picture, save_tree, truncate
 
 
 def save_parquet(path, count=12, labels=None, names=("cat", "dog"), column="img", row_group_size=5):
@@ -122,7 +122,7 @@ def test_cifar10_in_either_folder(tmp_path, monkeypatch):
         assert np.array_equal(pixels.numpy().reshape(-1), contents["data_batch_1"]["data"][5])
 
 
-# What can be wrong with data
+# Bad data
 
 
 def _missing(path):
@@ -226,7 +226,7 @@ def test_data_is_chosen_by_name(tmp_path):
 # A path instead of a configuration
 
 
-def test_a_path_is_the_data_set_that_lies_there(tmp_path):
+def test_the_data_set_at_a_path(tmp_path):
     save_tree(tmp_path / "tree")
     save_parquet(tmp_path / "hub" / "data" / "train.parquet", 4)
     (tmp_path / "flat").mkdir()
@@ -254,11 +254,11 @@ def test_a_path_is_the_data_set_that_lies_there(tmp_path):
     [
         ("nowhere", None, "does not exist"),
         ("notes.txt", "text", "is a file of another kind"),
-        ("cache/manifest.json", "{}", "holds latents, which a tokenizer has to decode"),
+        ("cache/manifest.json", "{}", "holds latents, which a tokenizer must decode"),
         ("run/config.yaml", "{}", "holds a model or a run"),
     ],
 )
-def test_a_path_to_something_else_is_refused_with_what_is_accepted(tmp_path, name, content, message):
+def test_a_path_to_anything_else_is_refused(tmp_path, name, content, message):
     path = tmp_path / name
     if content is not None:
         path.parent.mkdir(exist_ok=True)

@@ -18,11 +18,11 @@ from robustok.metrics.pfid import (
     RelativeGrid,
     decoded_statistics,
     geometric_mean,
-    image_draws,
     perturbed_protocol,
     perturbed_tokens,
 )
 from robustok.metrics.processes import Processes
+from robustok.randomness import image_draws
 from robustok.tokenizers.perturbation import nearest_codes
 
 SIZE, LENGTH, IMAGES = 24, 12, 40

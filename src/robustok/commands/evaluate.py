@@ -7,12 +7,11 @@ from accelerate.utils import gather_object
 
 from robustok.commands.generate import GenerateRun, generate
 from robustok.devices import start_accelerator
-from robustok.errors import UserError
 from robustok.evaluation.evaluator import Evaluator
 from robustok.evaluation.reconstructions import reconstructions
 from robustok.evaluation.samples import decoded_samples, finished_images
 from robustok.evaluation.settings import EvaluateRun
-from robustok.files import append_line
+from robustok.files import append_line, writing
 from robustok.metrics.processes import ALONE, Processes
 from robustok.types import Measurement
 
@@ -40,10 +39,8 @@ def evaluate(run: EvaluateRun) -> list[Measurement]:
     for name, path in run.paired_images.items():
         found += finished_images(evaluator, name, path, paired=True)
     if accelerator.is_main_process:
-        try:
+        with writing(run.out):
             run.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write to {run.out}: {error.strerror}; choose another out=FOLDER") from None
         for measurement in found:
             append_line(run.out / "metrics.jsonl", measurement.line())
     return found

@@ -1,7 +1,6 @@
 """Decoded samples on disk: one ``.npz`` for ADM's evaluation, or a folder of PNG files."""
 
 import json
-import os
 from collections import deque
 from collections.abc import Iterator
 from io import BytesIO
@@ -19,7 +18,7 @@ from robustok.data.arrays import write_npz
 from robustok.data.latent_cache import LatentCache, check_cache
 from robustok.data.pixels import to_pixels
 from robustok.errors import UserError
-from robustok.files import tensor_digest
+from robustok.files import tensor_digest, write_file, writing
 from robustok.tokenizers import encoder_digest
 from robustok.types import Tokenizer
 
@@ -40,7 +39,7 @@ def write_images(
     cache = LatentCache(out)
     check_cache(cache, encoder_digest(tokenizer))
     target = out / ("samples.npz" if kind == "npz" else "png")
-    try:
+    with writing(out):
         if accelerator.is_main_process:
             _claim(target, {"decoder": tensor_digest(tokenizer.state_dict()), "images": len(cache)})
         accelerator.wait_for_everyone()
@@ -49,10 +48,6 @@ def write_images(
         elif not target.exists():
             _write_npz(target, cache, tokenizer, batch_size, accelerator)
         accelerator.wait_for_everyone()
-    except OSError as error:
-        raise UserError(
-            f"cannot write images to {out}: {error.strerror}; free some space and run the same command again"
-        ) from None
 
 
 def _claim(target: Path, facts: dict[str, Any]) -> None:
@@ -70,7 +65,7 @@ def _claim(target: Path, facts: dict[str, Any]) -> None:
             f"{target} holds other images ({'; '.join(differences(found, facts))}); "
             f"move {target.name} and {note.name} away to make them again"
         )
-    _replace(note, json.dumps(facts).encode())
+    write_file(note, json.dumps(facts))
 
 
 @torch.no_grad()
@@ -112,11 +107,4 @@ def _write_pngs(
             if not file.exists():
                 content = BytesIO()
                 Image.fromarray(pixels).save(content, "PNG")
-                _replace(file, content.getvalue())
-
-
-def _replace(file: Path, content: bytes) -> None:
-    """The file appears whole or not at all."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, file)
+                write_file(file, content.getvalue())

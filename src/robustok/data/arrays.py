@@ -17,6 +17,7 @@ from typing import BinaryIO
 import numpy as np
 
 from robustok.errors import UserError
+from robustok.files import atomic_file, one_line
 
 IMAGES = "arr_0"
 LABELS = ("arr_1", "labels")
@@ -26,13 +27,13 @@ EXPECTED = "expected uint8 pixels (N, H, W, 3)"
 
 @dataclass(frozen=True)
 class ImageArray:
-    """Where an array of images lies. Small and picklable; data workers open the file on their own.
+    """The location of an array of images. Small and picklable; each data worker opens the file itself.
 
     Attributes:
         file: path of the .npz or .npy file.
         member: name of the array's file in the .npz; None for .npy.
-        start: byte of the first pixel, counted in the file where it can be mapped, else in the decompressed member.
-        compressed: the member has to be decompressed from the front, so only passes in order are fast.
+        start: offset of the first pixel in bytes: in the file, or in the decompressed member if it is compressed.
+        compressed: the member must be decompressed from the front, so only passes in order are fast.
         shape: (N, H, W, 3).
         checksum: CRC-32 of the array with its header, the same in .npz and .npy.
     """
@@ -55,7 +56,7 @@ class ImageArray:
         size = int(np.prod(self.shape[1:]))
         try:
             stream = _stream(self, os.getpid())
-            stream.seek(self.start + row * size)  # a pass in order goes on where it was; going back starts again
+            stream.seek(self.start + row * size)  # forward continues from here; backward decompresses from the front
             content = stream.read(size)
         except (zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise UserError(f"{self.file} is damaged at image {row} ({error}); copy or make it again") from None
@@ -69,26 +70,27 @@ def _mapped(array: ImageArray) -> np.ndarray:
 
 @lru_cache(maxsize=2)
 def _stream(array: ImageArray, process: int) -> BinaryIO:
-    """The open member. Each process has its own: forked ones would share a position in the file."""
+    """The open member. Each process has its own, because forked ones would share a position in the file."""
     return zipfile.ZipFile(array.file).open(array.member)
 
 
-def open_array(file: Path) -> tuple[ImageArray, np.ndarray | None]:
+def open_array(file: str | Path) -> tuple[ImageArray, np.ndarray | None]:
     """Find images (and labels, if any) in a .npz or .npy file, without reading them.
 
     Returns:
         The images, and their labels (N,) int64 where an .npz has them as ``arr_1`` or ``labels``.
 
     Raises:
-        UserError: no such file, cut off, no ``arr_0``, or something else than uint8 (N, H, W, 3).
+        UserError: no such file, cut off, no ``arr_0``, or not uint8 (N, H, W, 3).
     """
+    file = Path(file)
     try:
         with open(file, "rb") as stream:
             start = stream.read(max(map(len, MAGIC.values())))
             if start.startswith(MAGIC["npy"]):
                 return _open_npy(file, stream), None
         if not start.startswith(MAGIC["npz"]):
-            raise UserError(f"{file} is no .npz and no .npy file, whatever its name; {EXPECTED} as {IMAGES}")
+            raise UserError(f"{file} is neither an .npz nor an .npy file, whatever its name; {EXPECTED} as {IMAGES}")
         with zipfile.ZipFile(file) as archive:
             return _open_npz(file, archive)
     except OSError as error:
@@ -127,7 +129,7 @@ def _open_npz(file: Path, archive: zipfile.ZipFile) -> tuple[ImageArray, np.ndar
 
 
 def _content(file: Path, info: zipfile.ZipInfo) -> int:
-    """First byte of a member, behind its local header, whose extra field may differ from the directory's."""
+    """Offset of a member's content, after its local header, whose extra field may differ from the directory's."""
     with open(file, "rb") as stream:
         stream.seek(info.header_offset + 26)
         name, extra = struct.unpack("<HH", stream.read(4))
@@ -135,7 +137,7 @@ def _content(file: Path, info: zipfile.ZipInfo) -> int:
 
 
 def _checked_shape(stream: BinaryIO, where: str) -> tuple[int, int, int, int]:
-    """The shape in an array's header, if it is one of images; leaves the stream at the first pixel."""
+    """The shape in the header of an array of images; leaves the stream at the first pixel."""
     shape, fortran, dtype = _read_header(stream, where)
     if dtype.hasobject:
         raise UserError(f"{where} holds pickled objects, which are never loaded; {EXPECTED}")
@@ -153,11 +155,11 @@ def _read_header(stream: BinaryIO, where: str) -> tuple[tuple[int, ...], bool, n
     try:
         return readers[np.lib.format.read_magic(stream)](stream)
     except (ValueError, KeyError) as error:
-        raise UserError(f"{where} is no NumPy array ({' '.join(str(error).split())}); {EXPECTED}") from None
+        raise UserError(f"{where} is no NumPy array ({one_line(error)}); {EXPECTED}") from None
 
 
 def _levels(stream: BinaryIO, shape: tuple[int, ...], dtype: np.dtype) -> str:
-    """The range of the first values of floats, which tells what they were meant to be; NaN shows as nan."""
+    """The range of the first values of a float array, for the error message."""
     if dtype.kind != "f":
         return ""
     content = stream.read(min(int(np.prod(shape)), 65536) * dtype.itemsize)
@@ -183,10 +185,10 @@ def _labels(file: Path, archive: zipfile.ZipFile, member: str, count: int) -> np
         return np.frombuffer(stream.read(), dtype=dtype).astype(np.int64)
 
 
-def write_npz(file: Path, batches: Iterable[np.ndarray], shape: tuple[int, ...], labels: np.ndarray) -> None:
+def write_npz(file: str | Path, batches: Iterable[np.ndarray], shape: tuple[int, ...], labels: np.ndarray) -> None:
     """Write images batch by batch as ADM's samples: ``arr_0`` uint8 (N, H, W, 3) and ``arr_1`` labels (N,) int64.
 
-    The file appears when it is complete. Zip archives carry a checksum, and uncompressed ones can be mapped.
+    The file appears when it is complete. Zip archives hold a checksum, and uncompressed ones can be mapped.
 
     Args:
         file: where to write.
@@ -195,28 +197,14 @@ def write_npz(file: Path, batches: Iterable[np.ndarray], shape: tuple[int, ...],
         labels: (N,) integers.
 
     Raises:
-        OSError: the disk is full, or the folder cannot be written.
+        UserError: the disk is full, or the folder cannot be written.
     """
-    temporary = file.with_name(f".{file.name}.tmp")
-    try:
-        with open(temporary, "wb") as whole:
-            with zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as archive:
-                _write_members(archive, batches, shape, labels)
-            whole.flush()
-            os.fsync(whole.fileno())
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write_members(
-    archive: zipfile.ZipFile, batches: Iterable[np.ndarray], shape: tuple[int, ...], labels: np.ndarray
-) -> None:
     header = {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)}
-    # A ZipInfo of its own has a fixed date: the same images are the same file. Their size is not known beforehand.
-    with archive.open(zipfile.ZipInfo(f"{IMAGES}.npy"), "w", force_zip64=True) as stream:
-        np.lib.format.write_array_header_1_0(stream, header)
-        for pixels in batches:
-            stream.write(np.ascontiguousarray(pixels))
-    with archive.open(zipfile.ZipInfo(f"{LABELS[0]}.npy"), "w") as stream:
-        np.lib.format.write_array(stream, labels.astype(np.int64), allow_pickle=False)
+    with atomic_file(file) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        # A ZipInfo has a fixed date: the same images are the same file. Their size is not known beforehand.
+        with archive.open(zipfile.ZipInfo(f"{IMAGES}.npy"), "w", force_zip64=True) as stream:
+            np.lib.format.write_array_header_1_0(stream, header)
+            for pixels in batches:
+                stream.write(np.ascontiguousarray(pixels))
+        with archive.open(zipfile.ZipInfo(f"{LABELS[0]}.npy"), "w") as stream:
+            np.lib.format.write_array(stream, labels.astype(np.int64), allow_pickle=False)

@@ -1,13 +1,13 @@
-"""Any image file's picture to square RGB pixels, as ADM's evaluation and training do (Dhariwal and Nichol, 2021).
+"""An image of any mode and size to square RGB pixels, as in ADM's training and evaluation (Dhariwal and Nichol, 2021).
 
-ADM's centre crop is what published FIDs were computed with, so every image gives the same pixels here, bit for bit. In
-three cases that is not what an image viewer shows, and ``rgb="viewer"`` gives that instead:
+Published FIDs were computed with ADM's centre crop, so every image gives the same pixels here, bit for bit. In three
+cases an image viewer shows something else, which ``rgb="viewer"`` gives:
 
-* Transparency: ADM drops it, which uncovers whatever colour lies beneath; a viewer lays it on white.
-* 16-bit levels: ADM clips them, which turns nearly all of them white; a viewer scales them to 8 bits.
-* A camera's EXIF orientation: ADM leaves such photographs lying on their side; a viewer turns them.
+* Transparency: ADM drops the alpha channel; a viewer puts the image on white.
+* 16-bit levels: ADM clips them, so that nearly all become white; a viewer scales them to 8 bits.
+* EXIF orientation: ADM ignores it; a viewer rotates the photograph.
 
-Float images are refused, and so are images so elongated that scaling their shorter side up would fill the memory.
+Float images are refused, and so are images so elongated that scaling up their shorter side would fill the memory.
 """
 
 from typing import Literal
@@ -40,7 +40,7 @@ def center_crop(image: Image.Image, size: int, rgb: RGB = "adm") -> np.ndarray:
 
 
 def random_crop(image: Image.Image, size: int, rng: torch.Generator, rgb: RGB = "adm") -> np.ndarray:
-    """ADM's random crop: shorter side drawn from size..ceil(size / 0.8), then a random square of it.
+    """ADM's random crop: scale the shorter side to size..ceil(size / 0.8), drawn, then cut a random square.
 
     Returns:
         RGB pixels (H, W, 3) uint8.
@@ -55,19 +55,19 @@ def random_crop(image: Image.Image, size: int, rng: torch.Generator, rgb: RGB = 
 
 
 def enlarged(size: int) -> int:
-    """Side of the centre crop from which :func:`five_crops` cuts crops of ``size``: a tenth more, 281 for 256."""
+    """Size of the centre crop from which :func:`five_crops` cuts crops of ``size``: 10 % more, 281 for 256."""
     return int(size * 1.1)
 
 
 def five_crops(images: Tensor, size: int) -> Tensor:
-    """The four corners and the middle of each image; with their mirror images these are the ten crops.
+    """The four corners and the centre of each image; with their mirror images these are the ten crops of ten-crop.
 
     Args:
         images: (N, 3, H, W), for ten-crop with H = W = ``enlarged(size)``.
         size: height and width of a crop.
 
     Returns:
-        (N, 5, 3, size, size): top left, top right, bottom left, bottom right, middle.
+        (N, 5, 3, size, size): top left, top right, bottom left, bottom right, centre.
     """
     bottom, right = images.shape[-2] - size, images.shape[-1] - size
     corners = ((0, 0), (0, right), (bottom, 0), (bottom, right), (round(bottom / 2), round(right / 2)))
@@ -75,7 +75,7 @@ def five_crops(images: Tensor, size: int) -> Tensor:
 
 
 def _scale(image: Image.Image, shorter: int) -> Image.Image:
-    """Halve with a box filter while that leaves enough, then bicubic: bicubic alone aliases when it shrinks a lot."""
+    """Halve with a box filter as often as possible, then bicubic, which alone aliases when it shrinks a lot."""
     while min(image.size) >= 2 * shorter:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     factor = shorter / min(image.size)
@@ -92,7 +92,7 @@ def to_rgb(image: Image.Image, rgb: RGB = "adm") -> Image.Image:
 
     Args:
         image: of any mode.
-        rgb: "adm" converts as ADM does; "viewer" turns what EXIF says, scales 16 bits, lays transparency on white.
+        rgb: "adm" converts as ADM does; "viewer" applies EXIF orientation, scales 16 bits, puts transparency on white.
 
     Raises:
         ValueError: the image holds floats, whose range is unknown.

@@ -1,7 +1,7 @@
 """A split of a data set as images of one size.
 
-Which data sets there are is in ``sources``, how an image becomes square RGB pixels in ``crops``, the order of training
-in ``order``, batches and worker processes in ``loader``.
+The data sets are in ``sources``, the crops to square RGB pixels in ``crops``, the order of training in ``order``,
+batches and worker processes in ``loader``.
 """
 
 import math
@@ -19,25 +19,16 @@ from robustok.config import Config
 from robustok.data.crops import center_crop, random_crop, to_rgb
 from robustok.data.order import shuffle
 from robustok.data.pixels import from_pixels
-from robustok.data.sources import (
-    DATASETS,
-    Data,
-    Source,
-    Split,
-    bytes_digest,
-    one_line,
-)
+from robustok.data.sources import DATASETS, Data, Source, Split
 from robustok.errors import UserError
+from robustok.files import bytes_digest, one_line
 from robustok.types import Batch
 
 MEMORY_LIMIT = 10**9  # bytes of decoded pixels up to which a data set is held in memory
 
 
-# Data sets
-
-
 class Augmentation(Config):
-    """What training changes in an image. Passes in order use neither."""
+    """Augmentation of training images; evaluation uses none."""
 
     crop: Literal["center", "random"] = Field("center", description="centre crop, or ADM's random crop")
     flip: bool = Field(False, description="mirror images at random; leave off where sides matter, as in digits")
@@ -49,14 +40,15 @@ def open_images(
     """Open one split of a data set.
 
     Args:
-        data: which data set, and how much of it.
-        image_size: height and width to crop to, in pixels. None takes the images as they are, which must then have one
-            size: nothing is cropped or resized. That is how finished samples are evaluated.
+        data: the data set.
+        image_size: height and width to crop to, in pixels. None neither crops nor resizes, as samples are evaluated;
+            all images must then have one size.
         split: "train" or "test". A source with one split is divided by a fixed shuffle.
-        augment: what training changes; None is a centre crop without flips.
+        augment: None is a centre crop without flips.
 
     Raises:
-        UserError: nothing is there, nothing can be read, labels are out of range, or sizes differ without image_size.
+        UserError: the data set is missing, empty or unreadable; labels are out of range; without ``image_size``, sizes
+            differ.
     """
     source = DATASETS[data.name](data, split)
     labels, classes = source.labels, len(source.classes)
@@ -115,7 +107,7 @@ class ImageDataset:
         labels: (N,) int64.
         classes: names of the classes.
         fingerprint: digest of what identifies the content: files and sizes (or bytes), split, crop and size.
-        broken: place -> reason of the images that could not be read so far.
+        broken: index -> reason of the images that could not be read so far.
     """
 
     def __init__(
@@ -127,10 +119,10 @@ class ImageDataset:
         crop = f"{augment.crop} {image_size}" if image_size else "as they are"
         crop += f" {data.rgb}" if data.rgb != "adm" else ""
         self._rgb = data.rgb
-        facts = f"{source.identity} {split} {crop} {bytes_digest(rows.astype('<i8').tobytes())}"
-        self.fingerprint = bytes_digest(facts.encode())
+        content = f"{source.identity} {split} {crop} {bytes_digest(rows.astype('<i8').tobytes())}"
+        self.fingerprint = bytes_digest(content.encode())
         self.broken: dict[int, str] = {}
-        # A handful is tolerated unless 0 is asked for, so that one bad file of twenty stops nobody; one must be good.
+        # At least five are tolerated unless max_broken is 0, so that a small set may have a bad file; one must be good.
         self._allowed = min(max(5, int(data.max_broken * len(rows))), len(rows) - 1) if data.max_broken else 0
         self._source, self._rows, self._memory = source, rows, None
         if (augment.crop == "center" or not image_size) and len(rows) * 3 * math.prod(self.shape) <= MEMORY_LIMIT:
@@ -145,6 +137,11 @@ class ImageDataset:
             self._note(broken)
             self._memory = memory
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether all images are decoded and held in memory."""
+        return self._memory is not None
+
     def __len__(self) -> int:
         return len(self._rows)
 
@@ -155,22 +152,22 @@ class ImageDataset:
         return f"{self.name} {self.split}, {crop}, {len(self) - len(self.broken)} images, {self.fingerprint}"
 
     def read(self, indices: Sequence[int] | np.ndarray | Tensor, seeds: np.ndarray | None = None) -> Batch:
-        """Images by their places.
+        """Images by their indices.
 
         Args:
-            indices: (N,) places in the data set.
-            seeds: (N,) int64 >= 0, one for each image's augmentation. With seeds a broken image is replaced by the
-                next good one; without them images are plain centre crops and broken ones are left out.
+            indices: (N,) indices in the data set.
+            seeds: (N,) int64 >= 0 of each image's augmentation; a broken image is then replaced by the next good one.
+                None gives centre crops without flips and leaves broken images out.
 
         Raises:
             UserError: more images are broken than ``max_broken`` allows.
         """
-        return self._batch(self[Draw(np.asarray(indices, dtype=np.int64), seeds)])
+        return self.to_batch(self[Draw(np.asarray(indices, dtype=np.int64), seeds)])
 
     def __getitem__(self, draw: "Draw") -> "Read":
-        """What data workers call; everyone else calls ``read``."""
+        """Decode images; data workers call this, other code calls ``read``."""
         seeds = [None] * len(draw.indices) if draw.seeds is None else draw.seeds.tolist()
-        pixels, places, kept, broken = [], [], [], {}
+        pixels, indices, kept, broken = [], [], [], {}
         for index, seed in zip(draw.indices.tolist(), seeds, strict=True):
             decoded = self._decode(index, seed)
             while isinstance(decoded, str):
@@ -181,13 +178,13 @@ class ImageDataset:
                 decoded = self._decode(index, seed)
             else:
                 pixels.append(decoded)
-                places.append(index)
+                indices.append(index)
                 kept.append(seed)
         images = torch.stack(pixels) if pixels else torch.zeros(0, 3, *self.shape, dtype=torch.uint8)
         if self.augment.flip and draw.seeds is not None:
             mirrored = torch.tensor(kept) % 2 == 1
             images[mirrored] = images[mirrored].flip(-1)
-        return Read(images, torch.tensor(places, dtype=torch.int64), broken)
+        return Read(images, torch.tensor(indices, dtype=torch.int64), broken)
 
     def _decode(self, index: int, seed: int | None) -> Tensor | str:
         """Pixels (3, H, W) of one image, or why it cannot be read."""
@@ -207,12 +204,16 @@ class ImageDataset:
             raise
         except Exception as error:  # image decoders raise nearly anything on a damaged file
             return one_line(error)
-        if pixels.shape[:2] != self.shape:  # turned by its EXIF orientation
+        if pixels.shape[:2] != self.shape:  # rotated by its EXIF orientation
             return f"it is {pixels.shape[1]}x{pixels.shape[0]} pixels, the others are {self.shape[1]}x{self.shape[0]}"
         return torch.from_numpy(pixels).permute(2, 0, 1)  # (3, H, W)
 
     def _note(self, broken: dict[int, str]) -> None:
-        """Remember broken images, stop when there are too many, and else warn once for each."""
+        """Remember broken images and warn once for each.
+
+        Raises:
+            UserError: there are too many.
+        """
         new = {index: reason for index, reason in broken.items() if index not in self.broken}
         self.broken |= new
         if len(self.broken) > self._allowed:
@@ -227,14 +228,19 @@ class ImageDataset:
     def _where(self, index: int) -> str:
         return self._source.where(int(self._rows[index]))
 
-    def _batch(self, read: "Read") -> Batch:
+    def to_batch(self, read: "Read") -> Batch:
+        """Decoded pixels as images with labels; notes the broken ones.
+
+        Raises:
+            UserError: more images are broken than ``max_broken`` allows.
+        """
         self._note(read.broken)
         return Batch(from_pixels(read.pixels), torch.from_numpy(self.labels)[read.indices], read.indices)
 
 
 @dataclass(frozen=True)
 class Draw:
-    """Images to read: places (N,) int64 and seeds (N,) of their augmentation, as ``ImageDataset.read`` takes them."""
+    """Images to read: indices (N,) int64 and seeds (N,) of their augmentation, as ``ImageDataset.read`` takes them."""
 
     indices: np.ndarray
     seeds: np.ndarray | None = None
@@ -242,7 +248,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Read:
-    """What a data worker sends: pixels (N, 3, H, W) uint8, places (N,) int64, and broken places with the reasons."""
+    """Decoded images: pixels (N, 3, H, W) uint8, indices (N,) int64, and broken indices with the reasons."""
 
     pixels: Tensor
     indices: Tensor

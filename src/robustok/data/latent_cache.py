@@ -1,15 +1,12 @@
-"""The on-disk cache of latents: a folder with ``manifest.json`` and ``shard-00000.safetensors`` and so on.
+"""The on-disk cache of latents: a folder with ``manifest.json``, ``shard-00000.safetensors`` and so on.
 
-A cache holds the latents of a data set (``indices`` are places in it), or what a generator made from them, which with
-the images of the same places are the pairs of post-training. Shards are written whole or not at all, so a killed run
+A cache holds the latents of a data set, or what a generator made. ``indices`` point into the data set: with its images
+the latents of a generator are the pairs of post-training. Shards are written whole or not at all, so a killed run
 continues with ``missing_shards``.
 """
 
-import errno
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -24,26 +21,27 @@ from robustok.config import differences
 from robustok.data.order import batch_indices
 from robustok.devices import rank_rows
 from robustok.errors import UserError
+from robustok.files import one_line, temporary_path, write_file
 
-OPTIONAL = {"flips", "crops"}  # fields of a shard that are 0 where they are not stored
+OPTIONAL = {"flips", "crops"}  # fields of a shard that are 0 if they are not stored
 LatentType = Literal["float32", "float16", "bfloat16"]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a cache holds and where it comes from.
+    """Description and provenance of a cache.
 
     Attributes:
         kind: "discrete" (tokens) or "continuous".
         latent_shape: (L, D), latents per image and their width.
-        codebook_size: K; None where continuous.
+        codebook_size: K; None if continuous.
         classes: number of classes; labels are 0..classes-1.
         count: records in the whole cache.
-        shard_size: records in a shard; the last one holds the rest.
+        shard_size: records in a shard; the last one may hold fewer.
         tokenizer: digest of the tokenizer that made or will decode the latents.
         data: fingerprint of the data set behind ``indices``; None for free samples.
-        source: provenance for people and reports: sigma, sampling, seed, digest of the generator, crop.
-        dtype: how continuous latents are stored; read back they are float32. float16 ends at 65504.
+        source: provenance: sigma, sampling, seed, digest of the generator, crop.
+        dtype: stored type of continuous latents, which are float32 when read. The largest float16 is 65504.
     """
 
     kind: Literal["discrete", "continuous"]
@@ -75,14 +73,14 @@ class Manifest:
 
     @property
     def latent_type(self) -> torch.dtype:
-        """Of latents on disk; tokens have the smaller of two."""
+        """Stored type of the latents; tokens are uint16 if they fit."""
         if self.codebook_size is None:
             return getattr(torch, self.dtype)
         return torch.uint16 if self.codebook_size <= 65536 else torch.int32
 
     @property
     def record_bytes(self) -> int:
-        """Bytes of a record on disk: latents, label, index, seed and flip."""
+        """Stored bytes of a record: latents, label, index, seed and flip."""
         length, width = self.latent_shape
         return length * (width if self.codebook_size is None else 1) * self.latent_type.itemsize + 21
 
@@ -93,14 +91,14 @@ class Manifest:
 
 @dataclass(frozen=True)
 class LatentRecords:
-    """Latents with where they come from.
+    """Latents with their labels and provenance.
 
     Attributes:
         latents: tokens (N, L) int64, or (N, L, D) float32.
         labels: (N,) int64.
-        indices: (N,) int64, place in the data set; -1 for free samples.
+        indices: (N,) int64, index in the data set; -1 for free samples.
         seeds: (N,) int64, seed of each record's sampling or augmentation.
-        flips: (N,) uint8, 1 where the image was mirrored before it was encoded.
+        flips: (N,) uint8, 1 if the image was mirrored before it was encoded.
         crops: (N,) uint8, 0 for the centre crop, 1 to 5 for those of ten-crop in the order of ``crops.five_crops``.
     """
 
@@ -115,12 +113,13 @@ class LatentRecords:
 # Writing
 
 
-def create_cache(path: Path, manifest: Manifest) -> None:
-    """Start a cache, or go on with one that has the same manifest.
+def create_cache(path: str | Path, manifest: Manifest) -> None:
+    """Start a cache, or continue one that has the same manifest.
 
     Raises:
-        UserError: another cache is there (the fields that differ are named), or the folder cannot be written.
+        UserError: the folder holds another cache (the fields that differ are named), or cannot be written.
     """
+    path = Path(path)
     shards = sorted(path.glob("shard-*.safetensors")) if path.is_dir() else []
     if (path / "manifest.json").exists():
         different = differences(_read_manifest(path).plain(), manifest.plain())
@@ -133,33 +132,33 @@ def create_cache(path: Path, manifest: Manifest) -> None:
             f"{path} holds shards of unknown origin and no manifest.json; choose another folder or remove them"
         )
     else:
-        _write(path / "manifest.json", json.dumps(manifest.plain(), indent=2).encode())
+        write_file(path / "manifest.json", json.dumps(manifest.plain(), indent=2))
 
 
-def missing_shards(path: Path, rank: int = 0, world: int = 1) -> list[int]:
-    """The shards k with k % world == rank that are still to be written. Removes what a killed run left half written."""
+def missing_shards(path: str | Path, rank: int = 0, world: int = 1) -> list[int]:
+    """The shards k with k % world == rank that are not yet written. Removes half-written files of a killed run."""
     missing = [k for k in _missing(path, _read_manifest(path)) if k % world == rank]
     for k in missing:  # of this rank only: another one may be writing
-        _temporary(_shard_path(path, k)).unlink(missing_ok=True)
+        temporary_path(_shard_path(path, k)).unlink(missing_ok=True)
     return missing
 
 
 def shard_rows(manifest: Manifest, k: int) -> range:
-    """The records that shard ``k`` holds, counted over the whole cache."""
+    """The rows of shard ``k`` in the whole cache."""
     return range(k * manifest.shard_size, min((k + 1) * manifest.shard_size, manifest.count))
 
 
-def write_shard(path: Path, k: int, arrays: Mapping[str, np.ndarray | Tensor]) -> None:
+def write_shard(path: str | Path, k: int, arrays: Mapping[str, np.ndarray | Tensor]) -> None:
     """Check a shard and write it, whole or not at all.
 
     Args:
         path: folder of the cache.
         k: number of the shard.
-        arrays: ``latents`` (n, L) integers or (n, L, D) floats, ``labels``, ``indices``, ``seeds`` (n,) and if wanted
+        arrays: ``latents`` (n, L) integers or (n, L, D) floats, ``labels``, ``indices``, ``seeds`` (n,), optionally
             ``flips`` and ``crops`` (n,), where n is ``len(shard_rows(manifest, k))``.
 
     Raises:
-        UserError: a field is missing or has another shape, type or range than the manifest says; the disk is full.
+        UserError: a field is missing or contradicts the manifest in shape, type or range; the disk is full.
     """
     manifest = _read_manifest(path)
     arrays = {name: _numpy(value) if isinstance(value, Tensor) else np.asarray(value) for name, value in arrays.items()}
@@ -184,7 +183,7 @@ def write_shard(path: Path, k: int, arrays: Mapping[str, np.ndarray | Tensor]) -
     stored = {name: torch.tensor(value, dtype=types.get(name, torch.int64)) for name, value in arrays.items()}
     if not discrete and not stored["latents"].isfinite().all():
         raise UserError(f"latents of {where} are too large for {manifest.dtype}; store them as float32 or bfloat16")
-    _write(_shard_path(path, k), save(stored))
+    write_file(_shard_path(path, k), save(stored))
 
 
 # Reading
@@ -195,16 +194,15 @@ class LatentCache:
 
     Attributes:
         path: its folder.
-        manifest: what it holds.
+        manifest: its description.
 
     Raises:
         UserError: the cache is missing, incomplete or damaged.
     """
 
-    def __init__(self, path: Path):
-        self.path, self.manifest = path, _read_manifest(path)
-        missing = _missing(path, self.manifest)
-        if missing:
+    def __init__(self, path: str | Path):
+        self.path, self.manifest = Path(path), _read_manifest(path)
+        if missing := _missing(path, self.manifest):
             raise UserError(
                 f"{path} lacks {len(missing)} of {self.manifest.shards} shards, first shard {missing[0]}; "
                 "run the command that makes it again"
@@ -221,14 +219,14 @@ class LatentCache:
 
     @property
     def indices(self) -> np.ndarray:
-        """All places in the data set, (N,) int64."""
+        """All indices in the data set, (N,) int64."""
         return np.concatenate([shard["indices"] for shard in self._shards])
 
     def read(self, rows: slice | Sequence[int] | np.ndarray | Tensor) -> LatentRecords:
-        """Records by their rows, in the order asked for.
+        """Records by their rows, in the given order.
 
         Raises:
-            IndexError: a row is outside of 0..N-1.
+            IndexError: a row is outside 0..N-1.
             UserError: a token is not in the codebook, or a latent is not finite.
         """
         rows = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows, dtype=np.int64)
@@ -238,22 +236,23 @@ class LatentCache:
         if found["latents"].dtype == np.int16:  # the bits of bfloat16, which numpy does not know
             found["latents"] = torch.from_numpy(found["latents"]).view(torch.bfloat16).float().numpy()
         _check_latents(found["latents"], self.manifest, str(self.path))
-        latents = np.int64 if self.manifest.kind == "discrete" else np.float32
-        types = {"latents": latents, "labels": np.int64, "indices": np.int64, "seeds": np.int64}
+        types = dict.fromkeys(OPTIONAL, np.uint8)
+        if self.manifest.kind == "continuous":
+            types["latents"] = np.float32
         return LatentRecords(
-            **{name: torch.from_numpy(value.astype(types.get(name, np.uint8))) for name, value in found.items()}
+            **{name: torch.from_numpy(v.astype(types.get(name, np.int64))) for name, v in found.items()}
         )
 
     def _gather(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """All fields of these rows, shard by shard: rows of a large cache lie in hundreds of them."""
+        """All fields of these rows, read shard by shard."""
         stored = {f.name: self._shards[0][f.name] for f in fields(LatentRecords)}
         values = {name: np.empty((len(rows), *first.shape[1:]), first.dtype) for name, first in stored.items()}
         shards, within = np.divmod(rows, self.manifest.shard_size)
         order = shards.argsort(kind="stable")
-        for places in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1) if len(rows) else ():
-            shard = self._shards[shards[places[0]]]
+        for some in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1) if len(rows) else ():
+            shard = self._shards[shards[some[0]]]  # all rows of one shard
             for name, value in values.items():
-                value[places] = shard[name][within[places]]
+                value[some] = shard[name][within[some]]
         return values
 
     def _map(self, k: int) -> dict[str, np.ndarray]:
@@ -262,9 +261,8 @@ class LatentCache:
             bits = {torch.bfloat16: torch.int16}
             shard = {name: t.view(bits.get(t.dtype, t.dtype)).numpy() for name, t in load_file(path).items()}
         except (SafetensorError, OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
             raise UserError(
-                f"{path} is damaged ({reason}); remove it and run the command that makes it again"
+                f"{path} is damaged ({one_line(error)}); remove it and run the command that makes it again"
             ) from None
         rows = len(shard_rows(self.manifest, k))
         shard = dict.fromkeys(OPTIONAL, np.zeros(rows, dtype=np.uint8)) | shard
@@ -288,23 +286,17 @@ def check_cache(
     Raises:
         UserError: names what differs.
     """
-    manifest = cache.manifest
-    found = {
-        "tokenizer": manifest.tokenizer,
-        "latent_shape": manifest.latent_shape,
-        "codebook_size": manifest.codebook_size,
-    }
     given = {"tokenizer": tokenizer_digest, "latent_shape": latent_shape, "codebook_size": codebook_size}
     for name, value in given.items():
-        if value is not None and value != found[name]:
+        found = getattr(cache.manifest, name)
+        if value is not None and value != found:
             raise UserError(
-                f"{cache.path} was made by another tokenizer: {name} {found[name]}, expected {value}; "
-                "encode the images again"
+                f"{cache.path} was made by another tokenizer: {name} {found}, expected {value}; encode the images again"
             )
 
 
 def check_center_crops(cache: LatentCache) -> None:
-    """Refuse latents of ten-crop, whose crops are not the centre crops that post-training shows the decoder.
+    """Refuse latents of ten-crop: the images of post-training are centre crops.
 
     Raises:
         UserError: the cache holds ten-crop.
@@ -319,54 +311,57 @@ def check_center_crops(cache: LatentCache) -> None:
 def training_latents(
     cache: LatentCache, global_batch: int, seed: int, first_step: int, steps: int, rank: int = 0, world: int = 1
 ) -> Iterator[LatentRecords]:
-    """This rank's rows of the global batches of steps first_step..first_step+steps-1, as ``images.training_batches``.
+    """This rank's rows of the global batches of steps first_step..first_step+steps-1, as ``loader.training_batches``.
 
-    An epoch goes once over all records: where an image was encoded as it is and mirrored, or as ten crops, each of
-    these is a sequence of its own, shuffled with the others, as in RAR's published training. Only the rows of a batch
-    are read, so memory does not grow with the cache.
+    An epoch uses every record once. The mirrored latents or ten crops of an image are records like all others, as in
+    RAR's published training. Only the rows of a batch are read, so memory does not grow with the cache.
 
     Raises:
         UserError: the cache is smaller than the batch, or ``world`` does not divide it.
     """
     rows = rank_rows(global_batch, rank, world)
-    batch_indices(len(cache), global_batch, seed, first_step)  # complain now rather than at the first batch
-    steps_ahead = range(first_step, first_step + steps)
-    return (cache.read(batch_indices(len(cache), global_batch, seed, step)[rows]) for step in steps_ahead)
+    batch_indices(len(cache), global_batch, seed, first_step)  # raise now rather than at the first batch
+    return (
+        cache.read(batch_indices(len(cache), global_batch, seed, step)[rows])
+        for step in range(first_step, first_step + steps)
+    )
 
 
-def _read_manifest(path: Path) -> Manifest:
-    file = path / "manifest.json"
+def _read_manifest(path: str | Path) -> Manifest:
+    file = Path(path) / "manifest.json"
     if not file.is_file():
         raise UserError(
             f"no latents cache at {path} (there is no {file.name}); give the folder that encoding or pair-making wrote"
         )
     try:
         record = json.loads(file.read_text())
+        if record.get("source", {}).get("mode") == "generated":  # how version 0.1.0 called "direct"
+            record["source"]["mode"] = "direct"
         return Manifest(**(record | {"latent_shape": tuple(record["latent_shape"])}))
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         known = ", ".join(f.name for f in fields(Manifest))
         raise UserError(
             f"{file} is no manifest ({error}); expected a JSON object with {known}; remove the cache"
         ) from None
 
 
-def _missing(path: Path, manifest: Manifest) -> list[int]:
+def _missing(path: str | Path, manifest: Manifest) -> list[int]:
     return [k for k in range(manifest.shards) if not _shard_path(path, k).exists()]
 
 
 def _check_labels(labels: np.ndarray, manifest: Manifest, where: str) -> None:
     if not 0 <= labels.min() <= labels.max() < manifest.classes:
         found = f"{labels.min()} to {labels.max()}"
-        raise UserError(f"labels of {where} go from {found}, expected 0 to {manifest.classes - 1}; correct them")
+        raise UserError(f"labels of {where} are {found}, expected 0 to {manifest.classes - 1}; correct them")
 
 
 def _check_latents(latents: np.ndarray, manifest: Manifest, where: str) -> None:
     if manifest.kind == "continuous":
         if not np.isfinite(latents).all():
-            raise UserError(f"latents of {where} are not all finite numbers; make them again with a sound model")
+            raise UserError(f"latents of {where} are not all finite numbers; make them again with another snapshot")
     elif latents.size and not 0 <= latents.min() <= latents.max() < manifest.codebook_size:
         raise UserError(
-            f"tokens of {where} go from {latents.min()} to {latents.max()}, "
+            f"tokens of {where} are {latents.min()} to {latents.max()}, "
             f"expected 0 to {manifest.codebook_size - 1}; make them again with this tokenizer"
         )
 
@@ -376,29 +371,5 @@ def _numpy(values: Tensor) -> np.ndarray:
     return (values.float() if values.dtype == torch.bfloat16 else values).cpu().numpy()
 
 
-def _shard_path(path: Path, k: int) -> Path:
-    return path / f"shard-{k:05d}.safetensors"
-
-
-def _temporary(file: Path) -> Path:
-    return file.with_name(f".{file.name}.tmp")
-
-
-def _write(file: Path, content: bytes) -> None:
-    """Write beside, flush to the disk, then rename: a reader or a crash never sees half a file."""
-    temporary = _temporary(file)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, file)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = "free some space and run the same command again" if full else "check the folder"
-        raise UserError(
-            f"cannot write {file}: {error.strerror}; {remedy}; the shards written so far are valid"
-        ) from None
+def _shard_path(path: str | Path, k: int) -> Path:
+    return Path(path) / f"shard-{k:05d}.safetensors"

@@ -1,14 +1,15 @@
-"""The order in which training goes through a data set: a function of (seed, step) alone."""
+"""The order of training images: a function of (seed, step) alone."""
 
 from functools import lru_cache
 
 import numpy as np
 
 from robustok.errors import UserError
+from robustok.randomness import raw_numbers
 
 
 def batch_indices(count: int, global_batch: int, seed: int, step: int) -> np.ndarray:
-    """Places (global_batch,) int64 of a step's images: a shuffle for each epoch, its incomplete last batch dropped.
+    """Indices (global_batch,) int64 of a step's images: every epoch is shuffled and its incomplete last batch dropped.
 
     Raises:
         UserError: the batch is larger than the set.
@@ -22,13 +23,13 @@ def batch_indices(count: int, global_batch: int, seed: int, step: int) -> np.nda
 
 
 def batch_seeds(global_batch: int, seed: int, step: int) -> np.ndarray:
-    """Seeds (global_batch,) int64 >= 0, one for whatever is random about each row of a step's global batch."""
-    return (np.random.PCG64([2, seed, step]).random_raw(global_batch) >> np.uint64(1)).astype(np.int64)
+    """Seeds (global_batch,) int64 >= 0 of the augmentation of each row of a step's global batch."""
+    return (raw_numbers((2, seed, step), global_batch) >> np.uint64(1)).astype(np.int64)
 
 
 @lru_cache(maxsize=2)  # 100 MB each for ImageNet's ten crops
 def shuffle(count: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation (count,) int64. NumPy promises that PCG64's raw stream never changes, but not ``permutation``."""
-    order = np.random.PCG64([1, seed, epoch]).random_raw(count).argsort(kind="stable")
+    """A permutation (count,) int64. Not NumPy's ``permutation``, whose results may change with its version."""
+    order = raw_numbers((1, seed, epoch), count).argsort(kind="stable")
     order.flags.writeable = False
     return order

@@ -1,4 +1,4 @@
-"""The only crossings between images, float32 in [-1, 1], and pixels, uint8."""
+"""The only conversions between images, float32 in [-1, 1], and pixels, uint8."""
 
 from pathlib import Path
 
@@ -7,8 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from robustok.errors import UserError
-
-# Value ranges
+from robustok.files import atomic_file
 
 
 def to_pixels(images: Tensor) -> Tensor:
@@ -27,18 +26,17 @@ def to_pixels(images: Tensor) -> Tensor:
 
 def from_pixels(pixels: Tensor) -> Tensor:
     """Pixels uint8 of any shape to images float32 in [-1, 1]; ``to_pixels`` gives the same pixels back."""
-    return pixels.to(torch.float32, copy=True).div_(127.5).sub_(1)  # in place: a third of the memory traffic
+    return pixels.to(torch.float32, copy=True).div_(127.5).sub_(1)  # in place, to save memory traffic
 
 
-def save_picture(path: Path, images: Tensor) -> None:
-    """Write a sheet of images (rows, columns, 3, H, W) in [-1, 1] as PNG, every pixel as it is."""
+def save_picture(path: str | Path, images: Tensor) -> None:
+    """Write a grid of images (rows, columns, 3, H, W) in [-1, 1] as PNG.
+
+    Raises:
+        UserError: the disk is full, or the file cannot be written.
+    """
     rows, columns, _, height, width = images.shape
     pixels = to_pixels(images.flatten(0, 1)).view(rows, columns, 3, height, width)
     sheet = pixels.permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, 3)  # (rows * H, columns * W, 3)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(sheet.cpu().numpy()).save(path)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; free some space and run the same command again"
-        ) from None
+    with atomic_file(path) as temporary:
+        Image.fromarray(sheet.cpu().numpy()).save(temporary, "PNG")

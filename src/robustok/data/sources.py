@@ -1,10 +1,9 @@
-"""Where images come from: a configuration for each kind of data set, and the function that finds its files.
+"""The kinds of data set: a configuration for each, and the function that finds its files.
 
-A :class:`Source` opens images by row; ``robustok.data.dataset`` crops them and makes batches. To add a data set: a
-configuration in ``Data``, a function (configuration, split) -> ``Source``, and a line in ``DATASETS``.
+A :class:`Source` opens images by row; ``robustok.data.dataset`` crops them and makes batches. To add a data set, write
+a configuration for ``Data``, a function (configuration, split) -> ``Source``, and a line in ``DATASETS``.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -22,14 +21,18 @@ from PIL import Image
 from pydantic import Field
 
 from robustok.config import Config
-from robustok.data.arrays import ImageArray, open_array
+from robustok.data.arrays import open_array
 from robustok.data.crops import RGB
 from robustok.errors import UserError
+from robustok.files import bytes_digest, one_line
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-SPLITS = {"train": ["train"], "test": ["val", "validation", "test"]}  # names on disk; the first one found is taken
+SPLITS = {"train": ["train"], "test": ["val", "validation", "test"]}  # names on disk; the first one found is used
 
 Split = Literal["train", "test"]
+Holdout = Annotated[
+    float, Field(ge=0, lt=1, description="test share of a source with one split; 0: both are all of it")
+]
 
 
 class _DataConfig(Config):
@@ -60,35 +63,35 @@ class Cifar10(_DataConfig):
 
 
 class Folder(_DataConfig):
-    """Image files as CLASS/FILE, or train/CLASS/FILE beside val, validation or test. Without CLASS: one class, all."""
+    """Image files as CLASS/FILE, or train/CLASS/FILE beside val, validation or test. Without CLASS: one class."""
 
     name: Literal["folder"] = "folder"
     path: Path = Field(description="the folder")
-    holdout: float = Field(0.1, ge=0, lt=1, description="test share of a source with one split; 0: both are all of it")
+    holdout: Holdout = 0.1
 
 
 class Parquet(_DataConfig):
-    """Parquet files as on the Hugging Face Hub: encoded images in one column, ``label`` in another.
+    """Parquet files as on the Hugging Face Hub: encoded images in the column ``img`` or ``image``, and ``label``.
 
-    Files with train, val, validation or test in their names are those splits. Training on many gigabytes reads a row
-    group for almost every image, which is slow: extract such images to a folder.
+    Files with train, val, validation or test in their names are those splits. Training on many gigabytes is slow, as it
+    reads a row group for almost every image: extract such images to a folder.
     """
 
     name: Literal["parquet"] = "parquet"
     path: Path = Field(description="a file, a folder or a glob")
-    holdout: float = Field(0.1, ge=0, lt=1, description="test share of a source with one split; 0: both are all of it")
+    holdout: Holdout = 0.1
 
 
 class Npz(_DataConfig):
-    """An array of images: ``.npz`` with ``arr_0`` (uint8 NHWC) as ADM's evaluation takes it, or ``.npy``.
+    """An array of images: ``.npz`` with ``arr_0`` (uint8 NHWC) as in ADM's evaluation, or ``.npy``.
 
-    Labels may be beside it as ``arr_1`` or ``labels``. Nothing is loaded as a whole. A compressed .npz can only be read
-    from front to back: to train on a large one, save it as .npy first.
+    The .npz may have labels as ``arr_1`` or ``labels``. A compressed .npz can only be read from front to back: to train
+    on a large one, save it as .npy first.
     """
 
     name: Literal["npz"] = "npz"
     path: Path = Field(description="the .npz or .npy file")
-    holdout: float = Field(0.1, ge=0, lt=1, description="test share of a source with one split; 0: both are all of it")
+    holdout: Holdout = 0.1
 
 
 Data = Annotated[Digits | Cifar10 | Folder | Parquet | Npz, Field(discriminator="name")]
@@ -99,13 +102,13 @@ class Source:
     """Images and labels before any decoding.
 
     Attributes:
-        name: what to call it in results.
-        open: row 0..N-1 -> image. May raise anything when the image is broken. Picklable: data workers get a copy.
-        where: row -> what to call the image in messages.
+        name: its name in results.
+        open: row 0..N-1 -> image. May raise anything if the image is broken. Picklable: data workers get a copy.
+        where: row -> name of the image in messages.
         labels: (N,) int64 in 0..len(classes)-1.
         classes: names of the classes.
-        identity: what tells this content from another: digest of file names and sizes, or of the bytes.
-        whole: the source has one split only, from which the test images are still to be held out.
+        identity: digest of the file names and sizes, or of the bytes.
+        whole: the source has one split only, from which the test images must be held out.
         shape: (H, W) of every image; None where files may differ.
     """
 
@@ -122,12 +125,12 @@ class Source:
 def _array_source(name: str, pixels: np.ndarray, labels: Sequence[int], classes: list[str], whole: bool) -> Source:
     """Images (N, H, W) or (N, H, W, 3) uint8 in memory."""
     where, identity = partial("{} image {}".format, name), bytes_digest(pixels.tobytes())
-    opener = partial(_open_array, pixels)
+    opener = partial(_to_image, partial(getitem, pixels))
     return Source(name, opener, where, np.array(labels), classes, identity, whole, pixels.shape[1:3])
 
 
-def _open_array(pixels: np.ndarray, row: int) -> Image.Image:
-    return Image.fromarray(pixels[row])
+def _to_image(pixels: Callable[[int], np.ndarray], row: int) -> Image.Image:
+    return Image.fromarray(pixels(row))
 
 
 def _digits(data: Digits, split: Split) -> Source:
@@ -162,15 +165,15 @@ def _folder(data: Folder, split: Split) -> Source:
     folders = {key: next((root / name for name in names if name in inside), None) for key, names in SPLITS.items()}
     found = [folder for folder in folders.values() if folder]
     if not folders["train"] and inside - set(SPLITS["test"]):
-        found = []  # a class that happens to be called "test"
+        found = []  # "test" is the name of a class
     whole = len(found) < 2
     folder = (found[0] if found else root) if whole else folders[split]
-    # Both splits count classes as the training images do, so that a class without test images moves no label.
+    # Both splits number the classes of the training images, so that a class without test images changes no label.
     classes = _subfolders(found[0] if found else root)
     if unknown := sorted(set(_subfolders(folder)) - set(classes)):
         raise UserError(f"{folder} has classes that {found[0]} lacks: {', '.join(unknown[:5])}; give both the same")
     files = [(file, size, label) for label, name in enumerate(classes) for file, size in _image_files(folder / name)]
-    if not files:  # no classes: one class
+    if not files:  # images without class folders
         classes = ["all"]
         files = [(file, size, 0) for file, size in _image_files(folder, deep=False)]
     if not files:
@@ -202,7 +205,7 @@ def _image_files(folder: Path, deep: bool = True) -> Iterator[tuple[str, int]]:
             continue
         if entry.is_dir():
             yield from _image_files(Path(entry.path)) if deep else ()
-        elif Path(entry.name).suffix.lower() in SUFFIXES:  # a dangling link will be found broken when it is read
+        elif Path(entry.name).suffix.lower() in SUFFIXES:  # a dangling link is reported when it is read
             yield entry.path, entry.stat().st_size if entry.is_file() else 0
 
 
@@ -231,7 +234,7 @@ def _parquet(data: Parquet, split: Split) -> Source:
             first += parquet.metadata.row_group(group).num_rows
         labels += found
         identity.append(f"{file.name} {file.stat().st_size}")
-    # Hugging Face data sets keep the names of the classes in the schema.
+    # Hugging Face data sets store the names of the classes in the schema.
     features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
     numbers = [str(i) for i in range(max(labels, default=0) + 1)]
     classes = features.get("label", {}).get("names") or (numbers if "label" in schema.names else ["all"])
@@ -242,7 +245,15 @@ def _parquet(data: Parquet, split: Split) -> Source:
 
 @dataclass(frozen=True)
 class _RowGroup:
-    """The unit in which parquet is read: ``start`` and ``first`` are its first row in the source and in the file."""
+    """A row group, the unit in which parquet is read.
+
+    Attributes:
+        file: path of the parquet file.
+        number: number of the group in the file.
+        column: column of the images.
+        start: its first row, counted in the source.
+        first: its first row, counted in the file.
+    """
 
     file: str
     number: int
@@ -251,8 +262,12 @@ class _RowGroup:
     first: int
 
 
+def _group_of(groups: list[_RowGroup], row: int) -> _RowGroup:
+    return groups[bisect_right(groups, row, key=attrgetter("start")) - 1]
+
+
 def _open_row(groups: list[_RowGroup], row: int) -> Image.Image:
-    group = groups[bisect_right(groups, row, key=attrgetter("start")) - 1]
+    group = _group_of(groups, row)
     value = _read_group(group)[row - group.start].as_py()
     if isinstance(value, dict) and not value.get("bytes"):  # {"bytes": None, "path": ...}
         return Image.open(Path(group.file).parent / value["path"])
@@ -260,7 +275,7 @@ def _open_row(groups: list[_RowGroup], row: int) -> Image.Image:
 
 
 def _where_row(groups: list[_RowGroup], row: int) -> str:
-    group = groups[bisect_right(groups, row, key=attrgetter("start")) - 1]
+    group = _group_of(groups, row)
     return f"{group.file} row {row - group.start + group.first}"
 
 
@@ -300,19 +315,15 @@ def _npz(data: Npz, split: Split) -> Source:
     classes = ["all"] if labels is None else [str(i) for i in range(max(0, labels.max()) + 1)]
     labels = np.zeros(count, dtype=np.int64) if labels is None else labels
     where, identity = partial("{} image {}".format, path), bytes_digest(f"{array.shape} {array.checksum}".encode())
-    opener = partial(_open_array_row, array)
+    opener = partial(_to_image, array.read)
     return Source(path.name, opener, where, labels, classes, identity, True, (height, width))
 
 
-def _open_array_row(array: ImageArray, row: int) -> Image.Image:
-    return Image.fromarray(array.read(row))
-
-
-def data_at(path: str | Path) -> "Folder | Parquet | Npz":
-    """The data set at a path, all of its images: a folder of images, an .npz or .npy file, or parquet files.
+def data_at(path: str | Path) -> Folder | Parquet | Npz:
+    """The data set at a path, with all its images: a folder of images, an .npz or .npy file, or parquet files.
 
     Raises:
-        UserError: nothing is there, or it is none of these.
+        UserError: the path does not exist, or is none of these.
     """
     path = Path(path).expanduser()
     accepted = "a folder of images, an .npz or .npy file (arr_0, uint8 NHWC), or parquet (a file, a folder, a glob)"
@@ -324,21 +335,11 @@ def data_at(path: str | Path) -> "Folder | Parquet | Npz":
         found = "is a file of another kind" if path.exists() else "does not exist"
         raise UserError(f"{path} {found}; expected {accepted}")
     if (path / "manifest.json").is_file():
-        raise UserError(f"{path} holds latents, which a tokenizer has to decode first; expected {accepted}")
+        raise UserError(f"{path} holds latents, which a tokenizer must decode first; expected {accepted}")
     if (path / "config.yaml").is_file():
-        raise UserError(f"{path} holds a model or a run, which makes images and has none; expected {accepted}")
+        raise UserError(f"{path} holds a model or a run, not images; expected {accepted}")
     parquet = not any(_image_files(path)) and any(path.rglob("*.parquet"))
     return Parquet(path=path, holdout=0) if parquet else Folder(path=path, holdout=0)
-
-
-def bytes_digest(content: bytes) -> str:
-    """Twelve hexadecimal digits that tell this content from other content."""
-    return hashlib.sha256(content).hexdigest()[:12]
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, on one line; its type where it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 DATASETS = {"digits": _digits, "cifar10": _cifar10, "folder": _folder, "parquet": _parquet, "npz": _npz}

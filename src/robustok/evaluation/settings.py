@@ -10,7 +10,7 @@ their features computed once for all metrics.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -23,17 +23,6 @@ from robustok.metrics.features import ExtractorConfig
 from robustok.metrics.lpips import Backbone
 from robustok.metrics.noise import NoiseGrid
 from robustok.metrics.pfid import PerturbedGrid, RelativeGrid
-
-# Settings before they were grouped, and what they are now.
-RENAMED = {
-    **{name: f"samples.{name}" for name in ("latents", "decoders", "generator", "count", "sets", "sampling")},
-    **{name: f"comparison.{name}" for name in ("halves", "distance_dtype", "shuffle")},
-    **{name: f"pfid.{name}" for name in ("grid", "noise", "include_self")},
-    "perturbation_seeds": "pfid.seeds",
-    "lpips_net": "lpips.net",
-    "lpips_weights": "lpips.weights",
-    "paired": "paired_images.NAME=PATH in place of images.NAME=PATH",
-}
 
 
 def _known_metrics(names: list[str] | Literal["all"]) -> list[str] | Literal["all"]:
@@ -138,14 +127,6 @@ class EvaluateRun(Config):
     @property
     def _inception(self) -> bool:
         return self.extractor is not None and self.extractor.name == "inception"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_renamed_settings(cls, settings: Any) -> Any:
-        for name in RENAMED if isinstance(settings, dict) else ():
-            if name in settings:
-                raise ValueError(f"the setting {name} is now {RENAMED[name]}")
-        return settings
 
     @model_validator(mode="after")
     def _something_to_do(self) -> "EvaluateRun":

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from robustok.config import Config
 from robustok.errors import UserError
-from robustok.metrics.pfid import GridDistance, image_draws
+from robustok.metrics.pfid import GridDistance
+from robustok.randomness import image_draws
 
 
 class NoiseGrid(Config):

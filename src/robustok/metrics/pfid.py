@@ -6,7 +6,6 @@ images are encoded once; each cell of the grid perturbs the cached tokens, decod
 no tokens; for them ``noise.py`` defines another metric under another name.
 """
 
-import hashlib
 import math
 import time
 from abc import ABC, abstractmethod
@@ -31,6 +30,7 @@ from robustok.metrics.frechet import (
     mean_and_standard_error,
 )
 from robustok.metrics.processes import ALONE, Processes
+from robustok.randomness import image_draws
 from robustok.tokenizers.perturbation import PerturbationDraw, apply_draw, nearest_codes
 from robustok.types import FeatureExtractor
 
@@ -327,25 +327,6 @@ def perturbed_tokens(tokens: Tensor, neighbours: Tensor, rate: float, seed: int,
     positions = draws[:, 0].argsort(dim=1).argsort(dim=1) < round(rate * length)  # (n, L)
     draw = PerturbationDraw(torch.ones(len(indices), dtype=torch.bool), positions, draws[:, 1])
     return apply_draw(tokens[indices], neighbours, draw.to(tokens.device))
-
-
-def image_draws(draw: Callable[..., Tensor], key: str, indices: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Random numbers (n, *shape) that depend on the key and the image's index alone, not on its batch or process.
-
-    One generator is seeded anew for each image, in about 30 microseconds. A CPU generator uses 32 bits of its seed, so
-    the key gives the seed of image 0 and the others count on from there: no two images of a cell share their draws.
-
-    Args:
-        draw: ``torch.rand`` or ``torch.randn``.
-        key: names what the draws are for, with its seed.
-        indices: (n,) int64, of the images in the set.
-        shape: of one image's draws.
-    """
-    start = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big")
-    rng, draws = torch.Generator(), torch.empty(len(indices), *shape)
-    for row, index in zip(draws, indices.tolist(), strict=True):
-        draw(shape, generator=rng.manual_seed((start + index) % 2**32), out=row)
-    return draws
 
 
 def geometric_mean(values: Sequence[float]) -> float:

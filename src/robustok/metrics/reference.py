@@ -4,10 +4,7 @@ One .npz file without pickles. ``mu``, ``sigma``, ``mu_s`` and ``sigma_s`` are t
 either evaluator reads the other's files. ``name``, ``data`` and ``count`` are ours.
 """
 
-import hashlib
-import os
 import re
-import tempfile
 import zlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
@@ -21,6 +18,7 @@ import torch
 from torch import Tensor
 
 from robustok.errors import UserError
+from robustok.files import atomic_file, bytes_digest, one_line
 from robustok.metrics.frechet import GaussianStatistics, covariance_factor
 
 # Raised by numpy and zipfile for damaged files and files of other formats.
@@ -77,7 +75,7 @@ class Reference:
     def digest(self) -> str:
         """Eight hexadecimal digits of a SHA-256 of the statistics."""
         arrays = (self.statistics.mean, self.statistics.covariance)
-        return hashlib.sha256(b"".join(array.cpu().numpy().tobytes() for array in arrays)).hexdigest()[:8]
+        return bytes_digest(b"".join(array.cpu().numpy().tobytes() for array in arrays), 8)
 
     def describe(self) -> str:
         """The images, their number and the digest of the statistics, for the ``reference`` of a result."""
@@ -98,22 +96,8 @@ def save_reference(reference: Reference, path: str | Path) -> None:
         arrays["features"] = reference.features.detach().float().cpu().numpy()
     origin = {"name": reference.name, "data": reference.data, "count": reference.count}
     arrays |= {key: np.array(value) for key, value in origin.items() if value is not None}
-    path = Path(path)
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            np.savez(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)  # temporary files are private; a reference is as public as its folder
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another folder or free some space") from None
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+    with atomic_file(path, shared=True) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 def load_reference(
@@ -204,7 +188,7 @@ def cached_reference(
 
 def reference_path(folder: str | Path, name: str, data: str, count: int) -> Path:
     """Where :func:`cached_reference` keeps a reference: the extractor, the count and a digest of all three."""
-    digest = hashlib.sha256("\n".join((name, data, str(count))).encode()).hexdigest()[:DIGITS]
+    digest = bytes_digest("\n".join((name, data, str(count))).encode(), DIGITS)
     readable = re.sub(r"[^A-Za-z0-9._-]+", "-", name)
     return Path(folder) / f"{readable}-{count}-{digest}.npz"
 
@@ -233,8 +217,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
                 raise UserError(f"{path} holds {holds} and lacks {', '.join(missing)}; {remedy}")
             return {key: _array(path, file, key) for key in (*NUMBERS, "name", "data", "count") if key in found}
     except UNREADABLE as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path} is cut off or damaged ({reason}); copy or compute it again") from None
+        raise UserError(f"{path} is cut off or damaged ({one_line(error)}); copy or compute it again") from None
 
 
 def _array(path: Path, file: "np.lib.npyio.NpzFile", key: str) -> np.ndarray:

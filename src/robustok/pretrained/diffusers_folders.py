@@ -20,7 +20,7 @@ from torch import nn
 
 from robustok.checkpoints import read_checkpoint, write_checkpoint
 from robustok.errors import UserError
-from robustok.files import atomic_folder
+from robustok.files import atomic_folder, one_line
 from robustok.hub import download_folder, is_remote
 
 AUTOENCODERS = ("vae", "vqvae", "movq")  # folders of a pipeline that may hold a tokenizer
@@ -111,7 +111,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except OSError:
         raise UserError(f"{file} is missing; copy the whole folder") from None
     except ValueError as error:
-        raise UserError(f"{file} is no JSON ({_line(error)}); copy it again") from None
+        raise UserError(f"{file} is no JSON ({one_line(error, 200)}); copy it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{file} holds no JSON object; copy it again")
     return content
@@ -131,7 +131,9 @@ def build_network(class_name: str, settings: Mapping[str, Any]) -> nn.Module:
         with _quietly():
             return getattr(diffusers, class_name).from_config(dict(settings))
     except Exception as error:  # diffusers validates with errors of many types
-        raise UserError(f"diffusers makes no {class_name} of these settings ({_line(error)}); correct them") from None
+        raise UserError(
+            f"diffusers makes no {class_name} of these settings ({one_line(error, 200)}); correct them"
+        ) from None
 
 
 def load_network(network: nn.Module, found: Component) -> None:
@@ -148,7 +150,7 @@ def load_network(network: nn.Module, found: Component) -> None:
                     safe, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
                 )
         except Exception as error:  # of many types, all of which the user can act on
-            reason = f"cannot be loaded as {found.class_name} ({_line(error)})"
+            reason = f"cannot be loaded as {found.class_name} ({one_line(error, 200)})"
             raise UserError(f"{folder} {reason}; copy it again") from None
     problems = [f"{kind.removesuffix('_keys')} {name}" for kind, names in report.items() for name in names]
     if problems:
@@ -200,7 +202,3 @@ def _quietly() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

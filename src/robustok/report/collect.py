@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from robustok.errors import UserError
+from robustok.files import one_line
 
 STAGES = ("classifier", "tokenizer", "generator", "pairs", "post", "control")  # in the order of training
 
@@ -179,7 +180,7 @@ class _Files:
             with np.load(path, allow_pickle=False) as file:
                 return _picture({key: file[key] for key in file.files}, path.stem)
         except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
-            self.note(path, f"{' '.join(str(error).split()) or 'not readable'}; skipped.")
+            self.note(path, f"{one_line(error)}; skipped.")
             return None
 
 

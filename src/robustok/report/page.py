@@ -1,11 +1,9 @@
 """A :class:`Report` to one HTML page that needs no network, no other files, and no script for its content."""
 
 import base64
-import contextlib
 import hashlib
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from robustok.errors import UserError
+from robustok.files import write_file
 from robustok.report import changes, figures, names, sweeps
 from robustok.report.collect import Report, Result, collect, natural
 from robustok.report.names import joined
@@ -31,15 +29,7 @@ def write_report(folder: str | Path, out: str | Path | None = None, title: str |
     """
     out = Path(folder) / "report.html" if out is None else Path(out)
     page = render(collect(folder, title))
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(page, encoding="utf-8", errors="replace")
-        os.replace(partial, out)  # a reader gets the old page or the new one, never half of one
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise UserError(f"cannot write the report {out}: {error.strerror}; choose another file with out=PATH") from None
+    write_file(out, page, shared=True)
     return out
 
 

@@ -97,4 +97,4 @@ def frozen_weights(tokenizer: Tokenizer) -> dict[str, torch.Tensor]:
 
 def encoder_digest(tokenizer: Tokenizer) -> str:
     """Names the latent space: equal for a tokenizer and its post-trained self, whose decoder alone differs."""
-    return getattr(tokenizer, "latent_space", None) or tensor_digest(frozen_weights(tokenizer))
+    return tokenizer.latent_space or tensor_digest(frozen_weights(tokenizer))

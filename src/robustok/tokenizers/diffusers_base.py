@@ -44,6 +44,7 @@ class DiffusersTokenizer(nn.Module):
     levels: tuple[str, int] = ("block_out_channels", 1)
     licence = "that of the model card which came with the weights"
     image_range = (-1.0, 1.0)
+    latent_space: str | None = None
 
     def __init__(self, config: DiffusersConfig, pretrained: bool = False) -> None:
         super().__init__()

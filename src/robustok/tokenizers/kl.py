@@ -127,6 +127,7 @@ class KL(nn.Module):
 
     kind = "continuous"
     licence = "MIT"
+    latent_space: str | None = None
     image_range = (-1.0, 1.0)
 
     def __init__(self, config: KLConfig, pretrained: bool = False) -> None:

@@ -110,6 +110,7 @@ class MAETok(nn.Module):
 
     kind = "continuous"
     image_range = (-1.0, 1.0)
+    latent_space: str | None = None
     licence = "apache-2.0 according to the model page; the released code has no licence file"
 
     def __init__(self, config: MAETokConfig) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from robustok.backbones import pretrained_backbone
 from robustok.config import Config
 from robustok.errors import UserError
+from robustok.files import one_line
 from robustok.tokenizers.perturbation import PerturbationConfig, PerturbationDraw, perturbed_pass
 from robustok.tokenizers.quantizer import QuantizerConfig, VectorQuantizer
 from robustok.types import TokenizerOutput
@@ -103,6 +104,7 @@ class RobusTok(nn.Module):
 
     kind = "discrete"
     image_range = (-1.0, 1.0)
+    latent_space: str | None = None
     licence = "none: the weights were released without a licence"
 
     def __init__(self, config: RobusTokConfig, pretrained: bool = False) -> None:
@@ -283,7 +285,7 @@ def _start_pretrained(vit: VisionTransformer, config: ViTConfig, size: dict[str,
     try:
         vit.load_state_dict(source.state_dict())
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error, 160)
         raise UserError(
             f"{config.pretrained} is no plain vision transformer with a class token ({reason}); choose another"
         ) from None

@@ -38,6 +38,7 @@ class VQTokenizer(nn.Module):
 
     kind = "discrete"
     licence: str
+    latent_space: str | None = None
     image_range = (-1.0, 1.0)
 
     def __init__(self, config: VQConfig) -> None:

@@ -348,7 +348,7 @@ def _header(
 ) -> dict[str, Any]:
     """What a snapshot says: all that the original says, and how its decoder was post-trained."""
     original, source = read_header(run.tokenizer), pairs.manifest.source
-    if licence := original.get("licence") or getattr(average, "licence", None):
+    if licence := original.get("licence") or average.licence:
         original["licence"] = licence
     policy = _policy(run)
     header = original | {

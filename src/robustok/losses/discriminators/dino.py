@@ -21,6 +21,7 @@ from robustok.backbones import ImageNetRange, pretrained_backbone
 from robustok.checkpoints import depth_of, flatten_config, ratio_of, settle, shape_of
 from robustok.config import Config, validate
 from robustok.errors import UserError
+from robustok.files import one_line
 
 
 class DinoConfig(Config):
@@ -92,7 +93,7 @@ class DinoBackbone(nn.Module):
         try:
             self.vit.load_state_dict(state)
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             raise UserError(f"the weights do not fit the discriminator's backbone: {reason}; set its sizes") from None
         return self
 
@@ -320,7 +321,7 @@ def load_heads(weights: Mapping[str, Tensor], config: Mapping[str, Any] | None =
     try:
         heads.load_state_dict(weights)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise UserError(f"the weights are not those of the discriminator's heads: {reason}; check the file") from None
     return heads
 

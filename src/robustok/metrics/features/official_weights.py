@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from robustok.errors import UserError
+from robustok.files import one_line
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def _cached(url: str, name: str, what: str, setting: str) -> Path:
                 url, map_location="cpu", progress=False, check_hash=True, weights_only=True
             )
         except (OSError, RuntimeError) as error:  # no network, no space; a hash that does not fit
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             put = f"download {url} elsewhere and put it there, or give its path as {setting}=FILE"
             raise UserError(f"the {what} weights are not at {path} and did not arrive ({reason}); {put}") from None
     return path
