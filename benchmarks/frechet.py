@@ -14,12 +14,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from robustok.metrics.frechet import (
-    GaussianStatistics,
-    covariance_factor,
-    frechet_distance,
-    frechet_distance_of_features,
-)
+from robustok.metrics.frechet import GaussianStatistics, covariance_factor, factor_of_features, frechet_distance
 
 DIM = 2048
 Timed = tuple[float, float]  # CPU and wall seconds
@@ -54,11 +49,19 @@ def law(
     return GaussianStatistics.from_moments(mean, a, None), GaussianStatistics.from_moments(shifted, b, None), truth
 
 
+def of_features(x: Tensor, y: Tensor) -> float:
+    """The distance of fewer images than features: tr (S_a S_b)^(1/2) is the sum of the singular values of X Y^T."""
+    a, b = factor_of_features(x), factor_of_features(y)  # (F, N), (F, M)
+    shift = x.mean(dim=0, dtype=torch.float64) - y.mean(dim=0, dtype=torch.float64)
+    root = torch.linalg.svdvals(a.T @ b).sum()
+    return (shift.square().sum() + a.square().sum() + b.square().sum() - 2 * root).item()
+
+
 def few(rng: torch.Generator, images: int) -> tuple[GaussianStatistics, GaussianStatistics, float, Timed]:
     """Two sets of fewer images than features, and their distance from the features themselves."""
     scales = 5 / torch.arange(1, DIM + 1).sqrt()
     x, y = (scales * torch.randn(images, DIM, generator=rng) + shift for shift in (0.0, 0.03))
-    truth, timed = seconds(lambda: frechet_distance_of_features(x, y))
+    truth, timed = seconds(lambda: of_features(x, y))
     return GaussianStatistics.of(x), GaussianStatistics.of(y), truth, timed
 
 

@@ -25,8 +25,8 @@ from robustok.data.dataset import open_images
 from robustok.data.loader import batches_in_order
 from robustok.data.pixels import to_pixels
 from robustok.data.sources import Digits, Folder, Parquet
-from robustok.metrics import GaussianStatistics, frechet_distance
 from robustok.metrics.features.inception import INPUT_SIZE, InceptionExtractor, resize_like_tensorflow
+from robustok.metrics.frechet import GaussianStatistics, frechet_distance
 
 BATCH = 16
 REPEATS = 3

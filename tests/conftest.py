@@ -61,8 +61,8 @@ def words(verb: str, home: Path, out: str) -> list[str]:
         "evaluate": [
             *DATA,
             f"tokenizer={at['tokenizer']}",
-            f"latents=[{at['samples']}]",
-            f"decoders={{original: {at['tokenizer']}, post_trained: {at['post']}}}",
+            f"samples.latents=[{at['samples']}]",
+            f"samples.decoders={{original: {at['tokenizer']}, post_trained: {at['post']}}}",
             f"extractor.path={at['classifier']}",
         ],
     }

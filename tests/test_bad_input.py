@@ -106,7 +106,7 @@ def test_preservation_outside_of_its_range(refused, pipeline, tmp_path, sigma):
 
 
 def test_more_neighbours_than_codes_in_an_evaluation(refused, pipeline, tmp_path):
-    grid = ["grid.name=explicit", "grid.rates=[0.5]", "grid.codes=[16]"]
+    grid = ["pfid.grid.name=explicit", "pfid.grid.rates=[0.5]", "pfid.grid.codes=[16]"]
     refused(
         *words("evaluate", pipeline, str(tmp_path / "e")), *grid, said=("strength is 16", "16 codes", "15 neighbours")
     )
@@ -302,7 +302,7 @@ def test_a_cache_of_another_tokenizer(refused, pipeline, other, tmp_path):
     said = ("was made by another tokenizer",)
     refused(*words("make-pairs", pipeline, out), f"latents={other / 'latents'}", said=said)
     refused(*words("post-train", pipeline, out), f"pairs={other / 'pairs'}", said=said)
-    refused(*words("evaluate", pipeline, out), f"latents=[{other / 'samples'}]", said=said)
+    refused(*words("evaluate", pipeline, out), f"samples.latents=[{other / 'samples'}]", said=said)
     held_out = [f"held_out.latents={other / 'samples'}", f"held_out.extractor.path={pipeline / 'classifier'}"]
     refused(*words("post-train", pipeline, out), *held_out, said=said)
     decode = ["images=npz", f"tokenizer={other / 'tokenizer'}"]

@@ -22,14 +22,18 @@ def blocks(language: str) -> list[str]:
 def test_the_python_example_runs(pipeline, tmp_path, monkeypatch):
     def settings(verb: str, *without: str) -> dict:
         given = [w for w in words(verb, pipeline, "out")[1:] if not w.startswith(without)]
-        merged = load(COMMANDS[verb].load()[1], None, given if verb == "post-train" else [*given, "decoders.a=b"])
+        merged = load(
+            COMMANDS[verb].load()[1], None, given if verb == "post-train" else [*given, "samples.decoders.a=b"]
+        )
         return merged.model_dump(mode="json") | {"out": str(tmp_path / f"runs/{verb}")}
 
     (tmp_path / "runs").mkdir()
     for name in ("tokenizer", "generator"):
         (tmp_path / "runs" / name).symlink_to(pipeline / name)
     (tmp_path / "post.yaml").write_text(yaml.safe_dump(settings("post-train")))
-    (tmp_path / "evaluate.yaml").write_text(yaml.safe_dump(settings("evaluate", "decoders") | {"decoders": {}}))
+    evaluation = settings("evaluate", "samples.decoders")
+    evaluation["samples"]["decoders"] = {}
+    (tmp_path / "evaluate.yaml").write_text(yaml.safe_dump(evaluation))
     monkeypatch.chdir(tmp_path)
     example, _ = blocks("python")
     place = {}

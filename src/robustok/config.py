@@ -33,6 +33,12 @@ RENAMED_KEYS = {
     "mixture.precision": "cache.precision",
     "mixture.compile": "cache.compile",
     "mixture.latent_dtype": "cache.dtype",
+    **{name: f"samples.{name}" for name in ("latents", "decoders", "generator", "count", "sets", "sampling")},
+    **{name: f"comparison.{name}" for name in ("halves", "distance_dtype", "shuffle")},
+    **{name: f"pfid.{name}" for name in ("grid", "noise", "include_self")},
+    "perturbation_seeds": "pfid.seeds",
+    "lpips_net": "lpips.net",
+    "lpips_weights": "lpips.weights",
 }
 RENAMED_VALUES = {
     ("mixture.mode", "generated"): "direct",

@@ -27,6 +27,12 @@ def run(out, classifier, *words):
     return load(EvaluateRun, None, (f"out={out}", *tiny.DATA, "data.limit=101", f"extractor.path={classifier}", *words))
 
 
+def decoded(latents, **decoders):
+    """Words for latents and the tokenizers that decode them."""
+    decoders = [f"samples.decoders.{name}={path}" for name, path in decoders.items()]
+    return (f"samples.latents=[{','.join(map(str, latents))}]", *decoders)
+
+
 def by_name(measurements):
     return {m.metric: m for m in measurements}
 
@@ -47,9 +53,9 @@ def test_pfid_with_rate_zero_equals_rfid(tmp_path, tokenizer, classifier):
     words = (
         f"tokenizer={tokenizer}",
         "metrics=[rfid,pfid]",
-        "grid.name=explicit",
-        "grid.rates=[0,0.5,1]",
-        "grid.codes=[3]",
+        "pfid.grid.name=explicit",
+        "pfid.grid.rates=[0,0.5,1]",
+        "pfid.grid.codes=[3]",
     )
     found = evaluate(run(tmp_path, classifier, *words))
     rfid = by_name(found)["rfid"].value
@@ -75,18 +81,18 @@ def test_rfid_and_psnr_by_hand(tmp_path, tokenizer, classifier):
 
 def test_halves_of_pairs_give_rfid_a_standard_error(tmp_path, tokenizer, classifier):
     words = (f"tokenizer={tokenizer}", "metrics=[rfid]")
-    (bare,), (told,) = (evaluate(run(tmp_path, classifier, *words, f"halves={n}")) for n in (0, 20))
-    assert told.value == bare.value
+    (bare,), (halved,) = (evaluate(run(tmp_path, classifier, *words, f"comparison.halves={n}")) for n in (0, 20))
+    assert halved.value == bare.value
     assert bare.standard_error is None
-    assert 0 < told.standard_error < told.value  # unpaired halves of 50 images would differ by more than the distance
+    assert 0 < halved.standard_error < halved.value  # of unpaired halves it would be larger
 
 
 def test_counts_and_independence_of_the_batch_size(tmp_path, tokenizer, classifier):
     words = (
         f"tokenizer={tokenizer}",
         "metrics=[rfid,psnr,ssim,codebook,pfid]",
-        "grid.rates=[0.5]",
-        "grid.shares=[0.1]",
+        "pfid.grid.rates=[0.5]",
+        "pfid.grid.shares=[0.1]",
     )
     found = [evaluate(run(tmp_path, classifier, *words, f"batch_size={size}")) for size in (64, 7)]
     for a, b in zip(*found, strict=True):
@@ -97,8 +103,8 @@ def test_counts_and_independence_of_the_batch_size(tmp_path, tokenizer, classifi
 
 
 def test_seeds_give_a_standard_error(tmp_path, tokenizer, classifier):
-    words = (f"tokenizer={tokenizer}", "metrics=[pfid]", "grid.rates=[0.5]", "grid.shares=[0.1]")
-    three = evaluate(run(tmp_path, classifier, *words, "perturbation_seeds=3"))
+    words = (f"tokenizer={tokenizer}", "metrics=[pfid]", "pfid.grid.rates=[0.5]", "pfid.grid.shares=[0.1]")
+    three = evaluate(run(tmp_path, classifier, *words, "pfid.seeds=3"))
     alone = [evaluate(run(tmp_path, classifier, *words, f"seed={seed}"))[0] for seed in range(3)]
     values = torch.tensor([m.value for m in alone], dtype=torch.float64)
     assert three[0].value == pytest.approx(values.mean().item())
@@ -110,19 +116,15 @@ def test_seeds_give_a_standard_error(tmp_path, tokenizer, classifier):
 # Samples
 
 
-def test_decoders_are_judged_on_the_same_latents(tmp_path, tokenizer, post_trained, samples, classifier):
-    words = (
-        f"latents=[{samples[0]},{samples[1]}]",
-        f"decoders={{original: {tokenizer}, post_trained: {post_trained}}}",
-    )
+def test_decoders_are_compared_on_the_same_latents(tmp_path, tokenizer, post_trained, samples, classifier):
+    words = decoded(samples[:2], original=tokenizer, post_trained=post_trained)
     found = evaluate(run(tmp_path, classifier, *words, "metrics=[gfid,kid]", "tags.sigma=0.5"))
     gfid = {m.details["decoder"]: m for m in found if m.metric == "gfid"}
     difference = by_name(found)["gfid_difference"]
     alone = {}
     for decoder, path in (("original", tokenizer), ("post_trained", post_trained)):
         alone[decoder] = [
-            evaluate(run(tmp_path, classifier, f"latents=[{s}]", f"decoders={{d: {path}}}", "metrics=[gfid]"))[0].value
-            for s in samples
+            evaluate(run(tmp_path, classifier, *decoded([s], d=path), "metrics=[gfid]"))[0].value for s in samples
         ]
         assert gfid[decoder].value == pytest.approx(sum(alone[decoder]) / 2)
         assert gfid[decoder].standard_error == pytest.approx(abs(alone[decoder][0] - alone[decoder][1]) / 2)
@@ -137,7 +139,13 @@ def test_decoders_are_judged_on_the_same_latents(tmp_path, tokenizer, post_train
 @torch.no_grad()
 def test_gfid_by_hand(tmp_path, tokenizer, samples, classifier):
     found = evaluate(
-        run(tmp_path, classifier, f"latents=[{samples[0]}]", f"decoders={{d: {tokenizer}}}", "metrics=[gfid]")
+        run(
+            tmp_path,
+            classifier,
+            f"samples.latents=[{samples[0]}]",
+            f"samples.decoders={{d: {tokenizer}}}",
+            "metrics=[gfid]",
+        )
     )
     extractor = load_extractor(ExtractorConfig(path=classifier))
     images = open_images(Digits(limit=101), 16, "train").read(range(101)).images
@@ -148,7 +156,7 @@ def test_gfid_by_hand(tmp_path, tokenizer, samples, classifier):
 
 
 def test_the_gap_of_latents(tmp_path, tokenizer, samples, classifier):
-    words = (f"latents=[{samples[0]}]", f"decoders={{d: {tokenizer}}}", "metrics=[gap]")
+    words = (*decoded(samples[:1], d=tokenizer), "metrics=[gap]")
     found = by_name(evaluate(run(tmp_path, classifier, *words)))
     assert found["latent_distance"].value > 0
     assert found["token_divergence"].value > 0
@@ -156,7 +164,7 @@ def test_the_gap_of_latents(tmp_path, tokenizer, samples, classifier):
 
 
 def test_the_gap_needs_no_feature_space(tmp_path, tokenizer, samples):
-    words = (f"latents=[{samples[0]}]", f"decoders={{d: {tokenizer}}}", "metrics=[gap]")
+    words = (*decoded(samples[:1], d=tokenizer), "metrics=[gap]")
     found = evaluate(load(EvaluateRun, None, (f"out={tmp_path}", *tiny.DATA, *words)))
     figures = {"latent_distance", "latent_position_distance", "latent_kernel_distance"}
     figures |= {
@@ -172,7 +180,11 @@ def test_the_gap_needs_no_feature_space(tmp_path, tokenizer, samples):
 
 @torch.no_grad()
 def test_precision_recall_and_kid_by_hand(tmp_path, tokenizer, samples, classifier):
-    words = (f"latents=[{samples[0]},{samples[1]}]", f"decoders={{d: {tokenizer}}}", "metrics=[precision,recall,kid]")
+    words = (
+        f"samples.latents=[{samples[0]},{samples[1]}]",
+        f"samples.decoders={{d: {tokenizer}}}",
+        "metrics=[precision,recall,kid]",
+    )
     found = by_name(evaluate(run(tmp_path, classifier, *words)))
     extractor, decode = load_extractor(ExtractorConfig(path=classifier)), load_tokenizer(tokenizer).decode
     real = extractor(to_pixels(open_images(Digits(limit=101), 16, "train").read(range(101)).images))
@@ -182,19 +194,19 @@ def test_precision_recall_and_kid_by_hand(tmp_path, tokenizer, samples, classifi
     assert found["recall"].value == pytest.approx(sum(b.recall for b in both) / 2)
     assert found["kid"].value == pytest.approx(sum(kernel_distance(f, real).value for f in fakes) / 2, rel=1e-5)
     assert found["recall"].standard_error == pytest.approx(abs(both[0].recall - both[1].recall) / 2)
-    facts = found["precision"].details
-    assert (facts["k"], facts["reference_samples"], facts["samples_per_set"]) == (3, 101, 40)
+    details = found["precision"].details
+    assert (details["k"], details["reference_samples"], details["samples_per_set"]) == (3, 101, 40)
 
 
-def test_every_image_is_decoded_and_described_once(tmp_path, tokenizer, samples, classifier, monkeypatch):
-    seen, call = [], ClassifierExtractor.__call__
-    monkeypatch.setattr(ClassifierExtractor, "__call__", lambda self, p: seen.append(len(p)) or call(self, p))
-    words = (f"latents=[{samples[0]},{samples[1]}]", f"decoders={{a: {tokenizer}, b: {tokenizer}}}")
+def test_features_of_every_image_are_computed_once(tmp_path, tokenizer, samples, classifier, monkeypatch):
+    counts, call = [], ClassifierExtractor.__call__
+    monkeypatch.setattr(ClassifierExtractor, "__call__", lambda self, p: counts.append(len(p)) or call(self, p))
+    words = decoded(samples[:2], a=tokenizer, b=tokenizer)
     evaluate(run(tmp_path, classifier, *words, "metrics=[gfid,kid,precision,recall]"))
-    assert sum(seen) == 101 + 2 * 2 * 40
-    seen.clear()
+    assert sum(counts) == 101 + 2 * 2 * 40
+    counts.clear()
     evaluate(run(tmp_path, classifier, f"tokenizer={tokenizer}", "metrics=[rfid,psnr,ssim]"))
-    assert sum(seen) == 2 * 101
+    assert sum(counts) == 2 * 101
 
 
 # Lines and errors
@@ -220,10 +232,10 @@ def test_every_line_carries_its_protocol(tmp_path, tokenizer, classifier):
 
 def test_what_cannot_be_evaluated(tmp_path, tokenizer, samples, classifier):
     with pytest.raises(UserError, match="nothing to evaluate"):
-        run(tmp_path, classifier, f"latents=[{samples[0]}]")
+        run(tmp_path, classifier, f"samples.latents=[{samples[0]}]")
     with pytest.raises(UserError, match=r"rfid needs extractor\.path"):
         load(EvaluateRun, None, (f"out={tmp_path}", *tiny.DATA, f"tokenizer={tokenizer}", "metrics=[rfid]"))
-    decoders = (f"latents=[{samples[0]}]", f"decoders={{d: {tokenizer}}}")
+    decoders = decoded(samples[:1], d=tokenizer)
     for metric in ("sfid", "inception_score"):
         with pytest.raises(UserError, match=rf"{metric} needs extractor\.name=inception"):
             run(tmp_path, classifier, *decoders, f"metrics=[{metric}]")
@@ -231,5 +243,5 @@ def test_what_cannot_be_evaluated(tmp_path, tokenizer, samples, classifier):
         load(EvaluateRun, None, (f"out={tmp_path}", *tiny.DATA, *decoders, "metrics=[recall]"))
     other = train_tokenizer(tiny.main_run(tmp_path / "other", "steps=1", "seed=5"))
     with pytest.raises(UserError, match="was made by another tokenizer"):
-        evaluate(run(tmp_path / "out", classifier, f"latents=[{samples[0]}]", f"decoders={{d: {other}}}"))
+        evaluate(run(tmp_path / "out", classifier, *decoded(samples[:1], d=other)))
     assert not (tmp_path / "out").exists()

@@ -1,5 +1,7 @@
-"""Finished images against references of every kind, and the bias_facts of small samples."""
+"""Finished images against references of every kind, published protocols, and samples of a generator."""
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,12 +18,14 @@ from robustok.data.latent_cache import LatentCache
 from robustok.data.pixels import to_pixels
 from robustok.data.sources import Digits
 from robustok.errors import UserError
-from robustok.evaluation.comparison import FeatureCollector
+from robustok.evaluation.collector import FeatureCollector
 from robustok.evaluation.settings import EvaluateRun
 from robustok.generators import load_generator
+from robustok.metrics import METRICS, Metric
+from robustok.metrics.comparison import Score
 from robustok.metrics.features import ExtractorConfig, load_extractor
 from robustok.metrics.features.inception import SPATIAL_DIM
-from robustok.metrics.frechet import GaussianStatistics, frechet_distance
+from robustok.metrics.frechet import Estimate, GaussianStatistics, frechet_distance
 from robustok.metrics.manifold import precision_recall
 from robustok.metrics.pixels import psnr, ssim
 from robustok.tokenizers import load_tokenizer
@@ -67,25 +71,25 @@ def test_a_folder_and_an_archive_of_the_same_images_give_the_same_numbers(tmp_pa
     assert same["gfid"].value < 1e-6 * GaussianStatistics.of(real).covariance.trace()
     assert (same["precision"].value, same["recall"].value) == (1, 1)
     assert noisy["precision"].value == pytest.approx(precision_recall(real=real, fake=fake).precision)
-    facts = noisy["gfid"].details
-    assert facts["images"] == "noisy"
-    assert "as they are, 16x16" in facts["source"]
-    assert facts["uint8"] == "as stored"
+    details = noisy["gfid"].details
+    assert details["images"] == "noisy"
+    assert "as they are, 16x16" in details["source"]
+    assert details["uint8"] == "as stored"
     assert noisy["gfid"].samples == 60
     assert "60 images" in noisy["gfid"].reference
 
 
 def test_pairs_are_compared_image_by_image(tmp_path, files):
-    words = [f"images.noisy={files.folder}/noisy.npz", f"reference={files.folder}/png", "metrics=[psnr,ssim]"]
-    found = by_name(evaluate(run(tmp_path, "paired=true", *words, "batch_size=7")))
+    words = [f"reference={files.folder}/png", "metrics=[psnr,ssim]"]
+    found = by_name(evaluate(run(tmp_path, f"paired_images.noisy={files.folder}/noisy.npz", *words, "batch_size=7")))
     values = psnr(files.noisy, files.real)
     assert found["psnr"].value == pytest.approx(values.mean().item())
     assert found["psnr"].standard_error == pytest.approx((values.std() / 60**0.5).item())
     assert found["ssim"].value == pytest.approx(ssim(files.noisy, files.real).mean().item())
-    assert evaluate(run(tmp_path, *words)) == []  # nobody said that they are pairs
+    assert evaluate(run(tmp_path, f"images.noisy={files.folder}/noisy.npz", *words)) == []  # not given as pairs
     np.savez(tmp_path / "few.npz", arr_0=files.noisy[:5].permute(0, 2, 3, 1).numpy())
     with pytest.raises(UserError, match="as many images on both sides"):
-        evaluate(run(tmp_path, "paired=true", *words, f"images.noisy={tmp_path}/few.npz"))
+        evaluate(run(tmp_path, *words, f"paired_images.noisy={tmp_path}/few.npz"))
 
 
 def test_a_data_set_is_a_reference_too_and_its_statistics_are_kept(tmp_path, files, classifier, monkeypatch):
@@ -97,12 +101,12 @@ def test_a_data_set_is_a_reference_too_and_its_statistics_are_kept(tmp_path, fil
     again = by_name(evaluate(run(tmp_path / "b", *words[:1], words[-2], f"reference={kept}", "metrics=[gfid]")))
     assert again["gfid"].value == pytest.approx(first["gfid"].value, rel=1e-9)
     assert "digits train" in again["gfid"].reference
-    seen, update = [], FeatureCollector.update
-    monkeypatch.setattr(FeatureCollector, "update", lambda self, i, p: seen.append(len(p)) or update(self, i, p))
+    counts, update = [], FeatureCollector.update
+    monkeypatch.setattr(FeatureCollector, "update", lambda self, i, p: counts.append(len(p)) or update(self, i, p))
     evaluate(run(tmp_path / "c", *words, "metrics=[gfid]"))
-    assert sum(seen) == 60  # the noisy images alone
+    assert sum(counts) == 60  # the noisy images alone
     evaluate(run(tmp_path / "d", *words, "metrics=[gfid,kid]"))
-    assert sum(seen) == 60 + 60 + 128  # single features were not kept: made again, once
+    assert sum(counts) == 60 + 60 + 128  # single features were not kept: made again, once
     np.savez(kept, **{**dict(np.load(kept)), "data": np.array("other images")})
     with pytest.raises(UserError, match="other images"):
         evaluate(run(tmp_path / "e", *words, "metrics=[gfid]"))
@@ -162,7 +166,9 @@ def inception(monkeypatch):
     monkeypatch.setattr("robustok.evaluation.evaluator.load_extractor", lambda config, device: FakeInception())
 
 
-def test_published_protocols_on_fewer_images_need_a_word_and_say_so(tmp_path, files, inception, capsys):
+def test_published_protocols_on_fewer_images_need_a_flag_and_are_named_by_their_count(
+    tmp_path, files, inception, capsys
+):
     words = ["evaluate", f"out={tmp_path}", f"images.a={files.folder}/noisy.npz", f"reference={files.folder}/real.npz"]
     words += ["extractor.name=inception", "metrics=[gfid,precision,inception_score]"]
     assert main(words) == 2
@@ -179,7 +185,7 @@ def test_published_protocols_on_fewer_images_need_a_word_and_say_so(tmp_path, fi
     assert "kid@" not in out
 
 
-def test_an_adm_reference_gives_moments_and_beside_them_images(tmp_path, files, inception):
+def test_an_adm_reference_has_moments_and_other_images(tmp_path, files, inception):
     """Its moments are of a whole data set; its images are for precision and recall only."""
     everything = to_pixels(open_images(Digits(), 16, "train").read(range(500)).images)
     found = FakeInception().features(everything)
@@ -207,24 +213,24 @@ def test_an_adm_reference_gives_moments_and_beside_them_images(tmp_path, files, 
 def test_halves_give_a_standard_error_to_one_set(tmp_path, files, classifier):
     words = [f"images.a={files.folder}/noisy.npz", f"reference={files.folder}/real.npz", f"extractor.path={classifier}"]
     bare = by_name(evaluate(run(tmp_path, *words, "metrics=[gfid]")))["gfid"]
-    told = by_name(evaluate(run(tmp_path, *words, "metrics=[gfid]", "halves=10")))["gfid"]
+    halved = by_name(evaluate(run(tmp_path, *words, "metrics=[gfid]", "comparison.halves=10")))["gfid"]
     assert bare.standard_error is None
-    assert told.value == pytest.approx(bare.value)
-    assert 0 < told.standard_error < 0.1
-    assert told.details["standard_error_from"] == "10 random halves"
+    assert halved.value == pytest.approx(bare.value)
+    assert 0 < halved.standard_error < 0.1
+    assert halved.details["standard_error_from"] == "10 random halves"
 
 
-def test_halves_of_pairs_know_that_they_are_pairs(tmp_path, files, classifier):
-    words = [f"images.a={files.folder}/noisy.npz", f"reference={files.folder}/real.npz", f"extractor.path={classifier}"]
+def test_halves_are_drawn_of_pairs(tmp_path, files, classifier):
+    words = [f"reference={files.folder}/real.npz", f"extractor.path={classifier}", "metrics=[gfid]"]
     errors = [
-        evaluate(run(tmp_path, *words, "metrics=[gfid]", "halves=20", f"paired={paired}"))[0].standard_error
-        for paired in ("true", "false")
+        evaluate(run(tmp_path, *words, "comparison.halves=20", f"{key}.a={files.folder}/noisy.npz"))[0].standard_error
+        for key in ("paired_images", "images")
     ]
     assert 0 < errors[0] < errors[1] / 2  # what an image and its noisy copy share cancels
 
 
-def test_bare_statistics_are_enough_for_what_was_asked(tmp_path, files, inception):
-    """KID goes beside FID of few images where the reference can serve it, and is no reason to refuse where not."""
+def test_bare_statistics_are_enough_for_gfid(tmp_path, files, inception):
+    """KID is added to FID of few images only where the reference has features of single images."""
     pool = FakeInception()(files.real).double().numpy()
     np.savez(tmp_path / "bare.npz", mu=pool.mean(0), sigma=np.cov(pool.T))
     words = [f"images.a={files.folder}/noisy.npz", f"reference={tmp_path}/bare.npz", "extractor.name=inception"]
@@ -246,18 +252,18 @@ def test_several_feature_spaces_share_one_pass(tmp_path, files, classifier, ince
     assert [m.metric for m in found if m.metric.startswith("sfid")] == ["sfid@60"]  # Inception's alone
 
 
-# Samples made on the way
+# Samples made first
 
 
 @torch.no_grad()
-def test_a_generator_is_sampled_judged_and_asked_to_predict(tmp_path, tokenizer, generator, classifier):
-    words = [*tiny.DATA, f"extractor.path={classifier}", f"tokenizer={tokenizer}", f"generator={generator}"]
-    words += ["count=40", "sets=2", "metrics=[gfid,gap]", "seed=5"]
+def test_a_generator_is_sampled_evaluated_and_predicts_real_tokens(tmp_path, tokenizer, generator, classifier):
+    words = [*tiny.DATA, f"extractor.path={classifier}", f"tokenizer={tokenizer}", f"samples.generator={generator}"]
+    words += ["samples.count=40", "samples.sets=2", "metrics=[gfid,gap]", "seed=5"]
     found = by_name(evaluate(run(tmp_path, *words)))
     assert found["gfid"].details["balance"] == "8 of each class"
     assert found["gfid"].details["sets"] == 2
     caches = [LatentCache(tmp_path / "samples" / name) for name in ("000005", "000006")]
-    direct = [f"latents=[{','.join(str(c.path) for c in caches)}]", f"decoders.original={tokenizer}"]
+    direct = [f"samples.latents=[{','.join(str(c.path) for c in caches)}]", f"samples.decoders.original={tokenizer}"]
     other = by_name(evaluate(run(tmp_path, *words[:2], *words[2:3], *direct, "metrics=[gfid]")))
     assert other["gfid"].value == found["gfid"].value
     # Teacher forcing by hand, on the tokens of the training images.
@@ -273,10 +279,44 @@ def test_a_generator_is_sampled_judged_and_asked_to_predict(tmp_path, tokenizer,
     assert before == {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
 
 
-def test_what_is_missing_is_said(tmp_path, files, tokenizer, classifier):
+def test_what_is_missing_is_named(tmp_path, files, tokenizer, classifier):
     with pytest.raises(UserError, match="no real images"):
         run(tmp_path, f"images.a={files.folder}/png", f"extractor.path={classifier}")
     with pytest.raises(UserError, match="nothing to evaluate"):
         run(tmp_path, f"reference={files.folder}/png", f"extractor.path={classifier}")
+    words = [f"images.a={files.folder}/png", *tiny.DATA, f"extractor.path={classifier}"]
     with pytest.raises(UserError, match="halves=1"):
-        run(tmp_path, f"images.a={files.folder}/png", *tiny.DATA, f"extractor.path={classifier}", "halves=1")
+        run(tmp_path, *words, "comparison.halves=1")
+    with pytest.raises(UserError, match="nothing to decode"):
+        run(tmp_path, *words, f"samples.decoders.a={tokenizer}")
+    with pytest.raises(UserError, match=r"no metric 'fid'; one of psnr, .*gfid"):
+        run(tmp_path, *words, "metrics=[gfid,fid]")
+
+
+def test_old_names_of_settings(tmp_path):
+    renamed = {"latents=[a]": "samples.latents", "perturbation_seeds=2": "pfid.seeds", "paired=true": "paired_images"}
+    for old, new in renamed.items():
+        with pytest.raises(UserError, match=f"unknown key '{old.partition('=')[0]}'; did you mean '{new}'"):
+            run(tmp_path, old)
+    file = tmp_path / "old.yaml"
+    file.write_text("{data: {name: digits}, latents: [a], decoders: {x: b}, grid: {name: published}, halves: 4}")
+    with pytest.warns(match="latents is now samples.latents, decoders is now"):
+        found = load(EvaluateRun, file, [f"out={tmp_path}", "extractor.name=inception"])
+    assert (found.samples.decoders, found.samples.count) == ({"x": Path("b")}, 50_000)
+    assert (found.pfid.grid.name, found.comparison.halves) == ("published", 4)
+
+
+def test_a_metric_is_one_function_and_one_entry(tmp_path, files, classifier, monkeypatch):
+    def shift(sets):
+        return Score(Estimate((sets.fake.statistics.mean - sets.real.statistics.mean).norm().item()))
+
+    monkeypatch.setitem(METRICS, "shift", Metric("samples", "distance of the mean features", shift))
+    monkeypatch.setitem(METRICS, "worst", Metric("pairs", "largest error", lambda a, b: (a - b).flatten(1).amax(1)))
+    words = [f"paired_images.a={files.folder}/noisy.npz", f"reference={files.folder}/real.npz"]
+    evaluate(run(tmp_path, *words, f"extractor.path={classifier}", "metrics=[shift,worst,psnr]"))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["metric"] for line in lines] == ["psnr", "worst", "shift"]
+    extractor = load_extractor(ExtractorConfig(path=classifier))
+    means = [extractor(pixels).double().mean(dim=0) for pixels in (files.noisy, files.real)]
+    assert lines[2]["value"] == pytest.approx((means[0] - means[1]).norm().item(), rel=1e-5)
+    assert lines[2]["extractor"] == extractor.name

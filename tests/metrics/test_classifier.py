@@ -48,7 +48,7 @@ def test_the_seed_decides_the_weights_and_leaves_global_randomness_alone():
 
 
 def test_training_moves_under_the_autocast_of_the_caller():
-    """Autocast keeps copies of the weights until its outermost context ends; training must not see those."""
+    """Autocast keeps copies of the weights until its outermost context ends; training must not use those."""
     pixels, labels = digits()
     losses = []
     for steps in (1, 80):

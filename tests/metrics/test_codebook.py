@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from robustok.errors import UserError
-from robustok.metrics import codebook_perplexity, codebook_usage, count_tokens, token_agreement, token_divergence
+from robustok.metrics.codebook import codebook_perplexity, codebook_usage, count_tokens, token_divergence
 
 
 def test_counts_add_up_and_are_exact():
@@ -19,12 +19,6 @@ def test_usage_and_perplexity():
     assert codebook_perplexity(torch.tensor([9, 0])) == pytest.approx(1)
     with pytest.raises(UserError, match="no tokens"):
         codebook_perplexity(torch.zeros(4, dtype=torch.int64))
-
-
-def test_agreement():
-    assert token_agreement(torch.tensor([[1, 2], [3, 4]]), torch.tensor([[1, 2], [3, 5]])) == 0.75
-    with pytest.raises(UserError, match="equal shape"):
-        token_agreement(torch.zeros(1, 2), torch.zeros(2, 2))
 
 
 def test_divergence_lies_between_equal_and_disjoint():

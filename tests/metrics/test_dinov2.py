@@ -10,9 +10,8 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from robustok.config import load
 from robustok.errors import UserError
-from robustok.metrics import DINOv2Extractor
 from robustok.metrics.features import ExtractorConfig, load_extractor
-from robustok.metrics.features.dinov2 import resample_positions
+from robustok.metrics.features.dinov2 import DINOv2Extractor, resample_positions
 from robustok.types import FeatureExtractor
 
 SMALL = "vit_small_patch14_dinov2.lvd142m"
@@ -71,9 +70,9 @@ def bicubic_weights(old, grid, a=-0.75):
     """(grid, old) float64: Keys' kernel at (i + 1/2) * old / (grid + 0.1) - 1/2, the border repeated."""
     found = np.zeros((grid, old))
     for i in range(grid):
-        place = (i + 0.5) * old / (grid + 0.1) - 0.5
-        for k in range(int(np.floor(place)) - 1, int(np.floor(place)) + 3):
-            d = abs(place - k)
+        position = (i + 0.5) * old / (grid + 0.1) - 0.5
+        for k in range(int(np.floor(position)) - 1, int(np.floor(position)) + 3):
+            d = abs(position - k)
             near, far = (a + 2) * d**3 - (a + 3) * d**2 + 1, a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
             found[i, min(max(k, 0), old - 1)] += near if d <= 1 else far if d < 2 else 0.0
     return found

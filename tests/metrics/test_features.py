@@ -2,8 +2,7 @@ import pytest
 import torch
 
 from robustok.errors import UserError
-from robustok.metrics import ClassifierExtractor, compute_features
-from robustok.metrics.features.classifier import ClassifierConfig, SmallClassifier
+from robustok.metrics.features.classifier import ClassifierConfig, ClassifierExtractor, SmallClassifier
 from robustok.types import FeatureExtractor
 
 
@@ -33,16 +32,11 @@ def test_float32_without_gradients_even_under_autocast(extractor):
 
 
 def test_features_do_not_depend_on_batch_size(extractor):
-    whole = compute_features(extractor, [pixels()])
-    assert torch.allclose(compute_features(extractor, pixels().split(2)), whole, atol=1e-5)
+    parts = torch.cat([extractor(part) for part in pixels().split(2)])
+    assert torch.allclose(parts, extractor(pixels()), atol=1e-5)
 
 
 @pytest.mark.parametrize("wrong", [torch.zeros(2, 3, 16, 16), torch.zeros(3, 16, 16, dtype=torch.uint8)])
 def test_only_uint8_pixels_enter(extractor, wrong):
     with pytest.raises(UserError, match="uint8"):
         extractor(wrong)
-
-
-def test_no_images_is_an_error(extractor):
-    with pytest.raises(UserError, match="no images"):
-        compute_features(extractor, [])

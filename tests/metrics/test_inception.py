@@ -17,8 +17,11 @@ from robustok.data.pixels import to_pixels
 from robustok.data.sources import Digits
 from robustok.errors import UserError
 from robustok.evaluation.settings import EvaluateRun
-from robustok.metrics import InceptionExtractor, inception_score, kernel_distance, precision_recall
-from robustok.metrics.features import SPATIAL_DIM, ExtractorConfig, inception, load_extractor
+from robustok.metrics.features import ExtractorConfig, inception, load_extractor
+from robustok.metrics.features.inception import SPATIAL_DIM, InceptionExtractor
+from robustok.metrics.inception_score import inception_score
+from robustok.metrics.kernel import kernel_distance
+from robustok.metrics.manifold import precision_recall
 from robustok.tokenizers import load_tokenizer
 from robustok.types import FeatureExtractor
 
@@ -112,8 +115,8 @@ def test_spatial_features_are_seven_channels_with_channels_last(found, theirs):
     assert whole.shape == (3, 192, 17, 17)
     assert found.spatial.shape == (3, SPATIAL_DIM) == (3, 2023)
     for row, column, channel in [(0, 0, 0), (0, 0, 6), (0, 1, 0), (16, 3, 2)]:
-        place = (row * 17 + column) * 7 + channel
-        assert torch.allclose(found.spatial[:, place], whole[:, channel, row, column], rtol=1e-4, atol=1e-6)
+        at = (row * 17 + column) * 7 + channel
+        assert torch.allclose(found.spatial[:, at], whole[:, channel, row, column], rtol=1e-4, atol=1e-6)
 
 
 def test_no_batch_norm_is_left(extractor):
@@ -173,7 +176,7 @@ def test_resizing_is_that_of_tensorflow(shape):
 
 
 def test_resizing_by_hand():
-    """Place 1 of 4 lies at 1 * 2 / 4 of the old ones, place 3 beyond the last: no half-pixel offset."""
+    """Position 1 of 4 is at 1 * 2 / 4 of the old ones, position 3 beyond the last: no half-pixel offset."""
     row = inception.resize_like_tensorflow(torch.tensor([[[[10, 30]]]], dtype=torch.uint8), size=4)[0, 0, 0]
     assert row.tolist() == [10, 20, 30, 30]
 
@@ -266,9 +269,18 @@ def distance(a, b):
 def test_evaluation_by_hand(tmp_path, extractor, inception_weights, tokenizer, generator):
     samples = generate(tiny.samples_run(tmp_path / "samples", generator, "count=10"))
     metrics = ["gfid", "sfid", "kid", "precision", "recall", "inception_score"]
-    words = (f"latents=[{samples}]", f"decoders={{d: {tokenizer}}}", f"metrics=[{','.join(metrics)}]", "batch_size=5")
+    words = (f"samples.latents=[{samples}]", f"samples.decoders.d={tokenizer}", f"metrics=[{','.join(metrics)}]")
     space = ("extractor.name=inception", f"extractor.path={inception_weights}")
-    settings = (f"out={tmp_path}", "data.name=digits", "data.limit=7", "seed=3", "allow_fewer=true", *words, *space)
+    settings = (
+        f"out={tmp_path}",
+        "data.name=digits",
+        "data.limit=7",
+        "seed=3",
+        "allow_fewer=true",
+        "batch_size=5",
+        *words,
+        *space,
+    )
     measured = evaluate(load(EvaluateRun, None, settings))
     decode = load_tokenizer(tokenizer).decode
     fake = extractor.features(to_pixels(decode(LatentCache(samples).read(slice(None)).latents)))

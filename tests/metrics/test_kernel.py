@@ -3,8 +3,7 @@ import pytest
 import torch
 
 from robustok.errors import UserError
-from robustok.metrics import kernel_distance
-from robustok.metrics.kernel import _sums
+from robustok.metrics.kernel import _sums, kernel_distance
 
 
 def normal(n, f, seed):
@@ -34,7 +33,7 @@ def test_value_and_error_against_brute_force():
 
 
 def test_unbiased_at_every_size_and_its_error_is_the_spread():
-    """Mean over fresh sets of one law is zero; between two laws it is the same for small sets and large ones."""
+    """Its mean is zero for two sets of one distribution; for two distributions it is the same for all sizes of sets."""
     same = [kernel_distance(normal(10, 3, 2 * s), normal(12, 3, 2 * s + 1)).value for s in range(400)]
     assert abs(np.mean(same)) < 3 * np.std(same) / 20
     small = [kernel_distance(normal(20, 3, 2 * s) + 1, normal(20, 3, 2 * s + 1)) for s in range(400)]

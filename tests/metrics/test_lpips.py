@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from robustok.errors import UserError
-from robustok.metrics import LPIPS
+from robustok.metrics.lpips import LPIPS
 
 SHAPES = {0: (64, 3, 11, 11), 3: (192, 64, 5, 5), 6: (384, 192, 3, 3), 8: (256, 384, 3, 3), 10: (256, 256, 3, 3)}
 
@@ -41,7 +41,7 @@ def metric(weights):
 
 
 def by_hand(a, b, state, heads):
-    """Zhang et al. 2018: squared difference of unit-length features, weighted by channel, mean over places, summed."""
+    """Zhang et al. 2018: squared difference of unit-length features, weighted by channel, mean over positions, sum."""
 
     shift, scale = torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1), torch.tensor([0.458, 0.448, 0.450])
 
@@ -118,7 +118,7 @@ def test_missing_weights_say_where_to_put_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
     for net, file in (("alex", "alexnet-owt-7be5be79.pth"), ("vgg", "vgg16-397923af.pth")):
-        with pytest.raises(UserError, match=r"no route to host.*lpips_weights=FILE") as error:
+        with pytest.raises(UserError, match=r"no route to host.*lpips\.weights=FILE") as error:
             LPIPS(net)
         assert str(tmp_path / "checkpoints" / file) in str(error.value)
         assert "\n" not in str(error.value)

@@ -5,7 +5,8 @@ import torch
 
 from robustok.errors import UserError
 from robustok.metrics.frechet import GaussianStatistics, frechet_distance
-from robustok.metrics.noise import NoiseGrid, latent_scale, noise_frechet, noised_latents
+from robustok.metrics.noise import NoiseFD, NoiseGrid, latent_scale, noised_latents
+from robustok.metrics.processes import Processes
 
 IMAGES, LENGTH, WIDTH = 30, 5, 3
 CHANNELS = torch.tensor([0.1, 1.0, 20.0])  # channels of very different size
@@ -32,7 +33,8 @@ def reference():
 
 
 def measure(levels=(0.0, 0.5), latents=LATENTS, decode=decode, **options):
-    return noise_frechet(NoiseGrid(levels=levels), latents, decode, FirstPixel(), reference(), **options)
+    given = dict(latents=latents, decode=decode, extractor=FirstPixel(), reference=reference())
+    return NoiseFD(grid=NoiseGrid(levels=levels), **given, **options).run()
 
 
 def test_scale_is_the_standard_deviation_of_each_channel():
@@ -54,10 +56,10 @@ def test_noise_has_the_stated_spread_in_every_channel():
 
 
 def test_noise_of_an_image_is_its_own():
-    places = torch.tensor([7, 2, 29])
-    alone = torch.cat([noised_latents(LATENTS, CHANNELS, 0.2, 1, place[None]) for place in places])
-    assert torch.equal(noised_latents(LATENTS, CHANNELS, 0.2, 1, places), alone)
-    assert not torch.equal(noised_latents(LATENTS, CHANNELS, 0.2, 2, places), alone)
+    indices = torch.tensor([7, 2, 29])
+    alone = torch.cat([noised_latents(LATENTS, CHANNELS, 0.2, 1, index[None]) for index in indices])
+    assert torch.equal(noised_latents(LATENTS, CHANNELS, 0.2, 1, indices), alone)
+    assert not torch.equal(noised_latents(LATENTS, CHANNELS, 0.2, 2, indices), alone)
 
 
 def test_cells_match_a_plain_loop_and_no_noise_is_the_reconstruction():
@@ -71,18 +73,18 @@ def test_cells_match_a_plain_loop_and_no_noise_is_the_reconstruction():
     assert clean.value == pytest.approx(0, abs=1e-9)
     assert (half.level, half.value) == (0.5, pytest.approx(sum(values) / 2))
     assert half.standard_error == pytest.approx(abs(values[0] - values[1]) / 2)
-    assert found.mean == pytest.approx(half.value / 2)
+    assert found.mean.value == pytest.approx(half.value / 2)
     assert (found.images, found.seeds, found.protocol) == (IMAGES, (0, 1), "noise-custom")
 
 
 def test_units_batches_and_processes_do_not_matter():
-    whole = measure((0.5,)).mean
-    assert measure((0.5,), batch_size=7).mean == pytest.approx(whole, rel=1e-12)
+    whole = measure((0.5,)).mean.value
+    assert measure((0.5,), batch_size=7).mean.value == pytest.approx(whole, rel=1e-12)
     other = measure((0.5,), LATENTS * 8, lambda latents: decode(latents / 8))  # a power of two: no rounding
-    assert other.mean == pytest.approx(whole, rel=1e-12)
+    assert other.mean.value == pytest.approx(whole, rel=1e-12)
     parts = []
     for rank in (0, 1):
-        measure((0.5,), rank=rank, processes=2, sum_over_processes=lambda own: parts.append(own) or own)
+        measure((0.5,), processes=Processes(rank, 2, lambda own: parts.append(own) or own))
     total = GaussianStatistics.from_tensor(parts[0] + parts[1])
     assert frechet_distance(total, reference()) == pytest.approx(whole, rel=1e-12)
 

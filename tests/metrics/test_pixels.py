@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from robustok.errors import UserError
-from robustok.metrics import psnr, ssim
+from robustok.metrics.pixels import psnr, ssim
 
 
 def noise(*shape, seed=0):

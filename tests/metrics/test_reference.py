@@ -12,10 +12,8 @@ from robustok.metrics.reference import (
     Reference,
     cached_reference,
     load_reference,
-    load_statistics,
     reference_path,
     save_reference,
-    save_statistics,
 )
 
 
@@ -59,7 +57,7 @@ def test_a_reference_survives_a_file(tmp_path):
     assert [file.name for file in (tmp_path / "folder").iterdir()] == ["reference.anything"]
 
 
-def test_its_facts_and_factors():
+def test_its_description_and_factors():
     found = full()
     assert found.describe() == f"{found.data}, 30 images, statistics {found.digest}"
     assert found.digest != reference(seed=1).digest
@@ -71,18 +69,18 @@ def test_its_facts_and_factors():
 
 
 def test_a_reference_batch_of_adm(tmp_path):
-    """Its statistics are of the whole data set, whose size it does not say; its images are not what they stand for."""
+    """Its statistics are of the whole data set, whose size is not in the file; its images are others."""
     found = load_reference(adm(tmp_path / "adm.npz"), name="inception-2048")
     assert torch.equal(found.statistics.mean, torch.arange(4).double())
     assert torch.equal(found.statistics.covariance, torch.eye(4).double())
     assert torch.equal(found.spatial.covariance, 2 * torch.eye(3).double())
     assert (found.count, found.name, found.data, found.features) == (None, "inception-2048", "adm.npz", None)
     assert "adm.npz, an unknown number of images, statistics" in found.describe()
-    told = load_reference(tmp_path / "adm.npz", count=1_281_167)
-    assert told.count == 1_281_167
-    assert torch.allclose(told.statistics.covariance, torch.eye(4).double())
+    counted = load_reference(tmp_path / "adm.npz", count=1_281_167)
+    assert counted.count == 1_281_167
+    assert torch.allclose(counted.statistics.covariance, torch.eye(4).double())
     fake = GaussianStatistics.of(normal(50, 4))
-    assert frechet_distance(fake, found.statistics) == pytest.approx(frechet_distance(fake, told.statistics))
+    assert frechet_distance(fake, found.statistics) == pytest.approx(frechet_distance(fake, counted.statistics))
     with pytest.raises(UserError, match="pass count"):
         found.statistics.as_tensor()
 
@@ -136,7 +134,7 @@ def test_a_wrong_or_stale_one_is_refused_by_name(tmp_path, given, said):
         ({"mu": np.zeros(4, dtype=complex)}, "mu is complex128"),
         ({"name": np.array([None])}, "name holds pickled objects"),
         ({"name": np.array(3)}, "name is int64"),
-        ({"count": np.array(1)}, "stands for 1 images"),
+        ({"count": np.array(1)}, "is of 1 images"),
         ({"count": np.array([3, 4])}, "count is int64"),
         ({"features": np.zeros((5, 3))}, r"features are \(5, 3\), expected \(M, 4\)"),
     ],
@@ -177,14 +175,14 @@ def test_files_that_are_not_there_or_not_whole(tmp_path):
 
 
 @pytest.mark.parametrize("compressed", [False, True])
-def test_a_cut_or_flipped_file_at_every_place(tmp_path, compressed):
+def test_a_cut_or_flipped_file_at_every_position(tmp_path, compressed):
     """Wherever it is damaged: refused in one line, or read as it was (a zip holds bytes that mean nothing)."""
     whole = io.BytesIO()
     (np.savez_compressed if compressed else np.savez)(whole, mu=np.arange(4.0), sigma=np.eye(4), count=9)
     content = whole.getvalue()
     said = []
-    for place in range(0, len(content), 7):
-        for broken in (content[:place], content[:place] + bytes([content[place] ^ 0x55]) + content[place + 1 :]):
+    for at in range(0, len(content), 7):
+        for broken in (content[:at], content[:at] + bytes([content[at] ^ 0x55]) + content[at + 1 :]):
             (tmp_path / "broken.npz").write_bytes(broken)
             try:
                 found = load_reference(tmp_path / "broken.npz")
@@ -209,13 +207,12 @@ def test_nothing_is_left_behind_where_a_file_cannot_be_written(tmp_path):
 
 def test_bare_statistics(tmp_path):
     a, b = GaussianStatistics.of(normal(30, 8) + 3), GaussianStatistics.of(normal(40, 8, seed=1))
-    save_statistics(a, tmp_path / "reference", "toy-8")
-    loaded = load_statistics(tmp_path / "reference", name="toy-8")
+    save_reference(Reference(a, "toy-8"), tmp_path / "reference")
+    loaded = load_reference(tmp_path / "reference", name="toy-8").statistics
     assert loaded.count == 30
     assert frechet_distance(loaded, b) == pytest.approx(frechet_distance(a, b), rel=1e-12)
     with pytest.raises(UserError, match="toy-8, expected other-8"):
-        load_statistics(tmp_path / "reference", name="other-8")
-    assert load_statistics(adm(tmp_path / "adm.npz"), count=50).count == 50
+        load_reference(tmp_path / "reference", name="other-8")
 
 
 class Maker:

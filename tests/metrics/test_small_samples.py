@@ -24,14 +24,14 @@ def normal(n, seed=0, scales=SCALES):
     return torch.randn(n, len(scales), generator=rng(seed), dtype=torch.float64) * scales
 
 
-def law(factor=1.3):
-    """A reference known exactly, at the distance (factor - 1)^2 |scales|^2 from the law of ``normal``."""
+def known(factor=1.3):
+    """A reference known exactly, at the distance (factor - 1)^2 |scales|^2 from the distribution of ``normal``."""
     zero = torch.zeros(len(SCALES), dtype=torch.float64)
     return GaussianStatistics.from_moments(zero, (factor * SCALES).square().diag(), None)
 
 
 def test_the_error_is_the_spread_over_fresh_sets():
-    reference = law()
+    reference = known()
     values = [frechet_distance(GaussianStatistics.of(normal(400, seed)), reference) for seed in range(200)]
     estimates = [frechet_error(normal(400, seed), reference, rng=rng(seed)) for seed in range(20)]
     assert estimates[3].value == pytest.approx(values[3], rel=1e-12)
@@ -54,7 +54,7 @@ def test_halves_of_fewer_images_than_features_cost_less_and_change_nothing(n):
 def test_the_reference_is_decomposed_once_or_not_at_all(monkeypatch):
     calls = []
     monkeypatch.setattr(small_samples, "covariance_factor", lambda s: calls.append(s) or covariance_factor(s))
-    reference = law()
+    reference = known()
     kept = covariance_factor(reference)
     for arguments in ({}, {"factor": kept}):
         frechet_error(normal(100), reference, rng=rng(), **arguments)
@@ -63,8 +63,8 @@ def test_the_reference_is_decomposed_once_or_not_at_all(monkeypatch):
 
 
 def test_infinitely_many_images():
-    """Off by far less than the distance of all images to their own law, whose bias is the slope."""
-    reference = law(1)
+    """Off by far less than the distance of all images to their own distribution, whose bias is the slope."""
+    reference = known(1)
     found = [frechet_infinity(normal(600, seed), reference, rng=rng(seed), smallest=150) for seed in range(40)]
     bias = frechet_bias(GaussianStatistics.from_moments(reference.mean, reference.covariance, 600))
     assert np.mean([f.distances[-1] for f in found]) == pytest.approx(bias, rel=0.1)
@@ -74,7 +74,7 @@ def test_infinitely_many_images():
 
 
 def test_the_points_of_the_line():
-    x, reference = normal(101), law()
+    x, reference = normal(101), known()
     found = frechet_infinity(x, reference, rng=rng(3), sizes=4, smallest=50)
     assert found.sizes == (50, 67, 84, 101)
     order = torch.randperm(101, generator=rng(3))
@@ -89,10 +89,10 @@ def test_the_points_of_the_line():
 
 def test_too_few_images_for_a_line():
     with pytest.raises(UserError, match="got 9999 images, need 10000 for FID-infinity: a line in 1/N"):
-        frechet_infinity(normal(9999), law(), rng=rng())
+        frechet_infinity(normal(9999), known(), rng=rng())
     with pytest.raises(UserError, match="sizes=1"):
-        frechet_infinity(normal(100), law(), rng=rng(), sizes=1, smallest=50)
+        frechet_infinity(normal(100), known(), rng=rng(), sizes=1, smallest=50)
     with pytest.raises(UserError, match="at least 4"):
-        frechet_error(normal(3), law(), rng=rng())
+        frechet_error(normal(3), known(), rng=rng())
     with pytest.raises(UserError, match="one extractor"):
-        frechet_error(normal(30)[:, :3], law(), rng=rng())
+        frechet_error(normal(30)[:, :3], known(), rng=rng())

@@ -20,12 +20,12 @@ def settings(tokenizer, latents, generator, samples, pairs, classifier):
         *tiny.DATA,
         "data.limit=101",
         f"tokenizer={tokenizer}",
-        f"latents=[{samples[0]},{samples[1]}]",
+        f"samples.latents=[{samples[0]},{samples[1]}]",
         f"extractor.path={classifier}",
-        f"decoders={{original: {tokenizer}}}",
+        f"samples.decoders={{original: {tokenizer}}}",
         "metrics=[rfid,psnr,ssim,codebook,pfid,gfid,kid,gap]",
-        "grid.rates=[0.5]",
-        "grid.shares=[0.1]",
+        "pfid.grid.rates=[0.5]",
+        "pfid.grid.shares=[0.1]",
     )
     return {
         "main-train": lambda out: tiny.main_run(out, *everything),

@@ -25,7 +25,7 @@ from robustok.commands.train_classifier import TrainClassifierRun, train_classif
 from robustok.config import C, Config, load, read_yaml, recipe
 from robustok.console import console
 from robustok.data.sources import Data, Digits
-from robustok.evaluation.settings import EvaluateRun, Generation, Reconstruction
+from robustok.evaluation.settings import EvaluateRun, MetricNames
 from robustok.metrics.pfid import PerturbedGrid, RelativeGrid
 from robustok.training.decoder import DecoderTrainingRun, train_decoder
 from robustok.training.generator import GeneratorTrainingRun, train_generator
@@ -55,7 +55,7 @@ class DemoRun(Config):
     samples: int = Field(1348, ge=20, description="samples in a set; the default is the number of training digits")
     grid: PerturbedGrid = Field(RelativeGrid(), description="cells of pFID")
     perturbation_seeds: int = Field(2, ge=1, description="repetitions of pFID, for its standard error")
-    metrics: list[Reconstruction | Generation] = Field(
+    metrics: MetricNames = Field(
         ["rfid", "psnr", "codebook", "pfid", "gfid", "kid", "gap"], description="what is measured"
     )
     scale: float = Field(
@@ -182,10 +182,10 @@ def _measure(stages: Stages) -> None:
         (here / f"measure-{name}" / "metrics.jsonl").unlink(missing_ok=True)
         sets = [stages.sample(name, f"{name}-{i}", run.samples, 1000 * stages.seed + i) for i in range(run.sets)]
         words = [f"tokenizer={here / f'tokenizer-{name}'}", f"tags.tokenizer={name}", stages.extractor, *stages.images]
-        words += [f"decoders.{decoder}={here / path}" for decoder, path in paths.items()]
-        words += [f"latents={json.dumps([str(path) for path in sets])}", f"metrics={json.dumps(run.metrics)}"]
-        words += _words("grid", run.grid.model_dump(mode="json"))
-        words += [f"seed={stages.seed}", f"perturbation_seeds={run.perturbation_seeds}", "batch_size=256"]
+        words += [f"samples.decoders.{decoder}={here / path}" for decoder, path in paths.items()]
+        words += [f"samples.latents={json.dumps([str(path) for path in sets])}", f"metrics={json.dumps(run.metrics)}"]
+        words += _words("pfid.grid", run.grid.model_dump(mode="json"))
+        words += [f"seed={stages.seed}", f"pfid.seeds={run.perturbation_seeds}", "batch_size=256"]
         jobs[f"evaluate {name}"] = evaluate, stages.job(EvaluateRun, f"measure-{name}", *words)
     side_by_side(jobs)
     lines = [(here / f"measure-{name}" / "metrics.jsonl").read_text() for name in decoders]

@@ -2,14 +2,17 @@
 
 from pathlib import Path
 
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
 from robustok.commands.generate import GenerateRun, SampleCacheSettings, generate
 from robustok.devices import start_accelerator
-from robustok.evaluation.comparison import COMPARED
 from robustok.evaluation.evaluator import Evaluator
 from robustok.evaluation.reconstructions import reconstructions
-from robustok.evaluation.samples import decoded_samples, image_set
+from robustok.evaluation.samples import decoded_samples, finished_images
 from robustok.evaluation.settings import EvaluateRun
 from robustok.files import append_line, writing
+from robustok.metrics.processes import ALONE, Processes
 from robustok.types import Measurement
 
 
@@ -17,23 +20,24 @@ def evaluate(run: EvaluateRun) -> list[Measurement]:
     """Measure everything that was asked for and applies; append the lines to metrics.jsonl.
 
     Raises:
-        UserError: tokenizers, latents, images or data are missing or do not belong together; a published protocol is
-            asked for with fewer images than it has, without ``allow_fewer``.
+        UserError: tokenizers, latents, images or data are missing or do not belong together; a metric has a published
+            protocol of more images than there are, without ``allow_fewer``.
     """
     accelerator = start_accelerator()
-    evaluator = Evaluator(accelerator, run)
+    evaluator = Evaluator(run, accelerator.device, _processes(accelerator))
     found: list[Measurement] = []
-    if run.tokenizer is not None and run.data is not None:  # without data it decodes the generator's samples only
+    if run.tokenizer is not None and run.data is not None:  # without data it decodes samples only
         found += reconstructions(evaluator, run.tokenizer)
-    latents = list(run.latents)
-    if run.generator is not None:
-        evaluator.check_counts(COMPARED, run.count)
-        latents += [_sample(run, number) for number in range(run.sets)]
-    if latents:
-        decoders = run.decoders or {"original": run.tokenizer}
-        found += decoded_samples(evaluator, latents, decoders)
+    if run.samples is not None:
+        latents = list(run.samples.latents)
+        if run.samples.generator is not None:
+            evaluator.check_count("samples", run.samples.count)
+            latents += [_sample(run, number) for number in range(run.samples.sets)]
+        found += decoded_samples(evaluator, latents, run.samples.decoders or {"original": run.tokenizer})
     for name, path in run.images.items():
-        found += image_set(evaluator, name, path)
+        found += finished_images(evaluator, name, path)
+    for name, path in run.paired_images.items():
+        found += finished_images(evaluator, name, path, paired=True)
     if accelerator.is_main_process:
         with writing(run.out):
             run.out.mkdir(parents=True, exist_ok=True)
@@ -42,16 +46,27 @@ def evaluate(run: EvaluateRun) -> list[Measurement]:
     return found
 
 
+def _processes(accelerator: Accelerator) -> Processes:
+    if accelerator.num_processes == 1:
+        return ALONE
+    return Processes(
+        accelerator.process_index,
+        accelerator.num_processes,
+        lambda tensor: accelerator.reduce(tensor.to(accelerator.device), "sum").cpu(),
+        gather_object,
+    )
+
+
 def _sample(run: EvaluateRun, number: int) -> Path:
     """One set of samples of the generator, in a folder that another evaluation finds complete."""
-    out = run.out / "samples" / f"{run.seed + number:06d}"
+    seed = run.seed + number
     return generate(
         GenerateRun(
-            out=out,
-            generator=run.generator,
-            count=run.count,
-            sampling=run.sampling,
-            seed=run.seed + number,
+            out=run.out / "samples" / f"{seed:06d}",
+            generator=run.samples.generator,
+            count=run.samples.count,
+            sampling=run.samples.sampling,
+            seed=seed,
             cache=SampleCacheSettings(batch_size=run.batch_size),
         )
     )

@@ -1,15 +1,13 @@
 """The evaluator: real images in one or more feature spaces, shared by all metrics and all processes."""
 
 import importlib.metadata
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from robustok.data.dataset import ImageDataset, open_images
@@ -18,94 +16,110 @@ from robustok.data.loader import batches_in_order
 from robustok.data.pixels import to_pixels
 from robustok.data.sources import Data, data_at
 from robustok.errors import UserError
-from robustok.evaluation.comparison import COMPARED, REFERENCE_IMAGES, Comparison, FeatureCollector, Processes, compare
+from robustok.evaluation.collector import FeatureCollector
 from robustok.evaluation.settings import EvaluateRun
+from robustok.metrics import METRICS
+from robustok.metrics.comparison import REFERENCE_IMAGES, Comparison, Score
 from robustok.metrics.features import load_extractor
 from robustok.metrics.frechet import Estimate
 from robustok.metrics.lpips import LPIPS
-from robustok.metrics.reference import Reference, cached_reference, load_reference
+from robustok.metrics.processes import ALONE, Processes
+from robustok.metrics.reference import Part, Reference, cached_reference, load_reference
 from robustok.types import Batch, FeatureExtractor, Measurement, Tokenizer
 
-# Published values of these stand on as many images; kid and gfid_infinity are made for fewer.
-PUBLISHED = dict.fromkeys(
-    ("rfid", "pfid", "noise_fd", "gfid", "sfid", "inception_score", "precision", "recall"), 50_000
-)
-KID_BELOW = 10_000  # images: where FID is mostly bias, KID goes beside it
+KID_BELOW = 10_000  # images: where FID is mostly bias, KID is measured too
 
 
 class Evaluator:
-    """Real images in the feature spaces of a run, and what is compared with them. Shares the work among processes.
+    """The real images of a run in its feature spaces, and what sets of images are compared with.
+
+    A ``space`` is the index of a feature space.
 
     Args:
-        accelerator: devices and processes.
         run: what to measure.
+        device: where to compute.
+        processes: how images are shared.
     """
 
-    def __init__(self, accelerator: Accelerator, run: EvaluateRun) -> None:
-        self.run, self.device, self.wanted = run, accelerator.device, run.wanted
-        self.main = accelerator.is_main_process
+    def __init__(self, run: EvaluateRun, device: torch.device, processes: Processes = ALONE) -> None:
+        self.run, self.device, self.processes, self.wanted = run, device, processes, run.wanted
         path = run.reference
         self.given_statistics = path is not None and path.suffix == ".npz" and "mu" in _keys(path)
         configs = [run.extractor, *run.more_extractors] if run.extractor is not None else []
-        self.extractors: list[FeatureExtractor] = [load_extractor(config, self.device) for config in configs]
+        self.extractors: list[FeatureExtractor] = [load_extractor(config, device) for config in configs]
         self.official = [config.name != "classifier" for config in configs]  # spaces of published values
-        self.lpips = LPIPS(run.lpips_net, run.lpips_weights, self.device) if "lpips" in self.wanted else None
-        self.processes = Processes(
-            accelerator.process_index,
-            accelerator.num_processes,
-            lambda tensor: accelerator.reduce(tensor.to(self.device), "sum").cpu(),
-            gather_object if accelerator.num_processes > 1 else lambda parts: parts,
-        )
+        self.pair_metrics = {name: m.function for name, m in METRICS.items() if m.applies_to == "pairs"}
+        if "lpips" in self.wanted:
+            self.pair_metrics["lpips"] = LPIPS(run.lpips.net, run.lpips.weights, device)
         self.opened: dict[tuple[Any, ...], ImageDataset] = {}
         self.references: dict[tuple[str, int], Reference] = {}
 
+    def wanted_of(self, applies_to: str, space: int = 0) -> list[str]:
+        """The metrics to measure that apply to this, in the order of METRICS."""
+        names = [name for name, m in METRICS.items() if name in self.wanted and m.applies_to == applies_to]
+        return [name for name in names if space == 0 or not METRICS[name].needs_inception]
+
     def compare_set(
         self, batches: Iterable[tuple[Tensor, Tensor]], count: int, shape: int | tuple[int, int], paired: bool = False
-    ) -> list[dict[str, tuple[Estimate, dict[str, Any]]]]:
-        """All metrics of one set of images, in every feature space, each with what it depends on."""
-        wanted = (self.wanted & COMPARED) | ({"errors"} if self.run.halves else set())
-        if count < KID_BELOW and any(self.official) and not paired:  # its error takes the sets for independent
-            references = [self.reference_of(shape, space, wanted | {"kid"}) for space in range(len(self.extractors))]
-            wanted |= {"kid"} if all(reference.features is not None for reference in references) else set()
+    ) -> list[dict[str, Score]]:
+        """All metrics of one set of ``count`` images in every feature space, by their names.
+
+        Args:
+            batches: indices (n,) and pixels (n, 3, H, W) of this process's images.
+            count: images in the whole set.
+            shape: their height and width.
+            paired: whether image i was made from image i of the reference.
+        """
+        spaces = range(len(self.extractors))
+        errors: set[Part] = {"features"} if self.run.comparison.halves else set()
+        wanted = [self.wanted_of("samples", space) for space in spaces]
+        # KID takes the two sets for independent, which pairs are not.
+        if count < KID_BELOW and any(self.official) and not paired:
+            references = [self.reference_of(shape, space, {"features"}) for space in spaces]
+            if all(reference.features is not None for reference in references):
+                wanted = [[name for name in METRICS if name in names or name == "kid"] for names in wanted]
         collectors = [
-            FeatureCollector(extractor, wanted if space == 0 else wanted - {"sfid", "inception_score"})
-            for space, extractor in enumerate(self.extractors)
+            FeatureCollector(extractor, errors.union(*(METRICS[name].parts for name in names)))
+            for extractor, names in zip(self.extractors, wanted, strict=True)
         ]
         for indices, pixels in batches:
             for collector in collectors:
                 collector.update(indices, pixels)
-        run, found = self.run, []
-        for space, collector in enumerate(collectors):
-            how = Comparison(
-                collector.metrics, run.halves, run.distance_dtype, run.shuffle, run.seed, self.official[space], paired
-            )
-            found.append(
-                compare(collector.finish("samples", self.processes), self.reference_of(shape, space, wanted), how)
-            )
+        found = []
+        for space, (collector, names) in enumerate(zip(collectors, wanted, strict=True)):
+            real = self.reference_of(shape, space, errors if paired else set())
+            sets = self.comparison(collector.finish("samples", self.processes), real, space, paired)
+            scores = {name: METRICS[name].function(sets) for name in names}
+            found.append({name: score for name, score in scores.items() if score is not None})
         return found
 
-    def reference_of(self, shape: int | tuple[int, int], space: int, wanted: Collection[str] = ()) -> Reference:
+    def comparison(self, fake: Reference, real: Reference, space: int, paired: bool) -> Comparison:
+        """Two sets in a feature space, compared as the run says."""
+        return Comparison(fake, real, self.run.comparison, self.run.seed, self.official[space], paired)
+
+    def reference_of(self, shape: int | tuple[int, int], space: int, parts: set[Part] = frozenset()) -> Reference:
         """What samples of this size are compared with: the reference, or the train split."""
-        path = self.run.reference
         if not self.given_statistics:
-            return self.described(self.real_images(shape), space, wanted)
-        extractor, key = self.extractors[space], (str(path), space)
+            return self.real_features(self.real_images(shape), space, parts)
+        path, extractor = self.run.reference, self.extractors[space]
+        key = (str(path), space)
         if key not in self.references:
             reference = load_reference(path, extractor.name)
-            one_by_one = {"kid", "precision", "recall"} & set(wanted)
-            if reference.features is None and one_by_one and _has_images(path):
+            if (
+                reference.features is None
+                and "features" in self._reference_parts(space, parts)
+                and "arr_0" in _keys(path)
+            ):
                 # ADM's file: moments of the whole data set, and beside them 10,000 images for precision and recall.
-                collector = FeatureCollector(extractor, one_by_one)
-                for batch in self.batches(self.open(data_at(path), None, "train")):
-                    collector.update(batch.indices, to_pixels(batch.images).to(self.device))
-                reference = replace(reference, features=collector.finish("", self.processes).features)
+                images = self._collected(self.open(data_at(path), None, "train"), space, {"features"})
+                reference = replace(reference, features=images.features)
             self.references[key] = reference
         return self.references[key]
 
     def reference_name(self, shape: int | tuple[int, int], space: int) -> str:
-        """What results say they were compared with."""
+        """The ``reference`` of a result."""
         reference = self.reference_of(shape, space)
-        return reference.describe() if self.given_statistics else reference.data  # which says all of it already
+        return reference.describe() if self.given_statistics else reference.data  # which has count and digest already
 
     def real_images(self, shape: int | tuple[int, int]) -> ImageDataset:
         """Real images of a size: those of the reference, or the train split."""
@@ -122,32 +136,31 @@ class Evaluator:
             raise UserError(f"samples and reference have {sizes} pixels; expected one size, crop one of them first")
         return images
 
-    def described(self, images: ImageDataset, space: int, wanted: Collection[str] = ()) -> Reference:
-        """Real images in feature space: computed once, or taken from the cache."""
+    def real_features(self, images: ImageDataset, space: int, parts: set[Part] = frozenset()) -> Reference:
+        """Real images in a feature space: computed once, or taken from the cache."""
         key, extractor = (images.fingerprint, space), self.extractors[space]
-        # What any later comparison may need, so that nothing is described twice.
-        kept = set(wanted) | (
-            self.wanted & {"kid", "precision", "recall", "sfid"} if images.split == "train" else set()
-        )
-        kept -= {"inception_score", "gfid_infinity"} | ({"sfid"} if space else set())
-
-        def make() -> Reference:
-            collector = FeatureCollector(extractor, kept, every=-(-len(images) // REFERENCE_IMAGES))
-            for batch in self.batches(images):
-                collector.update(batch.indices, to_pixels(batch.images).to(self.device))
-            return collector.finish(images.describe(), self.processes)
-
         if key not in self.references:
+            if images.split == "train":
+                parts = self._reference_parts(space, parts)
             if self.run.cache is None:
-                self.references[key] = make()
+                self.references[key] = self._collected(images, space, parts)
             else:
-                needs = {"features"} if kept & {"kid", "precision", "recall"} else set()
-                needs |= {"spatial"} if "sfid" in kept else set()
                 count = len(images) - len(images.broken)
                 self.references[key] = cached_reference(
-                    self.run.cache, extractor.name, images.describe(), count, make, needs, write=self.main
-                )
+                    self.run.cache, extractor.name, images.describe(), count,
+                    lambda: self._collected(images, space, parts), parts, write=self.processes.rank == 0,
+                )  # fmt: skip
         return self.references[key]
+
+    def _reference_parts(self, space: int, parts: set[Part]) -> set[Part]:
+        """These parts and all that any metric of samples needs, so that no features are computed twice."""
+        return set(parts).union(*(METRICS[name].reference_parts for name in self.wanted_of("samples", space)))
+
+    def _collected(self, images: ImageDataset, space: int, parts: set[Part]) -> Reference:
+        collector = FeatureCollector(self.extractors[space], parts, every=-(-len(images) // REFERENCE_IMAGES))
+        for batch in self.batches(images):
+            collector.update(batch.indices, to_pixels(batch.images).to(self.device))
+        return collector.finish(images.describe(), self.processes)
 
     def open(self, data: Data, size: int | None, split: str) -> ImageDataset:
         """Images of a split, opened once: they remember which of them turned out to be broken."""
@@ -161,9 +174,8 @@ class Evaluator:
         return batches_in_order(images, self.run.batch_size, self.processes.rank, self.processes.world)
 
     def own(self, count: int) -> Iterator[Tensor]:
-        """Places of this process's share of a set, a batch at a time."""
-        own = torch.arange(count)[self.processes.rank :: self.processes.world]
-        return (indices for indices in own.split(self.run.batch_size) if len(indices))
+        """Indices of this process's share of a set, a batch at a time."""
+        return self.processes.batches(count, self.run.batch_size)
 
     def decoder(self, tokenizer: Tokenizer) -> Callable[[Tensor], Tensor]:
         """Function of latents to pixels (n, 3, H, W) uint8."""
@@ -175,46 +187,43 @@ class Evaluator:
         return decode
 
     def decoded(self, tokenizer: Tokenizer, cache: LatentCache) -> Iterator[tuple[Tensor, Tensor]]:
-        """Places (n,) and pixels (n, 3, H, W) of this process's share of the latents, a batch at a time."""
+        """Indices (n,) and pixels (n, 3, H, W) of this process's share of the latents, a batch at a time."""
         decode, latents = self.decoder(tokenizer), cache.read(slice(None)).latents
         return ((indices, decode(latents[indices])) for indices in self.own(len(latents)))
 
-    def check_counts(self, metrics: Collection[str], count: int) -> None:
-        """Refuse published protocols on fewer images than they have.
+    def check_count(self, applies_to: str, count: int) -> None:
+        """Refuse metrics on fewer images than their published protocols have.
 
         Raises:
-            UserError: a metric has more, and nobody said ``allow_fewer``.
+            UserError: a metric has more, without ``allow_fewer``.
         """
-        short = sorted(name for name in self.wanted & set(metrics) if count < PUBLISHED.get(name, 0))
+        short = sorted(name for name in self.wanted_of(applies_to) if count < METRICS[name].published)
         if short and any(self.official) and not self.run.allow_fewer:
             raise UserError(
-                f"{short[0]} is published on {PUBLISHED[short[0]]:,} images, there are {count:,}; "
+                f"{short[0]} is published on {METRICS[short[0]].published:,} images, there are {count:,}; "
                 f"with allow_fewer=true it is measured as {short[0]}@{count}"
             )
 
     def measurement(
         self, metric: str, estimate: Estimate, *, samples: int, reference: str, space: int | None = None, **details: Any
     ) -> Measurement:
-        """A number with its protocol; a published one of fewer images than published is called by its count."""
+        """A number with its protocol; @COUNT is added to the name where its published protocol has more images."""
         versions = {name: importlib.metadata.version(name) for name in ("robustok", "torch")}
-        facts = {"uint8": "trunc(127.5 x + 128)"} | dict(self.run.tags) | details | {"versions": versions}
-        base = metric.removesuffix("_mean").removesuffix("_geometric").removesuffix("_cell")
+        details = {"uint8": "trunc(127.5 x + 128)"} | dict(self.run.tags) | details | {"versions": versions}
+        base = METRICS.get(metric.removesuffix("_mean").removesuffix("_geometric").removesuffix("_cell"))
         count = details.get("samples_per_set", samples)
-        if space is not None and self.official[space] and count < PUBLISHED.get(base, 0):
+        if space is not None and self.official[space] and base is not None and count < base.published:
             metric += f"@{count}"
         name = self.extractors[space].name if space is not None else None
         return Measurement(
-            metric, estimate.value, estimate.standard_error, samples, self.run.seed, name, reference, facts
+            metric, estimate.value, estimate.standard_error, samples, self.run.seed, name, reference, details
         )
 
 
-def _has_images(path: Path) -> bool:
-    return "arr_0" in _keys(path)
-
-
 def _keys(path: Path) -> list[str]:
+    """Names of the arrays in an .npz file."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return list(file.files)
-    except Exception:  # whoever opens it next says what is wrong
+    except Exception:  # load_reference will say what is wrong with the file
         return ["mu"]

@@ -18,11 +18,11 @@ from robustok.metrics.latent_gap import Figure, latent_gap, prediction_scores, r
 from robustok.types import Measurement, Tokenizer
 
 GAP_IMAGES = 2_000  # decoded and encoded again, or predicted by the generator, on either side
-BEST = 10  # tokens among which the generator's prediction is looked for
+BEST = 10  # k of generator_top_k
 
 
 def gap(
-    evaluator: Evaluator, tokenizer: Tokenizer, sets: list[LatentCache], facts: dict[str, Any]
+    evaluator: Evaluator, tokenizer: Tokenizer, sets: list[LatentCache], details: dict[str, Any]
 ) -> list[Measurement]:
     """How far the generated latents are from those of real images, and how well the generator predicts these."""
     images = evaluator.open(evaluator.run.data, tokenizer.image_size, "train")
@@ -34,30 +34,27 @@ def gap(
     encoded, labels = evaluator.processes.in_order(encoded), evaluator.processes.in_order(labels)
     generated = torch.cat([cache.read(slice(None)).latents for cache in sets])
     codebook = tokenizer.codebook.cpu() if tokenizer.kind == "discrete" else None
-    line = partial(evaluator.measurement, reference=images.describe(), **facts)
-    apart = latent_gap(generated, encoded, codebook)
-    found = _lines(line, apart.figures(), apart.images)
+    line = partial(evaluator.measurement, reference=images.describe(), **details)
+    found = _lines(line, latent_gap(generated, encoded, codebook))
     some = [_spread(latents, GAP_IMAGES) for latents in (generated, encoded)]
     pairs = [side for latents in some for side in (latents, _encoded_again(evaluator, tokenizer, latents))]
-    found += _lines(line, reencoding_gap(*pairs, codebook).figures(), len(some[0]))
-    if evaluator.run.generator is not None and codebook is not None:
+    found += _lines(line, reencoding_gap(*pairs, codebook))
+    if evaluator.run.samples.generator is not None and codebook is not None:
         found += _teacher_forced(evaluator, some[1], _spread(labels, GAP_IMAGES), line)
     return found
 
 
-def _lines(
-    line: Callable[..., Measurement], figures: dict[str, Figure], samples: int, **facts: Any
-) -> list[Measurement]:
-    """A line for each figure, with what it would be for real images."""
+def _lines(line: Callable[..., Measurement], figures: dict[str, Figure], **details: Any) -> list[Measurement]:
+    """A line for each figure, with its baseline."""
     return [
-        line(name, Estimate(figure.value, figure.standard_error), samples=samples, baseline=figure.baseline, **facts)
-        for name, figure in figures.items()
-        if math.isfinite(figure.value)  # latents that are all alike have no distance to measure others by
+        line(name, Estimate(f.value, f.standard_error), samples=f.images, baseline=f.baseline, **details)
+        for name, f in figures.items()
+        if math.isfinite(f.value)  # latents that are all alike have no distance to measure others by
     ]
 
 
 def _encoded_again(evaluator: Evaluator, tokenizer: Tokenizer, latents: Tensor) -> Tensor:
-    """What the encoder makes of the images, rounded to uint8, that latents decode to."""
+    """The latents of the images, rounded to uint8, that these latents decode to."""
     decode, found = evaluator.decoder(tokenizer), []
     for indices in evaluator.own(len(latents)):
         with torch.no_grad():
@@ -69,7 +66,7 @@ def _teacher_forced(
     evaluator: Evaluator, tokens: Tensor, labels: Tensor, line: Callable[..., Measurement]
 ) -> list[Measurement]:
     """How well the generator predicts the tokens (N, L) of real images with these labels (N,)."""
-    generator = load_generator(evaluator.run.generator).to(evaluator.device)
+    generator = load_generator(evaluator.run.samples.generator).to(evaluator.device)
     k, scores = min(BEST, generator.codebook_size), []
     for indices in evaluator.own(len(tokens)):
         real = tokens[indices].to(evaluator.device)
@@ -77,7 +74,7 @@ def _teacher_forced(
             logits = generator.logits(real, labels[indices].to(evaluator.device))[:, :-1]
         scores.append((indices, prediction_scores(logits, real, k)))
     counts = count_tokens(tokens, generator.codebook_size)
-    return _lines(line, teacher_forcing(evaluator.processes.in_order(scores), counts, k).figures(), len(tokens), k=k)
+    return _lines(line, teacher_forcing(evaluator.processes.in_order(scores), counts, k), k=k)
 
 
 def _spread(rows: Tensor, count: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Metrics of pairs of images: PSNR, SSIM and LPIPS, as means over images with their standard errors."""
+"""Metrics of pairs of images, such as PSNR, SSIM and LPIPS, as means over images with their standard errors."""
 
 from collections.abc import Callable
 
@@ -7,33 +7,26 @@ from torch import Tensor
 
 from robustok.evaluation.evaluator import Evaluator
 from robustok.metrics.frechet import Estimate
-from robustok.metrics.pixels import psnr, ssim
 from robustok.types import Measurement
 
-PIXELS = ("psnr", "ssim", "lpips")
 
-
-def pixel_scores(evaluator: Evaluator, pixels: Tensor, real: Tensor) -> Tensor:
-    """PSNR, SSIM and LPIPS (n, 3) float64 of pairs, NaN for what is not wanted."""
-    scores = torch.full((len(pixels), len(PIXELS)), torch.nan, dtype=torch.float64)
-    if "psnr" in evaluator.wanted:  # identical images would make the mean infinite
-        scores[:, 0] = psnr(pixels, real).clamp(max=100).cpu()
-    if "ssim" in evaluator.wanted:
-        scores[:, 1] = ssim(pixels, real).cpu()
-    if evaluator.lpips is not None:
-        scores[:, 2] = evaluator.lpips(pixels, real).double().cpu()
-    return scores
-
-
-def pixel_lines(evaluator: Evaluator, scores: Tensor, line: Callable[..., Measurement]) -> list[Measurement]:
-    """A line for each of the scores (N, 3) that is wanted."""
-    found = []
-    for column, name in enumerate(PIXELS):
+def pair_values(evaluator: Evaluator, pixels: Tensor, real: Tensor) -> Tensor:
+    """Every metric of pairs (n, M) float64, NaN for those that are not wanted."""
+    values = torch.full((len(pixels), len(evaluator.pair_metrics)), torch.nan, dtype=torch.float64)
+    for column, (name, function) in enumerate(evaluator.pair_metrics.items()):
         if name in evaluator.wanted:
-            facts = {"network": evaluator.lpips.extractor} if name == "lpips" else {}
-            found.append(
-                line(evaluator.lpips.name if name == "lpips" else name, over_images(scores[:, column]), **facts)
-            )
+            values[:, column] = function(pixels, real).cpu()
+    return values
+
+
+def pair_lines(evaluator: Evaluator, values: Tensor, line: Callable[..., Measurement]) -> list[Measurement]:
+    """A line for each metric of pairs that is wanted, from :func:`pair_values` of all images."""
+    found = []
+    for column, (name, function) in enumerate(evaluator.pair_metrics.items()):
+        if name in evaluator.wanted:
+            details = {"network": function.extractor} if name == "lpips" else {}
+            name = function.name if name == "lpips" else name
+            found.append(line(name, over_images(values[:, column]), **details))
     return found
 
 

@@ -1,42 +1,47 @@
-"""Tokenizers on real images: what they reconstruct, which codes they use, and what noise in the latents costs."""
+"""Tokenizers on real images: their reconstructions, the use of their codes, and the effect of noise in the latents."""
 
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from robustok.data.dataset import ImageDataset
 from robustok.data.pixels import from_pixels, to_pixels
-from robustok.evaluation.comparison import REFERENCE_IMAGES, FeatureCollector, bias_facts, paired_error
+from robustok.evaluation.collector import FeatureCollector
 from robustok.evaluation.evaluator import Evaluator
-from robustok.evaluation.pixels import over_images, pixel_lines, pixel_scores
-from robustok.metrics.codebook import codebook_perplexity, codebook_usage, count_tokens
-from robustok.metrics.frechet import Estimate, frechet_distance
-from robustok.metrics.noise import noise_frechet
-from robustok.metrics.pfid import perturbed_frechet, perturbed_protocol
-from robustok.metrics.reference import Reference
+from robustok.evaluation.pixels import over_images, pair_lines, pair_values
+from robustok.metrics import METRICS
+from robustok.metrics.comparison import REFERENCE_IMAGES
+from robustok.metrics.frechet import Estimate
+from robustok.metrics.noise import NoiseFD
+from robustok.metrics.pfid import PFID, GridSummary, perturbed_protocol
 from robustok.tokenizers import load_tokenizer
 from robustok.types import Measurement, Tokenizer
+
+Line = Callable[..., Measurement]
 
 
 def reconstructions(evaluator: Evaluator, path: Path) -> list[Measurement]:
     """Reconstruction metrics on the test split, encoded once: rFID, pFID, PSNR, use of the codebook and others."""
-    tokenizer, wanted = load_tokenizer(path).to(evaluator.device), evaluator.wanted
+    tokenizer = load_tokenizer(path).to(evaluator.device)
     images, decode = evaluator.open(evaluator.run.data, tokenizer.image_size, "test"), evaluator.decoder(tokenizer)
-    evaluator.check_counts({"rfid", "pfid", "noise_fd"}, len(images))
-    halves = evaluator.run.halves if len(images) <= REFERENCE_IMAGES else 0  # more of them have next to no error
-    needed = {"rfid", "errors"} if halves else {"rfid"}
-    collectors = [FeatureCollector(e, needed) for e in evaluator.extractors] if "rfid" in wanted else []
-    encoded, scores, again = [], [], []
+    evaluator.check_count("reconstructions", len(images))
+    compared = [name for name in evaluator.wanted_of("reconstructions") if METRICS[name].function is not None]
+    of_tokens = evaluator.wanted_of("tokens") if tokenizer.kind == "discrete" else []
+    # The standard error over halves is negligible for more images.
+    errors = {"features"} if evaluator.run.comparison.halves and len(images) <= REFERENCE_IMAGES else set()
+    parts = errors.union(*(METRICS[name].parts for name in compared))
+    collectors = [FeatureCollector(extractor, parts) for extractor in evaluator.extractors if compared]
+    encoded, pairs, again = [], [], []
     for batch in evaluator.batches(images):
         with torch.no_grad():
             latents = tokenizer.encode(batch.images.to(evaluator.device))
         pixels, real = decode(latents), to_pixels(batch.images).to(evaluator.device)
         encoded.append((batch.indices, latents.cpu()))
-        scores.append((batch.indices, pixel_scores(evaluator, pixels, real)))
-        if "token_agreement" in wanted and tokenizer.kind == "discrete":
+        pairs.append((batch.indices, pair_values(evaluator, pixels, real)))
+        if "token_agreement" in of_tokens:
             with torch.no_grad():
                 same = (tokenizer.encode(from_pixels(pixels)) == latents).double().mean(dim=1)
             again.append((batch.indices, same.cpu()))
@@ -44,96 +49,69 @@ def reconstructions(evaluator: Evaluator, path: Path) -> list[Measurement]:
             collector.update(batch.indices, pixels)
     latents = evaluator.processes.in_order(encoded)  # (N, L) or (N, L, D), the same in every process
     line = partial(evaluator.measurement, samples=len(latents), reference=images.describe())
-    found = pixel_lines(evaluator, evaluator.processes.in_order(scores), line)
-    if "codebook" in wanted and tokenizer.kind == "discrete":
-        counts = count_tokens(latents, len(tokenizer.codebook))
-        found.append(line("codebook_usage", Estimate(codebook_usage(counts), None)))
-        found.append(line("codebook_perplexity", Estimate(codebook_perplexity(counts), None)))
-    if again:
-        found.append(line("token_agreement", over_images(evaluator.processes.in_order(again))))
+    found = pair_lines(evaluator, evaluator.processes.in_order(pairs), line)
+    for name in of_tokens:
+        if name == "token_agreement":
+            found.append(line(name, over_images(evaluator.processes.in_order(again))))
+        else:
+            values = METRICS[name].function(latents, len(tokenizer.codebook))
+            found += [line(key, Estimate(value)) for key, value in values.items()]
     for space, collector in enumerate(collectors):
-        fake, reference = (
-            collector.finish("reconstructions", evaluator.processes),
-            evaluator.described(images, space, needed),
-        )
-        value = Estimate(frechet_distance(fake.statistics, reference.statistics, reference.factor), None)
-        facts = bias_facts(reference.statistics, evaluator.official[space], paired=True)
-        if halves:
-            rng = torch.Generator().manual_seed(evaluator.run.seed)
-            value = Estimate(value.value, paired_error(fake.features, reference.features, halves, rng))
-            facts["standard_error_from"] = f"{halves} random halves of pairs"
-        found.append(line("rfid", value, space=space, **facts))
+        needed = errors.union(*(METRICS[name].reference_parts for name in compared))
+        fake = collector.finish("reconstructions", evaluator.processes)
+        sets = evaluator.comparison(fake, evaluator.real_features(images, space, needed), space, paired=True)
+        for name in compared:
+            score = METRICS[name].function(sets)
+            found.append(line(name, score.estimate, space=space, **score.details))
     for space in range(len(evaluator.extractors)):
-        if "pfid" in wanted and tokenizer.kind == "discrete":
-            found += _perturbed(evaluator, tokenizer, latents, evaluator.described(images, space), space, line)
-        elif "noise_fd" in wanted and tokenizer.kind == "continuous":
-            found += _noised(evaluator, tokenizer, latents, evaluator.described(images, space), space, line)
+        found += _over_grids(evaluator, tokenizer, latents, images, space, partial(line, space=space))
     return found
 
 
-def _perturbed(
-    evaluator: Evaluator,
-    tokenizer: Tokenizer,
-    tokens: Tensor,
-    reference: Reference,
-    space: int,
-    line: Callable[..., Measurement],
+def _over_grids(
+    evaluator: Evaluator, tokenizer: Tokenizer, latents: Tensor, images: ImageDataset, space: int, line: Line
 ) -> list[Measurement]:
-    """Every cell of pFID and their means, over the perturbation seeds."""
-    run, codebook = evaluator.run, tokenizer.codebook
-    protocol = perturbed_protocol(run.grid, len(codebook), run.include_self, len(tokens))
-    summary = perturbed_frechet(
-        run.grid,
-        tokens,
-        codebook.cpu(),
-        evaluator.decoder(tokenizer),
-        evaluator.extractors[space],
-        reference.statistics,
-        include_self=run.include_self,
-        **_shared(evaluator),
-    )
-    facts = {key: value for key, value in protocol.items() if key not in ("rates", "strengths")}
+    """Every cell and the mean of pFID for tokens, or of noise_fd for continuous latents, in one feature space."""
+    settings, discrete = evaluator.run.pfid, tokenizer.kind == "discrete"
+    if ("pfid" if discrete else "noise_fd") not in evaluator.wanted:
+        return []
+    shared = {
+        "latents": latents,
+        "decode": evaluator.decoder(tokenizer),
+        "extractor": evaluator.extractors[space],
+        "reference": evaluator.real_features(images, space).statistics,
+        "seeds": range(evaluator.run.seed, evaluator.run.seed + settings.seeds),
+        "batch_size": evaluator.run.batch_size,
+        "processes": evaluator.processes,
+    }
+    if discrete:
+        codebook = tokenizer.codebook.cpu()
+        return _pfid_lines(
+            PFID(grid=settings.grid, codebook=codebook, include_self=settings.include_self, **shared), line
+        )
+    return _noise_lines(NoiseFD(grid=settings.noise, **shared).run(), line)
+
+
+def _pfid_lines(pfid: PFID, line: Line) -> list[Measurement]:
+    """Every cell of pFID and their means."""
+    summary = pfid.run()
+    protocol = perturbed_protocol(pfid.grid, len(pfid.codebook), pfid.include_self, summary.images)
+    details = {key: value for key, value in protocol.items() if key not in ("rates", "strengths")}
     found = []
     for cell in summary.cells:
         estimate = Estimate(cell.value, cell.standard_error)
-        found.append(line("pfid", estimate, space=space, rate=cell.rate, strength=cell.strength, **facts))
-    facts = protocol | {"cells": len(summary.cells), "seconds": round(summary.seconds, 1)}
-    found.append(line("pfid_mean", Estimate(summary.mean, summary.standard_error), space=space, **facts))
-    geometric = Estimate(summary.geometric_mean, summary.geometric_standard_error)
-    return [*found, line("pfid_geometric_mean", geometric, space=space, **facts)]
+        found.append(line("pfid", estimate, rate=cell.rate, strength=cell.strength, **details))
+    details = protocol | {"cells": len(summary.cells), "seconds": round(summary.seconds, 1)}
+    found.append(line("pfid_mean", summary.mean, **details))
+    return [*found, line("pfid_geometric_mean", summary.geometric_mean, **details)]
 
 
-def _noised(
-    evaluator: Evaluator,
-    tokenizer: Tokenizer,
-    latents: Tensor,
-    reference: Reference,
-    space: int,
-    line: Callable[..., Measurement],
-) -> list[Measurement]:
-    """Every cell of noise_fd and their mean, over the seeds of the noise."""
-    summary = noise_frechet(
-        evaluator.run.noise, latents, evaluator.decoder(tokenizer), evaluator.extractors[space], reference.statistics,
-        **_shared(evaluator),
-    )  # fmt: skip
-    facts = {"protocol": summary.protocol, "space": space}
+def _noise_lines(summary: GridSummary, line: Line) -> list[Measurement]:
+    """Every cell of noise_fd and their mean."""
+    details = {"protocol": summary.protocol}
     found = [
-        line("noise_fd_cell", Estimate(cell.value, cell.standard_error), level=cell.level, **facts)
+        line("noise_fd_cell", Estimate(cell.value, cell.standard_error), level=cell.level, **details)
         for cell in summary.cells
     ]
-    facts |= {"cells": len(summary.cells), "seconds": round(summary.seconds, 1)}
-    return [*found, line("noise_fd", Estimate(summary.mean, summary.standard_error), **facts)]
-
-
-def _shared(evaluator: Evaluator) -> dict[str, Any]:
-    """How the grids of noise share their work, and their seeds."""
-    run, processes = evaluator.run, evaluator.processes
-    seeds = range(run.seed, run.seed + run.perturbation_seeds)
-    add = processes.add if processes.world > 1 else None
-    return {
-        "seeds": list(seeds),
-        "batch_size": run.batch_size,
-        "rank": processes.rank,
-        "processes": processes.world,
-        "sum_over_processes": add,
-    }
+    details |= {"cells": len(summary.cells), "seconds": round(summary.seconds, 1)}
+    return [*found, line("noise_fd", summary.mean, **details)]

@@ -1,156 +1,85 @@
-"""Metrics: pixels to features, features to statistics, statistics to a number. Nothing here knows a model or a trainer.
+"""Metrics: pixels to features, features to statistics, statistics to a number. Nothing here imports a model or trainer.
 
-To add one, write a function and add a line to ``METRICS``.
+To add a metric, write a function and add one entry to :data:`METRICS`, which `robustok evaluate` reads.
 """
 
-from robustok.metrics.codebook import (
-    codebook_perplexity,
-    codebook_usage,
-    count_tokens,
-    token_agreement,
-    token_divergence,
-)
-from robustok.metrics.features.classifier import ClassifierExtractor, compute_features
-from robustok.metrics.features.dinov2 import DINOv2Extractor
-from robustok.metrics.features.inception import InceptionExtractor, InceptionFeatures
-from robustok.metrics.frechet import (
-    Estimate,
-    GaussianStatistics,
-    covariance_factor,
-    delete_half_error,
-    frechet_bias,
-    frechet_distance,
-    frechet_distance_of_features,
-    mean_and_standard_error,
-    small_sample_note,
-)
-from robustok.metrics.inception_score import InceptionScore, inception_score
-from robustok.metrics.kernel import kernel_distance
-from robustok.metrics.latent_gap import (
-    Figure,
-    LatentGap,
-    ReencodingGap,
-    TeacherForcing,
-    latent_gap,
-    prediction_scores,
-    reencoding_gap,
-    teacher_forcing,
-)
-from robustok.metrics.lpips import LPIPS
-from robustok.metrics.manifold import PrecisionRecall, precision_recall
-from robustok.metrics.noise import NoiseCell, NoiseGrid, noise_frechet
-from robustok.metrics.pfid import (
-    ExplicitGrid,
-    PerturbedCell,
-    PerturbedGrid,
-    PerturbedSummary,
-    PublishedFastGrid,
-    PublishedGrid,
-    RelativeGrid,
-    decoded_statistics,
-    perturbed_frechet,
-    perturbed_protocol,
-    summarise,
-)
-from robustok.metrics.pixels import psnr, ssim
-from robustok.metrics.reference import (
-    Reference,
-    cached_reference,
-    load_reference,
-    load_statistics,
-    save_reference,
-    save_statistics,
-)
-from robustok.metrics.small_samples import FrechetInfinity, frechet_error, frechet_infinity
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
-# What the names in metrics.jsonl mean.
-METRICS = {
-    "rfid": "Frechet distance of reconstructions to the original images",
-    "pfid": "Frechet distance of reconstructions from perturbed tokens to the original images, mean over a grid",
-    "gfid": "Frechet distance of generated images to real ones",
-    "kid": "unbiased squared MMD with the kernel (x.y / F + 1)^3, all images at once",
-    "sfid": "Frechet distance of generated images to real ones on 7 x 17 x 17 spatial features of Inception",
-    "inception_score": "exp of the mean KL divergence of p(class | image) from p(class), 10 splits of shuffled images",
-    "precision": "share of generated images within the real manifold, balls up to the 3rd neighbour",
-    "recall": "share of real images within the generated manifold, balls up to the 3rd neighbour",
-    "psnr": "peak signal-to-noise ratio in dB, mean over images, data range 255",
-    "ssim": "structural similarity, Gaussian window 11 of sigma 1.5, mean over channels and images",
-    "lpips_alex": "learned perceptual distance on AlexNet, mean over images",
-    "lpips_vgg": "learned perceptual distance on VGG-16, mean over images",
-    "codebook_usage": "share of the codes that occur in the tokens of the evaluation set",
-    "codebook_perplexity": "exp of the entropy of the code frequencies",
-    "token_agreement": "share of tokens that stay the same when the decoded image is encoded again",
-    "token_divergence": "Jensen-Shannon divergence of token frequencies, generated against encoded, in bits",
-    "generated_usage": "share of the codes that generated images use, beside that of as many real ones",
-    "latent_distance": "Frechet distance of the images' mean latents, generated against encoded",
-    "latent_position_distance": "Frechet distance of the latents at each position, no covariances, mean over positions",
-    "latent_kernel_distance": "unbiased squared MMD of the images' mean latents, standardised, the kernel of KID",
-    "reencoded_displacement": "mean squared move of latents decoded and encoded again, 1 between two real images",
-    "reencoded_distance": "Frechet distance of the images' mean latents before and after encoding again",
-    "generator_accuracy": "share of real tokens that the generator finds most likely, given the real ones before",
-    "generator_cross_entropy": "mean of -ln p(real token) in nats, given the real ones before",
-    "generator_top_k": "share of real tokens among the generator's k most likely, given the real ones before",
-    "noise_fd": "Frechet distance of reconstructions from noised continuous latents, mean over noise levels; no pFID",
+from robustok.metrics import comparison, pixels
+from robustok.metrics.codebook import codebook_use
+from robustok.metrics.reference import Part
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of `robustok evaluate`.
+
+    Attributes:
+        applies_to: what it is a metric of, which decides the function.
+
+            * ``pairs``: images and their originals. The function takes the pixels (n, 3, H, W) uint8 of both and
+              returns (n,) values, whose mean is reported.
+            * ``tokens``: tokens (N, L) of the test images. The function takes them and the codebook size and returns a
+              dictionary of names and values.
+            * ``reconstructions``: reconstructions of the test images in a feature space. The function takes a
+              :class:`~robustok.metrics.comparison.Comparison` and returns a Score.
+            * ``samples``: generated images in a feature space. As ``reconstructions``; None where it does not apply.
+            * ``latents``: generated latents.
+        description: what it measures.
+        function: see above; None for the few that the evaluator computes in code of their own.
+        parts: what it needs of the evaluated images beside mean and covariance of their features: the ``features`` of
+            single images; ``spatial`` features or ``logits``, which only the Inception network has.
+        reference_parts: the same of the reference.
+        published: number of images behind published values; 0 where there is no such number.
+    """
+
+    applies_to: Literal["pairs", "tokens", "reconstructions", "samples", "latents"]
+    description: str
+    function: Callable[..., Any] | None = None
+    parts: tuple[Part, ...] = ()
+    reference_parts: tuple[Part, ...] = ()
+    published: int = 0
+
+    @property
+    def needs_inception(self) -> bool:
+        """Whether it is defined on the Inception network only."""
+        return bool({"spatial", "logits"} & set(self.parts))
+
+    @property
+    def needs_extractor(self) -> bool:
+        """Whether it is measured in a feature space."""
+        return self.applies_to in ("reconstructions", "samples")
+
+
+_FEATURES: tuple[Part, ...] = ("features",)
+_SPATIAL: tuple[Part, ...] = ("spatial",)
+
+# By the names that the setting `metrics` takes, in the order of the lines in metrics.jsonl.
+METRICS: dict[str, Metric] = {
+    "psnr": Metric("pairs", "peak signal-to-noise ratio in dB, data range 255", pixels.capped_psnr),
+    "ssim": Metric("pairs", "structural similarity, Gaussian window 11 of sigma 1.5", pixels.ssim),
+    "lpips": Metric("pairs", "learned perceptual distance on AlexNet (lpips_alex) or VGG-16 (lpips_vgg)"),
+    "codebook": Metric(
+        "tokens", "share of the codes in use, and exp of the entropy of their frequencies", codebook_use
+    ),
+    "token_agreement": Metric("tokens", "share of tokens that stay the same when the decoded image is encoded again"),
+    "rfid": Metric("reconstructions", "Frechet distance to the original images", comparison.rfid, published=50_000),
+    "pfid": Metric("reconstructions", "rfid with perturbed tokens, mean over a grid", published=50_000),
+    "noise_fd": Metric("reconstructions", "rfid with noised continuous latents, mean over levels", published=50_000),
+    "gfid": Metric("samples", "Frechet distance to real images", comparison.gfid, published=50_000),
+    "gfid_infinity": Metric("samples", "gfid of infinitely many images", comparison.gfid_infinity, _FEATURES),
+    "sfid": Metric("samples", "gfid on spatial features of Inception", comparison.sfid, _SPATIAL, _SPATIAL, 50_000),
+    "kid": Metric("samples", "unbiased squared MMD, kernel (x.y / F + 1)^3", comparison.kid, _FEATURES, _FEATURES),
+    "precision": Metric(
+        "samples", "share of samples in the real manifold", comparison.precision, _FEATURES, _FEATURES, 50_000
+    ),
+    "recall": Metric(
+        "samples", "share of real images in the samples' manifold", comparison.recall, _FEATURES, _FEATURES, 50_000
+    ),
+    "inception_score": Metric(
+        "samples", "exp KL of p(class | image) from p(class)", comparison.inception, ("logits",), published=50_000
+    ),
+    "gap": Metric("latents", "generated latents against those of real images, see robustok.metrics.latent_gap"),
 }
-
-__all__ = [
-    "LPIPS",
-    "METRICS",
-    "ClassifierExtractor",
-    "DINOv2Extractor",
-    "Estimate",
-    "ExplicitGrid",
-    "Figure",
-    "FrechetInfinity",
-    "GaussianStatistics",
-    "InceptionExtractor",
-    "InceptionFeatures",
-    "InceptionScore",
-    "LatentGap",
-    "NoiseCell",
-    "NoiseGrid",
-    "PerturbedCell",
-    "PerturbedGrid",
-    "PerturbedSummary",
-    "PrecisionRecall",
-    "PublishedFastGrid",
-    "PublishedGrid",
-    "ReencodingGap",
-    "Reference",
-    "RelativeGrid",
-    "TeacherForcing",
-    "cached_reference",
-    "codebook_perplexity",
-    "codebook_usage",
-    "compute_features",
-    "count_tokens",
-    "covariance_factor",
-    "decoded_statistics",
-    "delete_half_error",
-    "frechet_bias",
-    "frechet_distance",
-    "frechet_distance_of_features",
-    "frechet_error",
-    "frechet_infinity",
-    "inception_score",
-    "kernel_distance",
-    "latent_gap",
-    "load_reference",
-    "load_statistics",
-    "mean_and_standard_error",
-    "noise_frechet",
-    "perturbed_frechet",
-    "perturbed_protocol",
-    "precision_recall",
-    "prediction_scores",
-    "psnr",
-    "reencoding_gap",
-    "save_reference",
-    "save_statistics",
-    "small_sample_note",
-    "ssim",
-    "summarise",
-    "teacher_forcing",
-    "token_agreement",
-    "token_divergence",
-]

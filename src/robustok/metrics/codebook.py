@@ -38,21 +38,16 @@ def codebook_perplexity(counts: Tensor) -> float:
     return _entropy(_frequencies(counts)).exp2().item()
 
 
-def token_agreement(tokens: Tensor, other: Tensor) -> float:
-    """Share in [0, 1] of positions at which two sets of tokens agree, such as before and after re-encoding.
-
-    Raises:
-        UserError: different shapes, or no tokens.
-    """
-    if tokens.shape != other.shape or tokens.numel() == 0:
-        raise UserError(f"got tokens {tuple(tokens.shape)} and {tuple(other.shape)}, expected pairs of equal shape")
-    return (tokens == other).double().mean().item()
+def codebook_use(tokens: Tensor, codebook_size: int) -> dict[str, float]:
+    """Usage and perplexity of tokens of any shape, by their names in metrics.jsonl."""
+    counts = count_tokens(tokens, codebook_size)
+    return {"codebook_usage": codebook_usage(counts), "codebook_perplexity": codebook_perplexity(counts)}
 
 
 def token_divergence(counts: Tensor, other: Tensor) -> float:
     """Jensen-Shannon divergence of two token frequencies in bits: 0 for equal ones, 1 where no code is in both.
 
-    Sets of n and m tokens of one law differ by about (K - 1) / (8 ln 2) * (1/n + 1/m) bits: the floor to compare with.
+    Sets of n and m tokens of one distribution differ by about (K - 1) / (8 ln 2) * (1/n + 1/m) bits.
 
     Args:
         counts: (K,) of one set.

@@ -1,4 +1,4 @@
-"""Frechet distance between Gaussians fitted to two sets of features, from mergeable statistics in float64.
+"""Frechet distance between Gaussians fitted to two sets of features, from statistics in float64 that add up.
 
 d(a, b) = |mu_a - mu_b|^2 + tr S_a + tr S_b - 2 tr (S_a S_b)^(1/2), covariances S divided by N - 1.
 With Inception features it is FID; with others it carries their name.
@@ -13,19 +13,20 @@ import torch
 from torch import Tensor
 
 from robustok.errors import UserError
+from robustok.metrics.processes import Processes
 
 # Rows turned into float64 at a time, so that 50,000 features take no second copy of twice their size.
 ROWS = 4096
 
 
 class GaussianStatistics:
-    """Count, mean and scatter of features: all that a Frechet distance needs of a set, and mergeable over sets.
+    """Count, mean and scatter of features: all that a Frechet distance needs of a set.
 
     Features are centred as they arrive (Chan, Golub and LeVeque 1983). Sums of raw squares would lose the variance of
     features far from zero, and give a variance to constant ones.
 
     Attributes:
-        count: N, features seen; None where only the moments are known, as in files that do not say.
+        count: N; None where only the moments are known, as in files without a count.
         mean: (F,) float64, zeros before the first feature.
         scatter: (F, F) float64, the sum of (x - mean) (x - mean)^T.
     """
@@ -44,7 +45,7 @@ class GaussianStatistics:
 
     @classmethod
     def from_moments(cls, mean: Tensor, covariance: Tensor, count: int | None) -> "GaussianStatistics":
-        """Statistics of a known mean (F,) and unbiased covariance (F, F), of ``count`` features or of nobody knows."""
+        """Statistics of a known mean (F,) and unbiased covariance (F, F), ``count`` None where it is unknown."""
         statistics = cls(len(mean), mean.device)
         statistics.count, statistics.mean = count, mean.double().clone()
         statistics.scatter = covariance.double() * (1 if count is None else count - 1)
@@ -63,29 +64,9 @@ class GaussianStatistics:
             mean = centred.mean(dim=0)
             centred = centred - mean
             self.scatter.addmm_(centred.T, centred)
-            self._shift(len(block), mean)
-
-    def merge(self, other: "GaussianStatistics") -> "GaussianStatistics":
-        """The statistics of both sets together, as new statistics.
-
-        Raises:
-            UserError: features of different length, or moments of an unknown count.
-        """
-        _same_space(self, other)
-        self._need(0)
-        other._need(0)
-        merged = GaussianStatistics(self.dim, self.mean.device)
-        merged.count, merged.mean = self.count, self.mean.clone()
-        merged.scatter = self.scatter + other.scatter.to(self.scatter.device)
-        if other.count:
-            merged._shift(other.count, other.mean.to(self.mean.device))
-        return merged
-
-    def _shift(self, count: int, mean: Tensor) -> None:
-        """Make room for ``count`` features whose scatter about their own ``mean`` has been added already."""
-        total, shift = self.count + count, mean - self.mean
-        self.scatter.addr_(shift, shift, alpha=self.count * count / total)
-        self.mean, self.count = self.mean + shift * (count / total), total
+            total, shift = self.count + len(block), mean - self.mean
+            self.scatter.addr_(shift, shift, alpha=self.count * len(block) / total)
+            self.mean, self.count = self.mean + shift * (len(block) / total), total
 
     @property
     def dim(self) -> int:
@@ -97,7 +78,7 @@ class GaussianStatistics:
         """(F, F) float64, unbiased.
 
         Raises:
-            UserError: fewer than two features were seen.
+            UserError: fewer than two features.
         """
         if self.count is None:
             return self.scatter
@@ -126,9 +107,13 @@ class GaussianStatistics:
             statistics.scatter = outer.addr(statistics.mean, statistics.mean, alpha=-statistics.count)
         return statistics
 
+    def summed(self, processes: Processes) -> "GaussianStatistics":
+        """The statistics of the features of all processes."""
+        return self.from_tensor(processes.add(self.as_tensor())) if processes.world > 1 else self
+
     def _need(self, count: int) -> None:
         if self.count is None:
-            raise UserError("these statistics do not say how many images they stand for; pass count=NUMBER with them")
+            raise UserError("these statistics come without their number of images; pass count=NUMBER with them")
         if self.count < count:
             raise UserError(f"got features of {self.count} images, need at least {count}; evaluate more images")
 
@@ -156,7 +141,7 @@ def covariance_factor(statistics: GaussianStatistics) -> Tensor:
 def factor_of_features(features: Tensor) -> Tensor:
     """A (F, N) float64 with A A^T the covariance of features (N, F): the centred features, no eigenvectors needed.
 
-    Smaller than :func:`covariance_factor` for fewer images than features.
+    Smaller than :func:`covariance_factor` where there are fewer images than features.
 
     Raises:
         UserError: fewer than two images.
@@ -173,7 +158,7 @@ def frechet_distance(a: GaussianStatistics, b: GaussianStatistics, factor: Tenso
     never complex, and exact enough for singular covariances, where ``scipy.linalg.sqrtm`` is not.
 
     Args:
-        a: the set to judge.
+        a: the set to evaluate.
         b: the reference.
         factor: :func:`covariance_factor` of ``b``, kept from an earlier call; most of the time where it is singular.
 
@@ -183,7 +168,8 @@ def frechet_distance(a: GaussianStatistics, b: GaussianStatistics, factor: Tenso
     Raises:
         UserError: features of different length, or fewer than two images on either side.
     """
-    _same_space(a, b)
+    if a.dim != b.dim:
+        raise UserError(f"got features of length {a.dim} and {b.dim}, expected equal; use one extractor for both sets")
     device = a.mean.device
     covariance, reference = a.covariance, b.covariance.to(device)
     factor = (covariance_factor(b) if factor is None else factor).to(device)
@@ -195,38 +181,14 @@ def frechet_distance(a: GaussianStatistics, b: GaussianStatistics, factor: Tenso
     return max(0.0, (shift + covariance.trace() + reference.trace() - 2 * root).item())
 
 
-def frechet_distance_of_features(features: Tensor, reference: Tensor) -> float:
-    """:func:`frechet_distance` of two sets whose features are at hand: exact for few images too.
-
-    Where both sets have fewer images than features, tr (S_a S_b)^(1/2) is the sum of the singular values of X Y^T
-    (N, M), with the centred features in the rows of X and Y: no square root of a rounding error, no eigenvectors, and
-    a fourth of the work where the images are half as many as the features.
-
-    Args:
-        features: (N, F) of the set to judge.
-        reference: (M, F) of the reference.
-
-    Raises:
-        UserError: features of different length or not finite, or fewer than two images on either side.
-    """
-    for checked in (features, reference):
-        check_features(checked, reference.shape[-1])
-    if max(len(features), len(reference)) >= features.shape[1]:
-        return frechet_distance(GaussianStatistics.of(features), GaussianStatistics.of(reference))
-    x, y = factor_of_features(features), factor_of_features(reference.to(features.device))  # (F, N), (F, M)
-    root = torch.linalg.svdvals(x.T @ y).sum()
-    shift = features.mean(dim=0, dtype=torch.float64) - reference.to(features.device).mean(dim=0, dtype=torch.float64)
-    return max(0.0, (shift.square().sum() + x.square().sum() + y.square().sum() - 2 * root).item())
-
-
 def frechet_bias(statistics: GaussianStatistics) -> float:
-    """How far N images of the *same* law lie from it on average, to first order in 1/N: the floor c/N under a distance.
+    """The mean distance of N images to their *own* distribution, to first order in 1/N: the bias c/N of a distance.
 
     c = 5/4 tr S + 1/2 sum_ij l_i l_j / (l_i + l_j) with the eigenvalues l of S. Good for N well above F.
     A reference of M images adds c/M of its own.
 
     Raises:
-        UserError: fewer than two images, or nobody knows how many.
+        UserError: fewer than two images, or an unknown number of them.
     """
     statistics._need(2)
     values = _eigenvalues(statistics.covariance).clamp(min=0)
@@ -236,12 +198,12 @@ def frechet_bias(statistics: GaussianStatistics) -> float:
 
 
 def small_sample_note(samples: int, bias: float, dim: int, paired: bool = False) -> str | None:
-    """What to keep in mind about an FID of few samples; None from 50,000 on, the number of published values.
+    """The note beside an FID of few samples; None from 50,000 on, the number of published values.
 
     Args:
         samples: N.
         bias: :func:`frechet_bias` of the set.
-        dim: F, below which the bias is poorly known itself.
+        dim: F, below which the estimate of the bias is rough.
         paired: whether the set was made from the images of its reference.
     """
     if samples >= 50_000:
@@ -260,11 +222,11 @@ class Estimate:
 
     Attributes:
         value: mean over independent sets, or the value on the whole set.
-        standard_error: of ``value``; None where one set says nothing about it.
+        standard_error: of ``value``; None where it is not known.
     """
 
     value: float
-    standard_error: float | None
+    standard_error: float | None = None
 
 
 def mean_and_standard_error(values: Sequence[float]) -> Estimate:
@@ -276,7 +238,7 @@ def mean_and_standard_error(values: Sequence[float]) -> Estimate:
     if not values:
         raise UserError("got no values to average, expected at least one")
     if len(values) == 1:
-        return Estimate(float(values[0]), None)
+        return Estimate(float(values[0]))
     return Estimate(float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values))))
 
 
@@ -336,8 +298,3 @@ def _eigenvectors(covariance: Tensor) -> tuple[Tensor, Tensor]:
     except torch.linalg.LinAlgError:
         vectors, values, _ = torch.linalg.svd(covariance)
         return values.flip(0), vectors.flip(1)
-
-
-def _same_space(a: GaussianStatistics, b: GaussianStatistics) -> None:
-    if a.dim != b.dim:
-        raise UserError(f"got features of length {a.dim} and {b.dim}, expected equal; use one extractor for both sets")

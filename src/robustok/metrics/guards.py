@@ -1,4 +1,4 @@
-"""What every extractor and every metric of pixels does first: refuse what is not uint8, and compute in float32."""
+"""What every extractor and every metric of pixels needs: uint8 pixels, and computation in float32."""
 
 import contextlib
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ def check_pixels(pixels: Tensor) -> None:
     """
     if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
         found = f"{tuple(pixels.shape)} {pixels.dtype}"
-        raise UserError(f"got {found}, metrics take pixels (N, 3, H, W) torch.uint8; convert with images.to_pixels")
+        raise UserError(f"got {found}, metrics take pixels (N, 3, H, W) torch.uint8; convert with robustok.to_pixels")
 
 
 def check_pair(pixels: Tensor, reference: Tensor) -> None:
@@ -37,7 +37,7 @@ def check_pair(pixels: Tensor, reference: Tensor) -> None:
 
 @contextlib.contextmanager
 def exact_float32(device: torch.device) -> Iterator[None]:
-    """Neither autocast nor TF32: made for training, they would move features by more than a good tokenizer does."""
+    """Neither autocast nor TF32: they would change features by more than a good tokenizer does."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -1,4 +1,4 @@
-"""Inception Score: how sure a classifier is of each image, and how many classes the images spread over."""
+"""Inception Score: high where a classifier is certain of each image and all images together have many classes."""
 
 import math
 from dataclasses import dataclass
@@ -30,8 +30,8 @@ def inception_score(
 ) -> InceptionScore:
     """The exp of the mean KL divergence of p(class | image) from p(class), over splits of the shuffled images.
 
-    Salimans et al. 2016. The score's fame rests on the Inception logits without their bias. Shuffled first, so that
-    images sorted by class do not leave a split with a single class (62 in place of 298 for one published set).
+    Salimans et al. 2016; published scores are of the Inception logits without their bias. Shuffled first, because
+    images sorted by class would leave a split with a single class (62 in place of 298 for one published set).
 
     Args:
         logits: (N, classes).

@@ -1,7 +1,7 @@
 """Kernel distance (KID): an unbiased squared MMD, the number to trust where images are few.
 
-Kernel k(x, y) = (x.y / F + 1)^3. All images at once, where the usual recipe averages 100 subsets of 1,000 and prints
-their spread, which is no standard error.
+Kernel k(x, y) = (x.y / F + 1)^3. All images at once; the usual procedure averages 100 subsets of 1,000 and prints their
+spread, which is not a standard error.
 """
 
 import math
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from robustok.errors import UserError
-from robustok.metrics.frechet import Estimate
+from robustok.metrics.frechet import Estimate, check_features
 
 
 def kernel_distance(features: Tensor, reference: Tensor) -> Estimate:
     """KID of two sets of features by the full-sample U-statistic, with a jackknife standard error.
 
-    The U-statistic leaves out k(x_i, x_i), so it is unbiased at every size and may be negative for sets of one law.
+    The U-statistic leaves out k(x_i, x_i), so it is unbiased at every size and may be negative for equal distributions.
     The error is the two-sample delete-one jackknife, exact from the row sums of the kernel matrices: with D_i the
     statistic without image i, variance = (n-1)/n sum_i (D_i - mean)^2, summed over both sets. On average it is too
     large rather than too small (Efron and Stein 1981).
@@ -28,16 +28,13 @@ def kernel_distance(features: Tensor, reference: Tensor) -> Estimate:
     Raises:
         UserError: features of different length or not finite, or fewer than three images.
     """
-    if features.shape[1:] != reference.shape[1:] or features.ndim != 2:
-        shapes = f"{tuple(features.shape)} and {tuple(reference.shape)}"
-        raise UserError(f"got features {shapes}, expected (N, F) and (M, F); use one extractor for both sets")
+    for checked in (reference, features):
+        check_features(checked, reference.shape[-1])
     n, m = len(features), len(reference)
     if min(n, m) < 3:
         raise UserError(
             f"got features of {min(n, m)} images, need at least 3 for a kernel distance; evaluate more images"
         )
-    if not (torch.isfinite(features).all() and torch.isfinite(reference).all()):
-        raise UserError("got features that are not finite; look for broken images or weights")
     x, y = features.double(), reference.double()
     xx, yy = _sums(x, x)[0] - _own(x), _sums(y, y)[0] - _own(y)  # (N,), (M,)
     xy, yx = _sums(x, y)  # (N,), (M,)

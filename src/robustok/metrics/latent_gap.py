@@ -1,7 +1,7 @@
-"""The gap between the latents that a generator makes and those that the encoder makes, before any decoder sees them.
+"""The gap between the latents that a generator makes and those that the encoder makes of real images.
 
-A distance between two finite sets is never zero, so every figure stands beside the same figure with *other real latents
-in the place of the generated ones*: the floor of a distance, and what to compare a share with.
+A distance between two finite sets is never zero. So each value has a baseline: the same with *other real latents
+in the place of the generated ones*. Results are dictionaries of figures by their names in metrics.jsonl.
 """
 
 import math
@@ -26,59 +26,15 @@ class Figure:
 
     Attributes:
         value: of the generated latents, or of the generator.
-        baseline: what it would be for real latents, or by chance.
+        baseline: of real latents, or by chance.
         standard_error: of ``value``; None where it is not known.
+        images: number of images behind ``value``.
     """
 
     value: float
     baseline: float
     standard_error: float | None = None
-
-
-@dataclass(frozen=True)
-class LatentGap:
-    """How far generated latents lie from encoded ones, at equal numbers of images.
-
-    The floors are distances of real latents to other real latents, as many of each: what sampling alone makes.
-
-    Attributes:
-        images: n, generated images that are compared with as many real ones.
-        generated_usage: share of the codes that n generated images use, in [0, 1]; None for continuous latents.
-        encoded_usage: share of the codes that n real images use, in [0, 1]; None for continuous latents.
-        divergence: Jensen-Shannon divergence of their token frequencies in bits, [0, 1]; None for continuous latents.
-        divergence_floor: the same between real images.
-        distance: Frechet distance between the images' mean latents.
-        distance_floor: the same between real images.
-        position_distance: Frechet distance of the latents at each position, mean over positions, with variances in the
-            place of covariances: what is where, which a mean over positions cannot see.
-        position_floor: the same between real images.
-        kernel: squared MMD of the images' mean latents, unbiased, with its standard error.
-        kernel_floor: the same between real images: zero up to its error.
-    """
-
-    images: int
-    generated_usage: float | None
-    encoded_usage: float | None
-    divergence: float | None
-    divergence_floor: float | None
-    distance: float
-    distance_floor: float
-    position_distance: float
-    position_floor: float
-    kernel: Estimate
-    kernel_floor: Estimate
-
-    def figures(self) -> dict[str, Figure]:
-        """Every figure by the name that it has in metrics.jsonl."""
-        found = {
-            "generated_usage": (self.generated_usage, self.encoded_usage),
-            "token_divergence": (self.divergence, self.divergence_floor),
-            "latent_distance": (self.distance, self.distance_floor),
-            "latent_position_distance": (self.position_distance, self.position_floor),
-        }
-        kernel = Figure(self.kernel.value, self.kernel_floor.value, self.kernel.standard_error)
-        of_tokens = {name: Figure(*pair) for name, pair in found.items() if pair[0] is not None}
-        return of_tokens | {"latent_kernel_distance": kernel}
+    images: int = 0
 
 
 def latent_gap(
@@ -87,12 +43,20 @@ def latent_gap(
     codebook: Tensor | None = None,
     rng: torch.Generator | None = None,
     draws: int = 5,
-) -> LatentGap:
+) -> dict[str, Figure]:
     """Compare generated latents with those of real images, and these with each other.
 
     Distances of finite sets shrink as the sets grow. So n generated images are compared with n real ones, and n real
     ones with n others: n is half the real images, or all generated ones where these are fewer. The figures are means
-    over several draws of such sets, without replacement; the kernel distance needs no equal sizes and takes them all.
+    over several draws of such sets, without replacement. The kernel distance is unbiased at every size and uses all
+    images. The figures:
+
+    * ``generated_usage``: share of the codes that occur in n images, [0, 1]. Tokens only.
+    * ``token_divergence``: Jensen-Shannon divergence of the token frequencies in bits, [0, 1]. Tokens only.
+    * ``latent_distance``: Frechet distance of the images' mean latents.
+    * ``latent_position_distance``: Frechet distance of the latents at each position with variances in the place of
+      covariances, mean over positions. It depends on the order of the latents, which the mean latents do not.
+    * ``latent_kernel_distance``: squared MMD of the images' mean latents, with a standard error.
 
     Args:
         generated: tokens (N, L) int64, or latents (N, L, D).
@@ -119,8 +83,8 @@ def latent_gap(
     for _ in range(draws):
         chosen = torch.randperm(len(generated), generator=rng)[:images]
         halves = torch.randperm(len(encoded), generator=rng)[: 2 * images].split(images)
-        fake = _Side.of(generated[chosen], codebook)
-        real, other = (_Side.of(encoded[half], codebook) for half in halves)
+        fake = _Latents.of(generated[chosen], codebook)
+        real, other = (_Latents.of(encoded[half], codebook) for half in halves)
         usages.append((fake.usage, (real.usage + other.usage) / 2))
         values.append(fake.distances(real))
         floors.append(other.distances(real))
@@ -129,41 +93,16 @@ def latent_gap(
     )
     fakes, reals = mean_vectors(generated, codebook), mean_vectors(encoded, codebook)
     standard = reals.double().mean(dim=0), reals.double().std(dim=0)
-    discrete = codebook is not None
-    return LatentGap(
-        images,
-        generated_usage=usage[0] if discrete else None,
-        encoded_usage=usage[1] if discrete else None,
-        divergence=value[0] if discrete else None,
-        divergence_floor=floor[0] if discrete else None,
-        distance=value[1],
-        distance_floor=floor[1],
-        position_distance=value[2],
-        position_floor=floor[2],
-        kernel=_kernel_distance(fakes, reals, *standard),
-        kernel_floor=_kernel_distance(reals[halves[0]], reals[halves[1]], *standard),
-    )
-
-
-@dataclass(frozen=True)
-class ReencodingGap:
-    """How much of the latents comes back when their images are encoded again; real latents give the standard.
-
-    Attributes:
-        agreement: share of tokens that stay the same, [0, 1]; None for continuous latents.
-        displacement: mean squared distance between a latent and the one that comes back, as a share of that between two
-            real images at the same position: 0 is the same, 1 unrelated.
-        distance: Frechet distance between the mean latents of the images and of those that come back.
-    """
-
-    agreement: Figure | None
-    displacement: Figure
-    distance: Figure
-
-    def figures(self) -> dict[str, Figure]:
-        """Every figure by the name that it has in metrics.jsonl."""
-        agreement = {} if self.agreement is None else {"token_agreement": self.agreement}
-        return agreement | {"reencoded_displacement": self.displacement, "reencoded_distance": self.distance}
+    kernel = _kernel_distance(fakes, reals, *standard)
+    kernel_floor = _kernel_distance(reals[halves[0]], reals[halves[1]], *standard)
+    found = {
+        "generated_usage": Figure(*usage, images=images),
+        "token_divergence": Figure(value[0], floor[0], images=images),
+        "latent_distance": Figure(value[1], floor[1], images=images),
+        "latent_position_distance": Figure(value[2], floor[2], images=images),
+        "latent_kernel_distance": Figure(kernel.value, kernel_floor.value, kernel.standard_error, images),
+    }
+    return {name: figure for name, figure in found.items() if not math.isnan(figure.value)}
 
 
 def reencoding_gap(
@@ -172,11 +111,15 @@ def reencoding_gap(
     encoded: Tensor,
     encoded_again: Tensor,
     codebook: Tensor | None = None,
-) -> ReencodingGap:
+) -> dict[str, Figure]:
     """Compare latents with what the encoder makes of the images that they decode to, for generated and real ones.
 
-    A decoder and encoder that know the latents they are given bring them back; less comes back of latents that they
-    have not seen.
+    Decoder and encoder were trained on latents of real images; generated ones change more. The figures:
+
+    * ``token_agreement``: share of tokens that stay the same, [0, 1]. Tokens only.
+    * ``reencoded_displacement``: mean squared distance between a latent and the encoded one, as a share of that between
+      two real images at the same position: 0 is the same, 1 unrelated.
+    * ``reencoded_distance``: Frechet distance of the images' mean latents before and after.
 
     Args:
         generated: tokens (N, L) int64, or latents (N, L, D).
@@ -197,49 +140,12 @@ def reencoding_gap(
             shapes = f"{tuple(before.shape)} and {tuple(after.shape)}"
             raise UserError(f"got latents {shapes} before and after encoding again, expected pairs of 2 or more images")
     spread = 2 * _position_moments(encoded, codebook)[1].square().sum(dim=1).mean().item()
-    agreements = [_over_images((a == b).double().mean(dim=1)) for a, b in pairs] if codebook is not None else None
-    moved = [_over_images(_squared_distances(a, b, codebook) / spread) for a, b in pairs]
+    found = {} if codebook is None else {"token_agreement": [(a == b).double().mean(dim=1) for a, b in pairs]}
+    found["reencoded_displacement"] = [_squared_distances(a, b, codebook) / spread for a, b in pairs]
     pooled = [[GaussianStatistics.of(mean_vectors(latents, codebook)) for latents in pair] for pair in pairs]
-    apart = [frechet_distance(*pair) for pair in pooled]
-    return ReencodingGap(
-        None if agreements is None else _beside(*agreements), _beside(*moved), Figure(apart[0], apart[1])
-    )
-
-
-@dataclass(frozen=True)
-class TeacherForcing:
-    """How well a generator predicts each token of real images from the real tokens before it.
-
-    ``chance`` is what one would reach by knowing how frequent each token is, and nothing else.
-
-    Attributes:
-        accuracy: share of tokens that are the most likely one, [0, 1].
-        cross_entropy: mean of -ln p(token) in nats.
-        top_k: share of tokens among the k most likely ones, [0, 1].
-        k: of ``top_k``.
-        chance_accuracy: share of the most frequent token.
-        chance_cross_entropy: entropy of the token frequencies in nats.
-        chance_top_k: share of the k most frequent tokens.
-        images: N, over which the standard errors are taken.
-    """
-
-    accuracy: Estimate
-    cross_entropy: Estimate
-    top_k: Estimate
-    k: int
-    chance_accuracy: float
-    chance_cross_entropy: float
-    chance_top_k: float
-    images: int
-
-    def figures(self) -> dict[str, Figure]:
-        """Every figure by the name that it has in metrics.jsonl."""
-        pairs = {
-            "generator_accuracy": (self.accuracy, self.chance_accuracy),
-            "generator_cross_entropy": (self.cross_entropy, self.chance_cross_entropy),
-            "generator_top_k": (self.top_k, self.chance_top_k),
-        }
-        return {name: Figure(e.value, chance, e.standard_error) for name, (e, chance) in pairs.items()}
+    distance, floor = (frechet_distance(*pair) for pair in pooled)
+    figures = {name: _over_images(fake, real.mean().item()) for name, (fake, real) in found.items()}
+    return figures | {"reencoded_distance": Figure(distance, floor, images=len(generated))}
 
 
 def prediction_scores(logits: Tensor, tokens: Tensor, k: int = 10) -> Tensor:
@@ -252,7 +158,7 @@ def prediction_scores(logits: Tensor, tokens: Tensor, k: int = 10) -> Tensor:
 
     Returns:
         (n, 3) float64 on the CPU: share of tokens that are the most likely one, mean cross-entropy in nats, share of
-        tokens among the k most likely. Of equal logits the token comes last, so that constant ones earn nothing.
+        tokens among the k most likely. Among equal logits the token ranks last, so that constant logits score 0.
 
     Raises:
         UserError: shapes that do not belong together, tokens outside 0..K-1, NaN, or k outside 1..K.
@@ -273,11 +179,17 @@ def prediction_scores(logits: Tensor, tokens: Tensor, k: int = 10) -> Tensor:
     return torch.stack([column.mean(dim=1) for column in columns], dim=1).cpu()  # (n, 3)
 
 
-def teacher_forcing(scores: Tensor, counts: Tensor, k: int = 10) -> TeacherForcing:
-    """Summarise :func:`prediction_scores` of all images.
+def teacher_forcing(scores: Tensor, counts: Tensor, k: int = 10) -> dict[str, Figure]:
+    """How well a generator predicts each token of real images from the real tokens before it.
+
+    The baselines are what the frequencies of the tokens alone would reach. The figures:
+
+    * ``generator_accuracy``: share of tokens that are the most likely one, [0, 1].
+    * ``generator_cross_entropy``: mean of -ln p(token) in nats.
+    * ``generator_top_k``: share of tokens among the k most likely ones, [0, 1].
 
     Args:
-        scores: (N, 3), N >= 2.
+        scores: (N, 3), N >= 2, :func:`prediction_scores` of all images.
         counts: (K,) of the same tokens, from :func:`count_tokens`.
         k: the one of ``scores``.
 
@@ -286,23 +198,21 @@ def teacher_forcing(scores: Tensor, counts: Tensor, k: int = 10) -> TeacherForci
     """
     if scores.ndim != 2 or scores.shape[1] != 3 or len(scores) < 2:
         raise UserError(f"got scores {tuple(scores.shape)}, expected (N, 3) of two or more images; predict more images")
-    estimates = [_over_images(column) for column in scores.double().T]
     frequent = counts.double().sort(descending=True).values / counts.sum()
-    return TeacherForcing(
-        *estimates,
-        k=k,
-        chance_accuracy=frequent[0].item(),
-        chance_cross_entropy=math.log(codebook_perplexity(counts)),
-        chance_top_k=frequent[:k].sum().item(),
-        images=len(scores),
-    )
+    chance = {
+        "generator_accuracy": frequent[0].item(),
+        "generator_cross_entropy": math.log(codebook_perplexity(counts)),
+        "generator_top_k": frequent[:k].sum().item(),
+    }
+    columns = zip(chance.items(), scores.double().T, strict=True)
+    return {name: _over_images(column, baseline) for (name, baseline), column in columns}
 
 
 def mean_vectors(latents: Tensor, codebook: Tensor | None = None) -> Tensor:
     """The mean over positions of an image's latents, (N, D) float32: tokens (N, L) with a codebook, or (N, L, D).
 
-    One vector an image, rather than one a position: their covariance sees how the latents of an image go together,
-    which token frequencies cannot.
+    One vector for each image rather than for each position: their covariance depends on which latents occur in the
+    same image, which token frequencies do not.
     """
     if codebook is None:
         return latents.float().mean(dim=1)  # (N, D)
@@ -310,16 +220,16 @@ def mean_vectors(latents: Tensor, codebook: Tensor | None = None) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Side:
-    """One of two sets that are compared; what is of tokens alone is NaN for continuous latents."""
+class _Latents:
+    """A set of latents, summarised; what is defined for tokens alone is NaN for continuous latents."""
 
     counts: Tensor | None
     pooled: GaussianStatistics
     mean: Tensor
-    deviation: Tensor
+    spread: Tensor
 
     @classmethod
-    def of(cls, latents: Tensor, codebook: Tensor | None) -> "_Side":
+    def of(cls, latents: Tensor, codebook: Tensor | None) -> "_Latents":
         counts = None if codebook is None else count_tokens(latents, len(codebook))
         pooled = GaussianStatistics.of(mean_vectors(latents, codebook))
         return cls(counts, pooled, *_position_moments(latents, codebook))
@@ -328,10 +238,10 @@ class _Side:
     def usage(self) -> float:
         return math.nan if self.counts is None else codebook_usage(self.counts)
 
-    def distances(self, real: "_Side") -> tuple[float, float, float]:
+    def distances(self, real: "_Latents") -> tuple[float, float, float]:
         """Divergence, distance and position distance."""
         divergence = math.nan if self.counts is None else token_divergence(self.counts, real.counts)
-        squares = (self.mean - real.mean).square() + (self.deviation - real.deviation).square()  # (L, D)
+        squares = (self.mean - real.mean).square() + (self.spread - real.spread).square()  # (L, D)
         return divergence, frechet_distance(self.pooled, real.pooled), squares.sum(dim=1).mean().item()
 
 
@@ -361,24 +271,21 @@ def _squared_distances(a: Tensor, b: Tensor, codebook: Tensor | None) -> Tensor:
 def _kernel_distance(a: Tensor, b: Tensor, center: Tensor, scale: Tensor) -> Estimate:
     """The kernel distance of mean latents, each channel standardised by that of real images.
 
-    KID's cubic kernel, not a Gaussian one: it has no bandwidth to choose and an exact jackknife error, and sees means,
-    covariances and third moments. What it needs is a unit, for its "+ 1" and for the weights of the channels.
+    KID's cubic kernel has no bandwidth to choose and an exact jackknife error, and compares means, covariances and
+    third moments. It needs standardised channels, for its "+ 1" and for the weights of the channels.
     """
     scale = torch.where(scale > 0, scale, 1.0)  # a channel that never changes
     some = [(vectors[:: -(-len(vectors) // KERNEL_IMAGES)].double() - center) / scale for vectors in (a, b)]
     return kernel_distance(*some)
 
 
-def _over_images(values: Tensor) -> Estimate:
-    return Estimate(values.mean().item(), values.std().item() / math.sqrt(len(values)))
-
-
-def _beside(generated: Estimate, real: Estimate) -> Figure:
-    return Figure(generated.value, real.value, generated.standard_error)
+def _over_images(values: Tensor, baseline: float) -> Figure:
+    """Mean and standard error over images (N,)."""
+    return Figure(values.mean().item(), baseline, values.std().item() / math.sqrt(len(values)), len(values))
 
 
 def _check(latents: Tensor, codebook: Tensor | None) -> None:
-    """Refuse latents that are not those of one kind of tokenizer."""
+    """Refuse latents of another kind than the codebook, or its absence, says."""
     discrete = codebook is not None
     if latents.ndim != (2 if discrete else 3) or latents.is_floating_point() == discrete:
         expected = "tokens (N, L) int64 with a codebook" if discrete else "floats (N, L, D) without a codebook"

@@ -20,7 +20,7 @@ Backbone = Literal["alex", "vgg"]
 
 @dataclass(frozen=True)
 class _Backbone:
-    """A network of torchvision's under the lpips package: what it is called, where it lies, the least side it takes."""
+    """A network of torchvision under the lpips package: name, address of its weights, smallest image side."""
 
     title: str
     url: str
@@ -36,8 +36,8 @@ BACKBONES = {
 class LPIPS:
     """Learned perceptual distance of each pair of images; 0 for equal ones.
 
-    The two networks give numbers of their own, so the network is part of the metric's name. Papers on perceptual
-    losses report ``alex``, tokenizers that train with VGG often ``vgg``.
+    Values of the two networks cannot be compared, so the network is part of the metric's name. Most papers report
+    ``alex``; tokenizers that train with VGG often ``vgg``.
 
     Args:
         net: "alex" or "vgg".
@@ -48,7 +48,7 @@ class LPIPS:
     Attributes:
         name: ``lpips_alex`` or ``lpips_vgg``.
         extractor: the network below with the digest of its file, ``alexnet-7be5be79`` or ``vgg-16-397923af`` for the
-            official ones, ``custom-...`` for others, whose distances nobody should call LPIPS.
+            official ones, ``custom-...`` for others, whose distances are not LPIPS.
 
     Raises:
         UserError: the lpips package or the weights are missing or damaged.
@@ -56,7 +56,7 @@ class LPIPS:
 
     def __init__(self, net: Backbone = "alex", path: str | Path | None = None, device: torch.device | str = "cpu"):
         self.net, self.name, self.device = net, f"lpips_{net}", torch.device(device)
-        network, self.extractor = load_lpips(net, path, setting="lpips_weights")
+        network, self.extractor = load_lpips(net, path, setting="lpips.weights")
         self.network = network.to(self.device)
 
     @torch.no_grad()
@@ -85,7 +85,7 @@ def check_sides(net: Backbone, shape: Sequence[int], remedy: str) -> None:
     """Refuse images, whose shape ends in height and width, that are too small for the network.
 
     Raises:
-        UserError: says how large they are and have to be, and the remedy.
+        UserError: they are too small; the message ends in ``remedy``.
     """
     height, width = shape[-2:]
     if min(height, width) < (least := BACKBONES[net].least):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from robustok.errors import UserError
+from robustok.metrics.frechet import check_features
 
 DistanceDtype = Literal["float64", "float32", "float16"]
 # Squared distances below this share of both squared norms are rounding errors.
@@ -20,7 +21,7 @@ ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 @dataclass(frozen=True)
 class PrecisionRecall:
-    """Both numbers with what they depend on; values from sets of other sizes are not comparable.
+    """Both numbers with the settings and sizes that they depend on; they are comparable for equal sizes only.
 
     Attributes:
         precision: share in [0, 1] of the fake images within the real manifold.
@@ -63,21 +64,18 @@ def precision_recall(
     if distance_dtype not in get_args(DistanceDtype):
         accepted = ", ".join(get_args(DistanceDtype))
         raise UserError(f"got distance_dtype={distance_dtype!r}, expected one of {accepted}; choose one")
-    if real.ndim != 2 or real.shape[1:] != fake.shape[1:]:
-        shapes = f"{tuple(real.shape)} and {tuple(fake.shape)}"
-        raise UserError(f"got features {shapes}, expected (N, F) and (M, F); use one extractor for both sets")
+    for features in (real, fake):
+        check_features(features, real.shape[-1])
     if not 1 <= k < min(len(real), len(fake)):
         raise UserError(
             f"got k={k} with {len(real)} real and {len(fake)} fake images, expected 1 <= k < images; use more images"
         )
-    if not (torch.isfinite(real).all() and torch.isfinite(fake).all()):
-        raise UserError("got features that are not finite; look for broken images or weights")
-    if distance_dtype == "float16":
+    half = distance_dtype == "float16"
+    if half:
         real, fake = real.float(), fake.float()
     else:
-        centre = real.mean(dim=0, dtype=torch.float64)  # far from the origin, small distances would drown in rounding
+        centre = real.mean(dim=0, dtype=torch.float64)  # rounding would swamp small distances far from the origin
         real, fake = ((features - centre).to(getattr(torch, distance_dtype)) for features in (real, fake))
-    half = distance_dtype == "float16"
     radii_real, radii_fake = _radii(real, k, half), _radii(fake, k, half)  # (N,), (M,)
     inside_real, inside_fake = torch.zeros_like(radii_fake, dtype=torch.bool), []  # of fake images, of real ones
     blocks = zip(_distances(real, fake, half), radii_real.split(_rows(fake)), strict=True)

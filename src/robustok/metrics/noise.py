@@ -1,15 +1,12 @@
 """``noise_fd``: Frechet distance of reconstructions decoded from noised continuous latents, over a grid of levels.
 
-What :mod:`robustok.metrics.pfid` is to tokens: the images are encoded once, each cell of the grid adds Gaussian
-noise to the latents, decodes and compares with the *original* images. It is no pFID, which replaces tokens by codes.
+The images are encoded once; each cell of the grid adds Gaussian noise to the latents, decodes and compares with the
+*original* images. It is not pFID, which replaces tokens by other codes.
 """
 
 import math
-import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import product
+from functools import cached_property
 from typing import Annotated, Literal
 
 import torch
@@ -18,14 +15,12 @@ from torch import Tensor
 
 from robustok.config import Config
 from robustok.errors import UserError
-from robustok.metrics.frechet import GaussianStatistics
-from robustok.metrics.pfid import PerturbedSummary, distances, over_seeds
+from robustok.metrics.pfid import GridDistance
 from robustok.randomness import image_draws
-from robustok.types import FeatureExtractor
 
 
 class NoiseGrid(Config):
-    """Standard deviations of Gaussian noise, relative to the latents' own."""
+    """Standard deviations of Gaussian noise, relative to that of the latents."""
 
     name: Literal["noise"] = "noise"
     levels: tuple[Annotated[float, Field(ge=0)], ...] = Field(
@@ -38,65 +33,50 @@ class NoiseCell:
     """One cell of ``noise_fd``.
 
     Attributes:
-        level: standard deviation of the noise, as a multiple of the latents' own in each channel.
+        level: standard deviation of the noise, as a multiple of that of the latents in each channel.
         value: Frechet distance of the reconstructions to the reference, mean over seeds.
         standard_error: of ``value`` over seeds; None for one seed.
     """
 
     level: float
-    value: float
+    value: float = math.nan
     standard_error: float | None = None
 
 
-def noise_frechet(
-    grid: NoiseGrid,
-    latents: Tensor,
-    decode: Callable[[Tensor], Tensor],
-    extractor: FeatureExtractor,
-    reference: GaussianStatistics,
-    *,
-    scale: Tensor | None = None,
-    seeds: Sequence[int] = (0,),
-    batch_size: int = 64,
-    rank: int = 0,
-    processes: int = 1,
-    sum_over_processes: Callable[[Tensor], Tensor] | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> PerturbedSummary:
-    """Add noise of standard deviation level x scale to the latents of all images, decode and measure.
+@dataclass(frozen=True, kw_only=True)
+class NoiseFD(GridDistance):
+    """``noise_fd``: noise of standard deviation level x scale is added to the latents (N, L, D) of all images.
 
-    The noise of an image depends on the seed, the level and its place in the set alone. Scaled by the latents' own
-    spread, their units do not matter: latents normalised or not give the same distances.
+    The scale is that of the latents, so their units do not matter: latents normalised or not give the same distances.
 
-    Args:
-        grid: which levels.
-        latents: (N, L, D) float of all images, in every process.
-        decode: latents (n, L, D) to pixels (n, 3, H, W) uint8. Called without gradients.
-        extractor: the feature space.
-        reference: statistics of the original images in that space.
-        scale: (D,) standard deviation of each channel; None takes :func:`latent_scale` of these latents.
-        seeds: of the noise; several give standard errors.
-        batch_size: images decoded at once.
-        rank: this process; it takes every ``processes``-th image.
-        processes: how many share the work.
-        sum_over_processes: adds up a float64 tensor over all processes; needed with more than one.
-        progress: called after each cell with (cells done, all cells).
-
-    Returns:
-        The summary, whose cells are each a :class:`NoiseCell`.
-
-    Raises:
-        UserError: latents that are no finite (N, L, D) floats, fewer than two images, or no seeds.
+    Attributes:
+        grid: levels.
     """
-    started = time.perf_counter()
-    scale = latent_scale(latents) if scale is None else scale
-    cells = [NoiseCell(level, math.nan) for level in grid.levels]
-    noisy = [partial(noised_latents, latents, scale, cell.level, seed) for seed, cell in product(seeds, cells)]
-    values = distances(
-        noisy, len(latents), decode, extractor, reference, batch_size, rank, processes, sum_over_processes, progress
-    )
-    name = grid.name if grid == NoiseGrid() else f"{grid.name}-custom"
-    return over_seeds(cells, values, name, len(latents), seeds, started)
+
+    grid: NoiseGrid
+
+    @property
+    def protocol(self) -> str:
+        """``noise``, or ``noise-custom`` for other than the default levels."""
+        return self.grid.name if self.grid == NoiseGrid() else f"{self.grid.name}-custom"
+
+    @cached_property
+    def scale(self) -> Tensor:
+        """See :func:`latent_scale`."""
+        return latent_scale(self.latents)
+
+    def cells(self) -> list[NoiseCell]:
+        """Every level.
+
+        Raises:
+            UserError: latents that are not finite floats (N, L, D).
+        """
+        _ = self.scale
+        return [NoiseCell(level) for level in self.grid.levels]
+
+    def noisy(self, cell: NoiseCell, seed: int, indices: Tensor) -> Tensor:
+        """Latents with noise (n, L, D), see :func:`noised_latents`."""
+        return noised_latents(self.latents, self.scale, cell.level, seed, indices)
 
 
 def latent_scale(latents: Tensor) -> Tensor:

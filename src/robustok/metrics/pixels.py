@@ -28,10 +28,15 @@ def psnr(pixels: Tensor, reference: Tensor) -> Tensor:
     return 10 * torch.log10(255**2 / error)
 
 
+def capped_psnr(pixels: Tensor, reference: Tensor) -> Tensor:
+    """:func:`psnr` of at most 100 dB: equal images would make the mean infinite."""
+    return psnr(pixels, reference).clamp(max=100)
+
+
 def ssim(pixels: Tensor, reference: Tensor) -> Tensor:
     """Structural similarity of each image, in [-1, 1] (Wang et al. 2004): Gaussian window 11 of sigma 1.5.
 
-    The mean over channels and over all places, borders reflected as torchmetrics does it; on [0, 1] with data range 1.
+    The mean over channels and positions, borders reflected as in torchmetrics; on [0, 1] with data range 1.
 
     Args:
         pixels: (N, 3, H, W) uint8, H and W at least 6.

@@ -1,7 +1,7 @@
-"""Reference sets on disk: statistics computed once, and read back only as what they are.
+"""Sets of images in a feature space, and their statistics on disk.
 
 One .npz file without pickles. ``mu``, ``sigma``, ``mu_s`` and ``sigma_s`` are the keys of ADM's reference batches, so
-either evaluator reads the other's files. ``name``, ``data`` and ``count`` are ours and say what the numbers stand for.
+either evaluator reads the other's files. ``name``, ``data`` and ``count`` are ours.
 """
 
 import re
@@ -21,26 +21,26 @@ from robustok.errors import UserError
 from robustok.files import atomic_file, bytes_digest, one_line
 from robustok.metrics.frechet import GaussianStatistics, covariance_factor
 
-# What a damaged or foreign file makes numpy and zipfile raise.
+# Raised by numpy and zipfile for damaged files and files of other formats.
 UNREADABLE = (OSError, ValueError, TypeError, EOFError, KeyError, RuntimeError, MemoryError, BadZipFile, zlib.error)
 NUMBERS = ("mu", "sigma", "mu_s", "sigma_s", "features")
 DIGITS = 16
 
-Part = Literal["features", "spatial"]
+Part = Literal["features", "spatial", "logits"]
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A set of images in a feature space: what its metrics share, computed once.
+    """A set of images in a feature space: a reference, or a set to evaluate.
 
     Attributes:
         statistics: of the features.
-        name: extractor of the features; None where nobody said.
-        data: the images: data set, split, crop, digest; None where nobody said.
+        name: extractor of the features; None where it is unknown.
+        data: the images: data set, split, crop, digest; None where they are unknown.
         features: (M, F) one by one, for KID, precision and recall: of all images in the order of the set, or of a part
             of them (ADM's takes 10,000); None where they were not kept.
         spatial: statistics of the spatial features, for sFID; None where they were not computed.
-        logits: (N, classes), for the Inception Score of a set that is judged; never saved.
+        logits: (N, classes), for the Inception Score; never saved.
     """
 
     statistics: GaussianStatistics
@@ -52,12 +52,12 @@ class Reference:
 
     @property
     def count(self) -> int | None:
-        """N, images behind the statistics; None where nobody said, as in ADM's files."""
+        """N, images behind the statistics; None where it is unknown, as in ADM's files."""
         return self.statistics.count
 
     @cached_property
     def factor(self) -> Tensor:
-        """Of the covariance, for many comparisons with one reference."""
+        """:func:`covariance_factor`, kept for many comparisons with one reference."""
         return covariance_factor(self.statistics)
 
     @cached_property
@@ -73,7 +73,7 @@ class Reference:
 
     @cached_property
     def digest(self) -> str:
-        """Eight hexadecimal digits that name these very statistics."""
+        """Eight hexadecimal digits of a SHA-256 of the statistics."""
         arrays = (self.statistics.mean, self.statistics.covariance)
         return bytes_digest(b"".join(array.cpu().numpy().tobytes() for array in arrays), 8)
 
@@ -84,7 +84,7 @@ class Reference:
 
 
 def save_reference(reference: Reference, path: str | Path) -> None:
-    """Write a reference as one .npz file; a reader sees the old file or the new one, never half of one.
+    """Write a reference as one .npz file, whole or not at all.
 
     Raises:
         UserError: the folder cannot be written, or the disk is full.
@@ -94,8 +94,8 @@ def save_reference(reference: Reference, path: str | Path) -> None:
         arrays |= _moments(reference.spatial, "_s")
     if reference.features is not None:
         arrays["features"] = reference.features.detach().float().cpu().numpy()
-    facts = {"name": reference.name, "data": reference.data, "count": reference.count}
-    arrays |= {key: np.array(value) for key, value in facts.items() if value is not None}
+    origin = {"name": reference.name, "data": reference.data, "count": reference.count}
+    arrays |= {key: np.array(value) for key, value in origin.items() if value is not None}
     with atomic_file(path, shared=True) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
 
@@ -105,9 +105,9 @@ def load_reference(
 ) -> Reference:
     """Read what :func:`save_reference` wrote, or a reference file of ADM.
 
-    ADM's files say neither extractor nor data nor count (1,281,167 for all of ImageNet's training set); what is given
-    here is then believed. Their ``arr_0`` is left alone: these 10,000 images are for precision and recall, and are not
-    the images behind the statistics.
+    ADM's files have neither extractor nor data nor count (1,281,167 for all of ImageNet's training set); the arguments
+    are used instead. Their ``arr_0`` is not read: these 10,000 images are for precision and recall, and are not the
+    images behind the statistics.
 
     Args:
         path: .npz file with ``mu`` (F,) and ``sigma`` (F, F), and ``mu_s`` and ``sigma_s`` for sFID.
@@ -121,11 +121,11 @@ def load_reference(
     """
     arrays = _read(Path(path))
     expected = {"name": (name, str), "data": (data, str), "count": (count, int)}
-    facts = {key: _fact(path, arrays, key, *wanted) for key, wanted in expected.items()}
-    if facts["count"] is not None and facts["count"] < 2:
-        raise UserError(f"{path} stands for {facts['count']} images, a covariance needs at least 2; compute it again")
-    statistics = _statistics(path, arrays, "", facts["count"])
-    spatial = _statistics(path, arrays, "_s", facts["count"]) if "mu_s" in arrays else None
+    origin = {key: _origin(path, arrays, key, *wanted) for key, wanted in expected.items()}
+    if origin["count"] is not None and origin["count"] < 2:
+        raise UserError(f"{path} is of {origin['count']} images, a covariance needs at least 2; compute it again")
+    statistics = _statistics(path, arrays, "", origin["count"])
+    spatial = _statistics(path, arrays, "_s", origin["count"]) if "mu_s" in arrays else None
     features = arrays.get("features")
     if features is not None and (features.ndim != 2 or features.shape[1] != statistics.dim):
         raise UserError(
@@ -133,8 +133,8 @@ def load_reference(
         )
     return Reference(
         statistics,
-        facts["name"],
-        facts["data"] or Path(path).name,
+        origin["name"],
+        origin["data"] or Path(path).name,
         None if features is None else torch.from_numpy(features),
         spatial,
     )
@@ -152,10 +152,10 @@ def cached_reference(
     """The reference of these images in this feature space: from the folder, or made and put there.
 
     Other data, another count or another extractor have another file name, so a changed data set is computed again. A
-    file that says something else inside than its name does is refused, never overwritten: somebody put it there.
+    file whose content does not fit its name is refused and never overwritten.
 
-    With several processes call it in all of them, ``write`` in one, with a folder that all of them see: then ``make``
-    runs in all or in none.
+    With several processes call it in all of them, with ``write`` in one, and a folder that all of them share: then
+    ``make`` runs in all or in none.
 
     Args:
         folder: made if it does not exist.
@@ -193,16 +193,6 @@ def reference_path(folder: str | Path, name: str, data: str, count: int) -> Path
     return Path(folder) / f"{readable}-{count}-{digest}.npz"
 
 
-def save_statistics(statistics: GaussianStatistics, path: str | Path, name: str) -> None:
-    """Write bare statistics of the extractor ``name``; :func:`save_reference` keeps more."""
-    save_reference(Reference(statistics, name), path)
-
-
-def load_statistics(path: str | Path, name: str | None = None, count: int | None = None) -> GaussianStatistics:
-    """The statistics alone of :func:`load_reference`."""
-    return load_reference(path, name, count=count).statistics
-
-
 def _moments(statistics: GaussianStatistics, suffix: str) -> dict[str, np.ndarray]:
     moments = {"mu": statistics.mean, "sigma": statistics.covariance}
     return {key + suffix: moment.cpu().numpy() for key, moment in moments.items()}
@@ -219,19 +209,15 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         if not zipped:
             raise UserError(f"{path} is no .npz file, whatever its name; {what}")
         with np.load(path, allow_pickle=False) as file:
-            _need_keys(path, file.files)
-            return {key: _array(path, file, key) for key in (*NUMBERS, "name", "data", "count") if key in file.files}
+            found = file.files
+            needed = ["mu", "sigma"] + (["mu_s", "sigma_s"] if {"mu_s", "sigma_s"} & set(found) else [])
+            if missing := [key for key in needed if key not in found]:
+                remedy = "give it as images, not as statistics" if "arr_0" in found else "compute it again"
+                holds = ", ".join(sorted(found)) or "nothing"
+                raise UserError(f"{path} holds {holds} and lacks {', '.join(missing)}; {remedy}")
+            return {key: _array(path, file, key) for key in (*NUMBERS, "name", "data", "count") if key in found}
     except UNREADABLE as error:
         raise UserError(f"{path} is cut off or damaged ({one_line(error)}); copy or compute it again") from None
-
-
-def _need_keys(path: Path, found: list[str]) -> None:
-    needed = ["mu", "sigma"] + (["mu_s", "sigma_s"] if {"mu_s", "sigma_s"} & set(found) else [])
-    missing = [key for key in needed if key not in found]
-    if missing:
-        remedy = "give it as images, not as statistics" if found and "arr_0" in found else "compute it again"
-        holds = ", ".join(sorted(found)) or "nothing"
-        raise UserError(f"{path} holds {holds} and lacks {', '.join(missing)}; {remedy}")
 
 
 def _array(path: Path, file: "np.lib.npyio.NpzFile", key: str) -> np.ndarray:
@@ -251,10 +237,10 @@ def _array(path: Path, file: "np.lib.npyio.NpzFile", key: str) -> np.ndarray:
     return array
 
 
-def _fact(
+def _origin(
     path: str | Path, arrays: dict[str, np.ndarray], key: str, expected: str | int | None, kind: type
 ) -> str | int | None:
-    """What the file says of itself, or what is believed of it if it says nothing."""
+    """The name, data or count in the file, which has to be the expected one; the expected one if it has none."""
     if key not in arrays:
         return expected
     array = arrays[key]

@@ -1,6 +1,6 @@
-"""What a finite number of images does to a Frechet distance: how far it would move for others, and where it would end.
+"""Frechet distances of finitely many images: their standard error, and their limit for infinitely many.
 
-The bias itself is :func:`robustok.metrics.frechet.frechet_bias`.
+The bias is :func:`robustok.metrics.frechet.frechet_bias`.
 """
 
 from dataclasses import dataclass
@@ -32,12 +32,12 @@ def frechet_error(
 ) -> Estimate:
     """The Frechet distance of a set to a fixed reference, with its standard error from :func:`delete_half_error`.
 
-    The error says how much the distance would move for other samples of the same model. It says nothing about its
-    bias (:func:`frechet_bias`), which is often larger, and nothing about the reference. Each half costs one
-    eigenvalue problem: of the size of the half where that is below F, else of F.
+    It is the error for other samples of the same model. It does not include the bias (:func:`frechet_bias`), which is
+    often larger, nor the choice of the reference. Each half costs one eigenvalue problem, of the size of the half or F,
+    whichever is smaller.
 
     Args:
-        features: (N, F) of the set to judge.
+        features: (N, F) of the set to evaluate.
         reference: its statistics, decomposed once for all halves.
         rng: draws the halves.
         repeats: number of halves, at least 2.
@@ -64,8 +64,8 @@ class FrechetInfinity:
     """A Frechet distance extrapolated to infinitely many images, with what it depends on.
 
     Attributes:
-        estimate: the distance where 1/N = 0. It has no standard error: the residuals of the line tell a third of its
-            spread. Take several independent sets, or :func:`frechet_error` of the whole set as a lower bound.
+        estimate: the distance where 1/N = 0. It has no standard error: that of the fitted line is a third of
+            the true one. Take several independent sets, or :func:`frechet_error` of the whole set as a lower bound.
         slope: of the line, the set's own c of the bias c/N.
         sizes: N of each point of the line, the last one all images.
         distances: the distance of each point.
@@ -92,7 +92,7 @@ def frechet_infinity(
     shuffled once, without replacement, and counted once. That is no less exact than sets drawn one by one.
 
     Args:
-        features: (N, F) of the set to judge.
+        features: (N, F) of the set to evaluate.
         reference: its statistics; the bias of a finite reference stays in the value.
         rng: shuffles the images.
         sizes: number of points, at least 2.

@@ -1,7 +1,7 @@
 """Pixels to features: the spaces in which distances between sets of images are measured.
 
-An extractor is anything that satisfies :class:`robustok.types.FeatureExtractor`. Its name carries a digest of its
-weights and goes with every number. It takes uint8 pixels and nothing else, so that no float image slips into a metric.
+An extractor is anything that satisfies :class:`robustok.types.FeatureExtractor`. It takes uint8 pixels only. Its name
+has a digest of its weights and is written beside every number.
 """
 
 from pathlib import Path
@@ -13,22 +13,8 @@ from pydantic import Field, model_validator
 from robustok.config import Config
 from robustok.metrics.features.classifier import ClassifierExtractor, load_classifier
 from robustok.metrics.features.dinov2 import DINOV2_MODEL, DINOv2Extractor
-from robustok.metrics.features.inception import SPATIAL_DIM, InceptionExtractor, InceptionFeatures, Precision
-from robustok.metrics.guards import check_pixels, exact_float32
+from robustok.metrics.features.inception import InceptionExtractor, Precision
 from robustok.types import FeatureExtractor
-
-__all__ = [
-    "SPATIAL_DIM",
-    "ClassifierExtractor",
-    "DINOv2Extractor",
-    "ExtractorConfig",
-    "InceptionExtractor",
-    "InceptionFeatures",
-    "check_pixels",
-    "compute_features",
-    "exact_float32",
-    "load_extractor",
-]
 
 
 class ExtractorConfig(Config):

@@ -1,11 +1,10 @@
-"""A small convolutional classifier, trained in seconds, that stands in where no pretrained network is at hand.
+"""A small convolutional classifier, trained in seconds, for where no pretrained network is available.
 
-It has three users, each with a seed of its own so that none judges itself: the feature space of a metric
-(:class:`robustok.metrics.ClassifierExtractor`), a perceptual loss (:meth:`SmallClassifier.feature_maps`) and a frozen
-semantic teacher (:meth:`SmallClassifier.features`). Distances in its features are never called plain "FID".
+It has three uses: the feature space of a metric (:class:`ClassifierExtractor`), a perceptual loss
+(:meth:`SmallClassifier.feature_maps`) and a frozen semantic teacher (:meth:`SmallClassifier.features`). Train one for
+each use, with different seeds, so that a loss does not optimise the metric. Distances in its features are not "FID".
 """
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +20,6 @@ from robustok.errors import UserError
 from robustok.files import tensor_digest
 from robustok.metrics.guards import check_pixels, exact_float32
 from robustok.snapshots import load_weights, read_snapshot, write_snapshot
-from robustok.types import FeatureExtractor
 
 
 class ClassifierConfig(Config):
@@ -61,13 +59,13 @@ class Convolution(nn.Module):
 class SmallClassifier(nn.Module):
     """Three stages of 3x3 convolutions, a projection, global average pooling and a linear layer.
 
-    BatchNorm helps it learn and is then folded into the convolutions, so a trained classifier is the same function in
-    training and evaluation mode: no forgotten ``eval()`` can move a metric or a loss. Any image from 16x16 up.
+    BatchNorm is folded into the convolutions after training, so a trained classifier computes the same in training and
+    evaluation mode. It takes images from 16x16 up.
 
     Args:
         config: sizes.
         classes: number of classes.
-        batch_norm: for training; a trained classifier has none.
+        batch_norm: whether it has BatchNorm, for training; a trained classifier has none.
     """
 
     def __init__(self, config: ClassifierConfig, classes: int, batch_norm: bool = False):
@@ -158,18 +156,15 @@ def check_images(pixels: Tensor, labels: Tensor) -> None:
 class ClassifierExtractor:
     """The penultimate features of a classifier, in float32, in evaluation mode and without gradients.
 
-    Distances in this space are reported under its name, for example ``classifier-64-3f9a12bc``, never as plain "FID".
-
     Args:
-        classifier: a network with ``features(images) -> (N, F)`` and ``digest``, such as
-            :class:`robustok.metrics.features.classifier.SmallClassifier`.
+        classifier: the trained network.
 
     Attributes:
-        name: ``classifier-F-DIGEST``.
+        name: ``classifier-F-DIGEST``, such as ``classifier-64-3f9a12bc``.
         dim: F.
     """
 
-    def __init__(self, classifier: nn.Module):
+    def __init__(self, classifier: SmallClassifier):
         self.classifier = classifier
         self.device = next(classifier.parameters()).device
         self.dim = self._features(torch.zeros(1, 3, 32, 32, device=self.device)).shape[1]
@@ -189,18 +184,3 @@ class ClassifierExtractor:
         self.classifier.eval()
         with exact_float32(self.device):
             return self.classifier.features(images).float()
-
-
-def compute_features(extractor: FeatureExtractor, pixel_batches: Iterable[Tensor]) -> Tensor:
-    """Features (N, F) float32 on the CPU of all images of an iterable of pixels (n, 3, H, W) uint8.
-
-    It keeps every feature, for metrics that compare images one by one; a Frechet distance needs no more than
-    :class:`robustok.metrics.frechet.GaussianStatistics`, batch by batch.
-
-    Raises:
-        UserError: the iterable holds no batch.
-    """
-    features = [extractor(pixels).cpu() for pixels in pixel_batches]
-    if not features:
-        raise UserError("got no images to compute features of, expected at least one batch; check the data set")
-    return torch.cat(features)  # (N, F)

@@ -91,18 +91,18 @@ def resample_positions(table: Tensor, grid: int) -> Tensor:
     """A table of positions for another grid, as the original model resamples it.
 
     Bicubic without antialiasing, and by the scale (grid + 0.1) / old grid instead of the ratio of the two sizes: the
-    original adds 0.1 against rounding, which shifts every place a little.
+    original adds 0.1 against rounding, which shifts every position a little.
 
     Args:
-        table: (1, 1 + old * old, F), the class token's place first.
-        grid: places per side of the new table.
+        table: (1, 1 + old * old, F), the class token's position first.
+        grid: positions per side of the new table.
 
     Returns:
         (1, 1 + grid * grid, F).
     """
-    own, places = table[:, :1], table[:, 1:]
-    old = math.isqrt(places.shape[1])
-    square = places.unflatten(1, (old, old)).permute(0, 3, 1, 2).float()  # (1, F, old, old)
+    own, positions = table[:, :1], table[:, 1:]
+    old = math.isqrt(positions.shape[1])
+    square = positions.unflatten(1, (old, old)).permute(0, 3, 1, 2).float()  # (1, F, old, old)
     scale = (grid + 0.1) / old
     square = F.interpolate(square, scale_factor=(scale, scale), mode="bicubic", antialias=False)  # (1, F, grid, grid)
     return torch.cat([own, square.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)

@@ -1,7 +1,7 @@
 """The Inception network of FID: TensorFlow's of 2015-12-05, in torch-fidelity's port, made fast.
 
-Batch norms are folded into the convolutions, channels lie last in memory, and TensorFlow's resizing costs a blend and
-a matrix product. None of it moves a feature by more than the rounding of float32.
+Batch norms are folded into the convolutions, channels are last in memory, and TensorFlow's resizing is a blend and a
+matrix product. None of it changes a feature by more than the rounding of float32.
 """
 
 import io
@@ -34,7 +34,7 @@ class InceptionFeatures:
     Attributes:
         pool: (N, 2048) float32, the features of FID, KID, precision and recall.
         logits: (N, 1008) float32 without the bias, for the Inception Score.
-        spatial: (N, 2023) float32, 7 channels of 17 x 17 places in the order (row, column, channel), for sFID.
+        spatial: (N, 2023) float32, 7 channels of 17 x 17 positions in the order (row, column, channel), for sFID.
     """
 
     pool: Tensor
@@ -48,17 +48,17 @@ class InceptionExtractor:
     Args:
         path: file of weights; None takes the official one, from torch.hub's cache or its address.
         device: where it runs.
-        precision: "float32" for every number that is shown beside others. "bf16" is several times faster where it is
-            multiplied in hardware, and another feature space: the same pictures in the two precisions have a distance
-            of their own, so both sides of a comparison need the same.
+        precision: "float32" for numbers to report. "bf16" is several times faster where hardware multiplies it, and
+            another feature space: the same images in the two precisions have a distance above zero, so both sides of a
+            comparison need the same.
 
     Attributes:
         name: ``inception-2048-6726825d`` for the official weights, ``custom-inception-2048-DIGEST`` (of the file's
-            SHA-256) for others, whose distances nobody should call FID; in bf16 with ``-bf16`` at its end.
+            SHA-256) for others, whose distances are not FID; in bf16 with ``-bf16`` at its end.
         dim: 2048.
 
     Raises:
-        UserError: torch-fidelity or the weights are missing, damaged, or not what they are said to be.
+        UserError: torch-fidelity or the weights are missing, or the weights are damaged or of another network.
     """
 
     dim = INCEPTION_DIM
@@ -70,7 +70,7 @@ class InceptionExtractor:
         precision: Precision = "float32",
     ):
         try:
-            import torch_fidelity.feature_extractor_inceptionv3  # noqa: F401  (missing? say so before a download)
+            import torch_fidelity.feature_extractor_inceptionv3  # noqa: F401  (before a download)
         except ImportError:
             raise UserError("extractor.name=inception needs torch-fidelity; pip install 'robustok[fid]'") from None
         weights = load_weights(INCEPTION_URL, path, "Inception", "extractor.path")
@@ -119,7 +119,7 @@ class InceptionExtractor:
 def resize_like_tensorflow(pixels: Tensor, size: int = INPUT_SIZE) -> Tensor:
     """TensorFlow 1's bilinear resizing, without half-pixel offset and without antialiasing.
 
-    Output place i lies at i * H / size of the input, between two rows. Rows are blended in pairs; columns, whose
+    Output row i is at i * H / size of the input, between two rows. Rows are blended in pairs; columns, whose
     gathering would be slow, are blended by a product with a matrix of two non-zeros a row.
 
     Args:
@@ -132,18 +132,18 @@ def resize_like_tensorflow(pixels: Tensor, size: int = INPUT_SIZE) -> Tensor:
     above, below, share = _neighbours(pixels.shape[2], size, pixels.device)
     rows = torch.lerp(pixels[:, :, above].float(), pixels[:, :, below].float(), share[:, None])  # (N, C, size, W)
     left, right, share = _neighbours(pixels.shape[3], size, pixels.device)
-    blend, places = torch.zeros(size, pixels.shape[3], device=pixels.device), torch.arange(size, device=pixels.device)
-    blend[places, left] += 1 - share
-    blend[places, right] += share  # the last column is its own neighbour
+    blend, row = rows.new_zeros(size, pixels.shape[3]), torch.arange(size, device=pixels.device)
+    blend[row, left] += 1 - share
+    blend[row, right] += share  # the last column is its own neighbour
     return rows @ blend.T  # (N, C, size, size)
 
 
 def _neighbours(old: int, new: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """For each of the new places the old ones before and after it, and the share (new,) of the latter."""
-    # TensorFlow computes the places in float32; float64 would pick another neighbour now and then.
-    places = torch.arange(new, dtype=torch.float32, device=device) * torch.tensor(old / new, dtype=torch.float32)
-    before = places.long()
-    return before, (before + 1).clamp(max=old - 1), places - before
+    """For each of the new positions the old ones before and after it, and the weight (new,) of the latter."""
+    # TensorFlow computes the positions in float32; float64 would pick another neighbour now and then.
+    positions = torch.arange(new, dtype=torch.float32, device=device) * torch.tensor(old / new, dtype=torch.float32)
+    before = positions.long()
+    return before, (before + 1).clamp(max=old - 1), positions - before
 
 
 def _build(weights: OfficialWeights) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Official weights: a local file, torch.hub's cache or the official address, and proof of which file it was."""
+"""Official weights from a local file, torch.hub's cache or the official address, with the digest of the file."""
 
 import hashlib
 import re
@@ -15,12 +15,12 @@ from robustok.files import one_line
 
 @dataclass(frozen=True)
 class OfficialWeights:
-    """A state dict and what is known of its file.
+    """A state dict and where it comes from.
 
     Attributes:
         state: name to tensor, on the CPU.
         digest: first eight hexadecimal digits of the file's SHA-256.
-        official: whether they are those that the official name promises.
+        official: whether the digest is that of the official file.
         source: the file, for messages.
     """
 
@@ -42,8 +42,8 @@ def load_weights(url: str, path: str | Path | None, what: str, setting: str) -> 
         setting: names the setting that takes a path, such as "extractor.path".
 
     Raises:
-        UserError: the file is missing and did not arrive, cannot be read, is no state dict, or stands in the cache
-            under the official name and is another one.
+        UserError: the file is missing and did not arrive, cannot be read, is no state dict, or is in the cache
+            under the official name with other content.
     """
     name = Path(urlparse(url).path).name
     expected = re.fullmatch(r".*-([0-9a-f]{8,})\.pth", name)[1]
@@ -69,21 +69,21 @@ def load_weights(url: str, path: str | Path | None, what: str, setting: str) -> 
 
 
 def unfit(source: Path, what: str, error: Exception, name: str) -> UserError:
-    """The one line about a file that holds something else."""
+    """The error for a file with other content."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return UserError(f"{source} holds no {what} weights ({reason}); expected the state dict of {name}")
 
 
 def _cached(url: str, name: str, what: str, setting: str) -> Path:
-    """The file's place in torch.hub's cache, downloaded if it is not there yet."""
+    """The file's path in torch.hub's cache, downloaded if it is not there yet."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     if not path.exists():
         try:
             torch.hub.load_state_dict_from_url(
                 url, map_location="cpu", progress=False, check_hash=True, weights_only=True
             )
-        except (OSError, RuntimeError) as error:  # no network, no room; a hash that does not fit
+        except (OSError, RuntimeError) as error:  # no network, no space; a hash that does not fit
             reason = one_line(error)
-            put = f"download {url} elsewhere and put it there, or give its place as {setting}=FILE"
+            put = f"download {url} elsewhere and put it there, or give its path as {setting}=FILE"
             raise UserError(f"the {what} weights are not at {path} and did not arrive ({reason}); {put}") from None
     return path
