@@ -88,6 +88,8 @@ def start_accelerator(batch_size: int = 0, parts: int = 1) -> Accelerator:
     Raises:
         UserError: the global batch does not divide among the processes, or their shares into parts.
     """
+    # PyTorch's float32 is TF32 in a GPU's convolutions, and float32 in its products: here it is float32 in both.
+    torch.backends.cudnn.allow_tf32 = False
     # Without a GPU accelerate has to be told so, or every process of a `torchrun` takes itself for the only one.
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     share = rank_rows(batch_size, accelerator.process_index, accelerator.num_processes)
