@@ -230,7 +230,7 @@ class TokenGenerator(nn.Module):
     _static_caches: list[StaticCache] | None = None
 
     def compile_sampling(self) -> None:
-        """Compile the step of sampling from now on, on CUDA into a CUDA graph. Not run on CUDA yet; no gain on a CPU.
+        """Compile the step of sampling from now on, on CUDA into a CUDA graph; no gain on a CPU.
 
         The first batch of a size takes longer for it, and the key-value cache of the last batch stays in memory. The
         weights may change afterwards: nothing of them is kept.
