@@ -280,10 +280,12 @@ class Clock:
         warm: steps that are not timed.
         steps: steps that are.
         eager: whether operations can be counted.
+        parts: how often a step has its loss checked.
     """
 
-    def __init__(self, bench: Bench, warm: int, steps: int, eager: bool) -> None:
+    def __init__(self, bench: Bench, warm: int, steps: int, eager: bool, parts: int = 1) -> None:
         self.bench, self.warm, self.steps = bench, warm, steps
+        self.parts, self.checks = parts, 0
         self.moments: list[float] = []
         self.flops, self.busy, self.calls = 0, None, 0
         self.extra: list[Callable[[], Any]] = [self._count] if eager else []
@@ -296,7 +298,10 @@ class Clock:
         return self.warm + self.steps + 1 + 2 * len(self.extra)
 
     def __call__(self) -> None:
-        """A step went by."""
+        """A loss was checked."""
+        self.checks += 1
+        if self.checks % self.parts:
+            return
         call, timed = self.calls, self.warm + self.steps
         self.calls += 1
         if call == self.warm and self.bench.cuda:
@@ -431,7 +436,8 @@ def timed_training(bench: Bench, name: str, batch: int, words: tuple[str, ...], 
     """Train for a few steps."""
     bench.free()
     steps, warm = bench.sizes.steps
-    clock = Clock(bench, warm, steps, eager=not compiling)
+    in_parts = name.startswith("rar") and "gradient_accumulation=2" in words
+    clock = Clock(bench, warm, steps, eager=not compiling, parts=2 if in_parts else 1)
     words = (f"batch_size={batch}", f"compile={str(compiling).lower()}", *words)
     torch._dynamo.utils.counters.clear()
     with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
@@ -441,7 +447,7 @@ def timed_training(bench: Bench, name: str, batch: int, words: tuple[str, ...], 
             start = time.perf_counter()
             train(run)
     kind = name.removesuffix("-jpeg")
-    if clock.flops:
+    if clock.flops and "gradient_accumulation=2" not in words:  # whose first pass is made twice
         bench.flops[kind] = clock.flops / batch
     found: dict[str, Any] = {"batch": batch, "ms/step": 1e3 * clock.seconds, "images/s": batch / clock.seconds}
     if clock.busy is not None:
@@ -481,8 +487,11 @@ def training(bench: Bench) -> Cases:
     )
     for name in ("tokenizer", "rar-b", "post", "rar-l", "released"):
         yield f"{name}/eager", case(name)
-    for name in ("rar-b", "rar-l", "post", "tokenizer"):
+    for name in ("tokenizer", "rar-b", "rar-l", "post"):
         yield f"{name}/compiled", case(name, compiling=True)
+
+    for name in ("tokenizer", "rar-b"):
+        yield f"{name}/in-2-parts", case(name, (*bf16, "gradient_accumulation=2"))
 
     def decoding() -> dict[str, Any]:
         with mock.patch.object(image_sets, "MEMORY_LIMIT", 0):
@@ -507,13 +516,13 @@ def training(bench: Bench) -> Cases:
 
 
 def build_rar(bench: Bench, size: str) -> RAR:
-    """With random weights that matter: a new model's blocks are identities."""
+    """On the CPU, with random weights that matter: a new model's blocks are identities."""
     torch.manual_seed(0)
     tables = {"position_rows": POSITION_ROWS, "timestep_rows": TIMESTEP_ROWS}
     model = RAR(bench.sizes.rar[size].model_copy(update=tables), bench.sizes.codes, bench.sizes.tokens, CLASSES).eval()
     for block in (*model.blocks, model.adaln_before_head):
         nn.init.normal_(block.adaLN_modulation[1].weight, std=0.02)
-    return model.requires_grad_(False).to(bench.device)
+    return model.requires_grad_(False)
 
 
 def sampler(bench: Bench) -> Cases:
@@ -546,7 +555,7 @@ def sampler(bench: Bench) -> Cases:
 
     def measure(size: str, dtype: torch.dtype, count: int, amp: bool = False, compiling: bool = False) -> dict:
         bench.free()
-        model = build_rar(bench, size).to(dtype)
+        model = copy.deepcopy(bench.once(("rar", size), lambda: build_rar(bench, size))).to(bench.device, dtype)
         torch._dynamo.utils.counters.clear()
         patch = mock.patch.object(torch, "compile", lambda f, **_: COMPILE(f, backend="eager", dynamic=False))
         with patch if bench.tiny else nullcontext():
@@ -601,16 +610,17 @@ def sampler(bench: Bench) -> Cases:
 
 @contextmanager
 def precision(bench: Bench, name: str) -> Iterator[None]:
-    """``default``: as PyTorch starts, with TF32 in convolutions; ``float32``: without; ``tf32``: in all; ``bf16``."""
+    """``float32``, ``tf32``, ``bf16``; ``tf32-convolutions``: TF32 in these alone, as PyTorch starts."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-    with (
-        torch.backends.cudnn.flags(enabled=True, allow_tf32=name != "float32"),
-        torch.autocast(bench.device.type, torch.bfloat16, enabled=name == "bf16"),
-        torch.no_grad(),
-    ):
-        yield
-    torch.set_float32_matmul_precision(before)
+    try:
+        with (
+            torch.backends.cudnn.flags(enabled=True, allow_tf32=name.startswith("tf32")),
+            torch.autocast(bench.device.type, torch.bfloat16, enabled=name == "bf16"),
+        ):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @torch.no_grad()
@@ -633,7 +643,7 @@ def build_tokenizer(bench: Bench) -> RobusTok:
 
 def encoding(bench: Bench) -> Cases:
     """The tokenizer on images that lie on the device: images a second, and tokens like those of exact float32."""
-    names = ("float32", "default", "tf32", "bf16", "bf16-compiled")
+    names = ("float32", "tf32-convolutions", "tf32", "bf16", "bf16-compiled")
 
     def measure(name: str) -> dict[str, Any]:
         model = bench.once("tokenizer", lambda: build_tokenizer(bench))
@@ -642,7 +652,7 @@ def encoding(bench: Bench) -> Cases:
         if name.endswith("compiled"):
             compiled = partial(COMPILE, backend="eager") if bench.tiny else COMPILE
             encode, decode = compiled(encode), compiled(decode)
-        with precision(bench, name.removesuffix("-compiled")):
+        with torch.no_grad(), precision(bench, name.removesuffix("-compiled")):
             tokens = encode(images)
             exact = bench.made.setdefault("tokens", tokens)
             row = {"batch": len(images), "encoded/s": len(images) / bench.seconds(lambda: encode(images))}
@@ -688,7 +698,7 @@ def inception_features(bench: Bench) -> Cases:
                     x = stage(x)
             return x.float().mean(dim=(2, 3))
 
-        with precision(bench, "tf32" if name == "tf32" else "float32"):
+        with torch.no_grad(), precision(bench, "tf32" if name == "tf32" else "float32"):
             found = features()
             seconds = bench.seconds(features)
         exact = bench.made.setdefault("features", found)
@@ -710,7 +720,7 @@ def fid(bench: Bench) -> Cases:
     def stream(batch: int, on_device: bool = False) -> dict[str, Any]:
         model = bench.once("tokenizer", lambda: build_tokenizer(bench))
         extractor = bench.once("inception", lambda: build_inception(bench))
-        count = (1 if bench.tiny else 8) * bench.sizes.encoded
+        count = (1 if bench.tiny else 4) * bench.sizes.encoded
         tokens = torch.randint(
             bench.sizes.codes, (count, bench.sizes.tokens), generator=torch.Generator().manual_seed(0)
         )
@@ -760,9 +770,8 @@ def lpips(bench: Bench) -> Cases:
         def step() -> None:
             for a, b in zip(images.chunk(chunks), found.chunk(chunks), strict=True):
                 b = b.detach().requires_grad_()
-                with torch.autocast(bench.device.type, torch.bfloat16, enabled=name == "bf16"):
-                    loss = network(a, b)
-                (loss / chunks).backward()
+                with precision(bench, name):
+                    (network(a, b) / chunks).backward()
 
         before = torch.cuda.memory_allocated() if bench.cuda else 0
         row = {"batch": count, "chunks": chunks, "ms": 1e3 * bench.seconds(step, warm=2)}
@@ -771,8 +780,8 @@ def lpips(bench: Bench) -> Cases:
     for chunks in (1, 4):
         yield f"bf16-{chunks}", partial(measure, chunks, "bf16")
     yield "bf16-channels-last-4", partial(measure, 4, "bf16", torch.channels_last)
-    for chunks in (4, 1):
-        yield f"float32-{chunks}", partial(measure, chunks, "float32")
+    for name in ("tf32", "float32"):
+        yield f"{name}-4", partial(measure, 4, name)
 
 
 # Data
@@ -922,6 +931,7 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to try the script")
     parser.add_argument("--data", type=Path, help="photographs: folder or parquet file; default: synthetic ones")
+    parser.add_argument("--batches", default="", help="of trainings, instead of the largest: tokenizer=96,rar-b=128")
     parser.add_argument("--limit", type=float, default=480, help="seconds after which no case begins any more")
     parser.add_argument("--out", type=Path, help="JSON file")
     given = parser.parse_args(words)
@@ -935,6 +945,8 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     print(json.dumps(report["facts"]), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(device, given.tiny, Path(folder), given.data)
+        for word in filter(None, given.batches.split(",")):
+            bench.sizes.batches[word.split("=")[0]] = int(word.split("=")[1])
         for part, function in PARTS.items():
             if only is not None and not any(word.split("/")[0] == part for word in only):
                 continue

@@ -19,8 +19,10 @@ from robustok.encode import encode
 from robustok.generators.diffusion import draw_noise_levels
 from robustok.generators.rar import draw_orders
 from robustok.generators.sampling import Sampling, image_rngs
+from robustok.images import Digits, open_images
 from robustok.latents import LatentCache, Manifest, create_cache, write_shard
 from robustok.metrics import GaussianStatistics, InceptionExtractor, frechet_distance
+from robustok.tokenizers import load_tokenizer
 from robustok.tokenizers.perturbation import (
     PerturbationConfig,
     apply_draw,
@@ -99,10 +101,11 @@ def test_a_training_pass_and_its_gradients(name):
     assert torch.equal(found.tokens.cpu(), expected.tokens)
     for part in ("reconstructions", "codebook_loss", "commitment_loss"):
         assert_close(getattr(found, part), getattr(expected, part))
-    for (where, a), b in zip(other.named_parameters(), model.parameters(), strict=True):
-        assert (a.grad is None) == (b.grad is None), where
-        if b.grad is not None:
-            assert_close(a.grad, b.grad, tolerance=1e-3)
+    gradients = [{n: p.grad for n, p in m.named_parameters() if p.grad is not None} for m in (other, model)]
+    assert gradients[0].keys() == gradients[1].keys()
+    largest = max(gradient.abs().max() for gradient in gradients[1].values())
+    for name, gradient in gradients[1].items():
+        assert (gradients[0][name].cpu() - gradient).abs().max() <= 1e-4 * largest, name
 
 
 def test_quantizer():
@@ -213,7 +216,7 @@ def test_lpips(tmp_path):
     images, reconstructions = (randn(2, 3, 32, 32, seed=seed).clamp(-1, 1) for seed in (0, 1))
     found = []
     for network, device in ((model, "cpu"), (on_device(model), DEVICE)):
-        x = reconstructions.to(device).requires_grad_()
+        x = reconstructions.to(device, copy=True).requires_grad_()
         loss = network(images.to(device), x)
         loss.backward()
         found.append((loss, x.grad))
@@ -374,7 +377,14 @@ def test_the_whole_story(tmp_path, story):
     assert main(words("evaluate", story, str(tmp_path / "evaluation"))) == 0
 
 
-def test_encoding_again_gives_the_same_tokens(tmp_path, tokenizer, latents):
-    again = encode(tiny.tokens_run(tmp_path / "again", tokenizer, "batch_size=7"))
-    found, expected = (LatentCache(path).read(slice(None)).latents for path in (again, latents))
-    assert (found == expected).float().mean() > 0.999
+def test_encoding_finds_nearest_codes(tmp_path, tokenizer, monkeypatch):
+    """Without TF32, in which PyTorch starts; of two codes that are equally near either may be found."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    found = LatentCache(encode(tiny.tokens_run(tmp_path / "tokens", tokenizer, "batch_size=7"))).read(slice(None))
+    assert not torch.backends.cudnn.allow_tf32
+    images, model = open_images(Digits(limit=128), 16).read(found.indices).images, load_tokenizer(tokenizer).double()
+    with torch.no_grad():
+        features, codebook = model.quantizer.normalize(model.features(images.double())), model.codebook
+    distances = torch.cdist(features, codebook).square()  # (N, L, K)
+    excess = distances.gather(2, found.latents[..., None])[..., 0] - distances.min(2).values
+    assert excess.max() < 1e-5
