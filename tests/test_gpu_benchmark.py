@@ -13,9 +13,16 @@ TWICE = (  # what goes through the same code as another case
     "training/rar-b/compiled",
     "training/post/compiled",
     "training/tokenizer/compiled",
+    "training/tokenizer/in-2-parts",
     "sampler/rar-l",
     "sampler/rar-b/bf16-autocast",
+    "inception/tf32",
+    "inception/bf16-NCHW",
+    "inception/float32-NHWC",
     "lpips/bf16-channels",
+    "lpips/tf32",
+    "lpips/float32",
+    "fid/moments",
     "fid/decode-and-describe@64",
 )
 
