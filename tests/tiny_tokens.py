@@ -56,4 +56,4 @@ def full_logits(model, tokens, labels, sampling):
     length = tokens.shape[1]
     conditional = model.logits(tokens, labels)[:, :length]
     unconditional = model.logits(tokens, torch.full_like(labels, model.null_label))[:, :length]
-    return guide(conditional, unconditional, guidance_scales(length, sampling).to(conditional.dtype)[:, None])
+    return guide(conditional, unconditional, guidance_scales(length, sampling).to(conditional)[:, None])

@@ -34,6 +34,8 @@ def start_accelerator(batch_size: int = 0, parts: int = 1) -> Accelerator:
     Raises:
         UserError: the global batch does not divide among the processes, or its rows into parts.
     """
+    # By default PyTorch's float32 is TF32 in a GPU's convolutions and exact in its products: here it is exact in both.
+    torch.backends.cudnn.allow_tf32 = False
     # Without cpu=True, every process of a `torchrun` without GPUs would be the only process of its own run.
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     share = rank_rows(batch_size, accelerator.process_index, accelerator.num_processes)

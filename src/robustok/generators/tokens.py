@@ -163,7 +163,7 @@ class TokenGenerator(nn.Module):
         raise NotImplementedError
 
     def compile_sampling(self) -> None:
-        """Compile the sampling step from now on, on CUDA into a CUDA graph. Not run on CUDA yet; no gain on a CPU.
+        """Compile the sampling step from now on, on CUDA into a CUDA graph; no gain on a CPU.
 
         The first batch of a size takes longer, and the key-value cache of the last batch stays in memory. The weights
         may change afterwards: the compiled step holds no copy of them.
