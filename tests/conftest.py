@@ -50,6 +50,49 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return (collection_path.parent.name == "golden") != (config.getoption("golden") is not None) or None
 
 
+# Files that `make quick` leaves out: those that take more than about 4 s of CPU time, fixtures included.
+SLOW = {
+    "commands/test_evaluate.py",
+    "commands/test_evaluate_images.py",
+    "commands/test_post_train_dit.py",
+    "commands/test_post_train_pretrained.py",
+    "commands/test_sigma_search.py",
+    "generators/test_compiled_sampling.py",
+    "generators/test_ddpm.py",
+    "generators/test_dit.py",
+    "losses/test_losses.py",
+    "metrics/test_inception.py",
+    "report/test_report.py",
+    "test_backbones.py",
+    "test_bad_input.py",
+    "test_contributing.py",
+    "test_recipes.py",
+    "tokenizers/test_deltas.py",
+    "training/test_authors.py",
+    "training/test_decoder_training.py",
+    "training/test_diffusion_training.py",
+    "training/test_other_tokenizers.py",
+    "training/test_post_continuous.py",
+    "training/test_prepared.py",
+    "training/test_resume.py",
+    "training/test_tokenizer_training.py",
+}
+MULTIPROCESS = {"training/test_sharded.py", "training/test_two_processes.py"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of these files."""
+    here = Path(__file__).parent
+    if missing := [name for name in sorted(SLOW | MULTIPROCESS) if not (here / name).is_file()]:
+        raise pytest.UsageError(f"tests/conftest.py names {missing[0]}, which does not exist")
+    for item in items:
+        name = item.path.relative_to(here).as_posix()
+        if name in SLOW:
+            item.add_marker("slow")
+        if name in MULTIPROCESS:
+            item.add_marker("multiprocess")
+
+
 def words(command: str, home: Path, out: str) -> list[str]:
     """The words of a command with tiny settings and its inputs in ``home``; words appended to them take precedence."""
     at = {name: f"{home / name}" for name in PIPELINE}

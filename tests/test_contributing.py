@@ -75,7 +75,6 @@ def insert(text: str, line: int, column: int, addition: str) -> str:
 NOT_MERGED = pytest.mark.xfail(strict=False, reason="needs METRICS that the evaluator reads, and TokenGenerator._steps")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "section",
     [
