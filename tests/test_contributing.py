@@ -105,3 +105,12 @@ def test_a_recipe_works_as_written(section, tmp_path):
 
 def test_every_kind_of_addition_is_described():
     assert SECTIONS.keys() == {"tokenizer", "generator", "metric", "data set"}
+
+
+@pytest.mark.xfail(strict=False, reason="names files and functions of branches that are not merged yet")
+def test_the_architecture_names_what_exists():
+    rows = re.findall(r"\| `(\S+\.py)` \| `(\w+)` \|$", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
+    assert len(rows) > 25
+    for file, name in rows:
+        text = (ROOT / "src" / "robustok" / file).read_text()
+        assert re.search(rf"^(def|class) {name}\b", text, re.MULTILINE), f"{file} has no {name}"
