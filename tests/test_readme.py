@@ -1,4 +1,4 @@
-"""What the README shows is what runs."""
+"""The examples and commands of the README run."""
 
 import re
 import shlex
@@ -32,14 +32,14 @@ def test_the_python_example_runs(pipeline, tmp_path, monkeypatch):
     (tmp_path / "evaluate.yaml").write_text(yaml.safe_dump(settings("evaluate", "decoders") | {"decoders": {}}))
     monkeypatch.chdir(tmp_path)
     example, _ = blocks("python")
-    place = {}
-    exec(compile(example, "README.md", "exec"), place)
+    namespace = {}
+    exec(compile(example, "README.md", "exec"), namespace)
 
-    assert place["tokens"].shape == place["samples"].shape == (8, 4)
-    assert place["pixels"].shape == (8, 3, 16, 16)
-    assert (place["wrong"] != place["tokens"]).sum(1).tolist() == [2] * 8  # half of four tokens
-    assert place["better"] == tmp_path / "runs/post-train/snapshot/00000003"
-    decoders = [m.details["decoder"] for m in place["found"] if m.metric == "gfid"]
+    assert namespace["tokens"].shape == namespace["samples"].shape == (8, 4)
+    assert namespace["pixels"].shape == (8, 3, 16, 16)
+    assert (namespace["wrong"] != namespace["tokens"]).sum(1).tolist() == [2] * 8  # half of four tokens
+    assert namespace["better"] == tmp_path / "runs/post-train/snapshot/00000003"
+    decoders = [m.details["decoder"] for m in namespace["found"] if m.metric == "gfid"]
     assert decoders == ["original", "post_trained"]
 
 
@@ -47,14 +47,14 @@ def test_the_perturbation_example_runs():
     torch.manual_seed(0)
     codebook = torch.nn.functional.normalize(torch.randn(256, 8), dim=1)
     features = torch.nn.functional.normalize(torch.randn(40, 16, 8), dim=2).requires_grad_()
-    place = {"torch": torch, "features": features, "codebook": codebook}
-    place["tokens"] = tokens = (features @ codebook.T).argmax(-1)
-    exec(compile(blocks("python")[1], "README.md", "exec"), place)
+    namespace = {"torch": torch, "features": features, "codebook": codebook}
+    namespace["tokens"] = tokens = (features @ codebook.T).argmax(-1)
+    exec(compile(blocks("python")[1], "README.md", "exec"), namespace)
 
-    changed = (place["perturbed"] != tokens).sum(1)
+    changed = (namespace["perturbed"] != tokens).sum(1)
     assert sorted(changed.tolist()) == [0] * 36 + [16] * 4  # a tenth of the images, every token of them
-    torch.testing.assert_close(place["vectors"], codebook[place["perturbed"]])
-    place["vectors"].sum().backward()
+    torch.testing.assert_close(namespace["vectors"], codebook[namespace["perturbed"]])
+    namespace["vectors"].sum().backward()
     assert (features.grad == 1).all()  # straight through
 
 
@@ -69,7 +69,7 @@ def commands() -> list[list[str]]:
     return [shlex.split(line) for line in found]
 
 
-def test_every_verb_is_shown():
+def test_every_command_is_shown():
     assert {command[0] for command in commands()} == VERBS.keys() - {"demo"}
 
 
