@@ -1,19 +1,27 @@
-# make demo: the whole story on handwritten digits.   make test: lint and all tests.   make clean: as after cloning.
+# make demo    train, post-train and evaluate on handwritten digits, with a report
+# make quick   lint and the tests of about one minute, for daily work
+# make test    lint and all tests
+# make clean   remove everything that these make
 
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo test clean
+.PHONY: demo quick test lint clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/robustok demo
 
-test: $(VENV)/installed-dev
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
+quick: lint
+	$(VENV)/bin/pytest -m "not slow and not multiprocess"
+
+test: lint
 	$(VENV)/bin/pytest
 
-# The stamps are older than what they depend on only when there is something to install again.
+lint: $(VENV)/installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+# These stamps are older than pyproject.toml or constraints.txt when packages have to be installed again.
 $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e .
 	touch $@

@@ -1,9 +1,9 @@
-"""Inception features against torch-fidelity's, as it is shipped, in one process: how fast, and what bf16 changes.
+"""Inception features, compared with torch-fidelity's in one process: speed, and the effect of bf16.
 
     python benchmarks/inception.py --data FILE.parquet --size 256 --count 2000 --weights FILE.pth
 
-Without ``--data`` it reads the embedded digits, without ``--weights`` it makes random ones, calibrated so that no
-feature vanishes: good for speed and for ratios of distances, but no distance is an FID then.
+Without ``--data`` it reads scikit-learn's digits. Without ``--weights`` it uses random weights, with batch norms
+calibrated so that no feature vanishes: enough for speed and for ratios of distances, but the distances are not FIDs.
 """
 
 import argparse
@@ -36,7 +36,7 @@ Network = Callable[[Tensor], Tensor]
 
 def main() -> None:
     words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    words.add_argument("--data", type=Path, help="folder of images or parquet file; default: the embedded digits")
+    words.add_argument("--data", type=Path, help="folder of images or parquet file; default: scikit-learn's digits")
     words.add_argument("--size", type=int, default=256, help="height and width of the images")
     words.add_argument("--count", type=int, default=200, help="number of images for the distances")
     words.add_argument("--weights", type=Path, help="Inception weights; default: random, calibrated")
@@ -51,7 +51,9 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         weights = given.weights or random_weights(Path(folder) / "random.pth", batches())
-        print(f"weights: {'random, calibrated: no distance below is an FID' if given.weights is None else weights}")
+        print(
+            f"weights: {'random, calibrated: the distances below are not FIDs' if given.weights is None else weights}"
+        )
         shipped = FeatureExtractorInceptionV3("shipped", ["2048"], str(weights))
         ours = {precision: InceptionExtractor(weights, precision=precision) for precision in ("float32", "bf16")}
     compare_resizing()
@@ -60,7 +62,7 @@ def main() -> None:
 
 
 def random_weights(path: Path, batches: Iterable[Tensor]) -> Path:
-    """Kaiming-normal convolutions, and batch norms that have seen images: features of ordinary size and spread."""
+    """Save Kaiming-normal convolutions and batch norms with statistics of the images, for features of usual scale."""
     rng = torch.Generator().manual_seed(0)
     network = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
     with torch.no_grad():
@@ -72,7 +74,7 @@ def random_weights(path: Path, batches: Iterable[Tensor]) -> Path:
     network = FeatureExtractorInceptionV3("calibrated", ["2048"], str(path))
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.train().momentum = None  # the average of all batches
+            module.train().momentum = None  # average over all batches
     for _, pixels in zip(range(CALIBRATION // BATCH), batches, strict=False):
         network(pixels)
     torch.save(network.state_dict(), path)
@@ -80,12 +82,12 @@ def random_weights(path: Path, batches: Iterable[Tensor]) -> Path:
 
 
 def compare_resizing() -> None:
-    """TensorFlow's resizing alone, images per CPU second."""
+    """Speed of TensorFlow's resizing alone, in images per CPU second."""
     rng = torch.Generator().manual_seed(0)
     for size in (32, 64, 256, 512):
         pixels = torch.randint(0, 256, (BATCH, 3, size, size), dtype=torch.uint8, generator=rng)
         theirs, ours = resize_as_shipped(pixels), resize_like_tensorflow(pixels)
-        costs = time_side_by_side({"shipped": resize_as_shipped, "ours": resize_like_tensorflow}, pixels)
+        costs = time_in_turns({"shipped": resize_as_shipped, "ours": resize_like_tensorflow}, pixels)
         speed = {name: BATCH / cpu for name, (cpu, _) in costs.items()}
         line = f"{speed['shipped']:7.0f} -> {speed['ours']:7.0f} images per CPU second"
         print(f"resizing {size:3d} -> 299: {line}, {speed['ours'] / speed['shipped']:5.2f}x", end="; ")
@@ -97,9 +99,9 @@ def resize_as_shipped(pixels: Tensor) -> Tensor:
 
 
 def compare_speed(networks: dict[str, Network], pixels: Tensor) -> None:
-    """Pixels to features, images per second, best of a few rounds side by side."""
+    """Speed from pixels to features in images per second, best of a few rounds in turns."""
     baseline, *_ = expected = [network(pixels) for network in networks.values()]
-    costs = time_side_by_side(networks, pixels)
+    costs = time_in_turns(networks, pixels)
     first_cpu, first_wall = next(iter(costs.values()))
     for (name, (cpu, wall)), features in zip(costs.items(), expected, strict=True):
         speed = f"{len(pixels) / cpu:6.1f} images per CPU second ({first_cpu / cpu:.2f}x)"
@@ -108,20 +110,20 @@ def compare_speed(networks: dict[str, Network], pixels: Tensor) -> None:
         print(f"features differ by {error:.1e}", flush=True)
 
 
-def time_side_by_side(functions: dict[str, Network], pixels: Tensor) -> dict[str, tuple[float, float]]:
-    """Least CPU and wall seconds of each, in turns, so that whatever else the machine does meets all of them."""
+def time_in_turns(functions: dict[str, Network], pixels: Tensor) -> dict[str, tuple[float, float]]:
+    """Smallest CPU and wall seconds of each, in turns, so that other load on the machine affects all of them."""
     best = dict.fromkeys(functions, (float("inf"), float("inf")))
-    for _ in range(1 + REPEATS):  # the first warms up and is no faster than the others
+    for _ in range(1 + REPEATS):  # the first warms up
         for name, function in functions.items():
             start = time.process_time(), time.perf_counter()
             function(pixels)
-            spent = time.process_time() - start[0], time.perf_counter() - start[1]
-            best[name] = min(best[name][0], spent[0]), min(best[name][1], spent[1])
+            used = time.process_time() - start[0], time.perf_counter() - start[1]
+            best[name] = min(best[name][0], used[0]), min(best[name][1], used[1])
     return best
 
 
 def compare_distances(extractors: dict[str, InceptionExtractor], batches: Callable[[], Iterable[Tensor]]) -> None:
-    """Frechet distances of degraded images to the original ones, by precision, and the memory that it takes."""
+    """Frechet distances between degraded and original images in both precisions, and the peak memory."""
     exact, fast = (of_all(extractor, batches()) for extractor in extractors.values())
     print(f"Frechet distances of {exact.count} images to the original ones, float32:")
     print(f"  the same images in bf16: {frechet_distance(fast, exact):.4f}", flush=True)
@@ -138,7 +140,7 @@ def compare_distances(extractors: dict[str, InceptionExtractor], batches: Callab
 
 
 def of_all(extractor: InceptionExtractor, batches: Iterable[Tensor]) -> GaussianStatistics:
-    """Mean and covariance of the features of all images, none of which is kept."""
+    """Mean and covariance of the features of all images, one batch at a time."""
     statistics = GaussianStatistics(extractor.dim)
     for pixels in batches:
         statistics.update(extractor(pixels))

@@ -1,9 +1,10 @@
-"""What latent perturbation costs: as a share of a main-training step, and against ranking codes for every token.
+"""The cost of latent perturbation: as a share of a main-training step, and compared with ranking all codes.
+
+    python benchmarks/perturbation.py
 
 256 tokens x 32 images, 4,096 codes of width 64, strength 100, proportion 0.1. The baseline ranks all codes by distance
-for every token of the batch, although a tenth of the images is perturbed. The released code does with the nearest 100,
-sorted; that is timed too. Run it with ``python benchmarks/perturbation.py``. Goals: under 1 % of a step, 50 times
-faster than ranking.
+for every token of the batch, although only a tenth of the images is perturbed. The authors' code ranks only the
+nearest 100; that is timed too. Goals: under 1 % of a step, 50 times faster than ranking all codes.
 """
 
 import time
@@ -34,7 +35,7 @@ def seconds(function: Callable[[], object], repeats: int) -> tuple[float, float]
 
 
 def training_step() -> Callable[[], object]:
-    """Main training without adversary and teacher, at its cheapest: a tokenizer of width 384 and depth 6."""
+    """A small step of main training: width 384, depth 6, without adversary and teacher."""
     vit = ViTConfig(width=384, depth=6, heads=6)
     model = RobusTok(RobusTokConfig(encoder=vit, decoder=vit, quantizer=QuantizerConfig(size=CODES, dim=WIDTH))).train()
     average, optimizer = average_copy(model), torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -55,7 +56,7 @@ def training_step() -> Callable[[], object]:
 def ranking(
     features: torch.Tensor, tokens: torch.Tensor, codebook: torch.Tensor, rng: torch.Generator, whole: bool
 ) -> torch.Tensor:
-    """Rank for the whole batch, then choose; ``whole`` sorts all codes, else the nearest ``strength`` only."""
+    """Rank the codes for all tokens of the batch, all codes (``whole``) or the nearest ``strength``, then choose."""
     z = features.flatten(0, 1)  # (N * L, D)
     distances = z.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * z @ codebook.T  # (N * L, K)
     delta = CONFIG.strength
@@ -85,7 +86,7 @@ def main() -> None:
     cpu, wall = seconds(ours, 20)
     row = "{:<35} {:9.1f} ms CPU {:9.1f} ms wall".format
     print(row("perturbation", 1e3 * cpu, 1e3 * wall))
-    for name, goal in (("ranking all codes", " (goal >= 50)"), ("nearest 100, sorted, as released", "")):
+    for name, goal in (("ranking all codes", " (goal >= 50)"), ("nearest 100, sorted (authors)", "")):
         other = seconds(lambda goal=goal: ranking(features, tokens, codebook, rng, whole=bool(goal)), 3)
         print(row(name, 1e3 * other[0], 1e3 * other[1]) + f", ratio {other[0] / cpu:.1f}{goal}")
     with torch.enable_grad():

@@ -1,13 +1,14 @@
-"""A post-training step on cached latents against the released procedure: CPU seconds a step, and bytes a pair.
+"""A post-training step on cached latents, compared with the authors' procedure: CPU seconds and bytes on disk.
 
-The released code stores each mixture as a PNG file. At every step it reads one, encodes and quantises it again with
-the teacher beside it, and trains all but the encoder's transformer. Ours reads the latents and trains the decoder. Both
-run at full size with all their losses (recipe ``imagenet256/post.yaml``), through the same training loop, on one image
-and in one process. The released procedure runs twice: with the loop as it is, and with losses that go back through
-their networks for the adaptive weight and once more for the step, as is usual since taming-transformers. Backbones are
-random, so nothing is downloaded. Run it with
-``python benchmarks/post_training.py [PHOTOGRAPHS.parquet]``; the photographs serve to weigh PNG files. Needs 9 GB.
-Goals: 2 times faster, 1/200 of the disk.
+    python benchmarks/post_training.py [PHOTOGRAPHS.parquet]
+
+The authors' code stores each mixture as a PNG file. At every step it reads the file, encodes and quantises the image
+again, runs the teacher, and trains everything except the encoder's transformer. Ours reads the latents and trains the
+decoder. Both run at full size with all their losses (recipe ``imagenet256/post.yaml``), in the same training loop, on
+one image and in one process. The authors' procedure runs twice: with our loop, and with losses that are differentiated
+twice, for the adaptive weight and for the step, as is usual since taming-transformers. Backbones have random weights,
+so nothing is downloaded. The photographs serve to measure the size of PNG files. Needs 9 GB. Goals: 2 times faster,
+1/200 of the disk.
 """
 
 import io
@@ -23,26 +24,22 @@ import torch
 import torchvision
 from PIL import Image
 
-from full_size import prepare, random_backbone
-from robustok import runs
+from full_size import prepare, step_times, use_random_backbones
 from robustok.commands.dry_run import RECORD
 from robustok.data.dataset import open_images
 from robustok.data.latent_cache import LatentCache
 from robustok.data.pixels import from_pixels, to_pixels
 from robustok.data.sources import data_at
-from robustok.losses import semantic
-from robustok.losses.discriminators import dino
 from robustok.tokenizers import load_tokenizer
-from robustok.tokenizers import robustok as tokenizers
-from robustok.training import adversary, prepared, state
-from robustok.training import decoder as post_training
+from robustok.training import adversary, prepared
 from robustok.training.authors import AuthorsStep
+from robustok.training.decoder import DecoderTrainingRun
 
 STEPS = 4  # the first is not timed
 
 
-def decode_to_png(run: post_training.DecoderTrainingRun, path: Path) -> None:
-    """The file that the released procedure trains on."""
+def decode_to_png(run: DecoderTrainingRun, path: Path) -> None:
+    """Write the PNG file that the authors' procedure trains on."""
     tokenizer = load_tokenizer(run.tokenizer)
     with torch.no_grad():
         pixels = to_pixels(tokenizer.decode(LatentCache(run.pairs).read([0]).latents))[0]  # (3, H, W)
@@ -50,7 +47,7 @@ def decode_to_png(run: post_training.DecoderTrainingRun, path: Path) -> None:
 
 
 def from_png(path: Path):
-    """``AuthorsStep.inputs`` with the image from a file, as released, in place of one decoded again at each step."""
+    """A replacement of ``AuthorsStep.inputs`` that reads the image from a file, as the authors' code does."""
 
     @torch.no_grad()
     def inputs(self: AuthorsStep, latents: torch.Tensor) -> tuple:
@@ -61,23 +58,18 @@ def from_png(path: Path):
 
 
 def seconds_a_step(name: str, folder: Path, twice: bool) -> list[float]:
-    """CPU seconds of each step but the first; losses are differentiated once or twice."""
-    moments = []
-    check = state.check_finite
-    _, run = prepare(name, folder, [f"steps={STEPS}", "log_every=100"])
+    """CPU seconds of each step except the first; losses are differentiated once or twice."""
+    run = prepare(name, folder, [f"steps={STEPS}", "log_every=100"])
     png = folder / "mixture.png"
     decode_to_png(run, png)
     differentiated = (lambda term, _inputs: term) if twice else prepared.differentiated
     with (
         mock.patch.object(prepared, "differentiated", differentiated),
         mock.patch.object(adversary, "differentiated", differentiated),
-        mock.patch.object(state, "check_finite", lambda *a: moments.append(time.process_time()) or check(*a)),
-        mock.patch.object(post_training.Snapshots, "_write"),
-        mock.patch.object(runs.RunFolder, "save_state"),
         mock.patch.object(AuthorsStep, "inputs", from_png(png)),
     ):
-        post_training.train_decoder(run)
-    return [after - before for before, after in itertools.pairwise(moments)]
+        times = step_times(run, time.process_time)
+    return [after - before for before, after in itertools.pairwise(times)]
 
 
 def png_bytes(photographs: str) -> float:
@@ -91,20 +83,19 @@ def png_bytes(photographs: str) -> float:
 
 
 def main() -> None:
-    for module in (tokenizers, semantic, dino):
-        module.pretrained_backbone = random_backbone
+    use_random_backbones()
     found = {}
-    for title, name, twice in (("ours", "post", False), ("released", "released", False), ("twice", "released", True)):
+    for title, name, twice in (("ours", "post", False), ("authors", "authors", False), ("twice", "authors", True)):
         with tempfile.TemporaryDirectory() as folder:
             found[title] = seconds_a_step(name, Path(folder), twice)
-        print(f"{title:9} {'  '.join(f'{s:.1f}' for s in found[title])} CPU seconds a step", flush=True)
-    ratio, usual = (min(found[title]) / min(found["ours"]) for title in ("released", "twice"))
+        print(f"{title:9} {'  '.join(f'{s:.1f}' for s in found[title])} CPU seconds per step", flush=True)
+    ratio, usual = (min(found[title]) / min(found["ours"]) for title in ("authors", "twice"))
     print(f"full size, batch 1, {torch.get_num_threads()} threads: ratio {ratio:.2f} (goal >= 2)")
     print(f"with losses differentiated twice: ratio {usual:.2f}")
     print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.1f} GB, both in one process")
     if len(sys.argv) > 1:
         record, png = 256 * 2 + RECORD, png_bytes(sys.argv[1])
-        print(f"{png:,.0f} bytes a PNG file, {record} bytes a record of tokens: {png / record:.0f} times (goal >= 200)")
+        print(f"{png:,.0f} bytes per PNG file, {record} per record of tokens: ratio {png / record:.0f} (goal >= 200)")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""A main-training step in bf16 autocast against float32, on this machine: same model, same batch, same process.
+"""A main-training step in bf16 autocast, compared with float32: same model, same batch, same process.
 
-It should pay where bf16 is multiplied in hardware (a GPU, a CPU with AMX or AVX512-BF16), where ``precision=auto``
-takes it. Run it with ``python benchmarks/precision.py``.
+    python benchmarks/precision.py
+
+bf16 is faster where the hardware multiplies it (a GPU, a CPU with AMX or AVX512-BF16); ``precision=auto`` chooses it
+there.
 """
 
 import time

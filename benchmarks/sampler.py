@@ -1,10 +1,11 @@
-"""Our sampler against one that does what released RAR samplers do: same weights, same random numbers, same process.
+"""The sampler of RAR, compared with one that works as published RAR samplers do: same weights and random numbers.
 
-The baseline keeps a key-value cache, but at every step it embeds the whole prefix again, repeats and shuffles both
-position tables over the batch, computes the modulation of every block anew for every row, and grows its cache by
-concatenation. Logits are compared with forced tokens, so that one different draw does not hide them.
-Run it with ``python benchmarks/sampler.py``; give ``l`` for RAR-L, ``bf16`` to try autocast, ``compile`` to compile our
-step (the better of two runs counts, so compiling does not). Goal: 3 times faster.
+    python benchmarks/sampler.py [b|l|xl|xxl] [bf16] [compile]
+
+The baseline has a key-value cache, but at every step it embeds the whole prefix again, repeats and permutes both
+position tables for the batch, computes the modulation of every block for every row, and extends its cache by
+concatenation. Logits are compared for given tokens, since one different token would change all later ones. The better
+of two runs counts, so the time to compile does not. Goal: 3 times faster.
 """
 
 import sys
@@ -22,23 +23,20 @@ from robustok.randomness import image_rngs, image_uniforms
 SAMPLING = Sampling(guidance_scale=6.0, guidance_power=1.15, temperature=1.02)
 IMAGES, TOKENS, CODES, CLASSES = 8, 256, 4096, 1000
 REPEATS = 2
-POSITION_ROWS, TIMESTEP_ROWS = 1280, 356  # of the released tables
+POSITION_ROWS, TIMESTEP_ROWS = 1280, 356  # of the published checkpoints
 
 
 def build(size: str) -> RAR:
     torch.manual_seed(0)
     config = RAR_SIZES[size].model_copy(update={"position_rows": POSITION_ROWS, "timestep_rows": TIMESTEP_ROWS})
     model = RAR(config, CODES, TOKENS, CLASSES).eval()
-    for block in (
-        *model.blocks,
-        model.adaln_before_head,
-    ):  # a new model's blocks are identities and would hide mistakes
+    for block in (*model.blocks, model.adaln_before_head):  # a new model's blocks are identities, which hides errors
         torch.nn.init.normal_(block.adaLN_modulation[1].weight, std=0.02)
     return model
 
 
 class GrowingCache:
-    """Keys and values that are concatenated at every step."""
+    """Keys and values, extended by concatenation at every step."""
 
     def __init__(self) -> None:
         self.keys, self.values = None, None
@@ -73,9 +71,9 @@ def plain_sampler(model: RAR, labels: Tensor, choose) -> None:
     for step, scale in enumerate(guidance_scales(TOKENS, SAMPLING).tolist()):
         condition = model.embeddings(both + CODES + 1)[:, None]
         x = torch.cat([model.cls_token.expand(2 * count, -1, -1), condition, model.embeddings(tokens.repeat(2, 1))], 1)
-        places, targets = (t.repeat(2 * count, 1, 1) for t in (model.pos_embed, model.target_aware_pos_embed))
+        positions, targets = (t.repeat(2 * count, 1, 1) for t in (model.pos_embed, model.target_aware_pos_embed))
         index = (orders + 2)[..., None].expand(-1, -1, x.shape[-1])
-        own = torch.cat([places[:, :2], places.gather(1, index)], 1)
+        own = torch.cat([positions[:, :2], positions.gather(1, index)], 1)
         target = F.pad(targets.gather(1, index), (0, 0, 1, 1))
         x = x + own[:, : x.shape[1]] + target[:, : x.shape[1]]
         conditions = condition + model.timesteps_embeddings[:, : x.shape[1]]
@@ -93,14 +91,14 @@ def plain_sampler(model: RAR, labels: Tensor, choose) -> None:
 def draws(model: RAR):
     """A ``choose`` that draws as ``RAR.generate`` does."""
     rngs = image_rngs(0, range(IMAGES))
-    image_uniforms(rngs, TOKENS)  # the draws that decide what a mixture keeps come first
+    image_uniforms(rngs, TOKENS)  # RAR.generate first draws the random numbers of the mixture
     uniforms = image_uniforms(rngs, TOKENS).to(model.cls_token.device)
     return lambda step, logits: draw_tokens(logits, uniforms[:, step], SAMPLING)
 
 
-def forced(tokens: Tensor, seen: list[Tensor]):
+def forced(tokens: Tensor, recorded: list[Tensor]):
     """A ``choose`` that records the logits and returns given tokens."""
-    return lambda step, logits: (seen.append(logits.cpu()), tokens[:, step])[1]
+    return lambda step, logits: (recorded.append(logits.cpu()), tokens[:, step])[1]
 
 
 def main() -> None:
@@ -111,10 +109,10 @@ def main() -> None:
         model.compile_sampling()
     labels = (torch.arange(IMAGES) * 37 % CLASSES).to(device)
     seconds = {"ours": [], "plain": []}
-    # On a CPU the time that this process had, so that a busy machine does not decide.
+    # CPU time of this process, so that other load on the machine does not matter.
     clock = time.perf_counter if device == "cuda" else time.process_time
     with torch.autocast(device, torch.bfloat16, enabled="bf16" in sys.argv):
-        for _ in range(REPEATS):  # in turns, so that what else the machine does falls on both
+        for _ in range(REPEATS):  # in turns, so that other load on the machine affects both
             for name, sample in (
                 ("ours", lambda: model.generate(labels, SAMPLING, image_rngs(0, range(IMAGES)))),
                 ("plain", lambda: plain_sampler(model, labels, draws(model))),

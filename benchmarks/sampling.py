@@ -1,7 +1,8 @@
-"""Cached against uncached sampling of 256 tokens with guidance: same model, same random numbers, same process.
+"""Guided sampling of 256 tokens with and without a key-value cache: same model, same random numbers, same process.
 
-The baseline does what sampling without a cache has to do: at every step it runs the whole prefix through the model.
-Run it with ``python benchmarks/sampling.py``. Goal: at least 8 times faster.
+    python benchmarks/sampling.py
+
+Without a cache the whole prefix runs through the model at every step. Goal: at least 8 times faster with the cache.
 """
 
 import time
@@ -20,9 +21,7 @@ def build() -> RAR:
     torch.manual_seed(0)
     config = RARConfig(width=256, depth=6, heads=8)
     model = RAR(config, CODEBOOK_SIZE, TOKENS, CLASSES).eval()
-    for (
-        parameter
-    ) in model.parameters():  # the blocks of a new model are identities: the tokens would not show a mistake
+    for parameter in model.parameters():  # a new model's blocks are identities, which hides errors
         torch.nn.init.normal_(parameter, std=0.05)
     return model
 
@@ -30,7 +29,7 @@ def build() -> RAR:
 @torch.no_grad()
 def sample_uncached(model: RAR, labels: torch.Tensor) -> torch.Tensor:
     rngs = image_rngs(0, range(len(labels)))
-    image_uniforms(rngs, TOKENS)  # the draws that decide what a mixture keeps come first
+    image_uniforms(rngs, TOKENS)  # RAR.generate first draws the random numbers of the mixture
     uniforms = image_uniforms(rngs, TOKENS)
     both = torch.cat([labels, torch.full_like(labels, model.null_label)])
     tokens = torch.empty(len(labels), 0, dtype=torch.int64)

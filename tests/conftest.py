@@ -1,7 +1,7 @@
-"""Tiny trained worlds on the digits, made once per session and only when a test asks for them.
+"""Tiny trained models on the digits, made once per session when the first test needs them; the option ``--golden``.
 
-``pipeline`` runs all commands, a few steps each. The other fixtures are trained for a moment longer through the
-Python API: enough for losses to fall and for tokens, samples and decoders to differ.
+``pipeline`` runs all commands, a few steps each. The other fixtures train longer, through the Python API: long enough
+that losses fall, and that tokens, samples and decoders differ.
 """
 
 import os
@@ -38,12 +38,64 @@ MAIN_TRAIN = [*DATA, *VIT, *TOKENIZER, *TRAINING, *LOSSES, "perturbation.strengt
 GENERATOR = ["generator.width=16", "generator.depth=1", "generator.heads=2"]
 
 
-def words(verb: str, home: Path, out: str) -> list[str]:
-    """A command of the miniature whose inputs lie in ``home``; later words win."""
-    at = {
-        name: f"{home / name}"
-        for name in ("classifier", "tokenizer", "latents", "generator", "samples", "pairs", "post")
-    }
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--golden``."""
+    parser.addoption("--golden", type=Path, metavar="FOLDER", help="only compare with the reference outputs in FOLDER")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Collect only tests/golden with ``--golden``, and everything else without it."""
+    if collection_path.is_dir():
+        return None
+    return (collection_path.parent.name == "golden") != (config.getoption("golden") is not None) or None
+
+
+# Files that `make quick` leaves out: those that take more than about 4 s of CPU time, fixtures included.
+SLOW = {
+    "commands/test_evaluate.py",
+    "commands/test_evaluate_images.py",
+    "commands/test_post_train_dit.py",
+    "commands/test_post_train_pretrained.py",
+    "commands/test_sigma_search.py",
+    "generators/test_compiled_sampling.py",
+    "generators/test_ddpm.py",
+    "generators/test_dit.py",
+    "losses/test_losses.py",
+    "metrics/test_inception.py",
+    "report/test_report.py",
+    "test_backbones.py",
+    "test_bad_input.py",
+    "test_contributing.py",
+    "test_recipes.py",
+    "tokenizers/test_deltas.py",
+    "training/test_authors.py",
+    "training/test_decoder_training.py",
+    "training/test_diffusion_training.py",
+    "training/test_other_tokenizers.py",
+    "training/test_post_continuous.py",
+    "training/test_prepared.py",
+    "training/test_resume.py",
+    "training/test_tokenizer_training.py",
+}
+MULTIPROCESS = {"training/test_sharded.py", "training/test_two_processes.py"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of these files."""
+    here = Path(__file__).parent
+    if missing := [name for name in sorted(SLOW | MULTIPROCESS) if not (here / name).is_file()]:
+        raise pytest.UsageError(f"tests/conftest.py names {missing[0]}, which does not exist")
+    for item in items:
+        name = item.path.relative_to(here).as_posix()
+        if name in SLOW:
+            item.add_marker("slow")
+        if name in MULTIPROCESS:
+            item.add_marker("multiprocess")
+
+
+def words(command: str, home: Path, out: str) -> list[str]:
+    """The words of a command with tiny settings and its inputs in ``home``; words appended to them take precedence."""
+    at = {name: f"{home / name}" for name in PIPELINE}
     settings = {
         "train-classifier": [
             *DATA,
@@ -66,7 +118,7 @@ def words(verb: str, home: Path, out: str) -> list[str]:
             f"extractor.path={at['classifier']}",
         ],
     }
-    return [verb, *settings[verb], f"out={out}"]
+    return [command, *settings[command], f"out={out}"]
 
 
 PIPELINE = {
@@ -84,13 +136,13 @@ PIPELINE = {
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with a tiny classifier, tokenizer, cache of latents, generator, samples, pairs and post-trained tokenizer.
 
-    Tests read it and leave it as it is.
+    Tests must not change it.
     """
     from robustok.cli import main
 
     home = tmp_path_factory.mktemp("pipeline")
-    for name, verb in PIPELINE.items():
-        assert main(words(verb, home, str(home / name))) == 0, verb
+    for name, command in PIPELINE.items():
+        assert main(words(command, home, str(home / name))) == 0, command
     return home
 
 
@@ -109,7 +161,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run folder of main training, with a discriminator in its snapshot."""
     out = tmp_path_factory.mktemp("tokenizer") / "run"
-    # Without revival so short a training would leave one code in use, and every test of tokens would hold of itself.
+    # Without revival one code would be in use after so short a training, and tests of tokens would test nothing.
     words = ("steps=60", "batch_size=32", "log_every=10", "state_every=60", "tokenizer.quantizer.revive_every=5")
     train_tokenizer(tiny.main_run(out, *words, *tiny.ADVERSARY))
     return out
@@ -117,13 +169,13 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def latents(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Path:
-    """Tokens of the training images, in two shards."""
+    """Cache of the tokens of the training images, in two shards."""
     return encode(tiny.tokens_run(tmp_path_factory.mktemp("latents") / "cache", tokenizer, "cache.shard_size=64"))
 
 
 @pytest.fixture(scope="session")
 def generator(tmp_path_factory: pytest.TempPathFactory, latents: Path) -> Path:
-    """Run folder of a generator of these tokens."""
+    """Run folder of a generator trained on ``latents``."""
     out = tmp_path_factory.mktemp("generator") / "run"
     train_generator(tiny.generator_run(out, latents, "steps=60", "batch_size=32", "log_every=10", "state_every=60"))
     return out
@@ -138,5 +190,5 @@ def samples(tmp_path_factory: pytest.TempPathFactory, generator: Path) -> list[P
 
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory: pytest.TempPathFactory, generator: Path, latents: Path) -> Path:
-    """Pairs with half of the real tokens."""
+    """Cache of pairs with sigma 0.5."""
     return make_pairs(tiny.pairs_run(tmp_path_factory.mktemp("pairs") / "cache", generator, latents, "sigma=0.5"))

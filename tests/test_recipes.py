@@ -1,4 +1,4 @@
-"""The recipes for ImageNet: sizes and schedules of the paper, and the preset that follows the release instead."""
+"""The recipes for ImageNet: sizes and schedules of the paper, and the preset of the authors' code."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_the_tokenizer_is_counted_exactly(monkeypatch):
     assert facts["training_memory_bytes"] == weights
     parts = estimate(tokenizer_run(words=["gradient_accumulation=8"]))
     assert parts["samples_at_once"] == 16
-    assert 3 < facts["activations_bytes"] / parts["activations_bytes"] < 8  # the discriminator sees all 128 at once
+    assert 3 < facts["activations_bytes"] / parts["activations_bytes"] < 8  # the discriminator takes all 128 at once
     assert facts["checkpointed_activations_bytes"] < 0.4 * facts["activations_bytes"]
 
 
@@ -74,13 +74,13 @@ def test_the_schedules_are_the_papers():
     assert (post.adversary, post.trainable, post.discriminator.name) == ("fresh", "decoder", "dino")
 
 
-# What the preset changes, each against what the paper's recipe does
+# Each change of the preset, compared with the paper's recipe
 
 CODES = F.normalize(torch.tensor([[1.0, 0.0], [0.9, 0.5], [0.9, -0.6], [-1.0, 0.1]]), dim=1)  # (4, 2)
 
 
 def perturbed(config, feature, token, strength, seeds=200):
-    """Tokens that one token becomes over many draws."""
+    """The tokens that replace one token in many draws."""
     found = set()
     for seed in range(seeds):
         draw = draw_perturbation(1, 1, 1.0, 1.0, torch.Generator().manual_seed(seed))
@@ -91,24 +91,24 @@ def perturbed(config, feature, token, strength, seeds=200):
 
 @pytest.fixture(scope="module")
 def configs():
-    """Perturbation of the paper, and of the release."""
+    """Perturbation of the paper, and of the authors' code."""
     return tokenizer_run().perturbation, tokenizer_run("imagenet256/authors.yaml").perturbation
 
 
 def test_neighbours_of_the_feature_not_of_the_code(configs):
-    paper, release = (c.model_copy(update={"include_self": False}) for c in configs)
+    paper, authors = (c.model_copy(update={"include_self": False}) for c in configs)
     feature = [0.9, -0.25]  # its code is the first, whose nearest is the second; its own second nearest is the third
     assert perturbed(paper, feature, 0, strength=1) == {1}
-    assert perturbed(release, feature, 0, strength=1) == {2}
+    assert perturbed(authors, feature, 0, strength=1) == {2}
 
 
 def test_a_token_may_become_itself(configs):
-    paper, release = (c.model_copy(update={"neighbour_of": "code"}) for c in configs)
+    paper, authors = (c.model_copy(update={"neighbour_of": "code"}) for c in configs)
     assert perturbed(paper, [1.0, 0.0], 0, strength=2) == {1, 2}
-    assert perturbed(release, [1.0, 0.0], 0, strength=2) == {0, 1}
+    assert perturbed(authors, [1.0, 0.0], 0, strength=2) == {0, 1}
 
 
-def test_a_coin_for_every_token_and_the_first_images(configs):
+def test_tokens_are_drawn_independently_and_images_are_the_first(configs):
     counts, images = [], []
     for config in configs:
         settings = config.selection, config.image_selection
@@ -122,7 +122,7 @@ def test_a_coin_for_every_token_and_the_first_images(configs):
     assert images[1] == {(0, 1)}
 
 
-def test_the_teachers_loss_sees_perturbed_latents(configs):
+def test_the_semantic_loss_uses_perturbed_latents(configs):
     settings = ["image_size=16", "patch_size=4", "quantizer.size=32", "quantizer.dim=4"]
     vit = [f"{side}.{size}" for side in ("encoder", "decoder") for size in ("width=16", "depth=1", "heads=2")]
     vit += ["encoder.pretrained=null", "decoder.pretrained=null"]
@@ -131,21 +131,21 @@ def test_the_teachers_loss_sees_perturbed_latents(configs):
     model, images = RobusTok(run.tokenizer).eval(), torch.randn(4, 3, 16, 16)
     draw = draw_perturbation(4, 16, 1.0, 1.0, torch.Generator().manual_seed(0))
     clean = model(images).semantic_latents
-    seen = [model(images, config, draw, 8).semantic_latents for config in configs]
-    torch.testing.assert_close(seen[0], clean)
-    assert (seen[1] - clean).abs().max() > 0.01
+    latents = [model(images, config, draw, 8).semantic_latents for config in configs]
+    torch.testing.assert_close(latents[0], clean)
+    assert (latents[1] - clean).abs().max() > 0.01
 
 
 def test_the_preset_changes_nothing_else():
-    paper, release = tokenizer_run(), tokenizer_run("imagenet256/authors.yaml")
+    paper, authors = tokenizer_run(), tokenizer_run("imagenet256/authors.yaml")
     switches = {"neighbour_of", "selection", "include_self", "image_selection", "semantic_on"}
-    assert release.model_copy(update={"perturbation": paper.perturbation}) == paper
-    old, new = paper.perturbation.model_dump(), release.perturbation.model_dump()
+    assert authors.model_copy(update={"perturbation": paper.perturbation}) == paper
+    old, new = paper.perturbation.model_dump(), authors.perturbation.model_dump()
     assert {name for name in old if old[name] != new[name]} == switches
-    paper, release = post_run(), post_run("imagenet256/authors.yaml")
-    assert release.trainable == "authors"  # see test_authors.py
-    assert release.teacher.name == "timm"
-    assert release.model_copy(update={"trainable": "decoder", "teacher": paper.teacher}) == paper
+    paper, authors = post_run(), post_run("imagenet256/authors.yaml")
+    assert authors.trainable == "authors"  # see test_authors.py
+    assert authors.teacher.name == "timm"
+    assert authors.model_copy(update={"trainable": "decoder", "teacher": paper.teacher}) == paper
 
 
 def test_the_preset_names_commands():

@@ -1,7 +1,7 @@
-"""Tiny real runs on the digits: seconds to train, every part of the method switched on where a test asks for it.
+"""Configurations of tiny runs on the digits, which train in seconds.
 
-``python tests/tiny.py VERB CONFIG.yaml [VERB CONFIG.yaml ...]`` runs verbs in a process of its own, or in several under
-``python -m torch.distributed.run``, for tests of interruption and of several processes.
+``python tests/tiny.py COMMAND CONFIG.yaml [COMMAND CONFIG.yaml ...]`` runs commands in a new process, or in several
+under ``python -m torch.distributed.run``, for tests of interruption and of several processes.
 """
 
 import json
@@ -23,7 +23,7 @@ from robustok.training.decoder import DecoderTrainingRun, train_decoder
 from robustok.training.generator import GeneratorTrainingRun, train_generator
 from robustok.training.tokenizer import TokenizerTrainingRun, train_tokenizer
 
-VERBS = {
+COMMANDS = {
     "main-train": (train_tokenizer, TokenizerTrainingRun),
     "encode": (encode, EncodeRun),
     "train-generator": (train_generator, GeneratorTrainingRun),
@@ -53,7 +53,7 @@ ADVERSARY = (
 
 
 def every_term(classifier: Path) -> tuple[str, ...]:
-    """Words that switch on every term of main training, with annealed perturbation, revival and clipping."""
+    """Settings that switch on every term of main training, annealed perturbation, revival and clipping."""
     return (
         *ADVERSARY,
         "reconstruction.perceptual=classifier",
@@ -67,14 +67,14 @@ def every_term(classifier: Path) -> tuple[str, ...]:
 
 
 def main_run(out: Path, *words: str) -> TokenizerTrainingRun:
-    """Main training of a tokenizer with 16 tokens from 32 codes; perturbed, without adversary."""
+    """Main training of a tokenizer with 16 tokens from 32 codes, with perturbation, without adversary."""
     perturbation = ("perturbation.proportion=0.5", "perturbation.strength=4")
     terms = ("reconstruction.perceptual=none", "adversarial.weight=0", "learning_rate=1e-2", "min_learning_rate=1e-4")
     return load(TokenizerTrainingRun, None, (f"out={out}", *DATA, *TRAINING, *TOKENIZER, *perturbation, *terms, *words))
 
 
 def generator_run(out: Path, latents: Path, *words: str) -> GeneratorTrainingRun:
-    """Training of a one-block RAR."""
+    """Training of a RAR generator with one block."""
     size = ("generator.width=16", "generator.depth=1", "generator.heads=2", "learning_rate=1e-2")
     return load(GeneratorTrainingRun, None, (f"out={out}", f"latents={latents}", *TRAINING, *size, *words))
 
@@ -106,20 +106,20 @@ def pairs_run(out: Path, generator: Path, latents: Path, *words: str) -> MakePai
     )
 
 
-def command(verb: str, run: Config, file: Path) -> list[str]:
-    """Words for this script: the configuration is written to ``file``."""
+def command(name: str, run: Config, file: Path) -> list[str]:
+    """Arguments for this script; writes the configuration to ``file``."""
     save(run, file)
-    return [verb, str(file)]
+    return [name, str(file)]
 
 
 def log(folder: Path) -> list[dict[str, Any]]:
-    """Lines of a run's log without the clock."""
+    """Lines of a run's log without the times."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
 def saved(folder: Path) -> Iterator[tuple[str, Any]]:
-    """Everything of a run that must not depend on interruptions: weights, newest state, log."""
+    """What a run saved and interruptions must not change: weights, newest state, log."""
     for file in sorted(folder.glob("snapshot/*/*.safetensors")):
         yield from ((f"{file.parent.name}/{file.stem}/{name}", value) for name, value in load_file(file).items())
     newest = max((folder / "state").iterdir())
@@ -129,7 +129,7 @@ def saved(folder: Path) -> Iterator[tuple[str, Any]]:
 
 
 if __name__ == "__main__":
-    for verb, file in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
-        function, model = VERBS[verb]
+    for name, file in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        function, model = COMMANDS[name]
         function(load(model, file))
     leave_processes()

@@ -1,12 +1,14 @@
-"""Hold the library against reference outputs of tiny models with random weights, number by number.
+"""Compare the library with reference outputs of tiny models with random weights.
 
-Not collected by pytest, because the outputs do not travel with the code: ``python tests/golden/check.py FOLDER``.
+    python tests/golden/check.py FOLDER
+    pytest --golden=FOLDER
 
-FOLDER holds ``.safetensors`` files, with a ``.json`` of the same name where the metadata does not say it all. Sizes,
-configurations and sampling settings are read from there; tolerances are those that were given with the outputs. There
-is one row an output: its file, its name, the largest difference (for exact comparisons: how many entries differ), the
-tolerance, the share of it that is used, and OK or FAIL. Outputs that the library makes differently on purpose, or not
-at all, are "not ours", with the reason. Exits with 1 if anything fails, or if a file holds what no check reads.
+The reference outputs are not part of this repository. FOLDER holds ``.safetensors`` files, some with a ``.json`` file
+of the same name; sizes, configurations and sampling settings are read from the metadata and from there. The table has
+one row per output: file, name, largest difference (for exact comparisons: the number of entries that differ),
+tolerance, the share of the tolerance that is used, and OK or FAIL. Outputs that the library computes differently on
+purpose, or not at all, are "not ours", with the reason. The exit code is 1 if a comparison fails, or if a file holds
+an output that no check reads.
 """
 
 import sys
@@ -22,7 +24,7 @@ from table import QUANTITY, Golden, Row
 
 import losses
 
-CHECKS = {  # by the start of the file's name; the longest that fits counts
+CHECKS = {  # by the start of the file's name; the longest one that matches is used
     "dino_discriminator": losses.dino_discriminator,
     "gigatok_gpt": models.gigatok_gpt,
     "gigatok_tokenizer": models.gigatok_tokenizer,
@@ -51,7 +53,7 @@ def check(path: Path) -> list[Row]:
         return golden.rows
     try:
         CHECKS[max(fits, key=len)](golden)
-    except Exception as error:  # one file must not hide the others
+    except Exception as error:  # the other files are still checked
         reason = " ".join(str(error).split())[:200]
         golden.fail("the rest of the file", f"{type(error).__name__}: {reason}")
     for name in golden.unread():
@@ -60,7 +62,8 @@ def check(path: Path) -> list[Row]:
 
 
 def main(folder: Path) -> bool:
-    """Print the table and its summary; True if nothing failed."""
+    """Print the table and its summary; return True if nothing failed."""
+    torch.manual_seed(0)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise SystemExit(f"{folder} holds no .safetensors files")
@@ -81,5 +84,4 @@ def main(folder: Path) -> bool:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         raise SystemExit("usage: python tests/golden/check.py FOLDER")
-    torch.manual_seed(0)
     raise SystemExit(0 if main(Path(sys.argv[1])) else 1)

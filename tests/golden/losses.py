@@ -1,4 +1,4 @@
-"""Losses and the discriminator against their reference outputs; see ``check.py``."""
+"""Losses and the discriminator, compared with their reference outputs; see ``check.py``."""
 
 from types import SimpleNamespace
 
@@ -30,7 +30,7 @@ TENSOR = Tolerance(5e-6)
 
 
 def losses(golden: Golden) -> None:
-    """Every function that training puts together, and the whole."""
+    """Every term of the losses, and their sum."""
     for geometry in ("normalized", "plain"):
         quantizer_losses(golden, f"quantizer.{geometry}", geometry)
     semantic(golden)
@@ -55,7 +55,7 @@ def losses(golden: Golden) -> None:
 
 
 def quantizer_losses(golden: Golden, at: str, geometry: str) -> None:
-    """Of the first input."""
+    """Losses and gradients of the quantiser for the first input."""
     quantizer = codebook_of(golden["quantizer.codebook"], geometry, golden.notes["quantizer"]["beta"])
     z = golden["quantizer.z"][0].clone().requires_grad_(True)
     found = quantizer(to_row(z))
@@ -76,12 +76,12 @@ def quantizer_losses(golden: Golden, at: str, geometry: str) -> None:
 
 
 def semantic(golden: Golden) -> None:
-    """Our loss takes features as they are; where the case normalises them first, so does this."""
+    """The contrastive loss; cases that normalise the features first are normalised here, since the loss does not."""
     found = []
     for normalise, scale in golden["semantic.cases"].tolist():
         features = [golden[f"semantic.features_{i}"].clone().requires_grad_(True) for i in (1, 2)]
-        seen = [F.normalize(x, dim=-1) for x in features] if normalise else features
-        loss = contrastive_loss(*seen, logit_scale=scale)
+        inputs = [F.normalize(x, dim=-1) for x in features] if normalise else features
+        loss = contrastive_loss(*inputs, logit_scale=scale)
         found.append((loss, *torch.autograd.grad(loss, features)))
     for name, values in zip(("value", "grad_1", "grad_2"), zip(*found, strict=True), strict=True):
         tolerance = LOSS if name == "value" else TENSOR
@@ -89,7 +89,7 @@ def semantic(golden: Golden) -> None:
 
 
 def adversarial(golden: Golden) -> None:
-    """The hinge losses; of the others there are none."""
+    """The hinge losses; the library has no others."""
     real, fake = golden["adversarial.logits_real"], golden["adversarial.logits_fake"]
     hinge = torch.stack([hinge_loss(*pair) for pair in zip(real, fake, strict=True)])
     golden.row("adversarial.hinge_d", hinge, golden["adversarial.hinge_d"], LOSS)
@@ -97,12 +97,12 @@ def adversarial(golden: Golden) -> None:
         "adversarial.hinge_g", torch.stack([generator_loss(x) for x in fake]), golden["adversarial.hinge_g"], LOSS
     )
     for name in ("vanilla_d", "non_saturating_d", "non_saturating_g"):
-        why = "" if name == "vanilla_d" else "; the release's takes logits and targets in exchanged positions"
-        golden.not_ours(f"adversarial.{name}", f"the library has the hinge losses alone{why}")
+        why = "" if name == "vanilla_d" else "; the authors' code exchanges logits and targets"
+        golden.not_ours(f"adversarial.{name}", f"the library has only the hinge losses{why}")
 
 
 def lecam(golden: Golden, prefix: str) -> None:
-    """The six cases in turn."""
+    """The moving averages and the loss over six batches, one after the other."""
     averages, decay = LeCam(*golden[f"{prefix}.ema_initial"].tolist()), golden.notes["lecam"]["decay"]
     values, moved = [], []
     for real, fake in zip(golden["adversarial.logits_real"], golden["adversarial.logits_fake"], strict=True):
@@ -114,7 +114,7 @@ def lecam(golden: Golden, prefix: str) -> None:
 
 
 def batchnorm(golden: Golden) -> None:
-    """Groups of images."""
+    """Batch normalisation in groups of images."""
     norm = LocalBatchNorm(len(golden["batchnorm.weight"]))
     norm.load_state_dict({name: golden[f"batchnorm.{name}"] for name in ("weight", "bias")})
     x = golden["batchnorm.input"]
@@ -124,10 +124,10 @@ def batchnorm(golden: Golden) -> None:
 
 
 def diffaug(golden: Golden) -> None:
-    """Ours makes all three steps; draws that change nothing, or cut out beside the image, leave some away."""
+    """All three augmentations are always applied; a single one is tested with neutral random numbers for the others."""
     x, draw = golden["diffaug.input"], golden["diffaug.random"]
     neutral = torch.full_like(draw, 0.5)
-    neutral[5:] = 2.0  # far outside
+    neutral[5:] = 2.0  # the cutout lies outside of the image
     parts = {"translation": slice(0, 2), "color": slice(2, 5), "cutout": slice(5, 7)}
     chosen = {"all": list(parts), "none": []} | {f"{part}_only": [part] for part in parts}
     for name, active in chosen.items():
@@ -140,7 +140,7 @@ def diffaug(golden: Golden) -> None:
 
 
 def objective(golden: Golden) -> None:
-    """The terms put together as training does, with the file's stand-ins for networks."""
+    """The sum of the terms as in training, with linear maps from the file in place of the networks."""
     at, settings = golden.under("objective."), golden.notes["objective"]
     config = AdversarialConfig(
         weight=settings["disc_weight"], start=settings["disc_start"], lecam_weight=settings["lecam_weight"]
@@ -156,34 +156,38 @@ def objective(golden: Golden) -> None:
         matrix = at["discriminator_matrix"].clone().requires_grad_(True)
         reconstructions = (at["features"] @ last_layer.T).view_as(images)
         perceptual = (reconstructions - images).abs().mean((1, 2, 3)).mean()
-        likeness = settings["reconstruction_weight"] * pixel_loss("l2", images, reconstructions)
-        likeness = likeness + settings["perceptual_weight"] * perceptual
-        scored = generator_loss(reconstructions.flatten(1) @ matrix)
-        slopes = [torch.autograd.grad(term, last_layer, retain_graph=True)[0] for term in (likeness, scored)]
-        adaptive = adaptive_weight(*slopes, config.max_adaptive)
-        total = likeness + at["vq_loss"] + at["commit_loss"] + at["sem_loss"]
+        reconstruction = settings["reconstruction_weight"] * pixel_loss("l2", images, reconstructions)
+        reconstruction = reconstruction + settings["perceptual_weight"] * perceptual
+        adversarial_loss = generator_loss(reconstructions.flatten(1) @ matrix)
+        gradients = [
+            torch.autograd.grad(term, last_layer, retain_graph=True)[0] for term in (reconstruction, adversarial_loss)
+        ]
+        adaptive = adaptive_weight(*gradients, config.max_adaptive)
+        total = reconstruction + at["vq_loss"] + at["commit_loss"] + at["sem_loss"]
         if counts:
-            total = total + config.weight * adaptive * scored
+            total = total + config.weight * adaptive * adversarial_loss
         real, fake = images.flatten(1) @ matrix, reconstructions.detach().flatten(1) @ matrix
         averages.update(real.mean().item(), fake.mean().item(), golden.notes["lecam"]["decay"])
-        judging = hinge_loss(real, fake) + config.lecam_weight * lecam_loss(real, fake, averages)
-        # The release multiplies all of this by the weight of the adversarial term, which AdamW does not feel.
-        judging = config.weight * judging * counts
+        discriminator = hinge_loss(real, fake) + config.lecam_weight * lecam_loss(real, fake, averages)
+        # The authors' code multiplies this by the weight of the adversarial term, which does not change AdamW's steps.
+        discriminator = config.weight * discriminator * counts
         for name, value in {
             "generator_total": total.squeeze(),
-            "discriminator_total": judging,
+            "discriminator_total": discriminator,
             "adaptive_weight": adaptive,
             "lecam_ema": torch.tensor([averages.real, averages.fake], dtype=torch.float64),
             "last_layer_grad": torch.autograd.grad(total, last_layer, retain_graph=True)[0],
-            "discriminator_matrix_grad": torch.autograd.grad(judging, matrix)[0],
+            "discriminator_matrix_grad": torch.autograd.grad(discriminator, matrix)[0],
         }.items():
             found.setdefault(name, []).append(value.detach())
     for name, values in found.items():
         tolerance = Tolerance(1e-6) if name == "lecam_ema" else TENSOR if name.endswith("grad") else LOSS
         golden.row(f"objective.{name}", torch.stack(values), at[name], tolerance)
-    reason = "the release averages before the discriminator's start too; our training does nothing of it before"
+    reason = "the authors' code updates the averages before the discriminator's start too; our training does not"
     golden.not_ours("objective.lecam_ema in training", reason)
-    reason = "the release's has the factor disc_weight, added here; ours has none, which AdamW does not feel"
+    reason = (
+        "the authors' loss has the factor disc_weight, added here; ours has none, which AdamW's steps do not depend on"
+    )
     golden.not_ours("objective.discriminator_total in training", reason)
 
 
@@ -232,6 +236,6 @@ def dino_discriminator(golden: Golden) -> None:
     state = heads.state_dict()
     for name, expected in golden.under("train.after.").items():
         golden.row(f"train.after.{name}", state[name], expected, Tolerance(1e-4))
-    for batch, said in notes.get("batch_sizes_of_local_batch_norm", {}).items():
-        if said != "ok":
-            golden.not_ours(f"local batch norm of {batch} images", f"{said} in the release; uneven groups here")
+    for batch, result in notes.get("batch_sizes_of_local_batch_norm", {}).items():
+        if result != "ok":
+            golden.not_ours(f"local batch norm of {batch} images", f"{result} in the authors' code; uneven groups here")

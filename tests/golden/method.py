@@ -1,4 +1,4 @@
-"""Latent perturbation and the training pass against their reference outputs; see ``check.py``."""
+"""Latent perturbation and the training pass, compared with their reference outputs; see ``check.py``."""
 
 import math
 from unittest import mock
@@ -27,8 +27,8 @@ from robustok.tokenizers.perturbation import (
 )
 from robustok.tokenizers.quantizer import VectorQuantizer
 
-# What the released code does otherwise than the paper.
-RELEASED = PerturbationConfig(
+# How the authors' code differs from the paper.
+AUTHORS = PerturbationConfig(
     selection="bernoulli",
     image_selection="floor",
     neighbour_of="feature",
@@ -38,14 +38,14 @@ RELEASED = PerturbationConfig(
 
 
 def forced_draw(random_prob: Tensor, random_rank: Tensor, alpha: float, beta: float, delta: int, count: int):
-    """The draw in which given numbers decide: a token is replaced by the code of its rank where its number <= alpha."""
+    """A draw from given random numbers: a token is replaced by the code of its rank where its number <= alpha."""
     images = draw_perturbation(count, 1, alpha, beta, torch.Generator(), "bernoulli", "floor").images  # (N,)
     positions, ranks = (random_prob <= alpha).view(count, -1), ((random_rank + 0.5) / delta).view(count, -1)
     return PerturbationDraw(images, positions, ranks)
 
 
 def ordered_neighbours():
-    """Ranks mean something only among sorted neighbours; the library leaves them unsorted, which is faster."""
+    """Sort neighbours by distance, so that ranks can be compared; the library leaves them unsorted, which is faster."""
     return mock.patch.object(
         perturbing, "nearest_to", lambda *inputs, ordered=True, **rest: nearest_to(*inputs, **rest)
     )
@@ -67,10 +67,10 @@ def robustok_tokenizer_train(golden: Golden) -> None:
         draw = forced_draw(golden["input.random_prob"], golden["input.random_rank"], alpha, beta, delta, len(images))
         model.zero_grad(set_to_none=True)
         with ordered_neighbours():
-            output = model(images, RELEASED, draw, delta, golden["input.semantic_features"])
+            output = model(images, AUTHORS, draw, delta, golden["input.semantic_features"])
             quantized = model.quantizer(model.features(images))
             _, tokens = perturb_latents(
-                quantized.features, quantized.tokens, model.codebook.detach(), draw, delta, RELEASED
+                quantized.features, quantized.tokens, model.codebook.detach(), draw, delta, AUTHORS
             )
         losses = {
             "vq_loss": output.codebook_loss,
@@ -87,13 +87,13 @@ def robustok_tokenizer_train(golden: Golden) -> None:
             golden.row(f"{case}.tokens", tokens[draw.images], golden[f"{case}.tokens"], EXACT)
         found = {name_of(name): parameter.grad for name, parameter in model.named_parameters()}
         for name, expected in golden.under(f"{case}.grad.").items():
-            # The release's linear layers on grids are 1 x 1 convolutions.
+            # Linear layers on grids are 1 x 1 convolutions in the authors' code.
             gradient = torch.zeros_like(expected) if found[name] is None else found[name].reshape(expected.shape)
             golden.row(f"{case}.grad.{name}", gradient, expected, Tolerance(1e-7, of_largest=1e-4))
 
 
 def perturbation(golden: Golden) -> None:
-    """Neighbours, a forced draw, frequencies of random draws, the schedule, the number of images."""
+    """Neighbours, a draw from given numbers, frequencies of random draws, the schedule, the number of images."""
     delta = golden.notes["delta"]
     for geometry, tolerance in (("normalized", 1e-5), ("plain", 1e-4)):
         quantizer = codebook_of(golden["input.codebook"], geometry)
@@ -122,7 +122,7 @@ def perturbation(golden: Golden) -> None:
 
 
 def forced(golden: Golden, geometry: str, quantizer: VectorQuantizer) -> None:
-    """The draw whose random numbers are given; images that are not replaced enter the release as a constant."""
+    """A draw from given random numbers; in the authors' code images that are not replaced are a constant."""
     at, settings = f"{geometry}.forced", golden.notes["forced"]
     z = golden["input.z"].clone().requires_grad_(True)
     grid, delta = tuple(z.shape[2:]), settings["delta"]
@@ -131,8 +131,8 @@ def forced(golden: Golden, geometry: str, quantizer: VectorQuantizer) -> None:
     draw = forced_draw(*numbers, settings["alpha"], settings["beta"], delta, len(z))
     everywhere = PerturbationDraw(torch.ones_like(draw.images), draw.positions, draw.ranks)
     with ordered_neighbours():
-        vectors, _ = perturb_latents(quantized.features, quantized.tokens, codebook, draw, delta, RELEASED)
-        _, tokens = perturb_latents(quantized.features, quantized.tokens, codebook, everywhere, delta, RELEASED)
+        vectors, _ = perturb_latents(quantized.features, quantized.tokens, codebook, draw, delta, AUTHORS)
+        _, tokens = perturb_latents(quantized.features, quantized.tokens, codebook, everywhere, delta, AUTHORS)
     output = to_grid(vectors, grid)
     replaced = torch.tensor([int(draw.images.sum())])
     golden.row(f"{at}.images_replaced", replaced, torch.tensor([settings["images_replaced"]]), EXACT)
@@ -140,14 +140,14 @@ def forced(golden: Golden, geometry: str, quantizer: VectorQuantizer) -> None:
     golden.row(f"{at}.unperturbed_zq", to_grid(quantized.vectors, grid), unperturbed, Tolerance(1e-5))
     golden.row(f"{at}.codes", tokens.flatten(), golden[f"{at}.codes"], EXACT)
     golden.row(f"{at}.output", output, golden[f"{at}.output"], Tolerance(1e-5))
-    seen = torch.where(draw.images[:, None, None, None], output, unperturbed)
-    (gradient,) = torch.autograd.grad((seen * golden[f"{at}.output_grad"]).sum(), z)
+    mixed = torch.where(draw.images[:, None, None, None], output, unperturbed)
+    (gradient,) = torch.autograd.grad((mixed * golden[f"{at}.output_grad"]).sum(), z)
     golden.row(f"{at}.z_grad", gradient, golden[f"{at}.z_grad"], Tolerance(1e-5))
 
 
 @torch.no_grad()
 def statistics(golden: Golden) -> None:
-    """As many random draws as the reference made, with a seed of our own."""
+    """Frequencies over as many random draws as the reference made, with another seed."""
     settings, table = golden.notes["statistics"], golden["statistics.table"]
     quantizer = codebook_of(golden["input.codebook"], "normalized" if settings["codebook_norm"] else "plain")
     quantized, codebook, draws = quantizer(to_row(golden["input.z"])), quantizer.codebook, settings["draws"]
@@ -155,19 +155,19 @@ def statistics(golden: Golden) -> None:
     count, length = tokens.shape
     rng = torch.Generator().manual_seed(0)
     for i, line in enumerate(table.tolist()):
-        facts = dict(zip(settings["columns"], line, strict=True))
-        alpha, beta, delta = facts["alpha"], facts["beta"], int(facts["delta"])
+        case = dict(zip(settings["columns"], line, strict=True))
+        alpha, beta, delta = case["alpha"], case["beta"], int(case["delta"])
         near = nearest_to(features.flatten(0, 1), codebook, delta, tokens.flatten(), include_self=True)
         near = near.view(count, length, delta)
         changed, ranks = [], torch.zeros(delta, dtype=torch.int64)
         for _ in range(draws):
             draw = draw_perturbation(count, length, alpha, beta, rng, "bernoulli", "floor")
-            _, drawn = perturb_latents(features, tokens, codebook, draw, delta, RELEASED)
+            _, drawn = perturb_latents(features, tokens, codebook, draw, delta, AUTHORS)
             changed.append((drawn != tokens).double().mean())
             taken = (near[draw.images] == drawn[draw.images][..., None]).int().argmax(-1)
             ranks += torch.bincount(taken.flatten(), minlength=delta)
         changed, images = torch.stack(changed), int(draw.images.sum())
-        error, spread = facts["standard_error"], facts["per_draw_standard_deviation"]
+        error, spread = case["standard_error"], case["per_draw_standard_deviation"]
         inside = count / max(1, images)
         for name, found, standard_error in (
             ("images_replaced", images, 0.0),
@@ -176,7 +176,7 @@ def statistics(golden: Golden) -> None:
             ("changed_fraction_within_replaced_images", inside * changed.mean(), inside * error),
             ("alpha*(delta-1)/delta*images_replaced/images", changed.mean(), error),
         ):
-            found, expected = torch.as_tensor(found).double(), torch.tensor(facts[name], dtype=torch.float64)
+            found, expected = torch.as_tensor(found).double(), torch.tensor(case[name], dtype=torch.float64)
             allowed = Tolerance(torch.tensor(5 * standard_error, dtype=torch.float64)) if standard_error else EXACT
             golden.row(f"statistics[{i}].{name}", found, expected, allowed)
         expected = golden[f"statistics.rank_counts_{i}"].double()
@@ -187,7 +187,7 @@ def statistics(golden: Golden) -> None:
 
 
 def schedule(golden: Golden, name: str, settings: dict) -> None:
-    """Ratio, alpha and delta of every epoch."""
+    """Ratio, alpha and delta in every epoch."""
     start, end, end_ratio = (settings[key] for key in ("anneal_start", "anneal_end", "end_ratio"))
     config = PerturbationConfig(
         rate=settings["alpha"],
@@ -208,11 +208,11 @@ def schedule(golden: Golden, name: str, settings: dict) -> None:
         return
     outside = (epochs <= start) | (epochs > end)
     golden.row(f"{name}, before and after the ramp", found[outside], expected[outside], Tolerance(1e-12))
-    golden.not_ours(f"{name}, on the ramp", "the released ramp ends at 1 - end_ratio and jumps; ours ends at end_ratio")
+    golden.not_ours(f"{name}, on the ramp", "the authors' ramp ends at 1 - end_ratio and jumps; ours ends at end_ratio")
 
 
 def edges(golden: Golden) -> None:
-    """What the release refuses."""
+    """Settings that the authors' code refuses."""
     codebook = golden["input.codebook"]
     own = torch.arange(len(codebook))
     try:
@@ -220,4 +220,4 @@ def edges(golden: Golden) -> None:
         golden.fail("delta larger than the codebook", "is accepted")
     except UserError:
         golden.row("delta larger than the codebook (refused)", torch.tensor(1), torch.tensor(1), EXACT)
-    golden.not_ours("delta 0", "the release raises RuntimeError; a strength of 0 is no perturbation here")
+    golden.not_ours("delta 0", "the authors' code raises RuntimeError; here a strength of 0 means no perturbation")

@@ -1,4 +1,4 @@
-"""Pretrained models against their reference outputs, one function a family; see ``check.py``."""
+"""Pretrained models, compared with their reference outputs; one function per family; see ``check.py``."""
 
 from functools import partial
 
@@ -19,7 +19,7 @@ from robustok.training.generator import accuracy, cross_entropy
 
 
 def robustok_tokenizer(golden: Golden) -> None:
-    """The paper's tokenizer; the file has float32 outputs alone, but margins computed in float64."""
+    """The paper's tokenizer; the outputs are float32, except for the margins, which were computed in float64."""
     model = load_pretrained("robustok", golden.path)
     images, tokens = golden["input.images"], golden["input.tokens"]
     latents = golden["output.latents"]
@@ -41,7 +41,7 @@ def robustok_tokenizer(golden: Golden) -> None:
 
 
 def llamagen_tokenizer(golden: Golden) -> None:
-    """Grids of any shape."""
+    """Square and rectangular grids."""
     for run in golden.precisions("llamagen_tokenizer", 3e-5, 1e-9):
         model, images = run.model, run.input("images")
         grid = tuple(size // model.config.patch_size for size in images.shape[2:])
@@ -65,7 +65,7 @@ def _alignment_features(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def gigatok_tokenizer(golden: Golden) -> None:
-    """Rows of tokens, (N, D, 1, L) in the release."""
+    """Rows of tokens, stored as (N, D, 1, L)."""
     for run in golden.precisions("gigatok_tokenizer", 3e-5, 1e-9):
         model, images, tokens = run.model, run.input("images"), run.input("codes")
         row = tuple(run.input("codes_shape").tolist()[2:])
@@ -73,7 +73,7 @@ def gigatok_tokenizer(golden: Golden) -> None:
         quantized = model.quantizer(features)
         run.row("pre_quant", to_grid(features, row))
         if run.dtype == torch.float64 and golden.notes["config"]["args"]["rot"]:
-            reason = "the release's rotation trick adds up to 5e-6 to the codes; ours is the codebook row itself"
+            reason = "the authors' rotation trick adds up to 5e-6 to the codes; ours is the codebook row itself"
             golden.not_ours("fp64.quant", reason)
         else:
             run.row("quant", to_grid(quantized.vectors, row))
@@ -87,7 +87,7 @@ def gigatok_tokenizer(golden: Golden) -> None:
 
 
 def maskgit_vqgan(golden: Golden) -> None:
-    """The release has images in [0, 1]."""
+    """The file has images in [0, 1]."""
     for run in golden.precisions("maskgit_vqgan", 3e-5, 1e-9):
         model, images, tokens = run.model, 2 * run.input("images") - 1, run.input("codes")
         grid = tuple(size // model.config.patch_size for size in images.shape[2:])
@@ -103,7 +103,7 @@ def maskgit_vqgan(golden: Golden) -> None:
 
 
 def maetok_tokenizer(golden: Golden) -> None:
-    """Both variants of positions."""
+    """Latents and images, with both kinds of position embeddings."""
     for run in golden.precisions("maetok_tokenizer", 1e-5, 1e-9):
         model, latents = run.model, run.input("latents")
         found = model.encode(run.input("images"))
@@ -115,7 +115,7 @@ def maetok_tokenizer(golden: Golden) -> None:
 
 
 def vavae(golden: Golden) -> None:
-    """Latents are normalised by the diffusion model that they are for: here the smallest one."""
+    """Latents are normalised by the diffusion model, here one of the smallest size."""
     statistics = {"latent_mean": golden["input.latent_mean"], "latent_std": golden["input.latent_std"]}
     statistics = {name: tensor.double().flatten().tolist() for name, tensor in statistics.items()}
     multiplier = golden.notes["config"].get("derived", {}).get("latent_multiplier", 1.0)
@@ -144,15 +144,15 @@ def vavae(golden: Golden) -> None:
 
 
 def step_logits(model: nn.Module, labels: Tensor, tokens: Tensor, sampling: Sampling) -> Tensor:
-    """Guided logits (N, L, K) of cached sampling in which every step is given its token."""
-    seen = []
+    """Guided logits (N, L, K) of cached sampling in which the tokens are given."""
+    found = []
 
     def choose(step: int, logits: Tensor) -> Tensor:
-        seen.append(logits)
+        found.append(logits)
         return tokens[:, step]
 
     model._sample(labels, sampling, choose)
-    return torch.stack(seen, dim=1)
+    return torch.stack(found, dim=1)
 
 
 def rar_generator(golden: Golden) -> None:
@@ -186,7 +186,7 @@ def rar_generator(golden: Golden) -> None:
 
 
 def rar_generator_grad(golden: Golden) -> None:
-    """The second order of the inputs; what the file cut off the tables is zero."""
+    """Gradients for the second order of the inputs; rows of tables that the file leaves out are zero."""
     inputs = golden.companion("weights_and_inputs")
     model = load_pretrained("rar", inputs.path).requires_grad_(True)
     output = model(inputs["input.tokens"], inputs["input.labels"], inputs["input.orders"][1])
@@ -197,7 +197,7 @@ def rar_generator_grad(golden: Golden) -> None:
     expected = golden.under("grad.")
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name) is None or name not in expected:
-            golden.fail(f"grad.{name}", "a gradient on one side alone")
+            golden.fail(f"grad.{name}", "a gradient on one side only")
             continue
         reference = expected[name]
         if f"grad.{name}" in golden.notes["truncated_tables"]["keys"]:
@@ -266,7 +266,7 @@ def sit(golden: Golden) -> None:
 
 
 def _sit_states(run: Run, sampling: DiffusionSampling, path: str) -> Tensor:
-    """All states (steps + 1, N, L, D), the start among them; the SDE takes the noise of the file."""
+    """All states (steps + 1, N, L, D), including the start; the SDE takes the noise of the file."""
     model, noise, labels = run.model, run.input("noise"), run.input("labels")
     velocity = guided_model(model.velocity, labels, model.null_label, sampling)
     times, draw = sampling_times(sampling, model.noise_time), partial(next, iter(run.input("sde_noise")))
@@ -275,7 +275,7 @@ def _sit_states(run: Run, sampling: DiffusionSampling, path: str) -> Tensor:
 
 
 def lightningdit(golden: Golden) -> None:
-    """The release steps a doubled batch, whose second half is carried along; here it is only made to be compared."""
+    """The authors' code steps a doubled batch; the second half is computed here only for the comparison."""
     settings = golden.notes["sampling"]
     first_guided = settings["cfg_interval_start"]
     scale = {
@@ -283,7 +283,7 @@ def lightningdit(golden: Golden) -> None:
         "guidance_interval": (first_guided, 1.0),
         "guided_channels": settings["guided_channels"],
     }
-    steps = {"steps": settings["num_steps"] - 1}  # the release counts points of time
+    steps = {"steps": settings["num_steps"] - 1}  # the setting counts points in time
     shift = {"timestep_shift": settings["timestep_shift"]}
     guided, even = DiffusionSampling(**steps, **shift, **scale), DiffusionSampling(**steps, **scale)
     for run in golden.precisions("lightningdit", 1e-5, 1e-7):
@@ -304,14 +304,14 @@ def lightningdit(golden: Golden) -> None:
 def _doubled_velocity(x: Tensor, time: float, run: Run, sampling: DiffusionSampling) -> Tensor:
     """Velocity (2 N, L, D): in the first half ours, in the second its guided channels and the others unconditional."""
     model, labels, channels = run.model, run.input("labels"), run.golden.notes["sampling"]["guided_channels"]
-    half = x[: len(labels)]  # the other half is never looked at
+    half = x[: len(labels)]  # the other half is not used
     own = guided_model(model.velocity, labels, model.null_label, sampling)(half, time)
     null = model.velocity(half, time, torch.full_like(labels, model.null_label)).double()
     return torch.cat([own, torch.cat([own[..., :channels], null[..., channels:]], dim=-1)])
 
 
 def _doubled_states(run: Run, sampling: DiffusionSampling) -> Tensor:
-    """All states (steps + 1, 2 N, D, H, W), the start among them."""
+    """All states (steps + 1, 2 N, D, H, W), including the start."""
     start, times = to_row(run.input("noise")).repeat(2, 1, 1).double(), sampling_times(sampling, run.model.noise_time)
     velocity = partial(_doubled_velocity, run=run, sampling=sampling)
     states = FlowProcess(sampling, run.model.noise_time).solve(velocity, start, times)

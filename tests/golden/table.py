@@ -1,4 +1,4 @@
-"""What ``check.py`` is made of: a file of reference outputs, tolerances, and the table of comparisons."""
+"""A file of reference outputs, tolerances, and the table of comparisons; see ``check.py``."""
 
 import json
 import math
@@ -17,12 +17,12 @@ from robustok.tokenizers.quantizer import QuantizerConfig, VectorQuantizer
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far an entry may lie from its reference; the parts add up.
+    """Largest allowed difference between an entry and its reference: the sum of three parts.
 
     Attributes:
-        absolute: for every entry, or one for each.
-        relative: share of the entry's own reference.
-        of_largest: share of the tensor's largest reference.
+        absolute: one number, or a tensor with one for each entry.
+        relative: factor of the reference of the entry.
+        of_largest: factor of the largest reference of the tensor.
     """
 
     absolute: float | Tensor = 0.0
@@ -48,8 +48,8 @@ class Tolerance:
 
 EXACT = Tolerance()
 LOSS = Tolerance(relative=1e-5)
-USAGE = "the release reports usage from a moving average of hits; ours counts the codes that occur"
-QUANTITY = 58  # width of the names of outputs in the table
+USAGE = "the authors' code reports usage from a moving average of hits; ours counts the codes that occur"
+QUANTITY = 58  # width of the column of names in the table
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class Row:
         file: stem of the file.
         quantity: name of the output.
         status: "OK", "FAIL" or "not ours".
-        difference: largest absolute one; for exact comparisons, how many entries differ.
-        tolerance: in words.
-        share: of the tolerance, at the entry where it is largest.
+        difference: largest absolute difference; for exact comparisons, the number of entries that differ.
+        tolerance: as text.
+        share: largest difference / tolerance of all entries.
         reason: why it failed without a comparison, or is not ours.
     """
 
@@ -81,15 +81,15 @@ class Row:
 
 @dataclass
 class Golden:
-    """A file of reference outputs, its notes, and the rows of its comparisons so far.
+    """A file of reference outputs, its metadata, and the rows of its comparisons so far.
 
     Attributes:
-        path: of the .safetensors file.
-        tensors: all of it, weights too.
-        weights: names of those that are the model's.
-        notes: the JSON file beside it, or the metadata, decoded.
+        path: the .safetensors file.
+        tensors: all tensors in it, including weights.
+        weights: names of the tensors that are weights of the model.
+        notes: metadata of the file, and the content of the JSON file of the same name.
         rows: comparisons.
-        read: names of the tensors that a check asked for.
+        read: names of the tensors that a check has read.
     """
 
     path: Path
@@ -101,7 +101,7 @@ class Golden:
 
     @classmethod
     def open(cls, path: Path) -> "Golden":
-        """Read a file with what is said of it in its metadata or beside it."""
+        """Read a file, its metadata, and the JSON file of the same name."""
         with safe_open(path, "pt") as file:
             notes = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -119,16 +119,16 @@ class Golden:
         return self.tensors[name]
 
     def under(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors whose names start so, by the rest of their names."""
+        """The tensors whose names start with the prefix, by the rest of their names."""
         return {name.removeprefix(prefix): self[name] for name in sorted(self.tensors) if name.startswith(prefix)}
 
     def unread(self) -> list[str]:
-        """Tensors that are neither weights nor inputs and that no check asked for."""
+        """Names of the outputs that no check has read."""
         rest = self.tensors.keys() - self.weights - self.read
         return sorted(name for name in rest if not name.startswith("input."))
 
     def companion(self, note: str) -> "Golden":
-        """The file whose name is the first word of a note."""
+        """The file whose name is the first word of an entry of the metadata."""
         return Golden.open(self.path.with_name(self.notes[note].split()[0]))
 
     def row(self, quantity: str, found: Tensor, expected: Tensor, tolerance: Tolerance) -> None:
@@ -142,7 +142,7 @@ class Golden:
             tolerance = EXACT
         differences = (found.double() - expected.double()).abs()
         allowed = tolerance.allowed(expected.double())
-        # Where nothing differs nothing is used, even of a tolerance of zero; NaN stays NaN and fails.
+        # Equal entries have a share of 0, also where the tolerance is 0; NaN stays NaN and fails.
         shares = torch.where(differences == 0, 0.0, differences / allowed)
         share = shares.max().item() if shares.numel() else 0.0
         if str(tolerance) == "exact":
@@ -153,16 +153,16 @@ class Golden:
         self.rows.append(Row(self.path.stem, quantity, status, difference, str(tolerance), share))
 
     def not_ours(self, quantity: str, reason: str) -> None:
-        """Note an output that our library gives differently, or not at all, on purpose."""
+        """Record an output that the library computes differently on purpose, or not at all."""
         self.read |= {quantity, f"output.{quantity}"}
         self.rows.append(Row(self.path.stem, quantity, "not ours", reason=reason))
 
     def fail(self, quantity: str, reason: str) -> None:
-        """Note what could not be compared."""
+        """Record an output that could not be compared."""
         self.rows.append(Row(self.path.stem, quantity, "FAIL", reason=reason))
 
     def precisions(self, family: str, single: float, double: float) -> Iterator["Run"]:
-        """The model of this file in float32 and, where there are such outputs, in float64."""
+        """The model of this file in float32 and, if the file has outputs in float64, in float64."""
         yield Run(self, load_pretrained(family, self.path), torch.float32, "output.", single)
         if any(name.startswith("output.fp64.") for name in self.tensors):
             yield Run(self, load_pretrained(family, self.path).double(), torch.float64, "output.fp64.", double)
@@ -174,10 +174,10 @@ class Run:
 
     Attributes:
         golden: the file.
-        model: loaded from it.
-        dtype: of its weights.
-        prefix: of the outputs in this precision.
-        tolerance: of most outputs, absolute.
+        model: loaded from the file.
+        dtype: dtype of the weights.
+        prefix: start of the names of the outputs in this precision.
+        tolerance: absolute tolerance of most outputs.
     """
 
     golden: Golden
@@ -187,7 +187,7 @@ class Run:
     tolerance: float
 
     def input(self, name: str) -> Tensor:
-        """An input; floats in the model's precision."""
+        """An input tensor; floats are cast to the dtype of the model."""
         tensor = self.golden[f"input.{name}"]
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
@@ -196,9 +196,9 @@ class Run:
 
         Args:
             name: without prefix.
-            found: ours.
-            single: tolerance in float32 where it is another than that of most outputs.
-            double: likewise in float64.
+            found: the library's output.
+            single: tolerance in float32; None takes that of most outputs.
+            double: tolerance in float64; None takes that of most outputs.
         """
         key = self.prefix + name
         if key in self.golden.tensors:
@@ -208,13 +208,13 @@ class Run:
 
 
 def strided(found: Tensor, expected: Tensor) -> Tensor:
-    """Of images (N, 3, H, W) the evenly spaced rows and columns that were stored, the first ones among them."""
+    """The rows and columns of images (N, 3, H, W) that the reference stored: evenly spaced, from the first on."""
     step = -(-found.shape[-1] // expected.shape[-1])
     return found[:, :, ::step, ::step]
 
 
 def codebook_of(weight: Tensor, geometry: str, commitment: float = 0.25) -> VectorQuantizer:
-    """A quantiser with these codes."""
+    """A quantiser with the codebook ``weight`` (K, D)."""
     size, dim = weight.shape
     normalize = geometry == "normalized"
     quantizer = VectorQuantizer(QuantizerConfig(size=size, dim=dim, normalize=normalize, commitment_weight=commitment))

@@ -1,11 +1,11 @@
-"""The `demo` verb: the paper's story from real images to a report, by default on handwritten digits and a CPU.
+"""The `demo` command: the whole method from real images to a report, by default on handwritten digits and a CPU.
 
-    plain and perturbed tokenizer -> tokens -> generator -> pairs -> post-trained decoder and its control -> numbers
+    plain and perturbed tokenizer -> tokens -> generator -> pairs -> post-trained decoder and its control -> metrics
     -> report
 
-Every stage is the function that a verb calls, with a recipe of configs/, in a run folder of its own: the same command
-again goes on where it was stopped. Two stages at a time run side by side, each in a process with half of the cores:
-models this small do not gain from more threads.
+Every stage calls the function of a command, with a recipe of configs/, in a run folder of its own, so the same command
+again resumes. Stages that do not depend on each other run at the same time, each with a share of the cores: models
+this small gain nothing from more threads.
 """
 
 import json
@@ -18,21 +18,26 @@ from robustok.commands.encode import EncodeRun, encode
 from robustok.commands.evaluate import evaluate
 from robustok.commands.generate import GenerateRun, generate
 from robustok.commands.make_pairs import MakePairsRun, make_pairs
-from robustok.commands.parallel import side_by_side
-from robustok.commands.pictures import PicturesRun, draw_pictures
+from robustok.commands.parallel import run_parallel
+from robustok.commands.pictures import draw_reconstructions, draw_samples
 from robustok.commands.report import ReportRun, report
 from robustok.commands.train_classifier import TrainClassifierRun, train_classifier
-from robustok.config import C, Config, load, read_yaml, recipe
+from robustok.config import C, Config, read_yaml, recipe, validate
 from robustok.console import console
 from robustok.data.sources import Data, Digits
 from robustok.evaluation.settings import EvaluateRun, MetricNames
+from robustok.metrics.features import ExtractorConfig
 from robustok.metrics.pfid import PerturbedGrid, RelativeGrid
 from robustok.training.decoder import DecoderTrainingRun, train_decoder
 from robustok.training.generator import GeneratorTrainingRun, train_generator
 from robustok.training.tokenizer import TokenizerTrainingRun, train_tokenizer
 from robustok.types import Measurement
 
-TOKENIZERS = {"plain": ["perturbation.proportion=0"], "perturbed": []}  # they differ in this and in nothing else
+TOKENIZERS = {"plain": {"perturbation": {"proportion": 0}}, "perturbed": {}}  # they differ in nothing else
+DECODERS = {  # of each tokenizer: the snapshots that decode the same samples
+    "plain": {"original": "tokenizer-plain"},
+    "perturbed": {"original": "tokenizer-perturbed", "control": "control", "post_trained": "post"},
+}
 RECIPES: dict[type[Config], str] = {
     TrainClassifierRun: "classifier.yaml",
     TokenizerTrainingRun: "tokenizer.yaml",
@@ -42,10 +47,10 @@ RECIPES: dict[type[Config], str] = {
 
 
 class DemoRun(Config):
-    """The whole stages. The defaults take a few minutes on two cores."""
+    """All stages of the method. The defaults take a few minutes on two cores."""
 
     out: Path = Field(Path("runs/demo"), description="run folder")
-    seeds: list[int] = Field([0], min_length=1, description="seeds; the whole story is told once for each")
+    seeds: list[int] = Field([0], min_length=1, description="seeds; all stages run once for each")
     recipes: Path = Field(
         Path("digits"), description="folder with classifier.yaml, tokenizer.yaml, generator.yaml and post.yaml"
     )
@@ -59,68 +64,34 @@ class DemoRun(Config):
         ["rfid", "psnr", "codebook", "pfid", "gfid", "kid", "gap"], description="what is measured"
     )
     scale: float = Field(
-        1.0, gt=0, description="multiplies the numbers of training steps; small values try out the machinery"
+        1.0, gt=0, description="multiplies the numbers of training steps; 0.1 is a quick trial of all stages"
     )
 
 
 def demo(run: DemoRun) -> list[Measurement]:
-    """Tell the story for every seed; write metrics.jsonl, pictures and report.html.
+    """Run all stages for every seed; write metrics.jsonl, pictures and report.html.
 
     Returns:
         All measurements, as in metrics.jsonl.
 
     Raises:
-        UserError: as the verbs raise it.
+        UserError: as the stages raise it.
     """
     for seed in run.seeds:
-        run_seed(run, seed)
-    files = [run.out / f"seed-{seed}" / "metrics.jsonl" for seed in run.seeds]
-    lines = [line for file in files for line in file.read_text().splitlines()]
-    (run.out / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
+        stages = Stages(run, seed)
+        stages.train()
+        stages.post_train()
+        stages.evaluate()
+        stages.draw()
+    lines = "".join((run.out / f"seed-{seed}" / "metrics.jsonl").read_text() for seed in run.seeds)
+    (run.out / "metrics.jsonl").write_text(lines)
     page = report(ReportRun(path=run.out, title=f"robustok on {run.data.name}"))
     console.print(f"report: {page}")
-    return [Measurement.from_line(json.loads(line)) for line in lines]
-
-
-def run_seed(run: DemoRun, seed: int) -> None:
-    """The story for one seed, in run.out/seed-N."""
-    stages = Stages(run, seed)
-    # Two classifiers that know nothing of each other: what guides the training must not be what judges it.
-    side_by_side(
-        {
-            name: (train_classifier, stages.job(TrainClassifierRun, name, *stages.images, f"seed={2 * seed + i}"))
-            for i, name in enumerate(("classifier-metric", "classifier-guide"))
-        }
-    )
-    side_by_side(
-        {
-            f"tokenizer-{name}": (
-                train_tokenizer,
-                stages.job(
-                    TokenizerTrainingRun, f"tokenizer-{name}", *stages.images, stages.guide, f"seed={seed}", *change
-                ),
-            )
-            for name, change in TOKENIZERS.items()
-        }
-    )
-    for name in TOKENIZERS:
-        tokenizer = f"tokenizer={stages.here / f'tokenizer-{name}'}"
-        encode(stages.job(EncodeRun, f"latents-{name}", *stages.images, tokenizer, "cache.batch_size=256"))
-    side_by_side(
-        {
-            f"generator-{name}": (
-                train_generator,
-                stages.job(GeneratorTrainingRun, f"generator-{name}", stages.latents(name), f"seed={seed}"),
-            )
-            for name in TOKENIZERS
-        }
-    )
-    _post_train(stages)
-    _measure(stages)
+    return [Measurement.from_line(json.loads(line)) for line in lines.splitlines()]
 
 
 class Stages:
-    """Paths and settings that the stages of one seed share.
+    """The stages for one seed, in the folder OUT/seed-N.
 
     Args:
         run: the demo.
@@ -128,97 +99,131 @@ class Stages:
     """
 
     def __init__(self, run: DemoRun, seed: int) -> None:
-        self.run, self.seed, self.here = run, seed, run.out / f"seed-{seed}"
-        self.images = _words("data", run.data.model_dump(mode="json", exclude_none=True))
-        self.guide = f"reconstruction.perceptual_weights={self.here / 'classifier-guide'}"
-        self.extractor = f"extractor.path={self.here / 'classifier-metric'}"
+        self.run, self.seed, self.folder = run, seed, run.out / f"seed-{seed}"
+        # Two classifiers with different seeds: the one of the perceptual loss must not be the one that evaluates.
+        self.extractor = ExtractorConfig(path=self.folder / "classifier-metric")
+        self.losses = {
+            "data": run.data,
+            "reconstruction": {"perceptual_weights": str(self.folder / "classifier-guide")},
+            "seed": seed,
+        }
 
-    def job(self, model: type[C], out: str, *words: str) -> C:
-        """The configuration of a stage: its recipe, where there is one, scaled, and words."""
-        file = recipe(self.run.recipes / RECIPES[model]) if model in RECIPES else None
-        return load(model, file, [*_scaled(file, self.run.scale), f"out={self.here / out}", *words])
+    def configure(self, model: type[C], out: str, **settings: Any) -> C:
+        """The configuration of a stage: its scaled recipe, if it has one, with these settings over it."""
+        name = RECIPES.get(model)
+        merged = _scaled(read_yaml(recipe(self.run.recipes / name)), self.run.scale) if name else {}
+        for key, value in settings.items():
+            merged[key] = (merged.get(key) or {}) | value if isinstance(value, dict) else value
+        return validate(model, merged | {"out": self.folder / out}, f"the settings of {out}")
 
-    def latents(self, name: str) -> str:
-        """The word that names the latents of the real images."""
-        return f"latents={self.here / f'latents-{name}'}"
+    def train(self) -> None:
+        """Train the classifiers, the tokenizers and a generator for each tokenizer."""
+        classifiers = {}
+        for i, name in enumerate(("classifier-metric", "classifier-guide")):
+            config = self.configure(TrainClassifierRun, name, data=self.run.data, seed=2 * self.seed + i)
+            classifiers[name] = train_classifier, config
+        run_parallel(classifiers)
+        tokenizers, generators = {}, {}
+        for name, perturbation in TOKENIZERS.items():
+            tokenizers[f"tokenizer-{name}"] = (
+                train_tokenizer,
+                self.configure(TokenizerTrainingRun, f"tokenizer-{name}", **self.losses, **perturbation),
+            )
+            latents = self.folder / f"latents-{name}"
+            generators[f"generator-{name}"] = (
+                train_generator,
+                self.configure(GeneratorTrainingRun, f"generator-{name}", latents=latents, seed=self.seed),
+            )
+        run_parallel(tokenizers)
+        for name in TOKENIZERS:
+            tokenizer = self.folder / f"tokenizer-{name}"
+            out = f"latents-{name}"
+            encode(self.configure(EncodeRun, out, data=self.run.data, tokenizer=tokenizer, cache={"batch_size": 256}))
+        run_parallel(generators)
 
     def sample(self, name: str, out: str, count: int, seed: int) -> Path:
-        """Free samples of a generator."""
-        generator = f"generator={self.here / f'generator-{name}'}"
+        """Free samples of the generator of the tokenizer ``name``."""
+        generator = self.folder / f"generator-{name}"
         return generate(
-            self.job(GenerateRun, f"samples/{out}", generator, f"count={count}", f"seed={seed}", "cache.batch_size=256")
+            self.configure(
+                GenerateRun, f"samples/{out}", generator=generator, count=count, seed=seed, cache={"batch_size": 256}
+            )
         )
 
+    def post_train(self) -> None:
+        """Post-train the perturbed tokenizer's decoder, and its control: as many steps on clean latents."""
+        # These samples choose among the snapshots and are never reported.
+        held_out = self.sample("perturbed", "held-out", 2 * self.run.samples, 1000 * self.seed + 999)
+        jobs = {}
+        for name, sigma in {"post": self.run.sigma, "control": 1.0}.items():
+            post = self.configure(
+                DecoderTrainingRun,
+                name,
+                **self.losses,
+                tokenizer=self.folder / "tokenizer-perturbed",
+                pairs=self.folder / f"pairs-{name}",
+                held_out={"latents": held_out, "extractor": self.extractor},
+            )
+            mixtures = self.configure(
+                MakePairsRun,
+                f"pairs-{name}",
+                latents=self.folder / "latents-perturbed",
+                generator=self.folder / "generator-perturbed",
+                sigma=sigma,
+                count=post.steps * post.batch_size,
+                cache={"batch_size": 256},
+            )
+            make_pairs(mixtures)
+            jobs[name] = train_decoder, post
+        run_parallel(jobs)
 
-def _post_train(stages: Stages) -> None:
-    """Post-train the perturbed tokenizer's decoder, and its control: as many steps on clean latents."""
-    tokenizer, generator = stages.here / "tokenizer-perturbed", stages.here / "generator-perturbed"
-    # These samples choose among the snapshots and are never reported.
-    held_out = stages.sample("perturbed", "held-out", 2 * stages.run.samples, 1000 * stages.seed + 999)
-    words = [
-        f"seed={stages.seed}",
-        f"tokenizer={tokenizer}",
-        f"held_out.latents={held_out}",
-        f"held_out.{stages.extractor}",
-    ]
-    jobs = {}
-    for name, sigma in {"post": stages.run.sigma, "control": 1.0}.items():
-        pairs = f"pairs={stages.here / f'pairs-{name}'}"
-        post = stages.job(DecoderTrainingRun, name, *stages.images, stages.guide, *words, pairs)
-        mixing = [f"generator={generator}", f"sigma={sigma}", f"count={post.steps * post.batch_size}"]
-        mixing += ["cache.batch_size=256"]
-        make_pairs(stages.job(MakePairsRun, f"pairs-{name}", stages.latents("perturbed"), *mixing))
-        jobs[name] = train_decoder, post
-    side_by_side(jobs)
+    def evaluate(self) -> None:
+        """Measure everything anew, from what is in the run folder, into metrics.jsonl."""
+        jobs, files = {}, []
+        for name, decoders in DECODERS.items():
+            config = self.configure(
+                EvaluateRun,
+                f"measure-{name}",
+                tokenizer=self.folder / f"tokenizer-{name}",
+                tags={"tokenizer": name},
+                extractor=self.extractor,
+                data=self.run.data,
+                samples={
+                    "decoders": {decoder: self.folder / path for decoder, path in decoders.items()},
+                    "latents": [
+                        self.sample(name, f"{name}-{i}", self.run.samples, 1000 * self.seed + i)
+                        for i in range(self.run.sets)
+                    ],
+                },
+                metrics=self.run.metrics,
+                pfid={"grid": self.run.grid, "seeds": self.run.perturbation_seeds},
+                seed=self.seed,
+                batch_size=256,
+            )
+            files.append(config.out / "metrics.jsonl")
+            files[-1].unlink(missing_ok=True)
+            jobs[f"evaluate {name}"] = evaluate, config
+        run_parallel(jobs)
+        (self.folder / "metrics.jsonl").write_text("".join(file.read_text() for file in files))
+
+    def draw(self) -> None:
+        """Write the pictures of the report."""
+        start = self.run.out / "pictures" / f"seed-{self.seed}"
+        tokenizers = {name: self.folder / f"tokenizer-{name}" for name in TOKENIZERS}
+        draw_reconstructions(Path(f"{start}-reconstructions.npz"), tokenizers, self.run.data)
+        decoders = {decoder: self.folder / path for decoder, path in DECODERS["perturbed"].items()}
+        samples = self.folder / "samples" / "perturbed-0"
+        draw_samples(Path(f"{start}-samples.npz"), decoders, samples, self.run.data, self.extractor)
 
 
-def _measure(stages: Stages) -> None:
-    """All numbers and pictures of one seed, anew each time: they follow from what is in the run folder."""
-    run, here = stages.run, stages.here
-    decoders = {"plain": {"original": "tokenizer-plain"}}
-    decoders["perturbed"] = {"original": "tokenizer-perturbed", "control": "control", "post_trained": "post"}
-    jobs = {}
-    for name, paths in decoders.items():
-        (here / f"measure-{name}" / "metrics.jsonl").unlink(missing_ok=True)
-        sets = [stages.sample(name, f"{name}-{i}", run.samples, 1000 * stages.seed + i) for i in range(run.sets)]
-        words = [f"tokenizer={here / f'tokenizer-{name}'}", f"tags.tokenizer={name}", stages.extractor, *stages.images]
-        words += [f"samples.decoders.{decoder}={here / path}" for decoder, path in paths.items()]
-        words += [f"samples.latents={json.dumps([str(path) for path in sets])}", f"metrics={json.dumps(run.metrics)}"]
-        words += _words("pfid.grid", run.grid.model_dump(mode="json"))
-        words += [f"seed={stages.seed}", f"pfid.seeds={run.perturbation_seeds}", "batch_size=256"]
-        jobs[f"evaluate {name}"] = evaluate, stages.job(EvaluateRun, f"measure-{name}", *words)
-    side_by_side(jobs)
-    lines = [(here / f"measure-{name}" / "metrics.jsonl").read_text() for name in decoders]
-    (here / "metrics.jsonl").write_text("".join(lines))
-    words = [f"tokenizers.{name}={here / f'tokenizer-{name}'}" for name in TOKENIZERS]
-    words += [f"decoders.{decoder}={here / path}" for decoder, path in decoders["perturbed"].items()]
-    words += [
-        f"prefix=seed-{stages.seed}-",
-        f"samples={here / 'samples' / 'perturbed-0'}",
-        stages.extractor,
-        *stages.images,
-    ]
-    draw_pictures(load(PicturesRun, None, [f"out={run.out / 'pictures'}", *words]))
-
-
-def _words(prefix: str, settings: dict[str, Any]) -> list[str]:
-    """Settings as dotted words, the name of the variant first."""
-    keys = sorted(settings, key=lambda key: key != "name")
-    return [f"{prefix}.{key}={json.dumps(settings[key])}" for key in keys]
-
-
-def _scaled(file: Path | None, scale: float) -> list[str]:
-    """Words that scale the numbers of steps of a recipe."""
-    if file is None or scale == 1:
-        return []
-    found = []
-
-    def visit(prefix: str, tree: dict[str, Any]) -> None:
-        for key, value in tree.items():
-            if isinstance(value, dict):
-                visit(f"{prefix}{key}.", value)
-            elif key in ("steps", "warmup_steps", "start", "anneal_start", "anneal_end") or key.endswith("_every"):
-                found.append(f"{prefix}{key}={max(1, round(value * scale)) if value else 0}")
-
-    visit("", read_yaml(file))
+def _scaled(settings: dict[str, Any], scale: float) -> dict[str, Any]:
+    """A recipe whose numbers of steps are multiplied; at least 1, except where 0 means never."""
+    if scale == 1:
+        return settings
+    found = dict(settings)
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            found[key] = _scaled(value, scale)
+        elif key in ("steps", "warmup_steps", "start", "anneal_start", "anneal_end") or key.endswith("_every"):
+            found[key] = max(1, round(value * scale)) if value else 0
     return found

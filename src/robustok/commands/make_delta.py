@@ -1,10 +1,10 @@
-"""The verb `make-delta`: what post-training changed, as a small snapshot beside the original.
+"""The `make-delta` command: the change that post-training made to a decoder, as a small snapshot.
 
     robustok make-delta tokenizer=runs/tokenizer post_trained=runs/post out=runs/delta rank=16
     robustok generate generator=runs/generator tokenizer=runs/delta@0.5 images=png out=runs/samples
 
-A delta is a tokenizer wherever one is asked for. ``@0.5`` behind its path mixes original and post-trained decoder half
-and half; without it the decoder is the post-trained one.
+A delta can be given wherever a tokenizer is expected; it loads the original and adds the difference. ``@0.5`` after its
+path adds half of the difference; without it the decoder is the post-trained one.
 """
 
 import os
@@ -23,12 +23,12 @@ from robustok.tokenizers.deltas import compute_delta
 
 
 class MakeDeltaRun(Config):
-    """Which two tokenizers, and how much of their difference to keep."""
+    """The two tokenizers, and how exactly their difference is stored."""
 
     out: Path = Field(description="folder of the delta; must not exist yet")
-    tokenizer: Path = Field(description="the original: tokenizer snapshot, or run folder; the delta needs it in place")
-    post_trained: Path = Field(description="what post-training made of it: snapshot, or run folder")
-    rank: int | None = Field(None, ge=1, description="rank of a LoRA; null keeps the whole difference")
+    tokenizer: Path = Field(description="the original: snapshot or run folder; the delta loads it from this path")
+    post_trained: Path = Field(description="the post-trained tokenizer: snapshot or run folder")
+    rank: int | None = Field(None, ge=1, description="rank of a LoRA; null stores the whole difference")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="float32 without a rank is exact")
 
 
@@ -38,7 +38,7 @@ class SavedDelta:
 
     Attributes:
         path: folder of the delta.
-        relative_error: what rank and rounding lost, as a share of the difference; 0 is exact.
+        relative_error: norm of the error of rank and rounding, divided by the norm of the difference; 0 is exact.
         delta_bytes: size of its weights.
         tokenizer_bytes: size of the weights of the post-trained snapshot, for comparison.
     """
@@ -50,10 +50,10 @@ class SavedDelta:
 
 
 def make_delta(run: MakeDeltaRun) -> SavedDelta:
-    """Write a snapshot that holds the difference alone and names the original by path and digest.
+    """Write a snapshot that holds only the difference, and the path and digest of the original.
 
     Raises:
-        UserError: ``out`` exists or cannot be written, or the two are no versions of one tokenizer.
+        UserError: ``out`` exists or cannot be written, or the two are not versions of one tokenizer.
     """
     if run.out.exists():
         raise UserError(f"{run.out} exists; choose another out=FOLDER or remove it first")
@@ -61,9 +61,9 @@ def make_delta(run: MakeDeltaRun) -> SavedDelta:
     delta = compute_delta(
         load_tokenizer(run.tokenizer), load_tokenizer(run.post_trained), run.rank, getattr(torch, run.dtype)
     )
-    facts = {"base": os.path.relpath(original, run.out), "digest": delta.base, "rank": run.rank, "dtype": run.dtype}
+    entry = {"base": os.path.relpath(original, run.out), "digest": delta.base, "rank": run.rank, "dtype": run.dtype}
     header = {key: value for key, value in read_header(post_trained).items() if key != "discriminator"}
-    header["delta"] = facts | {"relative_error": delta.relative_error}
+    header["delta"] = entry | {"relative_error": delta.relative_error}
     write_snapshot(run.out, header, delta.tensors, {})
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (run.out, post_trained)]
     return SavedDelta(run.out, delta.relative_error, *sizes)

@@ -1,4 +1,4 @@
-"""Run several verbs at the same time, each in a process with its share of the cores, and show how far they are."""
+"""Run several commands at the same time, each in a process with its share of the cores, and show their progress."""
 
 import json
 import multiprocessing
@@ -7,23 +7,25 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from robustok.config import Config
 from robustok.console import console
 from robustok.errors import UserError
+from robustok.training.common import TrainingConfig
 
 
-def side_by_side(jobs: Mapping[str, tuple[Callable[[Config], Any], Config]]) -> None:
+def run_parallel(jobs: Mapping[str, tuple[Callable[[Any], Any], Config]]) -> None:
     """Run each function on its configuration, all at the same time; wait for all.
 
     Args:
-        jobs: name to (verb, configuration). Where a configuration has ``steps``, its progress is read from its
-            log.jsonl.
+        jobs: name to (function of a command, its configuration). The progress of a training is read from its log.
 
     Raises:
         UserError: a job raised it.
@@ -40,8 +42,8 @@ def side_by_side(jobs: Mapping[str, tuple[Callable[[Config], Any], Config]]) -> 
         sender.close()
         running[name] = (process, receiver)
     try:
-        _watch(jobs, running)
-    except BaseException:  # the user's Ctrl-C above all: the others save their state and end too
+        _watch({name: config for name, (_, config) in jobs.items()}, running)
+    except BaseException:  # also Ctrl-C: the other jobs save their state and end
         for process, _ in running.values():
             process.terminate()
         for process, _ in running.values():
@@ -49,8 +51,8 @@ def side_by_side(jobs: Mapping[str, tuple[Callable[[Config], Any], Config]]) -> 
         raise
 
 
-def _run(function: Callable[[Config], Any], config: Config, threads: int, sender: Any) -> None:
-    """What a child process does: the verb, without a progress bar of its own."""
+def _run(function: Callable[[Any], Any], config: Config, threads: int, sender: Connection) -> None:
+    """Run one job in a child process, without a progress bar of its own."""
     os.environ["ROBUSTOK_PROGRESS"] = "0"
     torch.set_num_threads(threads)
     try:
@@ -64,7 +66,7 @@ def _run(function: Callable[[Config], Any], config: Config, threads: int, sender
         sys.exit(1)
 
 
-def _watch(jobs: Mapping[str, tuple[Callable[[Config], Any], Config]], running: Mapping[str, Any]) -> None:
+def _watch(configs: Mapping[str, Config], running: Mapping[str, tuple[BaseProcess, Connection]]) -> None:
     """Show progress until all have ended; raise what the first failure raised."""
     columns = (
         TextColumn("{task.description}"),
@@ -74,19 +76,18 @@ def _watch(jobs: Mapping[str, tuple[Callable[[Config], Any], Config]], running: 
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=os.environ.get("ROBUSTOK_PROGRESS") == "0") as progress:
-        bars: dict[str, TaskID] = {
-            name: progress.add_task(f"{name:<24}", total=getattr(config, "steps", None))
-            for name, (_, config) in jobs.items()
-        }
+        steps = {name: c.steps if isinstance(c, TrainingConfig) else None for name, c in configs.items()}
+        bars = {name: progress.add_task(f"{name:<24}", total=total) for name, total in steps.items()}
         alive = dict(running)
         while alive:
             time.sleep(0.25)
             for name, (process, receiver) in list(alive.items()):
-                progress.update(bars[name], completed=_steps_done(jobs[name][1]))
+                if steps[name] is not None:
+                    progress.update(bars[name], completed=_steps_done(configs[name].out / "log.jsonl"))
                 if process.exitcode is None:
                     continue
                 del alive[name]
-                total = getattr(jobs[name][1], "steps", None) or 1
+                total = steps[name] or 1
                 progress.update(bars[name], total=total, completed=total)
                 message = receiver.recv() if receiver.poll() else None
                 if process.exitcode == 2 and message:
@@ -97,16 +98,12 @@ def _watch(jobs: Mapping[str, tuple[Callable[[Config], Any], Config]], running: 
                     raise SystemExit(0)  # stopped by SIGTERM with its state saved
 
 
-def _steps_done(config: Config) -> int:
-    """The last step in the log of a run."""
-    if getattr(config, "steps", None) is None:
-        return 0
+def _steps_done(log: Path) -> int:
+    """The last step in the log of a training; 0 if there is none yet."""
     try:
-        with (Path(config.out) / "log.jsonl").open("rb") as file:
+        with log.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-            return max(
-                (json.loads(line).get("step", 0) for line in file.read().splitlines()[1:] if line.endswith(b"}")),
-                default=0,
-            )
+            lines = file.read().splitlines()[1:]  # the first may be cut
+        return max((json.loads(line).get("step", 0) for line in lines if line.endswith(b"}")), default=0)
     except (OSError, ValueError):
         return 0

@@ -1,4 +1,4 @@
-"""The `train-classifier` verb: a small classifier of one's own images, to measure in its features or learn from."""
+"""The `train-classifier` command: a small classifier of labelled images, for metrics, perceptual loss or teacher."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,22 +20,24 @@ from robustok.training.classifier import accuracy, fit_classifier
 
 
 class TrainClassifierRun(Config):
-    """A feature space for Frechet distances, a perceptual loss or a teacher. Give each a seed of its own."""
+    """A feature space for Frechet distances, a perceptual loss or a teacher. Use another seed for each of them."""
 
-    out: Path = Field(description="run folder; give it as extractor.path, perceptual_weights or teacher.path")
-    data: Data = Field(description="labelled images: trained on the train split, judged on the test split")
+    out: Path = Field(description="run folder; use it as extractor.path, perceptual_weights or teacher.path")
+    data: Data = Field(description="labelled images: the train split trains, the test split gives the accuracy")
     image_size: int = Field(32, ge=16, description="height and width of the images in pixels")
     classifier: ClassifierConfig = ClassifierConfig()
-    seed: int = Field(0, ge=0, description="decides the first weights, the order of the images and their shifts")
+    seed: int = Field(
+        0, ge=0, description="seed of the initial weights, of the order of the images and of their shifts"
+    )
 
 
 @dataclass(frozen=True)
 class TrainedClassifier:
-    """Where a classifier lies and how good it is.
+    """A saved classifier and its accuracy.
 
     Attributes:
         path: folder of its snapshot.
-        accuracy: share in [0, 1] of the held-out images that it recognises.
+        accuracy: share in [0, 1] of the held-out images whose class is predicted correctly.
         samples: number of held-out images.
     """
 
@@ -45,10 +47,10 @@ class TrainedClassifier:
 
 
 def train_classifier(run: TrainClassifierRun) -> TrainedClassifier:
-    """Train a classifier, or judge the one that the same command left in the run folder before.
+    """Train a classifier, or load the one that the same command saved before, and measure its accuracy.
 
     Raises:
-        UserError: data or run folder are not usable.
+        UserError: the data cannot be read, or the run folder belongs to another configuration.
     """
     accelerator = start_accelerator()
     path = run.out / "snapshot" / f"{run.classifier.steps:08d}"
@@ -57,8 +59,8 @@ def train_classifier(run: TrainClassifierRun) -> TrainedClassifier:
     if not (path / "model.safetensors").exists():
         pixels, labels = _pixels(open_images(run.data, run.image_size, "train"))
         bar = iter(track(range(run.classifier.steps), f"train-classifier {run.out.name}", accelerator.is_main_process))
-        show = lambda done, steps: next(bar, None)  # noqa: E731
-        model = fit_classifier(pixels, labels, run.classifier, run.seed, accelerator.device, show)
+        advance = lambda done, steps: next(bar, None)  # noqa: E731
+        model = fit_classifier(pixels, labels, run.classifier, run.seed, accelerator.device, advance)
         folder.start()
         if accelerator.is_main_process:
             save_classifier(model, path)
