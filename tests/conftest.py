@@ -66,6 +66,7 @@ SLOW = {
     "test_backbones.py",
     "test_bad_input.py",
     "test_contributing.py",
+    "test_gpu_benchmark.py",
     "test_recipes.py",
     "tokenizers/test_deltas.py",
     "training/test_authors.py",
