@@ -82,7 +82,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
         ("tokenizer=small", ("tokenizer", "'small'")),
         ("tokenizer.patch_size=5", ("image_size 16", "patch_size 5", "divisor")),
         ("tokenizer.encoder.heads=3", ("heads 3", "width 16")),
-        ("perturbation.strength=16", ("perturbation.strength 16", "15", "lower it")),
+        ("perturbation.strength=17", ("perturbation.strength 17", "(16)", "lower it")),
         ("steps", ("'steps'", "KEY=VALUE")),
     ],
 )
@@ -106,9 +106,9 @@ def test_preservation_outside_of_its_range(refused, pipeline, tmp_path, sigma):
 
 
 def test_more_neighbours_than_codes_in_an_evaluation(refused, pipeline, tmp_path):
-    grid = ["pfid.grid.name=explicit", "pfid.grid.rates=[0.5]", "pfid.grid.codes=[16]"]
+    grid = ["pfid.grid.name=explicit", "pfid.grid.rates=[0.5]", "pfid.grid.codes=[17]"]
     refused(
-        *words("evaluate", pipeline, str(tmp_path / "e")), *grid, said=("strength is 16", "16 codes", "15 neighbours")
+        *words("evaluate", pipeline, str(tmp_path / "e")), *grid, said=("strength is 17", "16 codes", "16 neighbours")
     )
 
 

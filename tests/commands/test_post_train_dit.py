@@ -76,7 +76,8 @@ def test_a_pipeline_is_post_trained(tmp_path, sigma, classifier):
 
     samples = command("generate", tmp_path / "samples", generator, "count=20", "sampling.name=ddpm", "sampling.steps=3")
     scored = [f"extractor.path={classifier}", "metrics=[gfid]"]
-    decoders = [f"decoders.original={ours / 'tokenizer'}", f"decoders.post_trained={post}", f"latents=[{samples}]"]
+    decoders = [f"samples.decoders.original={ours / 'tokenizer'}", f"samples.decoders.post_trained={post}"]
+    decoders.append(f"samples.latents=[{samples}]")
     measured = command("evaluate", tmp_path / "measured", *decoders, *scored, *tiny.DATA)
     assert "gfid" in (measured / "metrics.jsonl").read_text()
 

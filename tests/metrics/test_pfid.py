@@ -213,28 +213,33 @@ def test_protocols_cannot_be_confused():
     assert name(PublishedGrid(), images=50_000) == "published"
     others = [
         name(PublishedGrid(), 512),
-        name(PublishedGrid(), include_self=True),
+        name(PublishedGrid(), include_self=False),
         name(PublishedGrid(), images=5_000),
         name(PublishedFastGrid()),
-        name(PublishedFastGrid(), 512, include_self=True, images=360),
+        name(PublishedFastGrid(), 512, include_self=False, images=360),
         name(RelativeGrid()),
         name(RelativeGrid(rates=(0.5,))),
-        name(RelativeGrid(), include_self=True),
+        name(RelativeGrid(), include_self=False),
         name(ExplicitGrid(rates=PublishedGrid().rates, codes=(50, 70, 90))),
     ]
     assert others == [
-        "published-scaled", "published-with-self", "published@5000", "published-fast",
-        "published-fast-scaled-with-self@360", "relative", "relative-custom", "relative-with-self", "explicit",
+        "published-scaled", "published-without-self", "published@5000", "published-fast",
+        "published-fast-scaled-without-self@360", "relative", "relative-custom", "relative-without-self", "explicit",
     ]  # fmt: skip
     found = perturbed_protocol(PublishedGrid(), 1024)
     assert (found["rates"], found["strengths"]) == ([0.9, 0.8, 0.7, 0.6, 0.5], [10, 15, 20])
-    assert (found["codebook_size"], found["include_self"], found["neighbour_of"]) == (1024, False, "code")
+    assert (found["codebook_size"], found["include_self"], found["neighbour_of"]) == (1024, True, "code")
+
+
+def given():
+    grid = ExplicitGrid(rates=(0.5, 1.0), codes=(2, 5))
+    inputs = dict(latents=TOKENS, codebook=CODEBOOK, decode=decode, extractor=MeanColours(), reference=reference())
+    return inputs | {"grid": grid}
 
 
 def frechet(grid=None, **options):
     grid = grid or ExplicitGrid(rates=(0.5, 1.0), codes=(2, 5))
-    given = dict(latents=TOKENS, codebook=CODEBOOK, decode=decode, extractor=MeanColours(), reference=reference())
-    return PFID(grid=grid, **given | options).run()
+    return PFID(**given() | {"grid": grid, "include_self": False} | options).run()
 
 
 def test_one_call_is_all_seeds_of_all_cells():
@@ -249,21 +254,23 @@ def test_one_call_is_all_seeds_of_all_cells():
     geometric = values.log().mean(dim=1).exp()
     assert found.geometric_mean.value == pytest.approx(geometric.mean().item())
     assert found.geometric_mean.standard_error == pytest.approx(geometric.std().item() / 3**0.5)
-    assert (found.images, found.seeds, found.protocol) == (IMAGES, (3, 4, 8), "explicit")
+    assert (found.images, found.seeds, found.protocol) == (IMAGES, (3, 4, 8), "explicit-without-self")
     assert found.seconds > 0
     assert frechet().mean.standard_error is None
     assert frechet().cells[0].standard_error is None
 
 
 def test_one_call_with_self():
-    with_self = frechet(include_self=True)
+    with_self = frechet(include_self=True)  # the default of pFID, as in the paper
     neighbours, by_hand = nearest_codes(CODEBOOK, 5, include_self=True), []
     for rate, strength in ((0.5, 2), (0.5, 5), (1.0, 2), (1.0, 5)):
         noisy = perturbed_tokens(TOKENS, neighbours[:, :strength], rate, 0, torch.arange(IMAGES))
         by_hand.append(frechet_distance(decoded_statistics(noisy, decode, MeanColours()), reference()))
     assert [c.value for c in with_self.cells] == pytest.approx(by_hand, rel=1e-9)
-    assert with_self.protocol == "explicit-with-self"
+    assert with_self.protocol == "explicit"
+    assert [c.value for c in PFID(**given()).run().cells] == pytest.approx(by_hand, rel=1e-9)
     assert [c.value for c in frechet().cells] != pytest.approx(by_hand)
+    assert frechet().protocol == "explicit-without-self"
 
 
 def test_every_cell_decodes_every_image_once():

@@ -197,8 +197,8 @@ def test_generate_and_evaluate_take_strengths(tmp_path, tokenizer, post_trained,
     generate(GenerateRun(out=out, generator=generator, count=4, tokenizer=f"{delta}@0.5", images="npz"))
     assert (out / "samples.npz").exists()
     decoders = {"original": tokenizer, "s0": f"{delta}@0", "s50": f"{delta}@0.5", "s100": delta}
-    words = [f"decoders.{name}={path}" for name, path in decoders.items()]
-    words += [f"latents=[{samples[0]}]", "metrics=[gfid]", f"extractor.path={classifier}", *tiny.DATA]
+    words = [f"samples.decoders.{name}={path}" for name, path in decoders.items()]
+    words += [f"samples.latents=[{samples[0]}]", "metrics=[gfid]", f"extractor.path={classifier}", *tiny.DATA]
     assert main(["evaluate", *words, f"out={tmp_path / 'run'}"]) == 0
     lines = [yaml.safe_load(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     found = {line["decoder"]: line for line in lines if line["metric"] == "gfid"}

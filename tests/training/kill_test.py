@@ -93,7 +93,7 @@ def main(seed: int) -> bool:
         print(f"{'training':<16} {'kills':>5}  same bits  steps at the kills (resumed from - last state)", flush=True)
         for command, run in runs.items():
             whole, killed, file = home / f"whole-{command}", home / f"killed-{command}", home / "run.yaml"
-            tiny.VERBS[command][0](run(whole))
+            tiny.COMMANDS[command][0](run(whole))
             span, kills = time_of(whole) / (KILLS + 2), []
             while len(kills) < KILLS:
                 moment = kill_at_random(command, run(killed), file, rng, span)

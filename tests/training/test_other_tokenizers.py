@@ -163,7 +163,7 @@ def test_settings_of_the_other_kind_are_refused(tmp_path):
     with pytest.raises(UserError, match="latent_noise is for continuous latents, maskgit makes tokens"):
         run_of(tmp_path, "maskgit", "latent_noise=0.1")
     with pytest.raises(UserError, match="asks for more neighbours than a codebook of 32 codes has"):
-        run_of(tmp_path, "gigatok", "perturbation.strength=32")
+        run_of(tmp_path, "gigatok", "perturbation.strength=33")
     assert run_of(tmp_path, "maetok", "perturbation.strength=100000").latent_noise == 0  # it has no codes to perturb
 
 

@@ -83,7 +83,7 @@ def test_the_decoder_of_every_family_learns_and_nothing_else(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["kl", "maetok"])
-def test_the_whole_story_on_continuous_latents(tmp_path, name, classifier):
+def test_all_commands_on_continuous_latents(tmp_path, name, classifier):
     def run(command, out, *words):
         assert main([command, f"out={tmp_path / out}", *words]) == 0, command
         return tmp_path / out
@@ -107,8 +107,11 @@ def test_the_whole_story_on_continuous_latents(tmp_path, name, classifier):
     scored = (f"held_out.latents={samples}", f"held_out.extractor.path={classifier}")
     terms = ("reconstruction.perceptual=none", *tiny.DATA, *short, "steps=4", "snapshot_every=2", *ADVERSARY)
     post = run("post-train", "post", f"tokenizer={tokenizer}", f"pairs={pairs}", *terms, *scored)
-    decoders = (f"decoders.original={tokenizer}", f"decoders.post_trained={post / 'snapshot' / '00000004'}")
-    metrics = (f"latents=[{samples}]", f"extractor.path={classifier}", "metrics=[gfid]")
+    decoders = (
+        f"samples.decoders.original={tokenizer}",
+        f"samples.decoders.post_trained={post / 'snapshot' / '00000004'}",
+    )
+    metrics = (f"samples.latents=[{samples}]", f"extractor.path={classifier}", "metrics=[gfid]")
     measured = run("evaluate", "measured", *decoders, *metrics, *tiny.DATA)
 
     before, after = load_tokenizer(tokenizer), load_tokenizer(post / "snapshot" / "00000004")

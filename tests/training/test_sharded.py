@@ -35,7 +35,7 @@ def worlds(tmp_path_factory, tokenizer, latents, pairs, classifier):
             with pytest.raises(KeyboardInterrupt):
                 generator_training.train_generator(runs["resumed"][1](world / "resumed"))
     for name, (command, run) in runs.items():
-        tiny.VERBS[command][0](run(one / name))
+        tiny.COMMANDS[command][0](run(one / name))
     words = [
         w for name, (command, run) in runs.items() for w in tiny.command(command, run(two / name), two / f"{name}.yaml")
     ]

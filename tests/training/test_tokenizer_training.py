@@ -133,7 +133,7 @@ def test_a_broken_loss_keeps_the_last_good_state(tmp_path):
 
 def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(UserError, match="asks for more neighbours than a codebook of 32 codes has"):
-        tiny.main_run(tmp_path / "run", "perturbation.strength=32")
+        tiny.main_run(tmp_path / "run", "perturbation.strength=33")
     with pytest.raises(UserError, match="global batch is 500 and the training set has 128 images"):
         train_tokenizer(tiny.main_run(tmp_path / "run", "batch_size=500"))
     with pytest.raises(UserError, match=r"needs reconstruction\.perceptual_weights"):

@@ -48,7 +48,7 @@ def worlds(tmp_path_factory, tokenizer, latents, generator, samples, pairs, clas
     runs = settings(tokenizer, latents, generator, samples, pairs, classifier)
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
     for command, run in runs.items():
-        tiny.VERBS[command][0](run(one / command))
+        tiny.COMMANDS[command][0](run(one / command))
     words = [
         word
         for command, run in runs.items()

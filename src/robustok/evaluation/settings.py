@@ -69,7 +69,7 @@ class PFIDConfig(Config):
     """Grids of pFID, and of ``noise_fd``, which is measured in its place on continuous latents."""
 
     grid: PerturbedGrid = Field(RelativeGrid(), description="cells of pFID")
-    include_self: bool = Field(False, description="a token may be replaced by itself, as in the authors' training")
+    include_self: bool = Field(True, description="whether a token is among its own neighbours, as in the paper")
     noise: NoiseGrid = Field(NoiseGrid(), description="cells of noise_fd")
     seeds: int = Field(1, ge=1, description="repetitions, for the standard error")
 

@@ -115,20 +115,20 @@ PerturbedGrid = Annotated[RelativeGrid | PublishedGrid | PublishedFastGrid | Exp
 
 
 def perturbed_protocol(
-    grid: PerturbedGrid, codebook_size: int, include_self: bool = False, images: int | None = None
+    grid: PerturbedGrid, codebook_size: int, include_self: bool = True, images: int | None = None
 ) -> dict[str, Any]:
     """The settings that a value of pFID depends on, which are written beside it; ``protocol`` names them.
 
     ``published`` is the paper's grid. ``-scaled`` marks a codebook size that the paper does not have, ``-fast`` five of
-    its cells, ``-with-self`` tokens that may stay what they are, ``@N`` fewer images than 50,000. A relative grid with
-    other rates or shares than the default ones is ``relative-custom``.
+    its cells, ``-without-self`` neighbours without the token itself, unlike the paper's, ``@N`` fewer images than
+    50,000. A relative grid with other rates or shares than the default ones is ``relative-custom``.
     """
     name = grid.name
     if name.startswith("published"):
         name += "" if codebook_size in PUBLISHED_STRENGTHS else "-scaled"
     elif isinstance(grid, RelativeGrid) and grid != RelativeGrid():
         name += "-custom"
-    name += "-with-self" if include_self else ""
+    name += "" if include_self else "-without-self"
     if grid.name.startswith("published") and images is not None and images < PUBLISHED_IMAGES:
         name += f"@{images}"
     return {
@@ -267,13 +267,13 @@ class PFID(GridDistance):
     Attributes:
         grid: rates and strengths.
         codebook: (K, D) in the geometry in which neighbours are meant.
-        include_self: whether a token counts among its own neighbours and may stay what it is, as in the authors' code:
+        include_self: whether a token counts among its own neighbours and may stay what it is, as in the paper:
             then a share rate (1 - 1 / strength) of the tokens changes, else exactly round(rate x L) of each image.
     """
 
     grid: PerturbedGrid
     codebook: Tensor
-    include_self: bool = False
+    include_self: bool = True
 
     @property
     def protocol(self) -> str:

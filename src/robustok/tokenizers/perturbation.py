@@ -45,7 +45,7 @@ class PerturbationConfig(Config):
     neighbour_of: Literal["code", "feature"] = Field(
         "code", description="neighbours of the token's code, or of the feature (authors' code)"
     )
-    include_self: bool = Field(False, description="whether a token may be replaced by itself (authors' code: true)")
+    include_self: bool = Field(True, description="whether a token is among its own neighbours, as in the paper")
     semantic_on: Literal["clean", "perturbed"] = Field(
         "clean", description="latents in the semantic loss (authors' code: perturbed)"
     )
@@ -164,7 +164,7 @@ def nearest_codes(codebook: Tensor, strength: int, include_self: bool = False) -
     Args:
         codebook: (K, D) in the geometry in which neighbours are meant.
         strength: delta >= 0, number of neighbours.
-        include_self: count the code itself as its own first neighbour (as in the authors' code).
+        include_self: count the code itself as its own first neighbour, as in the paper.
 
     Returns:
         (K, strength) int64. A smaller strength is a prefix of a larger one.

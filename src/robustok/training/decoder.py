@@ -44,9 +44,9 @@ PAIR_SETTINGS = ("strategy", "noise_level", "sampler_steps", "guided_share", "ge
 
 
 class DecoderTrainingRun(TrainingConfig):
-    """Settings of the training of a decoder on pairs; the defaults are those of the authors' code, in steps."""
+    """Settings of the training of a decoder on pairs; the defaults are the paper's, in steps."""
 
-    steps: int = Field(19_500, ge=1, description="number of training steps")
+    steps: int = Field(7_800, ge=1, description="number of training steps")
     batch_size: int = Field(1024, ge=1, description="pairs in the global batch, all processes together")
     learning_rate: float = Field(5e-5, gt=0, description="peak learning rate")
     min_learning_rate: float = Field(1e-5, ge=0, description="learning rate at the last step of the cosine")
