@@ -176,7 +176,7 @@ def list_settings(model: type[Config], defaults: Config | None = None, prefix: s
         default = None if required else info.get_default() if defaults is None else getattr(defaults, name)
         variants, key = _models(info.annotation), prefix + name
         optional = default is None and not required  # such a group is off until one of its keys is set
-        if not variants or optional or Path in _types(info.annotation):  # a path may stand for the group
+        if not variants or optional or Path in _types(info.annotation):  # a path is accepted instead of the group
             found.append(Setting(key, None if required else _text(default), info.description or ""))
         if len(variants) > 1:
             names = sorted(map(_tag, variants))

@@ -267,7 +267,7 @@ class GPT(TokenGenerator):
         null, others = table[self.null_label], table[: self.classes]
         if not null.any() or bool((others == null).all(1).any()):
             problems.append(
-                f"Row {self.null_label} of the table of classes, which stands for no class, is zero or repeats a "
+                f"Row {self.null_label} of the table of classes, the row of no class, is zero or repeats a "
                 "class; guidance needs a model trained with dropped labels."
             )
         if not self.sampling.guided:

@@ -16,7 +16,7 @@ class Family:
         model: our class.
         build: the tensors and the flat configuration to a model of these sizes, not yet with these weights.
         has: names that a state dict of this family has,
-        lacks: and names that it does not have; together they tell it from all other families.
+        lacks: and names that it does not have; together they distinguish it from all other families.
         export_name: our name of a weight to the authors' name.
         complete: our model and its renamed weights to the authors' layout.
         dropped: prefixes of tensors that our model does not use.

@@ -19,7 +19,7 @@ HIGHER = {"psnr", "ssim", "inception_score", "precision", "recall", "accuracy", 
 
 
 def label(column: Column) -> str:
-    """The metric's name. FID and KID stand for Inception features; on other features they are called FD and KD."""
+    """The metric's name. FID and KID are for Inception features; on other features they are called FD and KD."""
     name = LABELS.get(column.metric) or capital(column.metric.replace("_", " "))
     if other_features(column):
         name = name.replace("FID", "FD").replace("KID", "KD")

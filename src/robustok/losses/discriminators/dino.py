@@ -151,7 +151,7 @@ class DinoHeads(nn.Module):
     def forward(self, *sides: Tensor) -> Tensor:
         """Activations of one or more sides, each (heads, N, width, patches), to logits (sides * N, heads * patches).
 
-        Each side has batch statistics of its own: those of a mixed batch would tell real images from reconstructions.
+        Each side has batch statistics of its own: those of a mixed batch would reveal which images are real.
         """
         return torch.cat([self._logits(activations) for activations in sides])  # (sides * N, heads * P)
 
