@@ -78,7 +78,7 @@ class RunFolder:
             if found:
                 raise UserError(
                     f"{self.path} holds a run of another configuration: {'; '.join(found[:5])}; "
-                    "choose another out=FOLDER"
+                    "set the old values to resume it, or choose another out=FOLDER"
                 )
         elif self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file, a run needs a folder; choose another out=FOLDER")

@@ -99,7 +99,8 @@ def test_a_loss_that_is_not_finite(tmp_path):
 def test_another_configuration_is_refused(run, folder):
     RunFolder(run)
     with pytest.raises(
-        UserError, match=r"another configuration: learning_rate: 0\.01 -> 0\.1; seed: 0 -> 3; choose another out="
+        UserError,
+        match=r"another configuration: learning_rate: 0\.01 -> 0\.1; seed: 0 -> 3; set the old values to resume",
     ):
         RunFolder(tiny.main_run(folder.path, "seed=3", "learning_rate=0.1"))
     moved = folder.path.rename(folder.path.with_name("moved"))
