@@ -93,6 +93,8 @@ def test_save_and_load(trained, tmp_path):
     images = from_pixels(digits()[0][:4])
     assert loaded.digest == trained.digest
     assert torch.equal(loaded(images), trained(images))
+    header = yaml.safe_load((tmp_path / "c" / "config.yaml").read_text())
+    assert {key: header[key] for key in ("classes", "digest")} == {"classes": 10, "digest": trained.digest}
     assert not any(weight.requires_grad for weight in loaded.parameters())
 
 

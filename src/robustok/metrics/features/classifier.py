@@ -118,7 +118,7 @@ def save_classifier(classifier: SmallClassifier, path: str | Path) -> None:
     Raises:
         UserError: the disk is full or not writable.
     """
-    header = {"kind": "classifier", "classes": classifier.classes, "tensor_digest": classifier.digest}
+    header = {"kind": "classifier", "classes": classifier.classes, "digest": classifier.digest}
     header["config"] = plain(classifier.config)
     write_snapshot(Path(path), header, classifier.state_dict(), extra={})
 
