@@ -47,7 +47,7 @@ class Evaluator:
         self.given_statistics = path is not None and path.suffix == ".npz" and "mu" in _keys(path)
         configs = [run.extractor, *run.more_extractors] if run.extractor is not None else []
         self.extractors: list[FeatureExtractor] = [load_extractor(config, device) for config in configs]
-        self.official = [config.name != "classifier" for config in configs]  # spaces of published values
+        self.official = [config.name in ("inception", "dinov2") for config in configs]  # spaces of published values
         self.pair_metrics = {name: m.function for name, m in METRICS.items() if m.applies_to == "pairs"}
         if "lpips" in self.wanted:
             self.pair_metrics["lpips"] = LPIPS(run.lpips.net, run.lpips.weights, device)

@@ -11,6 +11,7 @@ import torch
 from pydantic import Field, model_validator
 
 from robustok.config import Config
+from robustok.metrics.features.cifar_resnet import CifarResNetExtractor
 from robustok.metrics.features.classifier import ClassifierExtractor, load_classifier
 from robustok.metrics.features.dinov2 import DINOV2_MODEL, DINOv2Extractor
 from robustok.metrics.features.inception import InceptionExtractor, Precision
@@ -20,13 +21,14 @@ from robustok.types import FeatureExtractor
 class ExtractorConfig(Config):
     """The feature space of a Frechet distance."""
 
-    name: Literal["classifier", "inception", "dinov2"] = Field(
+    name: Literal["classifier", "cifar-resnet", "inception", "dinov2"] = Field(
         "classifier",
-        description="a small classifier of images of the domain, the Inception network of FID, or DINOv2 for FD-DINOv2",
+        description="a small classifier of images of the domain, a public CIFAR-10 ResNet, the Inception network "
+        "of FID, or DINOv2 for FD-DINOv2",
     )
     path: Path | None = Field(
         None,
-        description="classifier: its folder (`robustok train-classifier` makes one); "
+        description="classifier: its folder (`robustok train-classifier` makes one); cifar-resnet: file of weights; "
         "inception, dinov2: file of weights, by default the official one",
     )
     precision: Precision = Field(
@@ -37,6 +39,8 @@ class ExtractorConfig(Config):
 
     @model_validator(mode="after")
     def _settings_belong_to_the_name(self) -> "ExtractorConfig":
+        if self.name == "cifar-resnet" and self.path is None:
+            raise ValueError("cifar-resnet needs extractor.path, a file of akamaster/pytorch_resnet_cifar10")
         if self.name == "classifier" and self.path is None:
             raise ValueError("a classifier needs extractor.path, its folder; or set extractor.name=inception")
         if self.name != "inception" and self.precision != "float32":
@@ -56,4 +60,6 @@ def load_extractor(config: ExtractorConfig, device: torch.device | str = "cpu") 
         return InceptionExtractor(config.path, device, config.precision)
     if config.name == "dinov2":
         return DINOv2Extractor(config.path, device, config.model)
+    if config.name == "cifar-resnet":
+        return CifarResNetExtractor(config.path, device)
     return ClassifierExtractor(load_classifier(config.path, device))
