@@ -1,5 +1,5 @@
 # make demo    train, post-train and evaluate on handwritten digits, with a report
-# make quick   lint and the tests of about one minute, for daily work
+# make quick   lint and the fast tests, one to two minutes, for daily work
 # make test    lint and all tests
 # make clean   remove everything that these make
 

@@ -145,6 +145,40 @@ def test_validation_names_its_source():
         validate(Run, {"out": "x", "steps": "a"}, source="there")
 
 
+class Outer(Config):
+    inner: Run
+
+
+class Drawer(Config):
+    name: Literal["drawer"] = "drawer"
+    line: Inner = Inner()
+
+
+class Eraser(Config):
+    name: Literal["eraser"] = "eraser"
+
+
+class Tool(Config):
+    tool: Annotated[Drawer | Eraser, Field(discriminator="name")] = Drawer()
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "said"),
+    [
+        (Run, ["out=x", "steps=3"], "the settings: steps 3 are odd; choose an even number"),
+        (Outer, ["inner.out=x", "inner.steps=3"], "the settings: inner: steps 3 are odd; choose an even number"),
+        (Run, ["out=x", "shape.name=cube"], "the settings: shape.name = 'cube': expected one of 'circle', 'box'"),
+        (Outer, ["inner.shape.path=x"], "'inner.shape.path' belongs to another variant; set inner.shape.name=box,"),
+        (Tool, ["tool.name=eraser", "tool.line.width=1"], "belongs to another variant; set tool.name=drawer, or"),
+    ],
+)
+def test_an_error_names_the_setting_to_change(model, words, said):
+    with pytest.raises(UserError) as caught:
+        load(model, None, words)
+    assert said in str(caught.value)
+    assert "{" not in str(caught.value)
+
+
 def test_values_do_not_change_after_validation():
     with pytest.raises(ValueError, match="frozen"):
         Run(out="x").steps = 4

@@ -182,14 +182,14 @@ def list_settings(model: type[Config], defaults: Config | None = None, prefix: s
             names = sorted(map(_tag, variants))
             about = ": ".join(filter(None, (info.description, f"one of {', '.join(names)}")))
             found.append(Setting(f"{key}.name", getattr(default, "name", None), about))
-        merged: dict[tuple[str, str | None, str], list[str]] = {}
+        merged: dict[tuple[str, str | None, str, tuple[str, ...]], list[str]] = {}
         for variant in variants:
             own = default if isinstance(default, variant) else None
             for s in list_settings(variant, own, f"{key}."):
                 if len(variants) == 1 or s.key != f"{key}.name":
-                    merged.setdefault((s.key, s.default, s.description), []).append(_tag(variant))
-        for (inner, text, about), tags in merged.items():
-            found.append(Setting(inner, text, about, () if len(tags) == len(variants) else tuple(tags)))
+                    merged.setdefault((s.key, s.default, s.description, s.variants), []).append(_tag(variant))
+        for (inner, text, about, nested), tags in merged.items():
+            found.append(Setting(inner, text, about, nested if len(tags) == len(variants) else tuple(tags)))
     return found
 
 
@@ -311,9 +311,11 @@ def _explain(model: type[Config], error: ValidationError, settings: dict[str, An
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     known, key = dict(_keys(model)), _dotted(first["loc"], settings, first["type"] == "missing")
     listed = list_settings(model)
-    owners = sorted({variant for s in listed if s.key == key for variant in s.variants})
+    owners = sorted({variant for s in listed if f"{s.key}.".startswith(f"{key}.") for variant in s.variants})
     if first["type"] == "extra_forbidden" and owners:
         group = key.rpartition(".")[0]
+        while group and f"{group}.name" not in known:  # the group whose variants these are
+            group = group.rpartition(".")[0]
         return f"{source}: {key!r} belongs to another variant; set {group}.name={' or '.join(owners)}, or drop it"
     if first["type"] == "extra_forbidden":
         renamed = RENAMED_KEYS.get(key)
@@ -325,8 +327,12 @@ def _explain(model: type[Config], error: ValidationError, settings: dict[str, An
         return f"{source}: {key!r} is missing; {next(s.description for s in listed if s.key == key)}"
     if first["type"] == "missing":
         return f"{source}: {key!r} is missing; {known.get(key) or 'it has no default'}"
+    if first["type"] == "union_tag_invalid":
+        return f"{source}: {key}.name = {first['ctx']['tag']!r}: expected one of {first['ctx']['expected_tags']}"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{source}: {key or 'settings'} = {first['input']!r}: {message}"
+    if isinstance(first["input"], dict):  # several settings that do not go together
+        return f"{source}: {f'{key}: ' if key else ''}{message}"
+    return f"{source}: {key} = {first['input']!r}: {message}"
 
 
 def _dotted(location: Sequence[str | int], settings: Any, missing: bool) -> str:

@@ -29,7 +29,6 @@ class QuantizedTokenizer(nn.Module):
     licence: str
     latent_space: str | None = None
     image_range = (-1.0, 1.0)
-    latent_space: str | None = None
 
     @property
     def codebook(self) -> Tensor:
