@@ -1,6 +1,7 @@
 """Reading checkpoints of other projects: contents, errors, and that nothing in them is executed."""
 
 import argparse
+import io
 import json
 import os
 import pickle
@@ -207,6 +208,30 @@ def test_a_pickle_refers_to_storages_only(tmp_path, monkeypatch, zipped, build, 
     assert build or "something other than the storage of a tensor" in str(error.value)
     assert [*folder.iterdir()] == []
     assert [file.name for file in tmp_path.iterdir() if file.name not in ("a.pt", "elsewhere")] == []
+
+
+def test_a_program_that_only_torch_finds_is_not_executed(tmp_path, monkeypatch):
+    """Two archives in one file: where the second's directory is read, torch follows a pointer to that of the first."""
+    torch.save(weights(), tmp_path / "a.pt")
+    torch.jit.script(torch.nn.ReLU()).save(str(tmp_path / "program.pt"))
+    bodies, records = [], []
+    for name in ("program.pt", "a.pt"):
+        with zipfile.ZipFile(tmp_path / name) as old, zipfile.ZipFile(file := io.BytesIO(), "w") as new:
+            for member in old.namelist():
+                new.writestr(member, old.read(member))
+        content = file.getvalue()
+        count, size, start = struct.unpack("<HII", content[-12:-2])
+        bodies.append(content[:-22])
+        records.append(struct.pack("<IQHHIIQQQQ", 0x06064B50, 44, 45, 45, 0, 0, count, count, size, start))
+    locator = struct.pack("<IIQI", 0x07064B50, 0, len(bodies[0]), 1)
+    end = struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+    (tmp_path / "b.pt").write_bytes(bodies[0] + records[0] + bodies[1] + records[1] + locator + end)
+    started = []
+    monkeypatch.setattr(torch.jit, "load", lambda *args, **options: started.append(args))
+    with pytest.raises(UserError) as error:
+        read_checkpoint(tmp_path / "b.pt")
+    assert "\n" not in str(error.value)
+    assert not started
 
 
 def damage(file):

@@ -85,10 +85,8 @@ def _read_pickle(path: Path) -> Any:
     try:
         if not archive and tarfile.is_tarfile(path):  # its first member may have the name OLD_FILE
             raise UserError(f"{path} is a tar archive, which is never unpacked; give the .pt or .safetensors file")
-        if archive:
-            with zipfile.ZipFile(path) as file:
-                if any(name.endswith("constants.pkl") for name in file.namelist()):  # TorchScript, which contains code
-                    raise UserError(f"{path} is a TorchScript program; give the checkpoint with a state dict")
+        if archive and any(name.endswith("constants.pkl") for name in _names(path)):  # TorchScript, which contains code
+            raise UserError(f"{path} is a TorchScript program; give the checkpoint with a state dict")
         # torch would unpack an old file on disk if it is a tar, but not one in memory.
         source = path if archive else io.BytesIO(path.read_bytes())
         return torch.load(source, map_location="cpu", pickle_module=reader, weights_only=False, mmap=archive)
@@ -97,6 +95,16 @@ def _read_pickle(path: Path) -> Any:
     except Exception as error:  # a damaged pickle can raise anything
         reason = one_line(error, 200)
         raise UserError(f"{path} cannot be read as a PyTorch checkpoint ({reason}); download it again") from None
+
+
+def _names(path: Path) -> list[str]:
+    """Names in a zip archive as Python and as torch read it: of a forged archive they may differ."""
+    with zipfile.ZipFile(path) as file:
+        names = file.namelist()
+    try:
+        return names + torch._C.PyTorchFileReader(str(path)).get_all_records()
+    except RuntimeError:  # torch.load reports it
+        return names
 
 
 def _metadata(path: Path) -> tuple[list[str] | None, dict[str, Any] | None]:
