@@ -1,9 +1,11 @@
 """Reading checkpoints of other projects: contents, errors, and that nothing in them is executed."""
 
 import argparse
+import io
 import json
 import os
 import pickle
+import struct
 import tarfile
 import zipfile
 from collections import OrderedDict, UserList
@@ -11,9 +13,10 @@ from collections import OrderedDict, UserList
 import huggingface_hub
 import pytest
 import torch
+import torch._utils
 from safetensors.torch import save_file
 
-from robustok.checkpoints import choose_weights, read_checkpoint
+from robustok.checkpoints import ALLOWED, choose_weights, read_checkpoint
 from robustok.errors import UserError
 
 
@@ -127,6 +130,108 @@ def test_a_tar_is_not_unpacked(tmp_path):
         file.add(__file__, "storages")
     with pytest.raises(UserError, match="neither a PyTorch file"):
         read_checkpoint(tmp_path / "a.pt")
+
+
+def test_a_tar_that_begins_as_an_old_file_is_not_unpacked(tmp_path, monkeypatch):
+    """The name of a tar's first member comes first in it."""
+    unpacked = []
+    monkeypatch.setattr(tarfile.TarFile, "extract", lambda self, member, **options: unpacked.append(member))
+    with tarfile.open(tmp_path / "a.pt", "w", format=tarfile.GNU_FORMAT) as file:
+        file.add(__file__, OLD_HEAD.decode("utf-8", "surrogateescape"))
+        file.add(__file__, "storages")
+    assert (tmp_path / "a.pt").read_bytes().startswith(OLD_HEAD)
+    with pytest.raises(UserError, match="is a tar archive, which is never unpacked") as error:
+        read_checkpoint(tmp_path / "a.pt")
+    assert "\n" not in str(error.value)
+    assert not unpacked
+
+
+# Pickles by hand
+
+
+def text(value):
+    return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
+
+
+def pickled(value):
+    """The opcodes of a value, without the first and the last."""
+    return pickle.dumps(value, protocol=2)[2:-1]
+
+
+def save_opcodes(file, opcodes, zipped):
+    """A PyTorch file in which the pickle is these opcodes."""
+    opcodes = b"\x80\x02" + opcodes + b"."
+    if not zipped:
+        head = [pickle.dumps(value, protocol=2) for value in (1001, {"little_endian": True})]
+        file.write_bytes(OLD_HEAD + b"".join(head) + opcodes + pickle.dumps([], protocol=2))
+        return
+    torch.save(weights(), file)
+    with zipfile.ZipFile(file) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, data in content.items():
+            archive.writestr(name, opcodes if name.endswith("data.pkl") else data)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
+@pytest.mark.parametrize("slots", [True, False])
+@pytest.mark.parametrize("name", ["_rebuild_tensor_v2", "_rebuild_parameter"])
+def test_a_pickle_sets_no_attribute_of_a_function(tmp_path, zipped, slots, name):
+    """The opcode BUILD: the attributes of an object from a mapping, or by setattr where it has slots."""
+    state = {"__name__": "other", "dump_patches": True}
+    opcodes = f"ctorch._utils\n{name}\n".encode() + pickled((None, state) if slots else state) + b"b"
+    save_opcodes(tmp_path / "a.pt", opcodes, zipped)
+    for _ in range(2):  # nothing of the first reading is left for the second
+        with pytest.raises(UserError, match="cannot be read as a PyTorch checkpoint") as error:
+            read_checkpoint(tmp_path / "a.pt")
+        assert "\n" not in str(error.value)
+    for function in (*(function for key, function in ALLOWED.items() if key[1] == name), getattr(torch._utils, name)):
+        assert not hasattr(function, "dump_patches")
+        assert getattr(function, "__name__", name) == name
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
+@pytest.mark.parametrize("build", [True, False])
+@pytest.mark.parametrize("kind", ["module", "other", "", None])
+def test_a_pickle_refers_to_storages_only(tmp_path, monkeypatch, zipped, build, kind):
+    """For a reference ("module", function, file, source) torch writes the difference to the function's source."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    state = (None, {"__name__": str(folder / "written"), "dump_patches": True})
+    function = b"ctorch._utils\n_rebuild_tensor_v2\n" + (pickled(state) + b"b" if build else b"")
+    opcodes = b"(" + text(kind) + function + text("file") + text("source") + b"tQ" if kind is not None else b"NQ"
+    save_opcodes(tmp_path / "a.pt", opcodes, zipped)
+    with pytest.raises(UserError, match="cannot be read as a PyTorch checkpoint") as error:
+        read_checkpoint(tmp_path / "a.pt")
+    assert "\n" not in str(error.value)
+    assert build or "something other than the storage of a tensor" in str(error.value)
+    assert [*folder.iterdir()] == []
+    assert [file.name for file in tmp_path.iterdir() if file.name not in ("a.pt", "elsewhere")] == []
+
+
+def test_a_program_that_only_torch_finds_is_not_executed(tmp_path, monkeypatch):
+    """Two archives in one file: where the second's directory is read, torch follows a pointer to that of the first."""
+    torch.save(weights(), tmp_path / "a.pt")
+    torch.jit.script(torch.nn.ReLU()).save(str(tmp_path / "program.pt"))
+    bodies, records = [], []
+    for name in ("program.pt", "a.pt"):
+        with zipfile.ZipFile(tmp_path / name) as old, zipfile.ZipFile(file := io.BytesIO(), "w") as new:
+            for member in old.namelist():
+                new.writestr(member, old.read(member))
+        content = file.getvalue()
+        count, size, start = struct.unpack("<HII", content[-12:-2])
+        bodies.append(content[:-22])
+        records.append(struct.pack("<IQHHIIQQQQ", 0x06064B50, 44, 45, 45, 0, 0, count, count, size, start))
+    locator = struct.pack("<IIQI", 0x07064B50, 0, len(bodies[0]), 1)
+    end = struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+    (tmp_path / "b.pt").write_bytes(bodies[0] + records[0] + bodies[1] + records[1] + locator + end)
+    started = []
+    monkeypatch.setattr(torch.jit, "load", lambda *args, **options: started.append(args))
+    with pytest.raises(UserError) as error:
+        read_checkpoint(tmp_path / "b.pt")
+    assert "\n" not in str(error.value)
+    assert not started
 
 
 def damage(file):

@@ -71,7 +71,10 @@ def module_problems(parts: tuple[str, ...], tree: ast.Module) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and node.id == "TYPE_CHECKING":
             yield "imports for type checkers only, which hides a circle; move what both need below both"
-            break
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "Image.open":
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            if given.get("formats") != "IMAGE_FORMATS":
+                yield "opens images of any format, some by other programs; pass formats=IMAGE_FORMATS"
     if parts != ("data", "pixels"):
         yield from crossings(tree)
 
@@ -209,6 +212,8 @@ def test_a_clean_tree_passes(tmp_path):
         ("losses/terms.py", "def f(x):\n    return x.byte()", "to_pixels"),
         ("losses/terms.py", "def f(x):\n    return x / 127.5 - 1", "from_pixels"),
         ("losses/terms.py", "from typing import Any\nif TYPE_CHECKING:\n    pass", "hides a circle"),
+        ("data/folders.py", "from PIL import Image\nImage.open(file)", "IMAGE_FORMATS"),
+        ("report/curves.py", "from PIL import Image\nImage.open(file, formats=None)", "IMAGE_FORMATS"),
         ("tokenizers/vq.py", "from robustok.tokenizers import load_tokenizer", "a circle of imports"),
         ("helpers.py", "", "in no layer"),
     ],

@@ -3,7 +3,8 @@
 import io
 
 import numpy as np
-from PIL import Image
+import pytest
+from PIL import Image, UnidentifiedImageError
 
 
 def picture(seed=0, width=8, height=8, mode="RGB"):
@@ -16,6 +17,28 @@ def encoded(image, form="PNG"):
     stream = io.BytesIO()
     image.save(stream, form)
     return stream.getvalue()
+
+
+def postscript():
+    """A picture for whose reading Pillow would start Ghostscript, which executes the program in it."""
+    return b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 7\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def watch_postscript(monkeypatch):
+    """A list of what Pillow opened as PostScript from now on."""
+    opened = []
+
+    def refuse(file, name):
+        opened.append(name)
+        raise SyntaxError
+
+    Image.init()
+    monkeypatch.setitem(Image.OPEN, "EPS", (refuse, Image.OPEN["EPS"][1]))
+    with pytest.raises(UnidentifiedImageError):
+        Image.open(io.BytesIO(postscript()))  # it is opened where it is let
+    assert opened
+    opened.clear()
+    return opened
 
 
 def save_tree(root, classes=("cat", "dog"), count=10):

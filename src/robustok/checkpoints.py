@@ -4,12 +4,14 @@ Of a pickle, only tensors and plain containers are loaded; any other object that
 arguments and optimiser states beside the weights need none of the project's packages, and malicious code never runs.
 """
 
+import io
 import json
 import pickle
+import tarfile
 import types
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -81,16 +83,28 @@ def _read_pickle(path: Path) -> Any:
         raise UserError(f"{path} is cut off, or neither a PyTorch file nor named .safetensors; download it again")
     reader = types.SimpleNamespace(Unpickler=_Unpickler, load=_load, __name__="robustok.checkpoints")
     try:
-        if archive:
-            with zipfile.ZipFile(path) as file:
-                if any(name.endswith("constants.pkl") for name in file.namelist()):  # TorchScript, which contains code
-                    raise UserError(f"{path} is a TorchScript program; give the checkpoint with a state dict")
-        return torch.load(path, map_location="cpu", pickle_module=reader, weights_only=False, mmap=archive)
+        if not archive and tarfile.is_tarfile(path):  # its first member may have the name OLD_FILE
+            raise UserError(f"{path} is a tar archive, which is never unpacked; give the .pt or .safetensors file")
+        if archive and any(name.endswith("constants.pkl") for name in _names(path)):  # TorchScript, which contains code
+            raise UserError(f"{path} is a TorchScript program; give the checkpoint with a state dict")
+        # torch would unpack an old file on disk if it is a tar, but not one in memory.
+        source = path if archive else io.BytesIO(path.read_bytes())
+        return torch.load(source, map_location="cpu", pickle_module=reader, weights_only=False, mmap=archive)
     except UserError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
         reason = one_line(error, 200)
         raise UserError(f"{path} cannot be read as a PyTorch checkpoint ({reason}); download it again") from None
+
+
+def _names(path: Path) -> list[str]:
+    """Names in a zip archive as Python and as torch read it: of a forged archive they may differ."""
+    with zipfile.ZipFile(path) as file:
+        names = file.namelist()
+    try:
+        return names + torch._C.PyTorchFileReader(str(path)).get_all_records()
+    except RuntimeError:  # torch.load reports it
+        return names
 
 
 def _metadata(path: Path) -> tuple[list[str] | None, dict[str, Any] | None]:
@@ -219,10 +233,25 @@ def _parameter(data: Tensor, *_: Any) -> Tensor:
     return data
 
 
+class _Function:
+    """A function that a pickle can call but not change; of a plain one, the opcode BUILD sets the attributes."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        object.__setattr__(self, "_function", function)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise pickle.UnpicklingError(f"it sets {name} of a function")
+
+
 ALLOWED = {
     ("collections", "OrderedDict"): OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch._utils", "_rebuild_tensor_v2"): _Function(_tensor),
+    ("torch._utils", "_rebuild_parameter"): _Function(_parameter),
     ("torch", "Size"): tuple,
 }
 
@@ -233,6 +262,18 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """The allowed object of that name, else a stub. torch resolves storage types itself."""
         return ALLOWED.get((module, name), _Stub)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Restrict the ``persistent_load`` that torch sets: for "module", it would compare and write source files."""
+        if name == "persistent_load":
+            load = value
+
+            def value(key: Any) -> Any:
+                if not (isinstance(key, tuple) and key and key[0] in ("storage", b"storage")):
+                    raise pickle.UnpicklingError("it refers to something other than the storage of a tensor")
+                return load(key)
+
+        super().__setattr__(name, value)
 
 
 def _load(file: Any, **options: Any) -> Any:

@@ -14,6 +14,11 @@ from safetensors import SafetensorError
 
 from robustok.errors import UserError
 
+IMAGE_SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".gif": "GIF"}
+IMAGE_SUFFIXES |= {".tif": "TIFF", ".tiff": "TIFF", ".ppm": "PPM", ".pgm": "PPM"}  # suffix -> format's name in Pillow
+# For Image.open, which otherwise goes by the content and, say, starts Ghostscript for PostScript in a file x.png.
+IMAGE_FORMATS = tuple(dict.fromkeys(IMAGE_SUFFIXES.values()))
+
 # Digests
 
 

@@ -15,7 +15,8 @@ from robustok.data.loader import batches_in_order
 from robustok.data.pixels import to_pixels
 from robustok.data.sources import Cifar10, Data, Digits, Folder, Npz, Parquet, data_at
 from robustok.errors import UserError
-from tiny_images import encoded, picture, save_tree, truncate
+from robustok.files import IMAGE_FORMATS, IMAGE_SUFFIXES
+from tiny_images import encoded, picture, postscript, save_tree, truncate, watch_postscript
 
 
 def save_parquet(path, count=12, labels=None, names=("cat", "dog"), column="img", row_group_size=5):
@@ -212,6 +213,35 @@ def test_a_broken_parquet_row_is_named(tmp_path):
     with pytest.warns(UserWarning, match=r"b\.parquet row 5"):
         dataset = open_images(Parquet(path=tmp_path, holdout=0), 8)
     assert (len(dataset), list(dataset.broken), dataset.classes) == (9, [7], ["all"])
+
+
+@pytest.mark.parametrize("size", [8, None])
+@pytest.mark.parametrize("kind", ["folder", "bytes", "plain bytes", "path"])
+def test_an_image_that_is_postscript_cannot_be_read(tmp_path, monkeypatch, kind, size):
+    opened = watch_postscript(monkeypatch)
+    save_tree(tmp_path, classes=("cat",), count=6)
+    files = sorted((tmp_path / "cat").iterdir())
+    files[3].write_bytes(postscript())
+    values = {
+        "bytes": [{"bytes": file.read_bytes(), "path": file.name} for file in files],
+        "plain bytes": [file.read_bytes() for file in files],
+        "path": [{"bytes": None, "path": f"cat/{file.name}"} for file in files],
+    }
+    if kind != "folder":
+        pq.write_table(pa.table({"image": values[kind]}), tmp_path / "a.parquet")
+    data = Folder(path=tmp_path, holdout=0) if kind == "folder" else Parquet(path=tmp_path / "a.parquet", holdout=0)
+    with pytest.warns(UserWarning, match="cannot identify image file"):
+        dataset = open_images(data, size)
+    assert (len(dataset), list(dataset.broken)) == (6, [3])
+    assert not opened
+
+
+@pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
+def test_a_file_of_every_suffix_is_read_whichever_of_the_formats_it_has(tmp_path, suffix):
+    for number, form in enumerate(IMAGE_FORMATS):
+        picture(number, 9, 7).save(tmp_path / f"{number}{suffix}", form)
+    dataset = open_images(Folder(path=tmp_path, holdout=0), 8)
+    assert (len(dataset), dataset.broken) == (len(IMAGE_FORMATS), {})
 
 
 def test_data_is_chosen_by_name(tmp_path):

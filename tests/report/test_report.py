@@ -24,6 +24,7 @@ from robustok.report.results import (
     mean_over_seeds,
     without_digest,
 )
+from tiny_images import picture, postscript, watch_postscript
 
 EVIL = "<script>alert(1)</script>"
 DASH, MINUS, SIGMA = "\N{EN DASH}", "\N{MINUS SIGN}", "\N{GREEK SMALL LETTER SIGMA}"
@@ -234,6 +235,19 @@ def test_order_of_the_sections(demo):
     # The slider comes first, then the rows of images; all before the first table.
     places = [text.index(part) for part in ("</header>", 'class="tiles"', 'class="strips"', "<table")]
     assert places == sorted(places)
+
+
+def test_a_progress_picture_that_is_postscript_is_left_out(tmp_path, monkeypatch):
+    opened = watch_postscript(monkeypatch)
+    write_lines(tmp_path / "stage" / "log.jsonl", [{"step": i, "total": 1.0} for i in range(3)])
+    (tmp_path / "stage" / "config.yaml").write_text("name: plain\n")
+    (tmp_path / "stage" / "samples").mkdir()
+    picture().save(tmp_path / "stage" / "samples" / "00000010.png")
+    (tmp_path / "stage" / "samples" / "00000020.png").write_bytes(postscript())
+    text = render(collect(tmp_path))
+    assert "samples at step 10" in text
+    assert "samples at step 20" not in text
+    assert not opened
 
 
 def test_table_shows_the_measured_numbers(demo):

@@ -24,9 +24,8 @@ from robustok.config import Config
 from robustok.data.arrays import open_array
 from robustok.data.crops import RGB
 from robustok.errors import UserError
-from robustok.files import bytes_digest, one_line
+from robustok.files import IMAGE_FORMATS, IMAGE_SUFFIXES, bytes_digest, one_line
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 SPLITS = {"train": ["train"], "test": ["val", "validation", "test"]}  # names on disk; the first one found is used
 
 Split = Literal["train", "test"]
@@ -180,7 +179,7 @@ def _folder(data: Folder, split: Split) -> Source:
         others = sorted({p.suffix or p.name for p in folder.rglob("*") if p.is_file()})
         raise UserError(
             f"no images in {folder} or in class folders inside it (files found: {', '.join(others[:8]) or 'none'}); "
-            f"expected CLASS/FILE with one of {' '.join(sorted(SUFFIXES))}"
+            f"expected CLASS/FILE with one of {' '.join(sorted(IMAGE_SUFFIXES))}"
         )
     identity = bytes_digest("\n".join(f"{os.path.relpath(file, folder)} {size}" for file, size, _ in files).encode())
     paths, labels = [file for file, _, _ in files], np.array([label for _, _, label in files])
@@ -189,7 +188,7 @@ def _folder(data: Folder, split: Split) -> Source:
 
 
 def _open_file(paths: Sequence[str], row: int) -> Image.Image:
-    return Image.open(paths[row])
+    return Image.open(paths[row], formats=IMAGE_FORMATS)
 
 
 def _subfolders(folder: Path) -> list[str]:
@@ -205,7 +204,7 @@ def _image_files(folder: Path, deep: bool = True) -> Iterator[tuple[str, int]]:
             continue
         if entry.is_dir():
             yield from _image_files(Path(entry.path)) if deep else ()
-        elif Path(entry.name).suffix.lower() in SUFFIXES:  # a dangling link is reported when it is read
+        elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:  # a dangling link is reported when it is read
             yield entry.path, entry.stat().st_size if entry.is_file() else 0
 
 
@@ -270,8 +269,8 @@ def _open_row(groups: list[_RowGroup], row: int) -> Image.Image:
     group = _group_of(groups, row)
     value = _read_group(group)[row - group.start].as_py()
     if isinstance(value, dict) and not value.get("bytes"):  # {"bytes": None, "path": ...}
-        return Image.open(Path(group.file).parent / value["path"])
-    return Image.open(BytesIO(value["bytes"] if isinstance(value, dict) else value))
+        return Image.open(Path(group.file).parent / value["path"], formats=IMAGE_FORMATS)
+    return Image.open(BytesIO(value["bytes"] if isinstance(value, dict) else value), formats=IMAGE_FORMATS)
 
 
 def _where_row(groups: list[_RowGroup], row: int) -> str:

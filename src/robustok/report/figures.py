@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from robustok.files import IMAGE_FORMATS
 from robustok.report.collect import BeforeAfter, ImageRows, Run, number
 from robustok.report.names import decimal, joined
 
@@ -121,7 +122,7 @@ def progress(run: Run, budget: int) -> Gallery:
     pictures = []
     for index in sorted({round(i) for i in np.linspace(0, len(run.progress) - 1, 4)}) if run.progress else ():
         try:
-            with Image.open(run.progress[index]) as file:
+            with Image.open(run.progress[index], formats=IMAGE_FORMATS) as file:
                 image = file.convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # such as one that is being written
             continue
