@@ -56,7 +56,9 @@ class DinoConfig(Config):
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size {self.kernel_size} has no middle; choose an odd one")
         if sorted(set(self.read_after)) != list(self.read_after) or not set(self.read_after) <= set(range(self.depth)):
-            raise ValueError(f"read_after {list(self.read_after)} must rise, within 0 to {self.depth - 1}")
+            raise ValueError(
+                f"read_after {list(self.read_after)} must rise, within 0 to depth - 1, which is {self.depth - 1}"
+            )
         return self
 
 
