@@ -25,15 +25,21 @@ def build(name, seed=0, **settings):
         model = RAR(RARConfig(**size), K, L, CLASSES)
     else:
         model = GPT(GPTConfig(**size, mlp_width=24, **GPTS[name]), K, L, CLASSES)
+    return randomised(model)
+
+
+def randomised(model):
+    """The model with all parameters random, those that start at zero included."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.3)
     return model.eval()
 
 
-def batch(count):
+def batch(count, length=L):
+    """Tokens (count, length), labels (count,) and the random generator that drew them."""
     rng = torch.Generator().manual_seed(0)
-    tokens = torch.randint(K, (count, L), generator=rng)
+    tokens = torch.randint(K, (count, length), generator=rng)
     return tokens, torch.randint(CLASSES, (count,), generator=rng), rng
 
 

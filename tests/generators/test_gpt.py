@@ -10,9 +10,8 @@ from robustok.generators.gpt import GPT, GPT_SIZES, GPTConfig
 from robustok.generators.sampling import Sampling
 from robustok.pretrained.export import export_weights
 from robustok.pretrained.load import load_pretrained
+from tiny_tokens import CLASSES, K, L, batch, randomised
 from tiny_tokens import GPTS as VARIANTS
-
-K, L, CLASSES = 29, 9, 5
 
 
 def build(variant="llamagen", length=L, **settings):
@@ -20,16 +19,7 @@ def build(variant="llamagen", length=L, **settings):
     torch.manual_seed(0)
     size = {"width": 32, "depth": 2, "heads": 4, "mlp_width": 24} | VARIANTS[variant] | settings
     model = GPT(GPTConfig(**size), K, length, CLASSES)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3)
-    return model.eval()
-
-
-def batch(count):
-    rng = torch.Generator().manual_seed(0)
-    tokens = torch.randint(K, (count, L), generator=rng)
-    return tokens, torch.randint(CLASSES, (count,), generator=rng), rng
+    return randomised(model)
 
 
 def linear(state, name, x):

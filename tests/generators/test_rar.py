@@ -5,30 +5,26 @@ import torch
 import torch.nn.functional as F
 
 import robustok.generators.rar as rar
+import tiny_tokens
 from robustok.config import validate
 from robustok.errors import UserError
 from robustok.generators.rar import RAR, RAR_SIZES, RARConfig, draw_orders, drop_labels, random_share
 from robustok.generators.sampling import Sampling
 from robustok.randomness import image_rngs
-from tiny_tokens import GUIDED, forced_logits, full_logits
+from tiny_tokens import CLASSES, GUIDED, K, forced_logits, full_logits, randomised
 
-K, L, CLASSES = 29, 12, 5
+L = 12
 
 
 def build(**settings):
     """A tiny RAR in which every parameter is random and matters, those that start at zero included."""
     torch.manual_seed(0)
     model = RAR(RARConfig(**({"width": 16, "depth": 2, "heads": 2} | settings)), K, L, CLASSES)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3)
-    return model.eval()
+    return randomised(model)
 
 
 def batch(count):
-    rng = torch.Generator().manual_seed(0)
-    tokens = torch.randint(K, (count, L), generator=rng)
-    return tokens, torch.randint(CLASSES, (count,), generator=rng), rng
+    return tiny_tokens.batch(count, L)
 
 
 def linear(state, name, x):
