@@ -1,10 +1,12 @@
 """Files and folders that are written whole or not at all, digests, and errors on one line."""
 
+import errno
 import hashlib
 import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from robustok.errors import UserError
+from robustok.errors import FileError, UserError
 
 IMAGE_SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".gif": "GIF"}
 IMAGE_SUFFIXES |= {".tif": "TIFF", ".tiff": "TIFF", ".ppm": "PPM", ".pgm": "PPM"}  # suffix -> format's name in Pillow
@@ -47,6 +49,11 @@ def one_line(error: object, limit: int | None = None) -> str:
     return " ".join(str(error).split())[:limit] or type(error).__name__
 
 
+def reason(error: BaseException) -> str:
+    """What the operating system said, without number and path."""
+    return getattr(error, "strerror", None) or one_line(error)
+
+
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
     """Context in which a failure to write ``path`` becomes a UserError.
@@ -56,12 +63,40 @@ def writing(path: str | Path) -> Iterator[None]:
     """
     try:
         yield
+    except UserError:
+        raise
     except (OSError, SafetensorError) as error:  # safetensors wraps the errors of the operating system
-        reason = getattr(error, "strerror", None) or one_line(error)
         raise UserError(
-            f"cannot write {path}: {reason}; free some space or choose another out=PATH and run the same command "
-            "again (the last good state is kept)"
+            f"cannot write {path}: {reason(error)}; free some space or choose another out=PATH and run the same "
+            "command again (the last good state is kept)"
         ) from None
+
+
+# Reading
+
+
+def regular_file(path: str | Path) -> Path:
+    """The path, ``~`` expanded, of a file that can be read. Every file of other people is opened through this.
+
+    Raises:
+        FileError: it is missing, a folder, a FIFO (which would wait for ever) or a device, or may not be read.
+    """
+    try:
+        path = Path(path).expanduser()
+        mode = path.stat().st_mode
+    except (OSError, ValueError, RuntimeError) as error:  # ValueError: a zero byte; RuntimeError: ~nosuchuser
+        raise FileError(f"cannot read {path}: {reason(error)}; give the path of a file") from None
+    if not stat.S_ISREG(mode):
+        raise FileError(f"cannot read {path}: it is a {kind(mode)}; give the path of a file")
+    if not os.access(path, os.R_OK):
+        raise FileError(f"cannot read {path}: {os.strerror(errno.EACCES)}; ask its owner to let you read it")
+    return path
+
+
+def kind(mode: int) -> str:
+    """What a path is, by its ``st_mode``."""
+    names = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
+    return names.get(stat.S_IFMT(mode), "device")
 
 
 # Writing
