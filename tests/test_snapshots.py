@@ -1,4 +1,5 @@
 import errno
+import os
 import pickle
 
 import pytest
@@ -10,7 +11,17 @@ from torch import nn
 from robustok import files, snapshots
 from robustok.errors import UserError
 from robustok.files import atomic_folder, tensor_digest
-from robustok.snapshots import load_weights, read_snapshot, read_weights, resolve, write_snapshot
+from robustok.snapshots import (
+    check_finite_weights,
+    load_weights,
+    read_extra,
+    read_header,
+    read_snapshot,
+    read_weights,
+    resolve,
+    split_scale,
+    write_snapshot,
+)
 from robustok.tokenizers import load_tokenizer
 
 
@@ -138,6 +149,67 @@ def test_a_truncated_or_missing_file(tmp_path):
         read_snapshot(tmp_path / "a", "tokenizer")
     with pytest.raises(UserError, match="is missing; the snapshot is incomplete"):
         read_weights(tmp_path / "a" / "other.safetensors")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+    broken = {"x": torch.tensor([0.0, float(value)])}
+    write(tmp_path / "a", extra={"discriminator": broken})
+    read_snapshot(tmp_path / "a", "tokenizer")
+    with pytest.raises(UserError, match=r"discriminator\.safetensors: x holds NaN or infinite numbers"):
+        read_extra(tmp_path / "a", "discriminator")
+    write_snapshot(tmp_path / "b", header(), weights() | broken, {})
+    with pytest.raises(UserError, match=r"model\.safetensors: x holds NaN or infinite numbers"):
+        read_snapshot(tmp_path / "b", "tokenizer")
+    check_finite_weights(
+        {"counts": torch.tensor([2**62]), "largest": torch.full((2,), 1e308, dtype=torch.float64)}, "here"
+    )
+    with pytest.raises(UserError, match="here: small holds"):
+        check_finite_weights({"small": torch.tensor([float("nan")]).to(torch.float8_e4m3fn)}, "here")
+    with pytest.raises(UserError, match=f"the scale {value} is no finite number"):
+        split_scale(f"{tmp_path}/a@{value}")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"kind": ["tokenizer"]}, "kind = "),
+        ({"config": "robustok"}, "config = 'robustok'"),
+        ({"classes": 0}, "classes = 0"),
+        ({"classes": "10"}, "classes = '10'"),
+        ({"classes": None}, "classes = None"),
+        ({"codebook_size": 2.5}, "codebook_size = 2.5"),
+        ({"codebook_size": True}, "codebook_size = True"),
+        ({"latent_shape": [16]}, "latent_shape = "),
+        ({"latent_shape": [16, "²"]}, "latent_shape.1 = '²'"),
+        ({"latent_shape": 16}, "latent_shape = 16"),
+        ({"latent_space": 5}, "latent_space = 5"),
+        ({"licence": ["MIT"]}, "licence = "),
+        ({"source": "a.pt"}, "source = "),
+        ({"post_trained": [1]}, "post_trained = "),
+        ({"discriminator": "patch"}, "discriminator = "),
+        ({"delta": "whole"}, "delta = "),
+        ({"delta": {"digest": "0", "relative_error": 0.0}}, "'delta.base' is missing"),
+        ({"delta": {"base": "a", "digest": "0", "relative_error": float("nan")}}, "delta.relative_error = nan"),
+        ({"delta": {"base": "a", "digest": "0", "relative_error": 0.0, "rank": -1}}, "delta.rank = -1"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_header_of_other_types_is_refused(tmp_path, change, said):
+    write(tmp_path / "a")
+    (tmp_path / "a" / "config.yaml").write_text(yaml.safe_dump(header() | change))
+    with pytest.raises(UserError, match=r"a/config\.yaml: ") as error:
+        read_header(tmp_path / "a")
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_pipe_in_place_of_weights_is_not_waited_for(tmp_path):
+    write(tmp_path / "a")
+    (tmp_path / "a" / "model.safetensors").unlink()
+    os.mkfifo(tmp_path / "a" / "model.safetensors")
+    with pytest.raises(UserError, match="is no regular file"):
+        read_snapshot(tmp_path / "a", "tokenizer")
 
 
 class Trap:
