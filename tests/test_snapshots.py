@@ -12,8 +12,8 @@ from robustok import files, snapshots
 from robustok.errors import UserError
 from robustok.files import atomic_folder, tensor_digest
 from robustok.snapshots import (
+    build,
     check_finite_weights,
-    load_weights,
     read_extra,
     read_header,
     read_snapshot,
@@ -50,9 +50,7 @@ def test_round_trip(tmp_path):
     assert found.header == header()
     assert all(torch.equal(found.weights[name], value) for name, value in weights().items())
     assert torch.equal(read_weights(tmp_path / "a" / "discriminator.safetensors")["x"], torch.ones(2))
-    layer = nn.Linear(4, 3)
-    load_weights(layer, found)
-    assert torch.equal(layer.weight, weights()["weight"])
+    assert torch.equal(build(lambda: nn.Linear(4, 3), found).weight, weights()["weight"])
     card = (tmp_path / "a" / "README.md").read_text()
     assert "robustok.load_tokenizer" in card
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "robustok"
@@ -237,12 +235,32 @@ def test_a_pickle_is_never_read(tmp_path):
 def test_weights_that_do_not_fit_are_named(tmp_path):
     write(tmp_path / "a")
     with pytest.raises(UserError, match=r"weights do not fit its config.yaml: weight is \(3, 4\), expected \(3, 5\)"):
-        load_weights(nn.Linear(5, 3), read_snapshot(tmp_path / "a", "tokenizer"))
+        build(lambda: nn.Linear(5, 3), read_snapshot(tmp_path / "a", "tokenizer"))
     with pytest.raises(UserError, match="unexpected bias"):
-        load_weights(nn.Linear(4, 3, bias=False), read_snapshot(tmp_path / "a", "tokenizer"))
+        build(lambda: nn.Linear(4, 3, bias=False), read_snapshot(tmp_path / "a", "tokenizer"))
     write_snapshot(tmp_path / "b", {"kind": "tokenizer", "config": {"name": "other"}}, weights(), {})
     with pytest.raises(UserError, match="unknown tokenizer family 'other'"):
         load_tokenizer(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Linear(10**8, 10**8),
+        lambda: nn.ModuleList(nn.Linear(1, 1) for _ in range(10**13)),
+        lambda: nn.ModuleList(nn.Identity() for _ in range(10**13)),
+        lambda: nn.Linear(10**13, 10**13),
+        lambda: nn.Linear(-1, 3),
+        lambda: nn.Conv2d(3, 5, 1, groups=2),
+    ],
+    ids=["wide", "deep", "deep and empty", "overflow", "negative", "groups"],
+)
+def test_a_giant_is_refused_before_anything_is_allocated(tmp_path, make):
+    write(tmp_path / "a")
+    state = torch.get_rng_state()
+    with pytest.raises(UserError, match=r"a/config\.yaml asks for a model that (is far larger than|cannot be made)"):
+        build(make, read_snapshot(tmp_path / "a", "tokenizer"))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_the_digest_depends_on_names_shapes_types_and_values():

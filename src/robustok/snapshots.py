@@ -11,20 +11,27 @@ scales the difference.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 import yaml
 from pydantic import ConfigDict, Field, FiniteFloat, PositiveInt
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from robustok.config import Config, read_yaml, validate
 from robustok.errors import UserError
 from robustok.files import atomic_folder, one_line
 from robustok.model_card import model_card
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class DeltaHeader(Config):
@@ -213,11 +220,67 @@ def resolve(path: str | Path) -> Path:
     return found[-1]
 
 
-def load_weights(module: nn.Module, snapshot: Snapshot) -> None:
-    """Load the weights strictly.
+def build(make: Callable[[], Module], snapshot: Snapshot) -> Module:
+    """Make the model of a snapshot and load its weights, strictly.
+
+    An outline without memory is compared with the weights first: a configuration that asks for a giant is refused
+    before anything is allocated.
+
+    Args:
+        make: makes the model.
+        snapshot: its configuration and weights.
 
     Raises:
-        UserError: names or shapes do not fit the configuration.
+        UserError: names or shapes do not fit the configuration, or no model can be made of it.
+    """
+    numbers = sum(tensor.numel() for tensor in snapshot.weights.values())
+    file, limit = snapshot.path / "config.yaml", f"the {numbers:,} numbers in its weights; copy or train it again"
+    _check_fit(outline_of(make, len(snapshot.weights), numbers, f"{file} asks for", limit), snapshot)
+    module = make()
+    module.load_state_dict(snapshot.weights)
+    return module
+
+
+def outline_of(make: Callable[[], Module], tensors: int, numbers: int, who: str, limit: str) -> Module:
+    """A model on the device "meta", where tensors have shapes and take no memory.
+
+    Args:
+        make: makes the model.
+        tensors: how many tensors it has at most. A few times as many are made: some only to be replaced.
+        numbers: how many numbers these hold together at most.
+        who: begins the error, such as "config.yaml asks for".
+        limit: ends the error: where the two limits come from, and what to do.
+
+    Raises:
+        UserError: the model is far larger than this, or cannot be made.
+    """
+    left = {"tensors": 4 * tensors + 1000, "numbers": 4 * numbers + 10**6, "modules": 100 * tensors + 10_000}
+
+    def count(_module: nn.Module, _name: str, added: nn.Parameter | nn.Module | None) -> None:
+        sizes = {"tensors": 1, "numbers": added.numel()} if isinstance(added, Tensor) else {"modules": 1}
+        for what, size in sizes.items():
+            left[what] -= size
+        if min(left.values()) < 0:
+            raise UserError(f"{who} a model that is far larger than {limit}")
+
+    hooks = register_module_parameter_registration_hook(count), register_module_module_registration_hook(count)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            return make()
+    except UserError:
+        raise
+    except Exception as error:  # sizes that are no sizes can raise nearly anything
+        raise UserError(f"{who} a model that cannot be made ({one_line(error, 200)}); correct it") from None
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _check_fit(module: nn.Module, snapshot: Snapshot) -> None:
+    """Compare names and shapes of the weights with those of the model, which may be an outline.
+
+    Raises:
+        UserError: lists up to three problems.
     """
     own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in snapshot.weights.items()}
@@ -228,4 +291,3 @@ def load_weights(module: nn.Module, snapshot: Snapshot) -> None:
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"{snapshot.path}: weights do not fit its config.yaml: {'; '.join(sorted(problems)[:3])}{more}")
-    module.load_state_dict(snapshot.weights)

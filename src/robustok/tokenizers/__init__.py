@@ -10,7 +10,7 @@ from pydantic import Field
 from robustok.config import validate
 from robustok.errors import UserError
 from robustok.files import tensor_digest
-from robustok.snapshots import Snapshot, check_finite_weights, load_weights, read_snapshot, split_scale
+from robustok.snapshots import Snapshot, build, check_finite_weights, read_snapshot, split_scale
 from robustok.tokenizers.deltas import Delta, apply_delta
 from robustok.tokenizers.diffusers import DiffusersConfig, DiffusersDC, DiffusersKL, DiffusersVQ
 from robustok.tokenizers.gigatok import GigaTok, GigaTokConfig
@@ -65,8 +65,8 @@ def load_tokenizer(path: str | Path, strength: float | None = None) -> Tokenizer
     if settings.get("name") not in TOKENIZERS:
         raise UserError(f"{path}: unknown tokenizer family {settings.get('name')!r}; known: {', '.join(TOKENIZERS)}")
     family, config = TOKENIZERS[settings["name"]]
-    tokenizer = family(validate(config, settings, source=str(path)))
-    load_weights(tokenizer, snapshot)
+    settings = validate(config, settings, source=str(path))
+    tokenizer = build(lambda: family(settings), snapshot)
     if (snapshot.header.get("post_trained") or {}).get("trainable") in ("authors", "release"):
         tokenizer.latent_space = snapshot.header["latent_space"]  # of the tokenizer whose latents it learned to decode
     return tokenizer.eval().requires_grad_(False)
