@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from itertools import islice, tee
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from robustok.config import Config
-from robustok.console import console, track
+from robustok.console import note, track
 from robustok.data.crops import enlarged, five_crops
 from robustok.data.dataset import open_images
 from robustok.data.latent_cache import LatentType, Manifest, create_cache, missing_shards, shard_rows, write_shard
@@ -21,6 +22,7 @@ from robustok.data.loader import batches_of
 from robustok.data.sources import Data
 from robustok.devices import autocast, start_accelerator
 from robustok.errors import UserError
+from robustok.files import inside, locked, writing
 from robustok.tokenizers import encoder_digest, load_tokenizer
 from robustok.types import Batch
 
@@ -150,9 +152,13 @@ def fill_cache(
     Raises:
         UserError: the folder holds other latents, or the disk has less space than the missing shards need.
     """
+    lock = ExitStack()
     if accelerator.is_main_process:
+        _check_space(inside(out), manifest, description)
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+        lock.enter_context(locked(out))
         create_cache(out, manifest)
-        _check_space(out, manifest, description)
     accelerator.wait_for_everyone()
     missing = missing_shards(out, accelerator.process_index, accelerator.num_processes)
 
@@ -163,11 +169,12 @@ def fill_cache(
     prepared = prepare(records for k in missing for records in batches(k))
     total = sum(len(batches(k)) for k in missing)
     bar = track(range(total), f"{description} {out.name}", accelerator.is_main_process)
-    for k in missing:
-        parts = [make(next(prepared)) for _ in islice(bar, len(batches(k)))]
-        write_shard(out, k, {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]})
-    next(bar, None)  # closes the progress bar
-    accelerator.wait_for_everyone()
+    with lock:
+        for k in missing:
+            parts = [make(next(prepared)) for _ in islice(bar, len(batches(k)))]
+            write_shard(out, k, {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]})
+        next(bar, None)  # closes the progress bar
+        accelerator.wait_for_everyone()
 
 
 def _check_space(out: Path, manifest: Manifest, description: str) -> None:
@@ -176,13 +183,15 @@ def _check_space(out: Path, manifest: Manifest, description: str) -> None:
     Raises:
         UserError: the disk has less.
     """
-    records = sum(len(shard_rows(manifest, k)) for k in missing_shards(out))
-    if not records:
+    numbers = (file.stem.removeprefix("shard-") for file in out.glob("shard-*.safetensors"))
+    records = manifest.count - sum(len(shard_rows(manifest, int(number))) for number in numbers if number.isdecimal())
+    if records <= 0:
         return
-    need, free = records * manifest.record_bytes, shutil.disk_usage(out).free
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    need, free = records * manifest.record_bytes, shutil.disk_usage(there).free
     if need >= LARGE:
         size = f"{need / 1e9:.3g} GB in {out} ({free / 1e9:.3g} GB are free)"
-        console.print(f"{description}: {records:,} records of {manifest.record_bytes:,} bytes, {size}", soft_wrap=True)
+        note(f"{description}: {records:,} records of {manifest.record_bytes:,} bytes, {size}")
     if need > free:
         raise UserError(
             f"{out} needs {need / 1e9:.3g} GB for {records:,} records, {free / 1e9:.3g} GB are free; free some space, "

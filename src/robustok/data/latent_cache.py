@@ -120,19 +120,16 @@ def create_cache(path: str | Path, manifest: Manifest) -> None:
         UserError: the folder holds another cache (the fields that differ are named), or cannot be written.
     """
     path = Path(path)
-    shards = sorted(path.glob("shard-*.safetensors")) if path.is_dir() else []
-    if (path / "manifest.json").exists():
-        different = differences(_read_manifest(path).plain(), manifest.plain())
-        if different:
-            raise UserError(
-                f"{path} holds other latents ({'; '.join(different)}); choose another folder or remove this one"
-            )
-    elif shards:
+    if not any(path.glob("shard-*.safetensors")):  # nothing of an earlier command is there but perhaps its manifest
+        write_file(path / "manifest.json", json.dumps(manifest.plain(), indent=2))
+    elif not (path / "manifest.json").exists():
         raise UserError(
             f"{path} holds shards of unknown origin and no manifest.json; choose another folder or remove them"
         )
-    else:
-        write_file(path / "manifest.json", json.dumps(manifest.plain(), indent=2))
+    elif different := differences(_read_manifest(path).plain(), manifest.plain()):
+        raise UserError(
+            f"{path} holds other latents ({'; '.join(different)}); choose another folder or remove this one"
+        )
 
 
 def missing_shards(path: str | Path, rank: int = 0, world: int = 1) -> list[int]:
