@@ -160,12 +160,13 @@ def test_opening_an_unfinished_cache_leaves_the_writer_alone(tmp_path):
 
 
 def test_another_manifest_is_refused_by_name(tmp_path):
-    create_cache(tmp_path, manifest())
+    create_cache(tmp_path, manifest(tokenizer="t0"))
+    create_cache(tmp_path, manifest())  # of the first command there are no latents
+    (tmp_path / "shard-00000.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"tokenizer: t1 -> t2") as caught:
         create_cache(tmp_path, manifest(tokenizer="t2", source={"sigma": 0.5, "seeds": [1, 2]}))
     assert "source.sigma: 0.7 -> 0.5" in str(caught.value)
     (tmp_path / "manifest.json").unlink()
-    (tmp_path / "shard-00000.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="unknown origin"):
         create_cache(tmp_path, manifest())
 
