@@ -28,7 +28,7 @@ from torch.nn.modules.module import (
 
 from robustok.config import Config, read_yaml, validate
 from robustok.errors import UserError
-from robustok.files import atomic_folder, one_line
+from robustok.files import atomic_folder, one_line, regular_file
 from robustok.model_card import model_card
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -166,8 +166,7 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
     """
     if not Path(file).exists():
         raise UserError(f"{file} is missing; the snapshot is incomplete, copy the whole folder")
-    if not Path(file).is_file():  # such as a pipe, which could be waited for without end
-        raise UserError(f"{file} is no regular file; copy or train it again")
+    file = regular_file(file)
     try:
         return load_file(file)
     except Exception as error:  # safetensors raises its own, undocumented types
