@@ -1,6 +1,7 @@
 """One command from released files to a released file whose decoder alone is another."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from robustok.cli import main
 from robustok.commands import pretrained_sources
+from robustok.commands.convert import ConvertRun, convert
 from robustok.commands.pretrained_sources import PretrainedTokenizer, export_decoder, origin_of
 from robustok.config import plain
 from robustok.data.latent_cache import LatentCache
@@ -111,12 +113,71 @@ def test_only_the_decoder_changes_in_the_exported_file(capsys, tmp_path, images,
     (pairs,) = (LatentCache(path) for path in (out / "pairs").iterdir())
     assert pairs.manifest.tokenizer == encoder_digest(model)
 
-    card, licence = (out / "export" / "README.md").read_text(), FAMILIES[family].model.licence
+    card = (out / "export" / "README.md").read_text()
+    licence, other = (FAMILIES[name].model.licence for name in PAIRS[pair])
     assert f"| sigma | {pairs.manifest.source['sigma']} |" in card
     assert "| adversary | reinit_warmup, 1 steps |" in card
-    assert f"Of the original weights: {licence}." in card
-    assert 'torch.save({"ema": load_file("tokenizer.safetensors")}, "tokenizer.pt")' in card
+    if licence == other:
+        assert f"Of the original weights: {licence}." in card
+    else:
+        assert f"Of all the weights that it was made from: {licence} (tokenizer); {other} (generator)." in card
     assert "path/to/this/folder" not in card
+
+
+def code_of(card):
+    """The lines of Python on a card."""
+    return re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+
+
+# How the loader of each project finds the weights in the file (shared/docs/ADAPTERS.md), for a file under these keys.
+LOADERS = {
+    "robustok": (("ema", "model"), lambda file: file["model"] if "model" in file else file["ema"]),
+    "llamagen_tokenizer": (("model",), lambda file: file["model"]),
+    "llamagen_tokenizer, reconstructions": (
+        ("model",),
+        lambda file: file["ema"] if "ema" in file else file["model"] if "model" in file else file["state_dict"],
+    ),
+    "gigatok_tokenizer": (
+        ("ema", "model", "discriminator"),
+        lambda file: file["ema"] if "ema" in file else file["model"] if "model" in file else file["state_dict"],
+    ),
+    "maskgit_vqgan": ((), lambda file: file),
+    "vavae": (("state_dict",), lambda file: file.get("state_dict", file)),
+}
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_the_lines_on_the_card_make_a_file_that_the_project_s_loader_reads(tmp_path, monkeypatch, loader):
+    family, (keys, load) = loader.partition(",")[0], LOADERS[loader]
+    weights, config = released(family)[0], RELEASES[family][1]
+    file = tmp_path / 'their "best".pt'
+    torch.save(dict.fromkeys(keys, weights) if keys else weights, file)
+    source = PretrainedTokenizer(family=family, weights=file, config=config, discriminator=False)
+    settings = {key: value for key, value in source if key != "published"}
+    snapshot = convert(ConvertRun(out=tmp_path / "snapshot", **settings))
+    exported = export_decoder(snapshot, source, tmp_path / "export")
+    monkeypatch.chdir(tmp_path / "export")
+    exec(code_of((tmp_path / "export" / "README.md").read_text()))
+    found = load(torch.load(file.name, weights_only=True))
+    assert not changed(found, weights)
+    assert not changed(load_pretrained(family, exported, config).state_dict(), load_tokenizer(snapshot).state_dict())
+
+
+def test_a_snapshot_of_a_file_with_more_is_told_how_to_export(capsys, tmp_path):
+    weights = released("robustok")[0] | {"semantic_model.norm.weight": torch.ones(3)}
+    torch.save({"model": weights}, tmp_path / "main-train.pt")
+    words = ["convert", "family=robustok", f"weights={tmp_path}/main-train.pt", f"out={tmp_path}/ours"]
+    run(capsys, [*words, "config.num_heads=2"])
+    assert export_decoder(tmp_path / "ours", tmp_path / "ours", tmp_path / "export") is None
+    assert "convert to=export family=robustok" in (said := capsys.readouterr().err)
+    assert "original=main-train.pt" in said
+    words = ["convert", "to=export", "family=robustok", f"weights={tmp_path}/ours"]
+    _, said = run(capsys, [*words, f"out={tmp_path}/a.safetensors"])
+    assert "has no semantic_model.*" in said
+    assert "original=FILE of the original weights adds them" in said
+    _, said = run(capsys, [*words, f"out={tmp_path}/b.safetensors", f"original={tmp_path}/main-train.pt"])
+    assert said == ""
+    assert not changed(load_file(tmp_path / "b.safetensors"), weights)
 
 
 def test_the_same_command_again_does_nothing_again(capsys, tmp_path, images, monkeypatch):

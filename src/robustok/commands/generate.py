@@ -20,6 +20,7 @@ from robustok.errors import UserError
 from robustok.files import tensor_digest
 from robustok.generators import SamplingConfig, check_sampling, load_generator
 from robustok.randomness import image_rngs
+from robustok.snapshots import read_header
 from robustok.tokenizers import encoder_digest, load_tokenizer
 from robustok.types import Generator
 
@@ -95,12 +96,19 @@ def generate(run: GenerateRun) -> Path:
         "precision": run.cache.precision,
         "generator": tensor_digest(generator.state_dict()),
         "classes": run.classes,
+        **licence_of(run.generator),
     }
     manifest = manifest_of(generator, run.cache, run.count, None, source)
     fill_cache(run.out, manifest, make, run.cache.batch_size, accelerator, "generate")
     if tokenizer is not None:
         write_images(run.out, tokenizer, run.images, run.cache.batch_size, accelerator)
     return run.out
+
+
+def licence_of(generator: Path) -> dict[str, str]:
+    """Of a generator's latents, the part of the source on its licence, which decoders trained on them inherit."""
+    licence = read_header(generator).get("licence")
+    return {"licence": licence} if licence else {}
 
 
 def load_for_sampling(path: str | Path, settings: SampleCacheSettings, device: torch.device) -> Generator:

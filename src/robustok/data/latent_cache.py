@@ -144,9 +144,9 @@ def create_cache(path: str | Path, manifest: Manifest) -> None:
 
 
 def _identity(manifest: Manifest) -> dict[str, Any]:
-    """The manifest without the words that describe the images: their folder may move, ``data`` is their digest."""
-    whole = manifest.plain()
-    return whole | {"source": {key: value for key, value in whole["source"].items() if key not in ("data", "split")}}
+    """The manifest without words: the folder of the images may move, and ``data`` is their digest."""
+    whole, words = manifest.plain(), ("data", "split", "licence")
+    return whole | {"source": {key: value for key, value in whole["source"].items() if key not in words}}
 
 
 def check_space(path: Path, manifest: Manifest, made_by: str) -> None:

@@ -28,6 +28,7 @@ from robustok.losses.discriminators import DiscriminatorConfig, PatchConfig, car
 from robustok.losses.reconstruction import ReconstructionConfig, ReconstructionTerms
 from robustok.losses.semantic import TeacherConfig
 from robustok.metrics.features import load_extractor
+from robustok.model_card import add_licence, licence_fields
 from robustok.randomness import seed_step
 from robustok.runs import RunFolder
 from robustok.snapshots import read_extra, read_header, resolve, write_snapshot
@@ -273,7 +274,8 @@ class Snapshots:
         run, source, policy = self.run, self.pairs.manifest.source, _policy(self.run)
         header = read_header(run.tokenizer)
         if licence := header.get("licence") or self.average.licence:
-            header["licence"] = licence
+            header |= licence_fields(licence)
+        add_licence(header, source.get("licence"), "generator")
         header |= {
             "latent_space": encoder_digest(self.average),
             "post_trained": {
