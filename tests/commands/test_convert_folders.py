@@ -387,6 +387,8 @@ def test_wrong_words(capsys, tmp_path):
     assert "expected AutoencoderKL" in refuse("family=diffusers_kl", f"weights={tmp_path}/DiT/transformer")
     assert "holds a KL, which is no diffusers" in refuse("family=diffusers", "to=export", f"weights={tmp_path}/kl")
     assert "drop it" in refuse("family=diffusers", "to=export", f"weights={tmp_path}/kl", "original=a.pt")
+    with pytest.raises(UserError, match="write it with export_folder"):
+        robustok.export_weights(robustok.load_pretrained("dit", tmp_path / "DiT"))
     with pytest.raises(UserError, match="name one of them"):
         robustok.load_pretrained("diffusers", tmp_path / "DiT")
     with pytest.raises(UserError, match="give its path"):

@@ -4,9 +4,11 @@ import json
 import re
 import shutil
 import sys
+from urllib.error import URLError
 
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from PIL import Image
@@ -252,6 +254,32 @@ def test_a_carried_discriminator_goes_on_and_the_card_says_so(capsys, tmp_path, 
 
     run(capsys, [*words, fresh, "tokenizer.discriminator=false", f"out={tmp_path}/fresh"])
     assert best(tmp_path / "fresh")["protocol"]["adversary"] == "reinit_warmup, 1 steps"
+
+
+def test_without_a_network_all_files_that_are_needed_are_named_before_anything_is_made(
+    capsys, tmp_path, images, monkeypatch
+):
+    pytest.importorskip("lpips", reason="the extra robustok[lpips] is not installed")
+
+    def offline(*_, **__):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    words = [word for word in command("robustok", tmp_path, images) if not word.startswith("reconstruction.perc")]
+    heads = shaken(DinoHeads(DinoConfig(image_size=32, width=8, heads=2, depth=3, read_after=(0, 2), kernel_size=3)))
+    torch.save({"ema": released("robustok")[0], "discriminator": heads.state_dict()}, tmp_path / "tokenizer.pt")
+    settings = {"num_heads": 2, "depth": 3, "key_depths": [0, 2], "input_size": 32, "patch_size": 16}
+    words = [*words, f"tokenizer.config.discriminator={json.dumps(settings)}", "reconstruction.perceptual=lpips"]
+    line = refuse(capsys, tmp_path, words)
+    for part in (
+        "vgg16-397923af.pth",
+        "reconstruction.perceptual_weights=FILE",
+        "; and cannot load the discriminator's",
+    ):
+        assert part in line
+    assert "discriminator.weights with discriminator.name=dino, such as https://" in line
 
 
 def test_sigma_can_be_chosen_too(capsys, tmp_path, images, classifier):

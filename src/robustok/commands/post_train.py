@@ -148,6 +148,7 @@ def post_train(run: PostTrainRun) -> Path:
     """
     accelerator = start_accelerator(run.batch_size)
     if run.pairs is not None and not isinstance(run.tokenizer, Pretrained):
+        check_networks(run.training())
         best = train_decoder(run.training())
     else:
         ready = _prepare(run, accelerator)

@@ -345,14 +345,23 @@ def check_networks(run: DecoderTrainingRun) -> None:
     """Load the networks of the losses and the held-out score once: errors come before the hours that pairs take.
 
     Raises:
-        UserError: a perceptual network, a discriminator or an extractor is missing or unusable.
+        UserError: perceptual networks, discriminators or extractors are missing or unusable; names all of them, since
+            without a network all their files have to be brought.
     """
     device = torch.device("cpu")
-    ReconstructionTerms(run.reconstruction, device)
+    needed: list[Callable[[], Any]] = [lambda: ReconstructionTerms(run.reconstruction, device)]
     if _policy(run) != "none":
-        frozen_features(_discriminator(run)[0], device)
+        needed.append(lambda: frozen_features(_discriminator(run)[0], device))
     if run.held_out is not None:
-        load_extractor(run.held_out.extractor, device)
+        needed.append(lambda: load_extractor(run.held_out.extractor, device))
+    problems = []
+    for load_network in needed:
+        try:
+            load_network()
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("; and ".join(problems))
 
 
 def _adversary(run: DecoderTrainingRun, accelerator: Any) -> Adversary | None:

@@ -250,7 +250,7 @@ def load_backbone(config: DinoConfig) -> DinoBackbone:
         config.model,
         config.weights,
         role="the discriminator's backbone",
-        setting="discriminator.weights, with discriminator.name=dino",
+        setting="discriminator.weights with discriminator.name=dino",
         img_size=config.image_size,
         patch_size=config.patch_size,
         embed_dim=config.width,
