@@ -21,6 +21,7 @@ from robustok.files import (
     inside,
     is_temporary,
     json_lines,
+    load_tensors,
     locked,
     one_line,
     regular_file,
@@ -187,10 +188,10 @@ def test_what_a_killed_process_left_is_removed_or_named_again(tmp_path):
     for name in (".best.old", ".new.tmp", ".both.old", "both"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x").write_text(name)
-    for name in (".a.tmp", ".a.0123abcd.tmp", ".lock", ".hidden", "b.tmp", "b.old"):
+    for name in (".a.tmp", ".a.0123abcd.tmp", ".lock", "config.tmp", ".hidden", "b.tmp", "b.old"):
         (tmp_path / name).write_text("")
     ours = {path.name for path in tmp_path.iterdir() if is_temporary(path)}
-    assert ours == {".best.old", ".new.tmp", ".both.old", ".a.tmp", ".a.0123abcd.tmp", ".lock"}
+    assert ours == {".best.old", ".new.tmp", ".both.old", ".a.tmp", ".a.0123abcd.tmp", ".lock", "config.tmp"}
     clean(tmp_path)
     clean(tmp_path / "missing")
     assert sorted(os.listdir(tmp_path)) == [".hidden", ".lock", "b.old", "b.tmp", "best", "both"]
@@ -220,6 +221,15 @@ def test_a_file_system_without_locks_is_no_error(tmp_path, monkeypatch, error):
         write_file(tmp_path / "a", "text")
     with locked(tmp_path / "missing"):
         pass
+
+
+def test_tensors_are_read_at_paths_of_any_bytes(tmp_path):
+    for name in ("plain", os.fsdecode(b"\xff")):
+        folder = tmp_path / name
+        folder.mkdir()
+        with atomic_file(folder / "x.safetensors") as temporary:
+            save_file({"x": torch.arange(3)}, temporary)
+        assert load_tensors(folder / "x.safetensors")["x"].tolist() == [0, 1, 2]
 
 
 def test_errors_on_one_line():

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 import yaml
 from pydantic import ConfigDict, Field, FiniteFloat, PositiveInt
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import (
     register_module_module_registration_hook,
@@ -28,7 +28,7 @@ from torch.nn.modules.module import (
 
 from robustok.config import Config, read_yaml, validate
 from robustok.errors import UserError
-from robustok.files import atomic_folder, one_line
+from robustok.files import atomic_folder, load_tensors, one_line
 from robustok.model_card import model_card
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -100,7 +100,7 @@ def write_snapshot(
     """
     with atomic_folder(path) as folder:
         (folder / "config.yaml").write_text(yaml.safe_dump(header, sort_keys=False))
-        (folder / "README.md").write_text(model_card(header))
+        (folder / "README.md").write_text(model_card(header), "utf-8", "replace")
         for name, tensors in {"model": weights, **extra}.items():
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / f"{name}.safetensors")
 
@@ -169,7 +169,7 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
     if not Path(file).is_file():  # such as a pipe, which could be waited for without end
         raise UserError(f"{file} is no regular file; copy or train it again")
     try:
-        return load_file(file)
+        return load_tensors(file)
     except Exception as error:  # safetensors raises its own, undocumented types
         reason = one_line(error, 200)
         raise UserError(f"{file} cannot be read as safetensors ({reason}); copy or train it again") from None
