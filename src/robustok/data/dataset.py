@@ -20,7 +20,7 @@ from robustok.data.crops import center_crop, random_crop, to_rgb
 from robustok.data.order import shuffle
 from robustok.data.pixels import from_pixels
 from robustok.data.sources import DATASETS, Data, Source, Split
-from robustok.errors import UserError
+from robustok.errors import UserError, printable
 from robustok.files import bytes_digest, one_line
 from robustok.types import Batch
 
@@ -113,7 +113,9 @@ class ImageDataset:
     def __init__(
         self, source: Source, rows: np.ndarray, data: Data, split: Split, image_size: int | None, augment: Augmentation
     ):
-        self.name, self.classes, self.labels = source.name, source.classes, source.labels[rows]
+        # Names of folders may be any bytes; those in manifests and results are text.
+        self.name, self.classes = printable(source.name), list(map(printable, source.classes))
+        self.labels = source.labels[rows]
         self.split, self.image_size, self.augment = split, image_size, augment
         self.shape = (image_size, image_size) if image_size else _common_shape(source, rows)
         crop = f"{augment.crop} {image_size}" if image_size else "as they are"

@@ -165,7 +165,7 @@ class Evaluator:
 
     def open(self, data: Data, size: int | None, split: str) -> ImageDataset:
         """Images of a split, opened once: they remember which of them turned out to be broken."""
-        key = (data.model_dump_json(), size, split)
+        key = (repr(data), size, split)
         if key not in self.opened:
             self.opened[key] = open_images(data, size, split)
         return self.opened[key]
