@@ -17,6 +17,7 @@ from robustok.files import (
     atomic_file,
     atomic_folder,
     bytes_digest,
+    check_appendable,
     clean,
     inside,
     is_temporary,
@@ -176,6 +177,22 @@ def test_a_line_after_half_a_line_begins_a_new_one(tmp_path, recwarn):
     append_line(file, {"a": 5})
     assert file.read_text() == '{"a": 1}\n{"a": 2}\n{"a": 3, "b\n{"a": 4}\n{"a": 5}\n'
     assert json_lines(file.read_text()) == ([{"a": 1}, {"a": 2}, {"a": 4}, {"a": 5}], [3])
+
+
+def test_what_cannot_be_appended_to_is_refused_beforehand(tmp_path):
+    check_appendable(tmp_path / "deep" / "new")
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "file").write_text("")
+    check_appendable(tmp_path / "file")
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(UserError, match="fifo: it is a FIFO, no file"):
+        check_appendable(tmp_path / "fifo")
+    with pytest.raises(UserError, match="file: it is a file, no folder"):
+        check_appendable(tmp_path / "file" / "deep" / "new")
+    for name in ("file", "new"):
+        code = f"check_appendable(Path({str(tmp_path / name)!r}))"
+        said = as_nobody("from pathlib import Path; from robustok.files import check_appendable", code, tmp_path)
+        assert f"{name}: Permission denied; ask its owner to let you write there or choose another out=PATH" in said
 
 
 def test_lines_that_are_no_objects_are_numbered():

@@ -23,6 +23,7 @@ from robustok.snapshots import (
     write_snapshot,
 )
 from robustok.tokenizers import load_tokenizer
+from tiny_user import as_nobody
 
 
 def header(kind="tokenizer", **more):
@@ -206,8 +207,35 @@ def test_a_pipe_in_place_of_weights_is_not_waited_for(tmp_path):
     write(tmp_path / "a")
     (tmp_path / "a" / "model.safetensors").unlink()
     os.mkfifo(tmp_path / "a" / "model.safetensors")
-    with pytest.raises(UserError, match="is no regular file"):
+    with pytest.raises(UserError, match="it is a FIFO"):
         read_snapshot(tmp_path / "a", "tokenizer")
+
+
+def test_what_may_not_be_read_is_not_called_missing(tmp_path):
+    for name in ("folder", "list", "weights"):
+        write(tmp_path / name / "snapshot" / "00000001")
+    (tmp_path / "folder").chmod(0)
+    (tmp_path / "list" / "snapshot").chmod(0o711)
+    (tmp_path / "weights" / "snapshot" / "00000001" / "model.safetensors").chmod(0)
+    (tmp_path / "latents").mkdir()
+    (tmp_path / "latents" / "manifest.json").write_text("{}")
+    (tmp_path / "latents" / "manifest.json").chmod(0)
+    code = """
+for name in ("folder", "list", "weights", "latents"):
+    path = Path(FOLDER, name)
+    try:
+        LatentCache(path) if name == "latents" else read_snapshot(path, "tokenizer")
+    except (OSError, UserError) as error:
+        print(name, error, file=sys.stderr)
+"""
+    imports = (
+        "from pathlib import Path; from robustok.data.latent_cache import LatentCache; from robustok.errors import"
+    )
+    imports += " UserError; from robustok.snapshots import read_snapshot"
+    tmp_path.chmod(0o755)
+    said = as_nobody(imports, code.replace("FOLDER", repr(str(tmp_path))), tmp_path).splitlines()
+    assert [line.split()[0] for line in said] == ["folder", "list", "weights", "latents"], said
+    assert all("Permission denied" in line for line in said), said
 
 
 class Trap:

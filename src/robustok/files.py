@@ -302,6 +302,19 @@ def append_line(file: str | Path, record: Mapping[str, Any]) -> None:
         )
 
 
+def check_appendable(file: Path) -> None:
+    """Refuse a file to which :func:`append_line` could not append, before the work whose results it would hold.
+
+    Raises:
+        UserError: it cannot be written, or is no file.
+    """
+    there = next(path for path in (file, *file.absolute().parents) if os.path.lexists(path))
+    with writing(file):
+        _check_replaceable(there, stat.S_IFREG if there == file else stat.S_IFDIR)
+        if not os.access(there, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
 @contextmanager
 def locked(folder: str | Path) -> Iterator[None]:
     """Context in which this process alone writes to a folder, which exists. The lock ends with the process, too.

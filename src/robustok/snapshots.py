@@ -11,6 +11,7 @@ scales the difference.
 """
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from torch.nn.modules.module import (
 
 from robustok.config import Config, read_yaml, validate
 from robustok.errors import UserError
-from robustok.files import atomic_folder, load_tensors, one_line
+from robustok.files import atomic_folder, load_tensors, one_line, regular_file
 from robustok.model_card import model_card
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -166,8 +167,7 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
     """
     if not Path(file).exists():
         raise UserError(f"{file} is missing; the snapshot is incomplete, copy the whole folder")
-    if not Path(file).is_file():  # such as a pipe, which could be waited for without end
-        raise UserError(f"{file} is no regular file; copy or train it again")
+    file = regular_file(file)
     try:
         return load_tensors(file)
     except Exception as error:  # safetensors raises its own, undocumented types
@@ -214,6 +214,8 @@ def resolve(path: str | Path) -> Path:
     path, _ = split_scale(path)
     if (path / "model.safetensors").exists():
         return path
+    if (path / "snapshot").is_dir():
+        os.scandir(path / "snapshot").close()  # glob would find nothing in a folder that may not be read
     found = sorted(p for p in path.glob("snapshot/[0-9b]*") if (p / "model.safetensors").exists())  # "best" sorts last
     if not found:
         raise UserError(f"{path} holds no snapshot; give a run folder with snapshot/STEP/, or such a folder itself")

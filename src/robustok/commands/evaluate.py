@@ -11,7 +11,7 @@ from robustok.evaluation.evaluator import Evaluator
 from robustok.evaluation.reconstructions import reconstructions
 from robustok.evaluation.samples import decoded_samples, finished_images
 from robustok.evaluation.settings import EvaluateRun
-from robustok.files import append_line, inside, writing
+from robustok.files import append_line, check_appendable, inside, writing
 from robustok.metrics.processes import ALONE, Processes
 from robustok.types import Measurement
 
@@ -25,6 +25,7 @@ def evaluate(run: EvaluateRun) -> list[Measurement]:
     """
     accelerator = start_accelerator()
     file = inside(run.out, "metrics.jsonl")
+    check_appendable(file)
     evaluator = Evaluator(run, accelerator.device, _processes(accelerator))
     found: list[Measurement] = []
     if run.tokenizer is not None and run.data is not None:  # without data it decodes samples only

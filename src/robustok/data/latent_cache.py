@@ -6,6 +6,7 @@ continues with ``missing_shards``.
 """
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ from robustok.console import note
 from robustok.data.order import batch_indices
 from robustok.devices import rank_rows
 from robustok.errors import UserError
-from robustok.files import load_tensors, one_line, temporary_path, write_file
+from robustok.files import load_tensors, one_line, regular_file, temporary_path, write_file
 
 LARGE = 10**8  # bytes from which on the size of a cache is printed
 OPTIONAL = {"flips", "crops"}  # fields of a shard that are 0 if they are not stored
@@ -294,10 +295,8 @@ class LatentCache:
         return values
 
     def _map(self, k: int) -> dict[str, np.ndarray]:
-        path, remedy = _shard_path(self.path, k), "remove it and run the command that makes it again"
+        path, remedy = regular_file(_shard_path(self.path, k)), "remove it and run the command that makes it again"
         try:
-            if not path.is_file():
-                raise OSError("no regular file")
             bits = {torch.bfloat16: torch.int16}
             shard = {name: t.view(bits.get(t.dtype, t.dtype)).numpy() for name, t in load_tensors(path).items()}
         except (SafetensorError, OSError, RuntimeError, TypeError, ValueError, OverflowError) as error:
@@ -366,12 +365,13 @@ def training_latents(
 
 def _read_manifest(path: str | Path) -> Manifest:
     file = Path(path) / "manifest.json"
-    if not file.is_file():
+    if not file.exists():
         raise UserError(
             f"no latents cache at {path} (there is no {file.name}); give the folder that encoding or pair-making wrote"
         )
+    content = regular_file(file).read_bytes()
     try:
-        record = json.loads(file.read_text())
+        record = json.loads(content)
         if record.get("source", {}).get("mode") == "generated":  # how version 0.1.0 called "direct"
             record["source"]["mode"] = "direct"
         return TypeAdapter(Manifest).validate_json(json.dumps(record), strict=True)
@@ -386,7 +386,7 @@ def _read_manifest(path: str | Path) -> Manifest:
 
 def _present(path: Path, manifest: Manifest) -> set[int]:
     """The shards that are written. The work is bounded by the files there are, whatever the manifest says."""
-    names = [file.name for file in path.glob("shard-*.safetensors")] if path.is_dir() else []
+    names = os.listdir(path) if path.is_dir() else []
     numbers = (int(found[1]) for name in names if (found := re.fullmatch(r"shard-([0-9]{5,18})\.safetensors", name)))
     return {k for k in numbers if k < manifest.shards}
 
