@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from robustok.config import Config
 from robustok.errors import UserError
+from robustok.losses.adversarial import AdversarialConfig
 from robustok.losses.semantic import TeacherConfig, contrastive_loss
 from robustok.tokenizers.quantizer import QuantizerConfig
 from robustok.types import TokenizerOutput
@@ -57,6 +58,11 @@ class TrainingConfig(Config):
         """Whether what happens every so many steps (0: never) and after the last one happens after ``done`` steps."""
         return done == self.steps or (every > 0 and done % every == 0)
 
+    def schedule(self, step: int) -> tuple[float, ...]:
+        """Everything in a step that depends on ``steps``: where it stays the same, ``steps`` may change on resume."""
+        adversarial = getattr(self, "adversarial", None)
+        return learning_rate(self, step), adversary_learning_rate(self, adversarial, step) if adversarial else 0.0
+
     @model_validator(mode="after")
     def _warmup_fits(self) -> "TrainingConfig":
         if self.warmup_steps >= self.steps and self.warmup_steps:
@@ -72,6 +78,14 @@ def learning_rate(run: TrainingConfig, step: int, peak: float | None = None) -> 
     low = min(run.min_learning_rate, peak)
     progress = (step - run.warmup_steps) / max(1, run.steps - run.warmup_steps)
     return low + (peak - low) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def adversary_learning_rate(run: TrainingConfig, config: AdversarialConfig, step: int) -> float:
+    """The discriminator's: the run's schedule with its own peak; with ``warmup_steps`` one that begins at its start."""
+    if config.warmup_steps is None:
+        return learning_rate(run, step, config.learning_rate)
+    own = {"steps": run.steps - config.start, "warmup_steps": config.warmup_steps}
+    return learning_rate(run.model_copy(update=own), step - config.start, config.learning_rate)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
@@ -123,7 +137,7 @@ def check_finite(loss: Tensor, terms: Mapping[str, Tensor], step: int, out: Path
         raise UserError(
             f"the loss is not finite at step {step} ({', '.join(broken) or loss.item()}); "
             f"{f'the last good state, {states[-1]}, is kept' if states else 'no state was saved before'}; "
-            "lower learning_rate, set clip_norm, or precision=float32, in a new run folder"
+            "lower learning_rate, set clip_norm, or precision=float32, in a new run folder, from step 0"
         )
 
 
