@@ -425,10 +425,10 @@ def test_a_disk_that_is_full_from_the_start(refused, pipeline, tmp_path, command
 
 
 def test_a_disk_that_fills_up_while_a_state_is_saved(refused, pipeline, tmp_path, monkeypatch):
-    from robustok import runs
+    from robustok import states
 
     arguments = [*words("main-train", pipeline, str(tmp_path / "run")), "steps=6"]
-    real, calls = runs.save_file, []
+    real, calls = states.save_file, []
 
     def fill_up(tensors, file):
         calls.append(file)
@@ -437,11 +437,11 @@ def test_a_disk_that_fills_up_while_a_state_is_saved(refused, pipeline, tmp_path
             raise OSError(errno.ENOSPC, "No space left on device")
         real(tensors, file)
 
-    monkeypatch.setattr(runs, "save_file", fill_up)
+    monkeypatch.setattr(states, "save_file", fill_up)
     said = ("No space left on device", "free some space", "last good state is kept")
     refused(*arguments, said=said, writes=True)
     assert sorted(p.name for p in (tmp_path / "run" / "state").iterdir()) == ["00000002", "00000003"]
-    monkeypatch.setattr(runs, "save_file", real)
+    monkeypatch.setattr(states, "save_file", real)
     assert main(arguments) == 0
     assert main([*arguments, f"out={tmp_path / 'whole'}"]) == 0
     snapshots = [tmp_path / run / "snapshot" / "00000006" for run in ("run", "whole")]

@@ -139,7 +139,7 @@ def test_perturbation():
     changed = (perturbed.cpu() != tokens)[draw.mask]
     assert torch.equal(perturbed[~there.mask], tokens.to(DEVICE)[~there.mask])
     assert changed.all()
-    assert (near[tokens[draw.mask]] == perturbed.cpu()[draw.mask][:, None]).any(1).all()  # by one of its neighbours
+    assert (found.cpu()[tokens[draw.mask]] == perturbed.cpu()[draw.mask][:, None]).any(1).all()  # by a neighbour
     assert torch.equal(perturb_latents(*inputs)[1], perturbed)
     assert_close(vectors, codebook[perturbed.cpu()])
 

@@ -2,75 +2,37 @@
 
 import json
 import os
-import shutil
 import signal
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt
-from safetensors.torch import save_file
-from torch import Tensor
-
 from robustok.config import Config, plain, read_settings, read_yaml, save, validate
-from robustok.console import console, track
+from robustok.console import note, track
 from robustok.devices import Accelerator, any_process
 from robustok.errors import UserError
-from robustok.files import append_line, atomic_folder, bytes_digest, one_line, tensor_digest, write_file
-from robustok.snapshots import read_weights
+from robustok.files import (
+    append_line,
+    atomic_folder,
+    clean,
+    inside,
+    is_temporary,
+    json_lines,
+    locked,
+    one_line,
+    regular_file,
+    remove,
+    write_file,
+    writing,
+)
+from robustok.states import read_state, write_state
 
 # Settings with which a run may go on: they change its speed, memory or messages, or where it lies, but no weight.
 FREE = {"out", "workers", "log_every", "state_every", "snapshot_every", "picture_every", "gradient_accumulation"}
 FREE |= {"gradient_checkpointing", "compile", "data.max_broken", "data.download"}
-
-
-def pack(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """Move the tensors of a tree of dicts, lists and scalars into ``tensors``; return the rest, ready for JSON."""
-    if isinstance(tree, Tensor):
-        # a clone: safetensors refuses tensors that share memory, as tied or sliced weights do
-        tensors[name] = tree.detach().cpu().contiguous().clone()
-        return {"__tensor__": name}
-    if isinstance(tree, Mapping):
-        return {"__dict__": [[key, pack(value, f"{name}/{key}", tensors)] for key, value in tree.items()]}
-    if isinstance(tree, list | tuple):
-        return [pack(value, f"{name}/{i}", tensors) for i, value in enumerate(tree)]
-    return tree
-
-
-def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Undo :func:`pack`."""
-    if isinstance(tree, list):
-        return [unpack(value, tensors) for value in tree]
-    if isinstance(tree, dict) and "__tensor__" in tree:
-        return tensors[tree["__tensor__"]]
-    if isinstance(tree, dict) and "__dict__" in tree:
-        return {key: unpack(value, tensors) for key, value in tree["__dict__"]}
-    return tree
-
-
-class StateFile(BaseModel):
-    """Content of state.json.
-
-    Attributes:
-        step: how many steps the run has done.
-        state: what :func:`pack` returned.
-        inputs: digests of what the run reads; None in states of earlier versions.
-        digest: of all the rest and the tensors; None in states of earlier versions.
-    """
-
-    model_config = ConfigDict(strict=True)
-
-    step: NonNegativeInt
-    state: Any
-    inputs: dict[str, str] | None = None
-    digest: str | None = None
-
-    def digest_with(self, tensors: Mapping[str, Tensor]) -> str:
-        """The digest that the file must have."""
-        content = json.dumps([self.step, self.state, self.inputs, tensor_digest(tensors)])
-        return bytes_digest(content.encode(), 16)
 
 
 class Resumable(Protocol):
@@ -97,7 +59,8 @@ class RunFolder:
         later: settings that may differ here, because :meth:`restore` or the caller compares what they stand for.
 
     Raises:
-        UserError: the folder holds a run of another configuration (the keys that differ are named).
+        UserError: the folder holds a run of another configuration (the keys that differ are named) or links to other
+            places, or another process is writing to it.
     """
 
     def __init__(self, run: Config, main: bool = True, later: Collection[str] = ()) -> None:
@@ -105,24 +68,37 @@ class RunFolder:
         self.started = time.monotonic()
         self.inputs: dict[str, str] = {}  # digests of what the run reads
         self.changed: dict[str, tuple[Any, Any]] = {}  # of ``later``: the old and the new value
-        file = self.path / "config.yaml"
+        self._lock: ExitStack | None = None  # released at the end of the steps, or with this object
+        file = inside(self.path) / "config.yaml"
         if file.exists():
-            changed = _changes(run, file)
+            changed = _changes(run, regular_file(file))
             self.changed = {key: values for key, values in changed.items() if key in later}
             self._refuse({key: values for key, values in changed.items() if key not in later})
+            self._claim()
         elif self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file, a run needs a folder; choose another out=FOLDER")
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif self.path.exists() and not all(map(is_temporary, self.path.iterdir())):
             raise UserError(f"{self.path} is not empty and holds no run (no config.yaml); choose another out=FOLDER")
 
     def start(self) -> None:
         """Make the folder and write config.yaml. Call it once everything that the run needs is loaded.
 
         Raises:
-            UserError: the folder cannot be written.
+            UserError: the folder cannot be written, or another process is writing to it.
         """
+        if not self.main:
+            return
         file = self.path / "config.yaml"
-        if self.main and not (file.exists() and read_yaml(file) == plain(self.run)):
+        if self._lock is None:
+            with writing(file):
+                self.path.mkdir(parents=True, exist_ok=True)
+            self._claim()
+            if file.exists():
+                raise UserError(
+                    f"another process has begun this run in {self.path} just now; run the same command again"
+                )
+            save(self.run, file)
+        elif read_yaml(file) != plain(self.run):
             save(self.run, file)
 
     def _refuse(self, changed: Mapping[str, tuple[Any, Any]]) -> None:
@@ -132,6 +108,15 @@ class RunFolder:
                 f"{self.path} holds a run of another configuration: {found}; "
                 "set the old values to resume it, or choose another out=FOLDER, where it starts from the beginning"
             )
+
+    def _claim(self) -> None:
+        """Keep other processes away, and remove what killed ones left half-written."""
+        if self.main:
+            self._lock = ExitStack()
+            self._lock.enter_context(locked(self.path))
+            with writing(self.path):
+                for part in (".", "state", "snapshot", "samples"):
+                    clean(self.path / part)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line to log.jsonl."""
@@ -148,21 +133,10 @@ class RunFolder:
         """
         if not self.main:
             return
-        tensors: dict[str, Tensor] = {}
-        skeleton = pack(state, "", tensors)
-        broken = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
-        if broken:
-            raise UserError(
-                f"{broken[0].strip('/')} is not finite after step {step}; the state before is kept: "
-                "lower learning_rate, set clip_norm, or precision=float32, in a new run folder, from step 0"
-            )
-        content = StateFile(step=step, state=skeleton, inputs=self.inputs)
-        content.digest = content.digest_with(tensors)
         with atomic_folder(self.path / "state" / f"{step:08d}") as folder:
-            save_file(tensors, folder / "state.safetensors")
-            (folder / "state.json").write_text(json.dumps(content.model_dump()))
+            write_state(folder, step, state, self.inputs)
         for old in sorted((self.path / "state").glob("[0-9]*"))[:-2]:
-            shutil.rmtree(old)
+            remove(old)
 
     def load_state(self) -> tuple[int, dict[str, Any], dict[str, str] | None] | None:
         """The newest readable state as (step, state, digests of inputs), or None if there is none.
@@ -173,16 +147,10 @@ class RunFolder:
         folders = sorted((self.path / "state").glob("[0-9]*"), reverse=True)
         for folder in folders:
             try:
-                content = StateFile.model_validate(json.loads((folder / "state.json").read_text()))
-                tensors = read_weights(folder / "state.safetensors")
-                if content.digest not in (None, content.digest_with(tensors)):
-                    raise ValueError("its digest is not the one it was saved with")
-                if content.step != int(folder.name):
-                    raise ValueError(f"it says that it is of step {content.step}")
-                return content.step, unpack(content.state, tensors), content.inputs
+                content, state = read_state(folder)
+                return content.step, state, content.inputs
             except (OSError, ValueError, KeyError, TypeError, RecursionError, UserError) as error:
-                reason = one_line(error, 200)
-                self._note(f"[yellow]skipping the state {folder}, which cannot be read: {reason}[/]")
+                note(f"skipping the state {folder}, which cannot be read: {one_line(error, 200)}", "yellow")
         if folders:
             raise UserError(
                 f"{self.path} cannot go on: none of its {len(folders)} states can be read; copy them again, or remove "
@@ -234,7 +202,7 @@ class RunFolder:
         Raises:
             UserError: the run was finished with fewer steps.
         """
-        done = [int(p.name) for p in (self.path / "snapshot").glob("[0-9]*") if p.name.isdecimal()]
+        done = [int(p.parent.name) for p in self.path.glob("snapshot/[0-9]*/model.safetensors")]
         before = self.changed.get("steps", (self.run.steps,))[0]
         if before in done and before != self.run.steps:
             raise UserError(
@@ -243,16 +211,12 @@ class RunFolder:
                 "from step 0"
             )
         if before in done:
-            self._note(f"{self.path} holds a run that is finished, without its state/: nothing is trained")
+            note(f"{self.path} holds a run that is finished, without its state/: nothing is trained")
             return before
         if done or (self.path / "log.jsonl").exists():
-            self._note(f"{self.path} holds no state: the run starts again from step 0")
+            note(f"{self.path} holds no state: the run starts again from step 0")
         self._truncate_log(-1)
         return 0
-
-    def _note(self, text: str) -> None:
-        if self.main:
-            console.print(text, soft_wrap=True)
 
     def _check_inputs(self, done: int, before: Mapping[str, str] | None) -> None:
         """Refuse inputs other than those of the steps before."""
@@ -292,7 +256,7 @@ class RunFolder:
         Raises:
             Stopped: SIGTERM came; the state is saved.
         """
-        with termination() as terminated:
+        with self._lock or nullcontext(), termination() as terminated:
             for step in track(steps, str(self.path), self.main):
                 yield step
                 done = step + 1
@@ -306,14 +270,12 @@ class RunFolder:
         file = self.path / "log.jsonl"
         if not (self.main and file.exists()):
             return
-        kept = []
-        for line in file.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (ValueError, KeyError):
-                continue  # half a line, written when the process was killed
-        write_file(file, "".join(line + "\n" for line in kept))
+        with writing(file):
+            records, broken = json_lines(regular_file(file).read_text(errors="replace"))
+        if broken:
+            warnings.warn(f"{file}: {len(broken)} lines were cut off, as by a killed process; removed", stacklevel=2)
+        kept = [record for record in records if isinstance(record.get("step"), int) and record["step"] <= step]
+        write_file(file, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def paths_in(config: Config, prefix: str = "") -> dict[str, Path]:
@@ -354,9 +316,7 @@ class Stopped(SystemExit):
 
     def __init__(self, step: int) -> None:
         super().__init__(0)
-        console.print(
-            f"stopped by SIGTERM after step {step}; the state is saved, run the same command to resume", soft_wrap=True
-        )
+        note(f"stopped by SIGTERM after step {step}; the state is saved, run the same command to resume")
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The `encode` command: images to a cache of latents, once, so that generators train on latents instead of images."""
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from itertools import islice, tee
 from pathlib import Path
 from typing import Any, Literal
@@ -15,10 +16,19 @@ from robustok.config import Config
 from robustok.console import track
 from robustok.data.crops import enlarged, five_crops
 from robustok.data.dataset import open_images
-from robustok.data.latent_cache import LatentType, Manifest, create_cache, missing_shards, shard_rows, write_shard
+from robustok.data.latent_cache import (
+    LatentType,
+    Manifest,
+    check_space,
+    create_cache,
+    missing_shards,
+    shard_rows,
+    write_shard,
+)
 from robustok.data.loader import batches_of
 from robustok.data.sources import Data
 from robustok.devices import autocast, start_accelerator
+from robustok.files import inside, locked, writing
 from robustok.tokenizers import encoder_digest, load_tokenizer
 from robustok.types import Batch
 
@@ -147,8 +157,13 @@ def fill_cache(
     Raises:
         UserError: the folder holds other latents, or the disk has less space than the missing shards need.
     """
+    lock = ExitStack()
     if accelerator.is_main_process:
-        create_cache(out, manifest, description)
+        check_space(inside(out), manifest, description)
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+        lock.enter_context(locked(out))
+        create_cache(out, manifest)
     accelerator.wait_for_everyone()
     missing = missing_shards(out, accelerator.process_index, accelerator.num_processes)
 
@@ -159,8 +174,9 @@ def fill_cache(
     prepared = prepare(records for k in missing for records in batches(k))
     total = sum(len(batches(k)) for k in missing)
     bar = track(range(total), f"{description} {out.name}", accelerator.is_main_process)
-    for k in missing:
-        parts = [make(next(prepared)) for _ in islice(bar, len(batches(k)))]
-        write_shard(out, k, {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]})
-    next(bar, None)  # closes the progress bar
-    accelerator.wait_for_everyone()
+    with lock:
+        for k in missing:
+            parts = [make(next(prepared)) for _ in islice(bar, len(batches(k)))]
+            write_shard(out, k, {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]})
+        next(bar, None)  # closes the progress bar
+        accelerator.wait_for_everyone()

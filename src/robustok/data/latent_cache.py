@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from robustok.config import differences
-from robustok.console import console
+from robustok.console import note
 from robustok.data.order import batch_indices
 from robustok.devices import rank_rows
 from robustok.errors import UserError
@@ -120,33 +120,27 @@ class LatentRecords:
 # Writing
 
 
-def create_cache(path: str | Path, manifest: Manifest, made_by: str = "cache") -> None:
-    """Start a cache, or continue one that has the same manifest. Nothing is written if it cannot be completed.
+def create_cache(path: str | Path, manifest: Manifest) -> None:
+    """Start a cache, or continue one that has the same manifest.
 
     Args:
         path: folder.
         manifest: description of the cache.
-        made_by: name of the command, for the line that says how large a large cache will be.
 
     Raises:
-        UserError: the folder holds another cache (the fields that differ are named), or cannot be written; the disk has
-            less space than the missing shards need.
+        UserError: the folder holds another cache (the fields that differ are named), or cannot be written.
     """
     path = Path(path)
-    present = _present(path, manifest)
-    if (path / "manifest.json").exists():
-        different = differences(_identity(_read_manifest(path)), _identity(manifest))
-        if different:
-            raise UserError(
-                f"{path} holds other latents ({'; '.join(different)}); choose another folder or remove this one"
-            )
-    elif path.is_dir() and any(path.glob("shard-*.safetensors")):
+    if not any(path.glob("shard-*.safetensors")):  # nothing of an earlier command is there but perhaps its manifest
+        write_file(path / "manifest.json", json.dumps(manifest.plain(), indent=2))
+    elif not (path / "manifest.json").exists():
         raise UserError(
             f"{path} holds shards of unknown origin and no manifest.json; choose another folder or remove them"
         )
-    _check_space(path, manifest, manifest.count - len(present) * manifest.shard_size, made_by)
-    if not (path / "manifest.json").exists():
-        write_file(path / "manifest.json", json.dumps(manifest.plain(), indent=2))
+    elif different := differences(_identity(_read_manifest(path)), _identity(manifest)):
+        raise UserError(
+            f"{path} holds other latents ({'; '.join(different)}); choose another folder or remove this one"
+        )
 
 
 def _identity(manifest: Manifest) -> dict[str, Any]:
@@ -155,19 +149,25 @@ def _identity(manifest: Manifest) -> dict[str, Any]:
     return whole | {"source": {key: value for key, value in whole["source"].items() if key not in ("data", "split")}}
 
 
-def _check_space(path: Path, manifest: Manifest, records: int, made_by: str) -> None:
-    """Print the disk space that so many records need if it is large.
+def check_space(path: Path, manifest: Manifest, made_by: str) -> None:
+    """Print the disk space that the missing shards of a cache need if it is large.
+
+    Args:
+        path: folder of the cache; it need not exist.
+        manifest: description of the cache.
+        made_by: name of the command, for the printed line.
 
     Raises:
         UserError: the disk has less.
     """
+    records = manifest.count - len(_present(path, manifest)) * manifest.shard_size
     if records <= 0:
         return
     folder = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
     need, free = records * manifest.record_bytes, shutil.disk_usage(folder).free
     if need >= LARGE:
         size = f"{need / 1e9:.3g} GB in {path} ({free / 1e9:.3g} GB are free)"
-        console.print(f"{made_by}: {records:,} records of {manifest.record_bytes:,} bytes, {size}", soft_wrap=True)
+        note(f"{made_by}: {records:,} records of {manifest.record_bytes:,} bytes, {size}")
     if need > free:
         raise UserError(
             f"{path} needs {need / 1e9:.3g} GB for {records:,} records, {free / 1e9:.3g} GB are free; free some space, "

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from robustok.config import load, plain
-from robustok.console import console
+from robustok.console import note
 from robustok.data.dataset import ImageDataset, open_images
 from robustok.data.latent_cache import LatentCache, LatentRecords, check_cache, training_latents
 from robustok.data.sources import Data
@@ -259,13 +259,13 @@ class Snapshots:
         if self.run.held_out is None:
             return last
         if not (best / "model.safetensors").exists():
-            if self.folder.main:
-                console.print(f"[yellow]{best} was removed and cannot be made again; the last one is {last}[/]")
+            note(f"{best} was removed and cannot be made again; the last one is {last}", "yellow")
             return last
         if self.folder.main and self.best["step"] == self.best.get("first", {}).get("step"):
-            console.print(
-                f"[yellow]no snapshot was better on the held-out samples than the decoder it started from: "
-                f"{self.folder.path} keeps that one[/]"
+            note(
+                "no snapshot was better on the held-out samples than the decoder it started from: "
+                f"{self.folder.path} keeps that one",
+                "yellow",
             )
         return best
 
