@@ -121,6 +121,9 @@ def test_a_half_written_folder_is_no_snapshot(tmp_path):
     write(tmp_path / "run" / "snapshot" / "best")
     assert resolve(tmp_path / "run").name == "best"
     assert resolve(tmp_path / "run" / "snapshot" / "00000010").name == "00000010"
+    for name in ("backup", "bz", "1x", "100000000", "99999999"):
+        write(tmp_path / "other" / "snapshot" / name)
+    assert resolve(tmp_path / "other").name == "100000000"
 
 
 def test_another_kind(tmp_path):
@@ -206,7 +209,7 @@ def test_a_pipe_in_place_of_weights_is_not_waited_for(tmp_path):
     write(tmp_path / "a")
     (tmp_path / "a" / "model.safetensors").unlink()
     os.mkfifo(tmp_path / "a" / "model.safetensors")
-    with pytest.raises(UserError, match="is no regular file"):
+    with pytest.raises(UserError, match=r"cannot read .*: it is a FIFO"):
         read_snapshot(tmp_path / "a", "tokenizer")
 
 
@@ -258,7 +261,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
 def test_a_giant_is_refused_before_anything_is_allocated(tmp_path, make):
     write(tmp_path / "a")
     state = torch.get_rng_state()
-    with pytest.raises(UserError, match=r"a/config\.yaml asks for a model that (is far larger than|cannot be made)"):
+    with pytest.raises(UserError, match=r"a/config\.yaml asks for a model (larger than|that cannot be made)"):
         build(make, read_snapshot(tmp_path / "a", "tokenizer"))
     assert torch.equal(torch.get_rng_state(), state)
 

@@ -11,6 +11,7 @@ scales the difference.
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from torch.nn.modules.module import (
 
 from robustok.config import Config, read_yaml, validate
 from robustok.errors import UserError
-from robustok.files import atomic_folder, one_line
+from robustok.files import atomic_folder, one_line, regular_file
 from robustok.model_card import model_card
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -166,8 +167,7 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
     """
     if not Path(file).exists():
         raise UserError(f"{file} is missing; the snapshot is incomplete, copy the whole folder")
-    if not Path(file).is_file():  # such as a pipe, which could be waited for without end
-        raise UserError(f"{file} is no regular file; copy or train it again")
+    file = regular_file(file)
     try:
         return load_file(file)
     except Exception as error:  # safetensors raises its own, undocumented types
@@ -214,10 +214,11 @@ def resolve(path: str | Path) -> Path:
     path, _ = split_scale(path)
     if (path / "model.safetensors").exists():
         return path
-    found = sorted(p for p in path.glob("snapshot/[0-9b]*") if (p / "model.safetensors").exists())  # "best" sorts last
+    found = [file.parent for file in path.glob("snapshot/*/model.safetensors")]
+    found = [p for p in found if p.name == "best" or re.fullmatch("[0-9]+", p.name)]
     if not found:
         raise UserError(f"{path} holds no snapshot; give a run folder with snapshot/STEP/, or such a folder itself")
-    return found[-1]
+    return max(found, key=lambda p: (p.name == "best", int(p.name) if p.name != "best" else 0))
 
 
 def build(make: Callable[[], Module], snapshot: Snapshot) -> Module:
@@ -234,8 +235,10 @@ def build(make: Callable[[], Module], snapshot: Snapshot) -> Module:
         UserError: names or shapes do not fit the configuration, or no model can be made of it.
     """
     numbers = sum(tensor.numel() for tensor in snapshot.weights.values())
-    file, limit = snapshot.path / "config.yaml", f"the {numbers:,} numbers in its weights; copy or train it again"
-    _check_fit(outline_of(make, len(snapshot.weights), numbers, f"{file} asks for", limit), snapshot)
+    # A few are made only to be replaced, so more are allowed at first.
+    tensors, who = 4 * len(snapshot.weights) + 1000, f"{snapshot.path / 'config.yaml'} asks for"
+    limit = f"the {numbers:,} numbers in its weights; copy or train it again"
+    _check_fit(outline_of(make, tensors, 4 * numbers + 10**6, who, limit), snapshot)
     module = make()
     module.load_state_dict(snapshot.weights)
     return module
@@ -246,7 +249,7 @@ def outline_of(make: Callable[[], Module], tensors: int, numbers: int, who: str,
 
     Args:
         make: makes the model.
-        tensors: how many tensors it has at most. A few times as many are made: some only to be replaced.
+        tensors: how many tensors are made at most.
         numbers: how many numbers these hold together at most.
         who: begins the error, such as "config.yaml asks for".
         limit: ends the error: where the two limits come from, and what to do.
@@ -254,14 +257,14 @@ def outline_of(make: Callable[[], Module], tensors: int, numbers: int, who: str,
     Raises:
         UserError: the model is far larger than this, or cannot be made.
     """
-    left = {"tensors": 4 * tensors + 1000, "numbers": 4 * numbers + 10**6, "modules": 100 * tensors + 10_000}
+    left = {"tensors": tensors, "numbers": numbers, "modules": 100 * tensors}
 
     def count(_module: nn.Module, _name: str, added: nn.Parameter | nn.Module | None) -> None:
         sizes = {"tensors": 1, "numbers": added.numel()} if isinstance(added, Tensor) else {"modules": 1}
         for what, size in sizes.items():
             left[what] -= size
         if min(left.values()) < 0:
-            raise UserError(f"{who} a model that is far larger than {limit}")
+            raise UserError(f"{who} a model larger than {limit}")
 
     hooks = register_module_parameter_registration_hook(count), register_module_module_registration_hook(count)
     try:

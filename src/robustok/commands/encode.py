@@ -29,6 +29,7 @@ from robustok.data.loader import batches_of
 from robustok.data.sources import Data
 from robustok.devices import autocast, start_accelerator
 from robustok.files import inside, locked, writing
+from robustok.randomness import seeded
 from robustok.tokenizers import encoder_digest, load_tokenizer
 from robustok.types import Batch
 
@@ -64,7 +65,9 @@ class EncodeRun(Config):
     )
     seed: int = Field(0, ge=0, description="seed of that subset")
     cache: CacheSettings = CacheSettings()
-    workers: int = Field(0, ge=0, description="processes that decode images ahead; 0 decodes in the process itself")
+    workers: int = Field(
+        0, ge=0, le=1024, description="processes that decode images ahead; 0 decodes in the process itself"
+    )
 
     @property
     def variants(self) -> int:
@@ -130,7 +133,7 @@ def encode(run: EncodeRun) -> Path:
 
 def random_subset(size: int, count: int | None, seed: int) -> np.ndarray:
     """``count`` of the numbers below ``size`` in random order: (count,) int64; all where count is None or more."""
-    return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).numpy()[:count]
+    return torch.randperm(size, generator=seeded(seed)).numpy()[:count]
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from robustok.console import note
 from robustok.data.order import batch_indices
 from robustok.devices import rank_rows
 from robustok.errors import UserError
-from robustok.files import one_line, temporary_path, write_file
+from robustok.files import one_line, regular_file, temporary_path, write_file
 
 LARGE = 10**8  # bytes from which on the size of a cache is printed
 OPTIONAL = {"flips", "crops"}  # fields of a shard that are 0 if they are not stored
@@ -296,10 +296,10 @@ class LatentCache:
     def _map(self, k: int) -> dict[str, np.ndarray]:
         path, remedy = _shard_path(self.path, k), "remove it and run the command that makes it again"
         try:
-            if not path.is_file():
-                raise OSError("no regular file")
             bits = {torch.bfloat16: torch.int16}
-            shard = {name: t.view(bits.get(t.dtype, t.dtype)).numpy() for name, t in load_file(path).items()}
+            shard = {
+                name: t.view(bits.get(t.dtype, t.dtype)).numpy() for name, t in load_file(regular_file(path)).items()
+            }
         except (SafetensorError, OSError, RuntimeError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{path} is damaged ({one_line(error, 200)}); {remedy}") from None
         rows = len(shard_rows(self.manifest, k))

@@ -26,7 +26,7 @@ from robustok.losses.discriminators import (
 )
 from robustok.randomness import step_rng
 from robustok.snapshots import check_finite_weights, read_weights
-from robustok.training.common import TrainingConfig, adversary_learning_rate, check_finite, set_learning_rate
+from robustok.training.common import TrainingConfig, adversary_learning_rate, check_finite, made, set_learning_rate
 from robustok.training.prepared import differentiated
 
 
@@ -56,7 +56,7 @@ class Adversary:
     ) -> None:
         self.run, self.config, self.settings, self.accelerator = run, config, discriminator, accelerator
         self.backbone = frozen_features(discriminator, accelerator.device)
-        network = DISCRIMINATORS[discriminator.name][0](discriminator)
+        network = made(lambda: DISCRIMINATORS[discriminator.name][0](discriminator), "the settings discriminator.*")
         if weights is not None:
             trained = read_weights(weights)
             check_finite_weights(trained, weights)

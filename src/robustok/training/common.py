@@ -2,7 +2,8 @@
 
 import copy
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from robustok.config import Config
 from robustok.errors import UserError
 from robustok.losses.adversarial import AdversarialConfig
 from robustok.losses.semantic import TeacherConfig, contrastive_loss
+from robustok.snapshots import outline_of
 from robustok.tokenizers.quantizer import QuantizerConfig
 from robustok.types import TokenizerOutput
 
@@ -48,7 +50,7 @@ class TrainingConfig(Config):
     compile: bool = Field(False, description="compile the transformer blocks with torch.compile; a slower start")
     fsdp: bool = Field(False, description="shard the blocks' weights and optimiser among the processes (FSDP2)")
     workers: int = Field(
-        0, ge=0, description="data loader processes for each training process; 0 reads in the process itself"
+        0, ge=0, le=1024, description="data loader processes for each training process; 0 reads in the process itself"
     )
     log_every: int = Field(50, ge=1, description="steps between lines of log.jsonl")
     state_every: int = Field(1000, ge=1, description="steps between states for resume; the two newest are kept")
@@ -86,6 +88,22 @@ def adversary_learning_rate(run: TrainingConfig, config: AdversarialConfig, step
         return learning_rate(run, step, config.learning_rate)
     own = {"steps": run.steps - config.start, "warmup_steps": config.warmup_steps}
     return learning_rate(run.model_copy(update=own), step - config.start, config.learning_rate)
+
+
+def made(make: Callable[[], nn.Module], settings: str) -> nn.Module:
+    """A model with fresh weights, if it fits into the memory of this machine.
+
+    Args:
+        make: makes it.
+        settings: its settings, for the error.
+
+    Raises:
+        UserError: it does not fit; nothing was allocated.
+    """
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**63
+    limit = f"this machine's memory of {memory / 1e9:.3g} GB; lower its sizes"
+    outline_of(make, 10**5, memory // 4, f"{settings} ask for", limit)
+    return make()
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

@@ -26,7 +26,7 @@ from robustok.generators.rar import RARConfig, draw_orders, drop_labels, random_
 from robustok.randomness import seed_step, step_rng
 from robustok.runs import RunFolder
 from robustok.snapshots import write_snapshot
-from robustok.training.common import Meter, TrainingConfig, average_copy
+from robustok.training.common import Meter, TrainingConfig, average_copy, made
 from robustok.training.inputs import input_digests, may_change
 from robustok.training.prepared import Prepared
 from robustok.training.state import TrainingState, optimise
@@ -92,7 +92,8 @@ def train_generator(run: GeneratorTrainingRun) -> Path:
     folder = RunFolder(run, accelerator.is_main_process, later=may_change(run))
 
     seed_step(run.seed, step=0, rank=0)  # the same initial weights in every process
-    bare = build_generator(run.generator, manifest.latent_shape, manifest.classes, manifest.codebook_size).to(device)
+    sizes = manifest.latent_shape, manifest.classes, manifest.codebook_size
+    bare = made(lambda: build_generator(run.generator, *sizes), "the settings generator.*").to(device)
     if manifest.kind == "continuous" and bare.latent_mean is None:
         bare.set_latent_statistics(*latent_statistics(cache), run.generator.latent_multiplier)
     objective = bare.objective if manifest.kind == "continuous" else None

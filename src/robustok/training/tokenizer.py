@@ -30,7 +30,7 @@ from robustok.tokenizers.maetok import AutoencoderOutput
 from robustok.tokenizers.perturbation import PerturbationConfig, draw_perturbation
 from robustok.tokenizers.robustok import RobusTokConfig, load_pretrained_backbones
 from robustok.training.adversary import Adversary, last_layer
-from robustok.training.common import TrainingConfig, average_copy, quantizer_terms
+from robustok.training.common import TrainingConfig, average_copy, made, quantizer_terms
 from robustok.training.inputs import input_digests, may_change
 from robustok.training.prepared import PreparedInParts
 from robustok.training.state import TrainingState, optimise
@@ -295,7 +295,7 @@ def _build(run: TokenizerTrainingRun, teacher: Teacher | None) -> nn.Module:
     own = config.encoder.width if config.name == "robustok" else None
     if teacher is not None and teacher.width != own:
         config = config.model_copy(update={"teacher_width": teacher.width})
-    tokenizer = family(config)
+    tokenizer = made(lambda: family(config), "the settings tokenizer.*")
     if config.name == "robustok":
         load_pretrained_backbones(tokenizer)
     return tokenizer
