@@ -72,7 +72,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
         ("stepps=4", ("'stepps'", "did you mean 'steps'")),
         ("tokenizer.encoder.depth=10000000000000", ("tokenizer.encoder.depth", "less than or equal to 10000")),
         ("tokenizer.encoder.width=16000000", ("settings tokenizer.* ask for a model larger than", "lower its sizes")),
-        ("tokenizer.encoder.width=16000000000000", ("settings tokenizer.* ask for a model", "correct it")),
+        ("tokenizer.encoder.width=16000000000000", ("settings tokenizer.* ask for a model larger than",)),
         ("workers=10000000000000", ("workers", "less than or equal to 1024")),
         ("tokenizer.quantizer.sise=32", ("'tokenizer.quantizer.sise'", "did you mean 'tokenizer.quantizer.size'")),
         ("perturbation.rat=1", ("did you mean 'perturbation.rate'",)),

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from test_resume import assert_same_run, distance_to_the_original
 
 import tiny
+from robustok.commands.post_train import PostTrainRun, post_train
+from robustok.config import load
 from robustok.data.dataset import open_images
 from robustok.data.sources import Folder
 from robustok.errors import UserError
@@ -147,6 +149,25 @@ def test_a_run_goes_on_from_the_tokenizer_it_began_with(tmp_path, tokenizer, pai
         forget(folder, "digest", "inputs")
     with pytest.raises(UserError, match="first is of another tokenizer; give that one"):
         train_decoder(tiny.post_run(tmp_path / "next", tokenizer, pairs, f"continue_from={tmp_path / 'first'}", *HALF))
+
+
+def test_images_may_move_where_pairs_are_made_too(tmp_path, photos, tokenizer, generator):
+    def words(folder, *more):
+        sources = (f"tokenizer={tokenizer}", f"generator={generator}", "sigma=0.5", f"out={tmp_path / 'run'}")
+        settings = (*tiny.TRAINING, "reconstruction.perceptual=none", "adversarial.weight=0", *HALF, *more)
+        return [*sources, "data.name=folder", f"data.path={folder}", *settings]
+
+    best = post_train(load(PostTrainRun, None, words(photos)))
+    before = files(best)
+    moved = photos.rename(tmp_path / "elsewhere")
+    assert post_train(load(PostTrainRun, None, words(moved))) == best
+    assert files(best) == before
+    file = moved / "a" / "00.bmp"
+    Image.fromarray(255 - np.asarray(Image.open(file))).save(file)
+    with pytest.raises(UserError, match="another content of data;"):
+        post_train(load(PostTrainRun, None, words(moved)))
+    with pytest.raises(UserError, match="another configuration: steps: 4 -> 5"):
+        post_train(load(PostTrainRun, None, words(moved, "steps=5")))
 
 
 # Steps, and settings that change no weight

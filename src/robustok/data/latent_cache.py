@@ -332,6 +332,20 @@ def check_cache(
             )
 
 
+def check_indices(cache: LatentCache, images: int) -> None:
+    """Refuse latents that point to images which a data set of so many does not have.
+
+    Raises:
+        UserError: an index is out of range.
+    """
+    first, last = cache.indices.min(), cache.indices.max()
+    if not 0 <= first <= last < images:
+        raise UserError(
+            f"{cache.path} points to the images {first} to {last} of {images}, which are 0 to {images - 1}; remove it "
+            "and run the command that makes it again"
+        )
+
+
 def check_center_crops(cache: LatentCache) -> None:
     """Refuse latents of ten-crop: the images of post-training are centre crops.
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from robustok.config import load, plain
 from robustok.console import note
 from robustok.data.dataset import ImageDataset, open_images
-from robustok.data.latent_cache import LatentCache, LatentRecords, check_cache, training_latents
+from robustok.data.latent_cache import LatentCache, LatentRecords, check_cache, check_indices, training_latents
 from robustok.data.sources import Data
 from robustok.devices import autocast, start_accelerator
 from robustok.errors import UserError
@@ -325,6 +325,7 @@ def _open_images(run: DecoderTrainingRun, tokenizer: Tokenizer, pairs: LatentCac
         raise UserError(
             f"{run.pairs} pairs latents with other images than {data.describe()}; give the data they were encoded from"
         )
+    check_indices(pairs, len(data))
     return data
 
 
