@@ -46,13 +46,21 @@ class DeltaHeader(Config):
     relative_error: FiniteFloat = Field(ge=0, description="error of rank and rounding; 0 is exact")
 
 
+class ModelHeader(Config):
+    """The settings of the model in a snapshot, of which its family checks the others."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    name: str = Field("", description="the family")
+
+
 class Header(Config):
-    """What code reads in the config.yaml of a snapshot; it may hold more. ``config`` is checked by its family."""
+    """What code reads in the config.yaml of a snapshot; it may hold more."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
     kind: str = ""
-    config: dict[str, Any] = Field({})
+    config: ModelHeader = ModelHeader()
     step: int | None = None
     licence: str | None = None
     latent_space: str | None = None
