@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from safetensors.torch import save_file
 from torch import nn
 
 from robustok import files, snapshots
@@ -155,11 +156,16 @@ def test_a_truncated_or_missing_file(tmp_path):
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 def test_weights_that_are_not_finite_are_refused(tmp_path, value):
     broken = {"x": torch.tensor([0.0, float(value)])}
-    write(tmp_path / "a", extra={"discriminator": broken})
+    with pytest.raises(UserError, match=r"a/discriminator\.safetensors: x holds NaN .*; nothing is written"):
+        write(tmp_path / "a", extra={"discriminator": broken})
+    assert not (tmp_path / "a").exists()
+    write(tmp_path / "a")
+    save_file(broken, tmp_path / "a" / "discriminator.safetensors")
     read_snapshot(tmp_path / "a", "tokenizer")
     with pytest.raises(UserError, match=r"discriminator\.safetensors: x holds NaN or infinite numbers"):
         read_extra(tmp_path / "a", "discriminator")
-    write_snapshot(tmp_path / "b", header(), weights() | broken, {})
+    write(tmp_path / "b")
+    save_file(weights() | broken, tmp_path / "b" / "model.safetensors")
     with pytest.raises(UserError, match=r"model\.safetensors: x holds NaN or infinite numbers"):
         read_snapshot(tmp_path / "b", "tokenizer")
     check_finite_weights(

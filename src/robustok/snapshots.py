@@ -47,7 +47,7 @@ class DeltaHeader(Config):
 
 
 class ModelHeader(Config):
-    """The settings of the model in a snapshot, of which its family checks the others."""
+    """The settings of a network in a snapshot, of which its family checks the others."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -68,7 +68,7 @@ class Header(Config):
     post_trained: dict[str, Any] | None = None
     protocol: dict[str, Any] = Field({})
     held_out: dict[str, FiniteFloat] = Field({})
-    discriminator: dict[str, Any] = Field({})
+    discriminator: ModelHeader = ModelHeader()
     delta: DeltaHeader | None = None
     # Of generators.
     latent_shape: list[PositiveInt] = Field([1, 1], min_length=2, max_length=2)
@@ -105,8 +105,11 @@ def write_snapshot(
         extra: further files by name, such as ``discriminator``, with which post-training goes on.
 
     Raises:
-        UserError: the disk is full or not writable.
+        UserError: the disk is full or not writable; a weight is not finite.
     """
+    for name, tensors in {"model": weights, **extra}.items():
+        remedy = "nothing is written: train again from step 0, with a lower learning_rate or with clip_norm"
+        check_finite_weights(tensors, f"{path}/{name}.safetensors", remedy)
     with atomic_folder(path) as folder:
         (folder / "config.yaml").write_text(yaml.safe_dump(header, sort_keys=False))
         (folder / "README.md").write_text(model_card(header))
@@ -183,12 +186,15 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{file} cannot be read as safetensors ({reason}); copy or train it again") from None
 
 
-def check_finite_weights(weights: Mapping[str, Tensor], source: object) -> None:
+def check_finite_weights(
+    weights: Mapping[str, Tensor], source: object, remedy: str = "copy it again, or make it anew"
+) -> None:
     """Refuse weights that are not all finite: what is computed with them is NaN, or finite and wrong.
 
     Args:
         weights: name to tensor; those that are no floats are not looked at.
         source: named in the error, such as the file.
+        remedy: ends the error.
 
     Raises:
         UserError: names the first tensor that holds NaN or an infinite number.
@@ -196,7 +202,7 @@ def check_finite_weights(weights: Mapping[str, Tensor], source: object) -> None:
     for name, tensor in weights.items():
         numbers = tensor.float() if tensor.itemsize == 1 else tensor  # isfinite does not know all 8-bit floats
         if tensor.is_floating_point() and not numbers.isfinite().all():
-            raise UserError(f"{source}: {name} holds NaN or infinite numbers; copy it again, or make it anew")
+            raise UserError(f"{source}: {name} holds NaN or infinite numbers; {remedy}")
 
 
 def read_extra(path: str | Path, *names: str) -> dict[str, dict[str, Tensor]]:

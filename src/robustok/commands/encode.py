@@ -31,6 +31,7 @@ from robustok.devices import autocast, start_accelerator
 from robustok.files import inside, locked, writing
 from robustok.randomness import seeded
 from robustok.tokenizers import encoder_digest, load_tokenizer
+from robustok.training.inputs import image_digest
 from robustok.types import Batch
 
 VARIANTS = {"center": 1, "center-flip": 2, "ten": 10}  # records of an image
@@ -91,7 +92,7 @@ def encode(run: EncodeRun) -> Path:
     data = open_images(run.data, enlarged(size) if run.crops == "ten" else size, run.split)
     chosen = np.sort(random_subset(len(data), run.count, run.seed))  # indices of the images that are encoded
     source = {"made_by": "encode", "data": data.describe(), "crops": run.crops, "precision": run.cache.precision}
-    source |= {"seed": run.seed} if len(chosen) < len(data) else {}
+    source |= {"images": image_digest(data)} | ({"seed": run.seed} if len(chosen) < len(data) else {})
     manifest = Manifest(
         kind=tokenizer.kind,
         latent_shape=tokenizer.latent_shape,
