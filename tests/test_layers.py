@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 # From the bottom up. A module may import from its own layer and from those below, and imports make no circle.
 LAYERS = (
     {"types", "errors", "config", "randomness", "files", "hub", "devices", "console"},
-    {"data", "snapshots", "model_card", "checkpoints", "backbones", "runs"},
+    {"data", "snapshots", "model_card", "checkpoints", "backbones", "states", "runs"},
     {"metrics", "tokenizers", "generators"},
     {"pretrained", "losses"},
     {"training", "evaluation", "report"},

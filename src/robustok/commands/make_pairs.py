@@ -18,6 +18,7 @@ from robustok.files import tensor_digest
 from robustok.generators import SamplingConfig, check_kind, check_sampling
 from robustok.randomness import image_rngs
 from robustok.tokenizers import encoder_digest, load_tokenizer
+from robustok.training.inputs import latent_digest
 from robustok.types import Tokenizer
 
 CHECKED = 512  # latents with which a generator's latent statistics are compared
@@ -96,6 +97,7 @@ def make_pairs(run: MakePairsRun) -> Path:
         "generator": tensor_digest(generator.state_dict()),
         "precision": run.cache.precision,
         "split": cache.manifest.source.get("data"),
+        "latents": latent_digest(cache),
         **generator.mixture_details(sampling, run.sigma),
     }
     if generator.kind == "continuous":

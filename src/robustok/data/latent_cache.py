@@ -138,16 +138,20 @@ def create_cache(path: str | Path, manifest: Manifest) -> None:
         raise UserError(
             f"{path} holds shards of unknown origin and no manifest.json; choose another folder or remove them"
         )
-    elif different := differences(_identity(_read_manifest(path)), _identity(manifest)):
+    elif different := differences(_identity(found := _read_manifest(path)), _identity(manifest, found)):
         raise UserError(
             f"{path} holds other latents ({'; '.join(different)}); choose another folder or remove this one"
         )
 
 
-def _identity(manifest: Manifest) -> dict[str, Any]:
-    """The manifest without the words that describe the images: their folder may move, ``data`` is their digest."""
-    whole = manifest.plain()
-    return whole | {"source": {key: value for key, value in whole["source"].items() if key not in ("data", "split")}}
+def _identity(manifest: Manifest, other: Manifest | None = None) -> dict[str, Any]:
+    """The manifest without the words that describe the images: their folder may move, ``data`` is their digest.
+
+    Also without the digests of inputs that the other one, of an earlier version, lacks.
+    """
+    whole, dropped = manifest.plain(), {"data", "split"}
+    dropped |= set() if other is None else {"images", "latents"} - other.source.keys()
+    return whole | {"source": {key: value for key, value in whole["source"].items() if key not in dropped}}
 
 
 def check_space(path: Path, manifest: Manifest, made_by: str) -> None:
@@ -329,6 +333,20 @@ def check_cache(
             raise UserError(
                 f"{cache.path} was made by another tokenizer: {name} {found}, expected {value}; encode the images again"
             )
+
+
+def check_indices(cache: LatentCache, images: int) -> None:
+    """Refuse latents that point to images which a data set of so many does not have.
+
+    Raises:
+        UserError: an index is out of range.
+    """
+    first, last = cache.indices.min(), cache.indices.max()
+    if not 0 <= first <= last < images:
+        raise UserError(
+            f"{cache.path} points to the images {first} to {last} of {images}, which are 0 to {images - 1}; remove it "
+            "and run the command that makes it again"
+        )
 
 
 def check_center_crops(cache: LatentCache) -> None:
