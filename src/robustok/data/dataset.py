@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -16,11 +17,13 @@ from pydantic import Field
 from torch import Tensor
 
 from robustok.config import Config
+from robustok.console import console
 from robustok.data.crops import center_crop, random_crop, to_rgb
+from robustok.data.folders import Split
 from robustok.data.order import shuffle
 from robustok.data.pixels import from_pixels
-from robustok.data.sources import DATASETS, Data, Source, Split
-from robustok.errors import UserError
+from robustok.data.sources import DATASETS, Data, Source
+from robustok.errors import FileError, UserError, printable
 from robustok.files import bytes_digest, one_line
 from robustok.types import Batch
 
@@ -52,9 +55,11 @@ def open_images(
     """
     source = DATASETS[data.name](data, split)
     labels, classes = source.labels, len(source.classes)
-    if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
+    if len(labels) and not source.unlabelled and not 0 <= labels.min() <= labels.max() < classes:
+        one = (labels.min(), labels.max()) == (1, classes)  # ILSVRC's numbers also have another order than the names
+        hint = "count from 0 or give a list with the names of the classes" if one else "correct them"
         raise UserError(
-            f"{source.name} has labels from {labels.min()} to {labels.max()}, expected 0 to {classes - 1}; correct them"
+            f"{source.name} has labels from {labels.min()} to {labels.max()}, expected 0 to {classes - 1}; {hint}"
         )
     rows = np.arange(len(labels))
     if source.whole and data.holdout > 0:
@@ -66,7 +71,25 @@ def open_images(
         raise UserError(
             f"{source.name} has {len(labels)} images and none for the {split} split; add images or set data.holdout=0"
         )
+    _say_what_was_found(source, split, len(rows))
     return ImageDataset(source, rows, data, split, image_size, augment or Augmentation())
+
+
+def _say_what_was_found(source: Source, split: Split, count: int) -> None:
+    """Print the images and classes of a split, and note what is left out."""
+    classes = source.classes
+    shown = ", ".join(classes) if len(classes) < 8 else f"{', '.join(classes[:3])}, ..., {classes[-1]}"
+    names = f"{len(classes):,} classes ({shown})" if len(classes) > 1 else "one class"
+    of_all = f" of {len(source.labels):,}" if count < len(source.labels) else ""
+    about = f"; {source.about}" if source.about else ""
+    _print_once(f"data: {source.name} {split}: {count:,}{of_all} images, {names}{about}")
+    if source.left_out:
+        warnings.warn(f"left out of {source.name} {split}: {source.left_out}", stacklevel=3)
+
+
+@cache
+def _print_once(line: str) -> None:
+    console.print(printable(line), soft_wrap=True, highlight=False, markup=False)
 
 
 def _common_shape(source: Source, rows: np.ndarray) -> tuple[int, int]:
@@ -104,7 +127,7 @@ class ImageDataset:
         name: name of the source.
         image_size: height and width of the crops; None where images are taken as they are.
         shape: (H, W) of every image.
-        labels: (N,) int64.
+        labels: (N,) int64; all -1 if they are unknown.
         classes: names of the classes.
         fingerprint: digest of what identifies the content: files and sizes (or bytes), split, crop and size.
         broken: index -> reason of the images that could not be read so far.
@@ -136,6 +159,15 @@ class ImageDataset:
                     memory[index] = decoded
             self._note(broken)
             self._memory = memory
+
+    def check_labels(self) -> None:
+        """Refuse images whose labels are unknown; call this where labels count.
+
+        Raises:
+            UserError: says why they are unknown, and what to do.
+        """
+        if self._source.unlabelled:
+            raise UserError(self._source.unlabelled)
 
     @property
     def in_memory(self) -> bool:
@@ -200,9 +232,9 @@ class ImageDataset:
                     pixels = center_crop(image, self.image_size, self._rgb)
                 else:
                     pixels = random_crop(image, self.image_size, torch.Generator().manual_seed(seed), self._rgb)
-        except UserError:  # the whole source is damaged
-            raise
         except Exception as error:  # image decoders raise nearly anything on a damaged file
+            if isinstance(error, UserError) and not isinstance(error, FileError):  # the whole source is damaged
+                raise
             return one_line(error)
         if pixels.shape[:2] != self.shape:  # rotated by its EXIF orientation
             return f"it is {pixels.shape[1]}x{pixels.shape[0]} pixels, the others are {self.shape[1]}x{self.shape[0]}"
