@@ -11,7 +11,7 @@ from torch import Tensor
 from robustok.commands.encode import fill_cache, random_subset
 from robustok.commands.generate import SampleCacheSettings, load_for_sampling, manifest_of, record_fields
 from robustok.config import Config, plain
-from robustok.data.latent_cache import LatentCache, check_cache, check_center_crops
+from robustok.data.latent_cache import LatentCache, check_cache, check_center_crops, check_real_latents
 from robustok.data.pixels import from_pixels, to_pixels
 from robustok.devices import autocast, start_accelerator
 from robustok.files import tensor_digest
@@ -69,6 +69,7 @@ def make_pairs(run: MakePairsRun) -> Path:
     generator = load_for_sampling(run.generator, run.cache, accelerator.device)
     cache = LatentCache(run.latents)
     check_center_crops(cache)
+    check_real_latents(cache)
     check_kind(generator.config.name, cache.manifest.kind, str(run.latents))
     check_cache(cache, generator.latent_space, generator.latent_shape, generator.codebook_size)
     tokenizer = load_tokenizer(run.tokenizer).to(accelerator.device) if run.mode == "reencoded" else None

@@ -8,7 +8,7 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import BinaryIO
 import numpy as np
 
 from robustok.errors import UserError
-from robustok.files import atomic_file, one_line
+from robustok.files import atomic_file, one_line, regular_file
 
 IMAGES = "arr_0"
 LABELS = ("arr_1", "labels")
@@ -83,7 +83,7 @@ def open_array(file: str | Path) -> tuple[ImageArray, np.ndarray | None]:
     Raises:
         UserError: no such file, cut off, no ``arr_0``, or not uint8 (N, H, W, 3).
     """
-    file = Path(file)
+    file = regular_file(file)
     try:
         with open(file, "rb") as stream:
             start = stream.read(max(map(len, MAGIC.values())))
@@ -91,12 +91,21 @@ def open_array(file: str | Path) -> tuple[ImageArray, np.ndarray | None]:
                 return _open_npy(file, stream), None
         if not start.startswith(MAGIC["npz"]):
             raise UserError(f"{file} is neither an .npz nor an .npy file, whatever its name; {EXPECTED} as {IMAGES}")
+        _check_content(file, file.stat().st_mtime_ns)
         with zipfile.ZipFile(file) as archive:
             return _open_npz(file, archive)
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror or error}; give an .npz or .npy file of images") from None
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # or encrypted
         raise UserError(f"{file} is cut off or damaged ({error}); copy or make it again") from None
+
+
+@lru_cache(maxsize=64)
+def _check_content(file: Path, _changed: int) -> None:
+    """Compare every member with its CRC-32, once for each state of the file: mapped pixels are never compared."""
+    with zipfile.ZipFile(file) as archive:
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"bad CRC-32 of {damaged}")
 
 
 def _open_npy(file: Path, stream: BinaryIO) -> ImageArray:
@@ -185,7 +194,13 @@ def _labels(file: Path, archive: zipfile.ZipFile, member: str, count: int) -> np
         return np.frombuffer(stream.read(), dtype=dtype).astype(np.int64)
 
 
-def write_npz(file: str | Path, batches: Iterable[np.ndarray], shape: tuple[int, ...], labels: np.ndarray) -> None:
+def write_npz(
+    file: str | Path,
+    batches: Iterable[np.ndarray],
+    shape: tuple[int, ...],
+    labels: np.ndarray,
+    others: Mapping[str, np.ndarray] | None = None,
+) -> None:
     """Write images batch by batch as ADM's samples: ``arr_0`` uint8 (N, H, W, 3) and ``arr_1`` labels (N,) int64.
 
     The file appears when it is complete. Zip archives hold a checksum, and uncompressed ones can be mapped.
@@ -195,6 +210,7 @@ def write_npz(file: str | Path, batches: Iterable[np.ndarray], shape: tuple[int,
         batches: pixels (n, H, W, 3) uint8 in order, N of them in all.
         shape: (N, H, W, 3).
         labels: (N,) integers.
+        others: further arrays by their names, such as statistics.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written.
@@ -206,5 +222,6 @@ def write_npz(file: str | Path, batches: Iterable[np.ndarray], shape: tuple[int,
             np.lib.format.write_array_header_1_0(stream, header)
             for pixels in batches:
                 stream.write(np.ascontiguousarray(pixels))
-        with archive.open(zipfile.ZipInfo(f"{LABELS[0]}.npy"), "w") as stream:
-            np.lib.format.write_array(stream, labels.astype(np.int64), allow_pickle=False)
+        for name, array in {LABELS[0]: labels.astype(np.int64), **(others or {})}.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w") as stream:
+                np.lib.format.write_array(stream, array, allow_pickle=False)
