@@ -14,6 +14,7 @@ from robustok.data.latent_cache import (
     Manifest,
     check_cache,
     check_center_crops,
+    check_space,
     create_cache,
     missing_shards,
     shard_rows,
@@ -325,13 +326,13 @@ def test_a_pipe_in_place_of_a_shard_is_not_waited_for(tmp_path):
 
 def test_what_cannot_fit_on_the_disk_is_not_begun(tmp_path):
     with pytest.raises(UserError, match=r"for 10,000,000,000,000 records, .* are free; free some space"):
-        create_cache(tmp_path / "cache", manifest(count=10**13))
+        check_space(tmp_path / "cache", manifest(count=10**13), "encode")
     assert list(tmp_path.iterdir()) == []
     fill(tmp_path / "cache", manifest())  # the same folder, with a count that fits
 
 
 def test_images_that_moved_are_the_same_images(tmp_path):
-    create_cache(tmp_path, manifest(data="d1", source={"data": "photos train, d1", "seed": 0}))
+    fill(tmp_path, manifest(data="d1", source={"data": "photos train, d1", "seed": 0}), skip=(2,))
     create_cache(tmp_path, manifest(data="d1", source={"data": "moved train, d1", "seed": 0}))
     with pytest.raises(UserError, match=r"holds other latents .*data: d1 -> d2"):
         create_cache(tmp_path, manifest(data="d2", source={"data": "photos train, d1", "seed": 0}))
