@@ -71,5 +71,6 @@ def train_classifier(run: TrainClassifierRun) -> TrainedClassifier:
 
 def _pixels(data: ImageDataset) -> tuple[Tensor, Tensor]:
     """All pixels (N, 3, H, W) uint8 and labels (N,) of a data set."""
+    data.check_labels()
     batches = list(batches_in_order(data, batch_size=256))
     return torch.cat([to_pixels(batch.images) for batch in batches]), torch.cat([batch.labels for batch in batches])

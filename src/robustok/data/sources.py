@@ -119,7 +119,7 @@ class Source:
         identity: digest of the file names and sizes, or of the bytes.
         whole: the source has one split only, from which the test images must be held out.
         shape: (H, W) of every image; None where files may differ.
-        about: what gave the labels, for the line that says what was found.
+        about: what gave the labels, for the line that says what was found; empty prints none.
         left_out: what was left out; empty if nothing was.
         unlabelled: why the labels are unknown and all -1, and what to do; empty if they are known.
     """

@@ -112,7 +112,7 @@ def _over_sets(sets: Sequence[dict[str, Score]], line: Callable[..., Measurement
 
 def _balance(labels: np.ndarray, classes: Collection[str] = ("", "")) -> dict[str, str]:
     """How many samples each class has, for sets with classes."""
-    if len(classes) < 2 or not len(labels):
+    if len(classes) < 2 or not len(labels) or labels.min() < 0:
         return {}
     counts = np.unique(labels, return_counts=True)[1]
     low, high = int(counts.min()), int(counts.max())
