@@ -97,7 +97,8 @@ def walk(
     Raises:
         UserError: a folder may not be read, or holds train and test where it should not.
     """
-    stack: list[tuple[Any, Iterator[os.DirEntry]]] = [(_identity(folder), _in_order(folder, left, splits))]
+    above = {_identity(parent) for parent in Path(os.path.abspath(folder)).parents}
+    stack = [(_identity(folder), _in_order(folder, left, splits))]
     while stack:
         entry = next(stack[-1][1], None)
         if entry is None:
@@ -105,7 +106,7 @@ def walk(
         elif not _is_folder(entry):
             if has_suffix(entry, suffixes, left):
                 yield entry
-        elif (identity := _identity(entry.path)) not in [one for one, _ in stack]:
+        elif (identity := _identity(entry.path)) not in above.union(one for one, _ in stack):
             stack.append((identity, _in_order(entry.path, left, splits)))
         elif left is not None:
             left["links in a circle"][entry.name] += 1

@@ -159,7 +159,7 @@ def _digits(data: Digits, split: Split) -> Source:
 def _cifar10(data: Cifar10, split: Split) -> Source:
     from torchvision.datasets import CIFAR10
 
-    root = Path(os.path.expanduser(data.path or "~/.cache/robustok"))
+    root = data.path or Path("~/.cache/robustok").expanduser()
     if root.name == CIFAR10.base_folder:
         root = root.parent
     try:
@@ -173,7 +173,7 @@ def _cifar10(data: Cifar10, split: Split) -> Source:
 
 
 def _folder(data: Folder, split: Split) -> Source:
-    root = Path(os.path.expanduser(data.path))
+    root = data.path
     if not os.path.isdir(root):
         kind = "an archive: unpack it" if root.suffix in ARCHIVES else "no folder"
         raise UserError(f"{root} is {kind}; data.path must be a folder of images as CLASS/FILE or train/CLASS/FILE")
@@ -190,7 +190,7 @@ def _open_file(paths: Sequence[str], row: int) -> Image.Image:
 
 
 def _parquet(data: Parquet, split: Split) -> Source:
-    path = Path(os.path.expanduser(data.path))
+    path = data.path
     base, splits, left = split_files(path)
     whole = len(splits) < 2
     files = next(iter(splits.values())) if whole else splits[split]
@@ -216,7 +216,7 @@ def _without_labels(labels: np.ndarray, where: str) -> str:
 
 
 def _npz(data: Npz, split: Split) -> Source:
-    path = Path(os.path.expanduser(data.path))
+    path = data.path
     array, labels = open_array(path)
     count, height, width, _ = array.shape
     labels, classes = (np.zeros(count, np.int64), ["all"]) if labels is None else number_labels(labels, f"{path}")
