@@ -15,7 +15,7 @@ from robustok.data import dataset as dataset_module
 from robustok.data.dataset import open_images
 from robustok.data.folders import split_of
 from robustok.data.loader import batches_in_order
-from robustok.data.sources import Folder, data_at
+from robustok.data.sources import Folder, Parquet, data_at
 from robustok.errors import UserError
 from robustok.files import IMAGE_SUFFIXES
 from tiny_images import picture, save_tree
@@ -377,6 +377,8 @@ def test_names_of_any_bytes(tmp_path):
 def test_paths_that_cannot_exist_are_one_line(path):
     with pytest.raises(UserError, match="no folder"):
         open_images(Folder(path=path), 8)
+    with pytest.raises(UserError, match="no parquet files"):
+        open_images(Parquet(path=path), 8)
     with pytest.raises(UserError, match="does not exist"):
         data_at(path)
 

@@ -235,10 +235,10 @@ def data_at(path: str | Path) -> Folder | Parquet | Npz:
     path = Path(os.path.expanduser(path))
     accepted = "a folder of images, an .npz or .npy file (arr_0, uint8 NHWC), or parquet (a file, a folder, a glob)"
     exists = os.path.lexists(path)
-    if path.suffix == ".parquet" or (not exists and glob.has_magic(str(path))):
-        return Parquet(path=path, holdout=0)
     if path.suffix in (".npz", ".npy"):
         return Npz(path=path, holdout=0)
+    if path.suffix == ".parquet" or (not exists and glob.has_magic(str(path))):
+        return Parquet(path=path, holdout=0)
     if not os.path.isdir(path):
         found = "is an archive: unpack it" if path.suffix in ARCHIVES else "is a file of another kind"
         raise UserError(f"{path} {found if exists else 'does not exist'}; expected {accepted}")
