@@ -56,6 +56,7 @@ def train_classifier(run: TrainClassifierRun) -> TrainedClassifier:
     path = run.out / "snapshot" / f"{run.classifier.steps:08d}"
     folder = RunFolder(run, accelerator.is_main_process)
     held_out = open_images(run.data, run.image_size, "test")
+    held_out.check_labels()
     if not (path / "model.safetensors").exists():
         pixels, labels = _pixels(open_images(run.data, run.image_size, "train"))
         bar = iter(track(range(run.classifier.steps), f"train-classifier {run.out.name}", accelerator.is_main_process))

@@ -230,7 +230,7 @@ def find_images(root: Path, split: Split, labels: Path | None = None, column: st
     else:
         files = [entry for name in classes for entry in groups.get(name, ())] or loose
         numbers = [label for label, name in enumerate(classes) for _ in groups.get(name, ())] or [0] * len(loose)
-        about = "classes from folders" if classes else "no classes"
+        about = "classes from folders" if classes else "no class folders"
     if not files:
         others = sorted(left[_OTHERS]) or ["none"]
         unpack = "; unpack the archive" if set(ARCHIVES) & set(others) else ""
