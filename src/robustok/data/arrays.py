@@ -11,13 +11,15 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from lzma import LZMAError
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
+from robustok.data.image_file import instead
 from robustok.errors import UserError
-from robustok.files import atomic_file, one_line, regular_file
+from robustok.files import IMAGE_SUFFIXES, atomic_file, one_line, regular_file
 
 IMAGES = "arr_0"
 LABELS = ("arr_1", "labels")
@@ -90,14 +92,17 @@ def open_array(file: str | Path) -> tuple[ImageArray, np.ndarray | None]:
             if start.startswith(MAGIC["npy"]):
                 return _open_npy(file, stream), None
         if not start.startswith(MAGIC["npz"]):
-            raise UserError(f"{file} is neither an .npz nor an .npy file, whatever its name; {EXPECTED} as {IMAGES}")
-        _check_content(file, file.stat().st_mtime_ns)
+            what = instead(file) or ", whatever its name"
+            raise UserError(f"{file} is neither an .npz nor an .npy file{what}; {EXPECTED} as {IMAGES}")
         with zipfile.ZipFile(file) as archive:
-            return _open_npz(file, archive)
+            found = _open_npz(file, archive)
+        _check_content(file, file.stat().st_mtime_ns)
+        return found
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror or error}; give an .npz or .npy file of images") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # or encrypted
-        raise UserError(f"{file} is cut off or damaged ({error}); copy or make it again") from None
+    except (zipfile.BadZipFile, zlib.error, LZMAError, EOFError, RuntimeError, ValueError, struct.error) as error:
+        # RuntimeError: encrypted. ValueError and struct.error: headers that contradict themselves.
+        raise UserError(f"{file} is cut off or damaged ({one_line(error)}); copy or make it again") from None
 
 
 @lru_cache(maxsize=64)
@@ -124,7 +129,10 @@ def _open_npz(file: Path, archive: zipfile.ZipFile) -> tuple[ImageArray, np.ndar
     names = {Path(name).stem: name for name in archive.namelist()}
     if IMAGES not in names:
         hint = "; statistics are no images, give them as the reference" if {"mu", "sigma"} <= names.keys() else ""
-        raise UserError(f"{file} holds {', '.join(sorted(names)) or 'nothing'}; {EXPECTED} as {IMAGES}{hint}")
+        if any(Path(name).suffix.lower() in IMAGE_SUFFIXES for name in archive.namelist()):
+            raise UserError(f"{file} is a zip archive of images; unpack it and give the folder")
+        shown = [*sorted(names)[:5], f"{len(names) - 5} more"] if len(names) > 6 else sorted(names)
+        raise UserError(f"{file} holds {', '.join(shown) or 'nothing'}; {EXPECTED} as {IMAGES}{hint}")
     info = archive.getinfo(names[IMAGES])
     with archive.open(info) as stream:
         shape = _checked_shape(stream, f"{IMAGES} of {file}")
@@ -191,7 +199,10 @@ def _labels(file: Path, archive: zipfile.ZipFile, member: str, count: int) -> np
         shape, _, dtype = _read_header(stream, where)
         if dtype.kind not in "iu" or shape != (count,):
             raise UserError(f"{where} is {dtype} {shape}; expected integer labels ({count},), one for each image")
-        return np.frombuffer(stream.read(), dtype=dtype).astype(np.int64)
+        content = stream.read(count * dtype.itemsize)
+        if len(content) < count * dtype.itemsize:
+            raise UserError(f"{where} is cut off: {len(content)} bytes for {count} labels; copy or make it again")
+        return np.frombuffer(content, dtype=dtype).astype(np.int64)
 
 
 def write_npz(

@@ -80,13 +80,13 @@ def open_images(
 
 
 def _say_what_was_found(source: Source, split: Split, count: int) -> None:
-    """Print the images and classes of a split, and note what is left out."""
+    """Print the images and classes of a split where files and folders say them, and note what is left out."""
     classes = source.classes
     shown = ", ".join(classes) if len(classes) < 8 else f"{', '.join(classes[:3])}, ..., {classes[-1]}"
     names = f"{len(classes):,} classes ({shown})" if len(classes) > 1 else "one class"
     of_all = f" of {len(source.labels):,}" if count < len(source.labels) else ""
-    about = f"; {source.about}" if source.about else ""
-    _print_once(f"data: {source.name} {split}: {count:,}{of_all} images, {names}{about}")
+    if source.about:
+        _print_once(f"data: {source.name} {split}: {count:,}{of_all} images, {names}; {source.about}")
     if source.left_out:
         warnings.warn(f"left out of {source.name} {split}: {source.left_out}", stacklevel=3)
 

@@ -97,7 +97,8 @@ def walk(
     Raises:
         UserError: a folder may not be read, or holds train and test where it should not.
     """
-    stack: list[tuple[Any, Iterator[os.DirEntry]]] = [(_identity(folder), _in_order(folder, left, splits))]
+    above = {_identity(parent) for parent in Path(os.path.abspath(folder)).parents}
+    stack = [(_identity(folder), _in_order(folder, left, splits))]
     while stack:
         entry = next(stack[-1][1], None)
         if entry is None:
@@ -105,7 +106,7 @@ def walk(
         elif not _is_folder(entry):
             if has_suffix(entry, suffixes, left):
                 yield entry
-        elif (identity := _identity(entry.path)) not in [one for one, _ in stack]:
+        elif (identity := _identity(entry.path)) not in above.union(one for one, _ in stack):
             stack.append((identity, _in_order(entry.path, left, splits)))
         elif left is not None:
             left["links in a circle"][entry.name] += 1
@@ -229,7 +230,7 @@ def find_images(root: Path, split: Split, labels: Path | None = None, column: st
     else:
         files = [entry for name in classes for entry in groups.get(name, ())] or loose
         numbers = [label for label, name in enumerate(classes) for _ in groups.get(name, ())] or [0] * len(loose)
-        about = "classes from folders" if classes else "no classes"
+        about = "classes from folders" if classes else "no class folders"
     if not files:
         others = sorted(left[_OTHERS]) or ["none"]
         unpack = "; unpack the archive" if set(ARCHIVES) & set(others) else ""

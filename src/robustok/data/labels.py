@@ -26,6 +26,33 @@ def sort_classes(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (int(name), name) if numeric else name)
 
 
+def sorted_as_text(classes: Sequence[str], cached: Sequence[str] | None) -> str:
+    """What to add to an error about a cache without names of classes, if it may be one that counted 0, 1, 10, 2."""
+    if cached is not None or list(classes) != sort_classes(classes) or list(classes) == sorted(classes):
+        return ""
+    return (
+        f"; if it was made from class folders named by numbers when these were sorted as text "
+        f"({', '.join(sorted(classes)[:4])}, ...), encode the images again"
+    )
+
+
+def check_same_classes(found: Sequence[str] | None, expected: Sequence[str] | None, where: str, other: str) -> None:
+    """Refuse a name of a class that has two numbers. Names that only one side knows say nothing; None is unknown.
+
+    Raises:
+        UserError: names the class and its numbers.
+    """
+    if not found or not expected:
+        return
+    numbers = {name: number for number, name in enumerate(expected)}
+    for number, name in enumerate(found):
+        if name in numbers and list(expected[number : number + 1]) != [name]:
+            raise UserError(
+                f"class {name} has number {number} in {where} and {numbers[name]} in {other}; give both the same "
+                "classes, or encode and train again"
+            )
+
+
 def number_labels(
     labels: Sequence[Any] | np.ndarray, where: str, classes: Sequence[str] | None = None
 ) -> tuple[np.ndarray, list[str]]:

@@ -49,6 +49,7 @@ class Manifest:
         data: fingerprint of the data set behind ``indices``; None for free samples.
         source: provenance: sigma, sampling, seed, digest of the generator, crop.
         dtype: stored type of continuous latents, which are float32 when read. The largest float16 is 65504.
+        class_names: in the order of their numbers; None where unknown, as in caches of before.
     """
 
     kind: Literal["discrete", "continuous"]
@@ -61,6 +62,7 @@ class Manifest:
     data: str | None = None
     source: dict[str, Any] = field(default_factory=dict)
     dtype: LatentType = "float32"
+    class_names: list[str] | None = None
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     def __post_init__(self):
@@ -146,7 +148,7 @@ def create_cache(path: str | Path, manifest: Manifest) -> None:
 
 def _identity(manifest: Manifest) -> dict[str, Any]:
     """The manifest without the words that describe the images: their folder may move, ``data`` is their digest."""
-    whole = manifest.plain()
+    whole = {key: value for key, value in manifest.plain().items() if key != "class_names"}
     return whole | {"source": {key: value for key, value in whole["source"].items() if key not in ("data", "split")}}
 
 

@@ -64,17 +64,16 @@ class Table:
 def files_at(path: Path, left: LeftOut | None = None) -> tuple[Path, list[Path]]:
     """The parquet files at a path (a file, a folder or a glob), by name, and the folder that they are in.
 
-    A path that exists is no glob, whatever brackets are in its name.
+    The part of the path that exists is no glob, whatever brackets are in its names.
 
     Raises:
         UserError: there are none, or a folder may not be read.
     """
-    if os.path.lexists(path):
+    base = next(folder for folder in (path, *path.parents) if os.path.lexists(folder) or folder == folder.parent)
+    if base == path:
         base, found = (path, [path]) if path.is_dir() else (path.parent, [path])
     else:
-        parts = path.parts
-        first = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
-        base, found = Path(*parts[:first]), [Path(name) for name in glob.glob(str(path), recursive=True)]
+        found = [base / name for name in glob.glob(str(path.relative_to(base)), root_dir=base, recursive=True)]
     files = {file for one in found for file in (_below(one, left) if one.is_dir() else [one])}
     if not files:
         raise UserError(f"no parquet files at {path}; data.path must be a file, a folder of *.parquet or a glob")

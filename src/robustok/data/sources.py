@@ -121,7 +121,7 @@ class Source:
         shape: (H, W) of every image; None where files may differ.
         files: files whose content ``identity`` does not cover.
         names: of image files, one for each row: path in the folder without suffix; empty for other sources.
-        about: what gave the labels, for the line that says what was found.
+        about: what gave the labels, for the line that says what was found; empty prints none.
         left_out: what was left out; empty if nothing was.
         unlabelled: why the labels are unknown and all -1, and what to do; empty if they are known.
     """
@@ -163,7 +163,7 @@ def _digits(data: Digits, split: Split) -> Source:
 def _cifar10(data: Cifar10, split: Split) -> Source:
     from torchvision.datasets import CIFAR10
 
-    root = Path(os.path.expanduser(data.path or "~/.cache/robustok"))
+    root = data.path or Path("~/.cache/robustok").expanduser()
     if root.name == CIFAR10.base_folder:
         root = root.parent
     try:
@@ -177,7 +177,7 @@ def _cifar10(data: Cifar10, split: Split) -> Source:
 
 
 def _folder(data: Folder, split: Split) -> Source:
-    root = Path(os.path.expanduser(data.path))
+    root = data.path
     if not os.path.isdir(root):
         kind = "an archive: unpack it" if root.suffix in ARCHIVES else "no folder"
         raise UserError(f"{root} is {kind}; data.path must be a folder of images as CLASS/FILE or train/CLASS/FILE")
@@ -196,7 +196,7 @@ def _open_file(paths: Sequence[str], row: int) -> Image.Image:
 
 
 def _parquet(data: Parquet, split: Split) -> Source:
-    path = Path(os.path.expanduser(data.path))
+    path = data.path
     base, splits, left = split_files(path)
     whole = len(splits) < 2
     files = next(iter(splits.values())) if whole else splits[split]
@@ -222,7 +222,7 @@ def _without_labels(labels: np.ndarray, where: str) -> str:
 
 
 def _npz(data: Npz, split: Split) -> Source:
-    path = Path(os.path.expanduser(data.path))
+    path = data.path
     array, labels = open_array(path)
     count, height, width, _ = array.shape
     labels, classes = (np.zeros(count, np.int64), ["all"]) if labels is None else number_labels(labels, f"{path}")
@@ -241,10 +241,10 @@ def data_at(path: str | Path) -> Folder | Parquet | Npz:
     path = Path(os.path.expanduser(path))
     accepted = "a folder of images, an .npz or .npy file (arr_0, uint8 NHWC), or parquet (a file, a folder, a glob)"
     exists = os.path.lexists(path)
-    if path.suffix == ".parquet" or (not exists and glob.has_magic(str(path))):
-        return Parquet(path=path, holdout=0)
     if path.suffix in (".npz", ".npy"):
         return Npz(path=path, holdout=0)
+    if path.suffix == ".parquet" or (not exists and glob.has_magic(str(path))):
+        return Parquet(path=path, holdout=0)
     if not os.path.isdir(path):
         found = "is an archive: unpack it" if path.suffix in ARCHIVES else "is a file of another kind"
         raise UserError(f"{path} {found if exists else 'does not exist'}; expected {accepted}")
