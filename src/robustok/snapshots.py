@@ -75,6 +75,7 @@ class Header(Config):
     latent_shape: list[PositiveInt] = Field([1, 1], min_length=2, max_length=2)
     codebook_size: PositiveInt | None = None
     classes: PositiveInt = 1
+    class_names: list[str] | None = None
     sampling: dict[str, Any] | None = None
 
 

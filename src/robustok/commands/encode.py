@@ -90,6 +90,7 @@ def encode(run: EncodeRun) -> Path:
     size, variants = tokenizer.image_size, run.variants
     # The data's fingerprint depends on the crop size, so post-training never takes ten-crop for its centre crops.
     data = open_images(run.data, enlarged(size) if run.crops == "ten" else size, run.split)
+    data.check_labels()
     chosen = np.sort(random_subset(len(data), run.count, run.seed))  # indices of the images that are encoded
     source = {"made_by": "encode", "data": data.describe(), "crops": run.crops, "precision": run.cache.precision}
     source |= {"images": image_digest(data)} | ({"seed": run.seed} if len(chosen) < len(data) else {})
@@ -98,6 +99,7 @@ def encode(run: EncodeRun) -> Path:
         latent_shape=tokenizer.latent_shape,
         codebook_size=len(tokenizer.codebook) if tokenizer.kind == "discrete" else None,
         classes=len(data.classes),
+        class_names=data.classes,
         count=len(chosen) * variants,
         shard_size=run.cache.shard_size,
         tokenizer=encoder_digest(tokenizer),

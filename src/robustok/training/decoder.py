@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from robustok.config import load, plain
 from robustok.console import note
 from robustok.data.dataset import ImageDataset, open_images
+from robustok.data.labels import sorted_as_text
 from robustok.data.latent_cache import LatentCache, LatentRecords, check_cache, check_indices, training_latents
 from robustok.data.sources import Data
 from robustok.devices import autocast, start_accelerator
@@ -324,6 +325,7 @@ def _open_images(run: DecoderTrainingRun, tokenizer: Tokenizer, pairs: LatentCac
     if pairs.manifest.data != data.fingerprint:
         raise UserError(
             f"{run.pairs} pairs latents with other images than {data.describe()}; give the data they were encoded from"
+            f"{sorted_as_text(data.classes, pairs.manifest.class_names)}"
         )
     check_indices(pairs, len(data))
     return data

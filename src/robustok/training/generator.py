@@ -227,6 +227,7 @@ def _write_snapshot(
         "codebook_size": manifest.codebook_size,
         "latent_shape": list(manifest.latent_shape),
         "classes": manifest.classes,
+        **({"class_names": manifest.class_names} if manifest.class_names else {}),
         "latent_space": manifest.tokenizer,
         "sampling": plain(run.sampling or default_sampling(run.generator.name)),
         "step": step,
