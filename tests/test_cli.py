@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import robustok
-from conftest import MAIN_TRAIN, PIPELINE, words
+from conftest import MAIN_TRAIN, PIPELINE, once, words
 from robustok import cli
 from robustok.cli import COMMANDS, main
 from robustok.errors import UserError
@@ -18,7 +18,7 @@ from robustok.errors import UserError
 def run(capsys, *arguments):
     """Exit code, stdout and stderr of the command line, called in this process."""
     capsys.readouterr()
-    code = main(list(arguments))
+    code = main(once(arguments))
     out, err = capsys.readouterr()
     return code, out, err
 
@@ -88,7 +88,7 @@ def test_help_all_shows_the_keys_of_groups_and_variants(capsys):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_description_is_there(command):
-    from robustok.config import list_settings
+    from robustok.settings import list_settings
 
     settings = list_settings(COMMANDS[command].load()[1])
     assert [s.key for s in settings if not s.description and not s.key.endswith("name")] == []
@@ -218,7 +218,7 @@ def test_processes_that_have_not_met_let_the_first_one_print(capsys, command_tha
 
 def test_processes_of_a_launcher_print_one_error(tmp_path):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "robustok"]
-    answer = python(*launch, "main-train", *MAIN_TRAIN, f"out={tmp_path / 'run'}", "batch_size=500")
+    answer = python(*launch, *once(["main-train", *MAIN_TRAIN, f"out={tmp_path / 'run'}", "batch_size=500"]))
     assert answer.returncode != 0
     assert answer.stderr.count("robustok: the global batch is 500") == 1
 

@@ -110,7 +110,7 @@ class SettingsCommand(TyperCommand):
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """Write the settings beneath the options."""
-        from robustok.config import list_settings
+        from robustok.settings import list_settings
 
         settings, title = list_settings(COMMANDS[self.name].load()[1]), "Settings, in CONFIG.yaml or as KEY=VALUE"
         if "all settings" in ctx.meta:
@@ -180,11 +180,12 @@ for _name, _command in COMMANDS.items():
 
 def _run(name: str, words: list[str], dry_run: bool, as_json: bool) -> int:
     """Read the settings, call the function, print the result; returns the exit code."""
-    from robustok.config import load
+    from robustok.config import load, refuse_repeats
     from robustok.errors import UserError
 
     files = list(takewhile(lambda word: word.endswith((".yaml", ".yml")) and "=" not in word, words))
     try:
+        refuse_repeats(words[len(files) :])
         function, config = COMMANDS[name].load()
         run = load(config, files, words[len(files) :], command=name)
         if dry_run:
