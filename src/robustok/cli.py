@@ -10,10 +10,12 @@ import difflib
 import importlib
 import json
 import os
+import re
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import groupby, takewhile
 from pathlib import Path
@@ -73,6 +75,8 @@ COMMANDS = {
 }
 
 KEY_WIDTH, ABOUT_WIDTH = 36, 40  # columns of help texts
+SCREEN = 1500  # characters of an error
+INTERRUPTED = "interrupted; run the same command to resume"
 
 app = typer.Typer(
     help="Image tokenizers whose decoders expect what generators make.",
@@ -98,6 +102,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.showwarning = _note
         try:
             return typer.main.get_command(app).main(words, prog_name="robustok", standalone_mode=False) or 0
+        except typer.Abort:
+            return _complain(INTERRUPTED, code=130)
+        except OSError as error:  # of help texts; those of commands end in _run
+            return _cannot_print(error)
         except Exception as error:
             if hasattr(error, "format_message"):  # a usage error of typer, or of the click beneath it
                 return _complain(_usage(error.format_message(), words))
@@ -181,10 +189,12 @@ for _name, _command in COMMANDS.items():
 def _run(name: str, words: list[str], dry_run: bool, as_json: bool) -> int:
     """Read the settings, call the function, print the result; returns the exit code."""
     from robustok.config import load, refuse_repeats
+    from robustok.environment import ignore_leftovers
     from robustok.errors import UserError
 
     files = list(takewhile(lambda word: word.endswith((".yaml", ".yml")) and "=" not in word, words))
     try:
+        ignore_leftovers()
         refuse_repeats(words[len(files) :])
         function, config = COMMANDS[name].load()
         run = load(config, files, words[len(files) :], command=name)
@@ -202,10 +212,41 @@ def _run(name: str, words: list[str], dry_run: bool, as_json: bool) -> int:
     except UserError as error:
         return _complain(str(error))
     except KeyboardInterrupt:
-        return _complain("interrupted; run the same command to resume", code=130)
-    if _first_process():
-        print(text)
+        return _complain(INTERRUPTED, code=130)
+    except Exception as error:
+        if _out_of_memory(error):
+            about = "lower batch_size or the sizes of the model, or close other programs"
+            return _complain(f"not enough memory ({' '.join(str(error).split())[:300]}); {about}")
+        traceback.print_exc()
+        return 1
+    return _print(text) if _first_process() else 0
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether more memory is asked for than a CPU or GPU has. Of the libraries' errors only the texts tell."""
+    said = (
+        "can't allocate memory|not enough memory|out of memory|calculation overflowed|too big|unpacking long|too large"
+    )
+    return isinstance(error, MemoryError) or re.search(said, str(error)) is not None
+
+
+def _print(text: str) -> int:
+    """Print a result; returns the exit code."""
+    try:
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")  # for names that its encoding does not have
+        print(text, flush=True)
+    except (OSError, ValueError) as error:  # full or closed
+        return _cannot_print(error)
     return 0
+
+
+def _cannot_print(error: Exception) -> int:
+    """Say so, unless the reader has read enough, as ``head`` has; returns the exit code."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - Python flushes stdout once more at its end
+    if isinstance(error, BrokenPipeError):
+        return 0
+    return _complain(f"the result cannot be printed: {getattr(error, 'strerror', None) or error}; all else is done")
 
 
 def _plain(result: Any) -> Any:
@@ -270,8 +311,12 @@ def _complain(message: str, code: int = 2) -> int:
         from robustok.devices import first_to_fail
 
         first = first_to_fail()
-    if first:
-        print(f"robustok: {' '.join(message.split())}", file=sys.stderr)
+    if first and sys.stderr is not None:
+        line = " ".join(message.split())
+        if len(line) > SCREEN:
+            line = f"{line[: 2 * SCREEN // 3]} ... {line[-SCREEN // 3 :]}"
+        with suppress(OSError, ValueError):  # stderr is full or closed
+            print(f"robustok: {line}", file=sys.stderr, flush=True)
     return code
 
 
