@@ -18,6 +18,7 @@ from robustok.config import (
     validate,
 )
 from robustok.errors import UserError
+from robustok.evaluation.settings import EvaluateRun
 from robustok.settings import RENAMED_KEYS, RENAMED_VALUES, list_settings
 
 
@@ -99,7 +100,7 @@ def test_what_is_saved_repeats_the_run(tmp_path):
         (["=3"], ["'=3'", "KEY=VALUE"]),
         (["steps=12:30"], ["steps = '12:30'", "integer"]),
         (["steps=true"], ["steps = 'true'", "integer"]),
-        (["steps="], ["steps is empty"]),
+        (["steps="], ["steps = None", "integer; it is empty, give a value"]),
         (["shape.radius=nan"], ["shape.radius = 'nan'", "finite"]),
         (["shape.radius=1e999"], ["shape.radius = inf", "finite"]),
         ([f"steps={2**64}"], ["steps = 18446744073709551616", "the largest is 2^64 - 1"]),
@@ -190,7 +191,7 @@ def test_nothing_and_quotes():
         assert (run.weights, run.title, run.share) == (None, None, None)
     assert load(Texts, None, ["title='null'", 'path="a b"']) == Texts(title="null", path="a b")
     for text in ("", "''"):
-        with pytest.raises(UserError, match="path is empty"):
+        with pytest.raises(UserError, match="path = None: .*it is empty, give a value"):
             load(Texts, None, [f"path={text}"])
 
 
@@ -207,7 +208,7 @@ def test_a_home_folder_is_expanded_everywhere(monkeypatch):
     assert (run.paths, run.named) == ([Path("/home/me/b"), Path("c")], {"x": Path("/home/me")})
     assert Texts(path="~/a").path == Path("/home/me/a")
     for words, said in (
-        (["path=~nosuchuser/a"], "path = '~nosuchuser/a': there is no user 'nosuchuser' here"),
+        (["path=~nosuchuser/a"], "path = '~nosuchuser/a': there is no user nosuchuser whose home"),
         (['path="a\\0b"'], "a path cannot hold a zero byte"),
     ):
         with pytest.raises(UserError, match=said):
@@ -306,6 +307,17 @@ def test_an_error_names_the_setting_to_change(model, words, said):
         load(model, None, words)
     assert said in str(caught.value)
     assert "{" not in str(caught.value)
+
+
+def test_a_tilde_is_expanded_in_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    words = ["out=~/o", "tokenizer=~/t", "samples.latents=[~/a, b]", "samples.decoders.x=~/d", "data.path=~/i"]
+    run = load(EvaluateRun, words=[*words, "data.name=folder", "metrics=[psnr]"])
+    assert (str(run.out), str(run.tokenizer)) == ("/home/ann/o", "/home/ann/t")
+    assert list(map(str, run.samples.latents)) == ["/home/ann/a", "b"]
+    assert (str(run.samples.decoders["x"]), str(run.data.path)) == ("/home/ann/d", "/home/ann/i")
+    with pytest.raises(UserError, match="out = '~nosuchuser/o': there is no user nosuchuser whose home"):
+        load(EvaluateRun, words=["out=~nosuchuser/o", "tokenizer=t", "data.name=digits", "metrics=[psnr]"])
 
 
 def test_values_do_not_change_after_validation():

@@ -7,6 +7,7 @@ Results go to stdout, progress and notes to stderr. Exit codes: 0 done, 2 the us
 """
 
 import difflib
+import errno
 import importlib
 import json
 import os
@@ -24,6 +25,10 @@ from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
+
+# Errors of the operating system that are no bug of ours, wherever they come up.
+ORDINARY = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT}
+ORDINARY |= {errno.EFBIG, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.EPIPE}
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 2 an error that the user can fix, 1 a bug.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # what a terminal of another encoding cannot show
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     words = ["allow_fewer=true" if word == "--allow-fewer" else word for word in words]  # reads better as an option
     with warnings.catch_warnings():
@@ -104,12 +112,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return typer.main.get_command(app).main(words, prog_name="robustok", standalone_mode=False) or 0
         except typer.Abort:
             return _complain(INTERRUPTED, code=130)
-        except OSError as error:  # of help texts; those of commands end in _run
-            return _cannot_print(error)
         except Exception as error:
             if hasattr(error, "format_message"):  # a usage error of typer, or of the click beneath it
                 return _complain(_usage(error.format_message(), words))
-            traceback.print_exc()
+            if getattr(error, "errno", None) in ORDINARY:
+                return _failed(error)
+            if _out_of_memory(error):
+                about = "lower batch_size or the sizes of the model, or close other programs"
+                return _complain(f"not enough memory ({str(error)[:300]}); {about}")
+            _say(traceback.format_exc(), error=True)
             return 1
 
 
@@ -158,7 +169,7 @@ def _short(settings: list[Any]) -> Iterator[tuple[str, str]]:
 def _help_all(ctx: typer.Context, wanted: bool) -> None:
     if wanted:
         ctx.meta["all settings"] = True  # for format_epilog
-        print(ctx.get_help())
+        _say(ctx.get_help())
         raise typer.Exit
 
 
@@ -213,40 +224,42 @@ def _run(name: str, words: list[str], dry_run: bool, as_json: bool) -> int:
         return _complain(str(error))
     except KeyboardInterrupt:
         return _complain(INTERRUPTED, code=130)
-    except Exception as error:
-        if _out_of_memory(error):
-            about = "lower batch_size or the sizes of the model, or close other programs"
-            return _complain(f"not enough memory ({' '.join(str(error).split())[:300]}); {about}")
-        traceback.print_exc()
-        return 1
     return _print(text) if _first_process() else 0
+
+
+def _say(text: str, error: bool = False) -> None:
+    """Print to stdout or stderr, without commands to the terminal."""
+    from robustok.errors import printable
+
+    print(printable(text), file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def _print(text: str) -> int:
+    """Print what a command found; returns the exit code."""
+    try:
+        _say(text)
+    except OSError as error:
+        return _failed(error, "the work is done, but its result could not be printed: ")
+    return 0
+
+
+def _failed(error: OSError, what: str = "") -> int:
+    """Say what the operating system refused; returns the exit code. A closed pipe, as of ``| head``, is no error."""
+    if error.filename is None:
+        with suppress(OSError, ValueError):  # or Python complains about stdout once more when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        remedy = "free some space, or write elsewhere"
+    else:
+        what, remedy = f"cannot use {error.filename}: ", "let its owner allow it, or choose another path"
+    return 0 if error.errno == errno.EPIPE else _complain(f"{what}{os.strerror(error.errno)}; {remedy}")
 
 
 def _out_of_memory(error: Exception) -> bool:
     """Whether more memory is asked for than a CPU or GPU has. Of the libraries' errors only the texts tell."""
     said = (
-        "can't allocate memory|not enough memory|out of memory|calculation overflowed|too big|unpacking long|too large"
+        "can't allocate memory|not enough memory|out of memory|overflowed with sizes|too big|unpacking long|too large"
     )
     return isinstance(error, MemoryError) or re.search(said, str(error)) is not None
-
-
-def _print(text: str) -> int:
-    """Print a result; returns the exit code."""
-    try:
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="backslashreplace")  # for names that its encoding does not have
-        print(text, flush=True)
-    except (OSError, ValueError) as error:  # full or closed
-        return _cannot_print(error)
-    return 0
-
-
-def _cannot_print(error: Exception) -> int:
-    """Say so, unless the reader has read enough, as ``head`` has; returns the exit code."""
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - Python flushes stdout once more at its end
-    if isinstance(error, BrokenPipeError):
-        return 0
-    return _complain(f"the result cannot be printed: {getattr(error, 'strerror', None) or error}; all else is done")
 
 
 def _plain(result: Any) -> Any:
@@ -315,8 +328,8 @@ def _complain(message: str, code: int = 2) -> int:
         line = " ".join(message.split())
         if len(line) > SCREEN:
             line = f"{line[: 2 * SCREEN // 3]} ... {line[-SCREEN // 3 :]}"
-        with suppress(OSError, ValueError):  # stderr is full or closed
-            print(f"robustok: {line}", file=sys.stderr, flush=True)
+        with suppress(OSError):
+            _say(f"robustok: {line}", error=True)
     return code
 
 
@@ -324,7 +337,8 @@ def _note(message: Warning | str, category: type[Warning], filename: str, *_: An
     """Print a warning of ours as one line. Those of libraries are hidden, unless python -W asks for them."""
     ours = Path(filename).is_relative_to(Path(__file__).parent)
     if _first_process() and (ours or sys.warnoptions):
-        print(f"robustok: note: {' '.join(str(message).split())}", file=sys.stderr)
+        with suppress(OSError):
+            _say(f"robustok: note: {' '.join(str(message).split())}", error=True)
 
 
 def _first_process() -> bool:

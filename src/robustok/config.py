@@ -56,7 +56,7 @@ def _usable(value: Any) -> Any:
     try:
         return value.expanduser()
     except RuntimeError:
-        raise ValueError(f"there is no user {value.parts[0][1:]!r} here, whose home folder it names") from None
+        raise ValueError(f"there is no user {value.parts[0].removeprefix('~')} whose home this could be") from None
 
 
 C = TypeVar("C", bound=Config)

@@ -137,7 +137,8 @@ def explain(model: type[BaseModel], error: ValidationError, settings: dict[str, 
         message += f"; write {key}.NAME=VALUE"
     if isinstance(value, dict):  # several settings that do not go together
         return f"{source}: {f'{key}: ' if key else ''}{message}"
-    return f"{source}: {key} {'is empty' if value in (None, '') else f'= {shown(value)}'}: {message}"
+    empty = "; it is empty, give a value" if value in (None, "") else ""
+    return f"{source}: {key} = {shown(value)}: {message}{empty}"
 
 
 def _dotted(location: Sequence[str | int], settings: Any, missing: bool) -> str:

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from robustok.config import load, plain
-from robustok.console import console
+from robustok.console import note
 from robustok.data.dataset import ImageDataset, open_images
 from robustok.data.latent_cache import LatentCache, LatentRecords, check_cache, training_latents
 from robustok.data.sources import Data
@@ -253,9 +253,10 @@ class Snapshots:
         if self.run.held_out is None:
             return self.folder.path / "snapshot" / f"{self.run.steps:08d}"
         if self.folder.main and self.best["step"] == self.best["first"]["step"]:
-            console.print(
-                f"[yellow]no snapshot was better on the held-out samples than the decoder it started from: "
-                f"{self.folder.path} keeps that one[/]"
+            note(
+                "no snapshot was better on the held-out samples than the decoder it started from: "
+                f"{self.folder.path} keeps that one",
+                "yellow",
             )
         return self.folder.path / "snapshot" / "best"
 
