@@ -55,6 +55,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 SLOW = {
     "commands/test_evaluate.py",
     "commands/test_evaluate_images.py",
+    "commands/test_parallel.py",
     "commands/test_post_train_dit.py",
     "commands/test_post_train_pretrained.py",
     "commands/test_sigma_search.py",

@@ -191,7 +191,7 @@ def test_nothing_and_quotes():
         assert (run.weights, run.title, run.share) == (None, None, None)
     assert load(Texts, None, ["title='null'", 'path="a b"']) == Texts(title="null", path="a b")
     for text in ("", "''"):
-        with pytest.raises(UserError, match="path = None: .*it is empty, give a value"):
+        with pytest.raises(UserError, match=r"path = None: .*it is empty, give a value"):
             load(Texts, None, [f"path={text}"])
 
 
