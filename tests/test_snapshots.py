@@ -148,7 +148,7 @@ def test_a_truncated_or_missing_file(tmp_path):
             read_snapshot(tmp_path / "a", "tokenizer")
     file.write_bytes(whole)
     (tmp_path / "a" / "config.yaml").unlink()
-    with pytest.raises(UserError, match=r"cannot read the configuration .*config\.yaml"):
+    with pytest.raises(UserError, match=r"cannot read .*config\.yaml: No such file"):
         read_snapshot(tmp_path / "a", "tokenizer")
     with pytest.raises(UserError, match="is missing; the snapshot is incomplete"):
         read_weights(tmp_path / "a" / "other.safetensors")
