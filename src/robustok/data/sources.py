@@ -287,12 +287,21 @@ def _read_group(group: _RowGroup):
         return parquet.read_row_group(group.number, columns=[group.column]).column(group.column)
 
 
+def _is_glob(path: Path) -> bool:
+    """Whether a path is a pattern such as ``data/**/train-*.parquet``; a name that exists is none."""
+    return any(c in str(path) for c in "*?[") and not path.exists()
+
+
 def _parquet_files(path: Path, split: Split) -> tuple[list[Path], bool]:
     """The split's files in order of name, and whether there is one split only."""
     if path.is_dir():
         base, files = path, sorted(path.rglob("*.parquet"))
-    elif any(c in path.name for c in "*?["):
-        base, files = path.parent, sorted(path.parent.glob(path.name))
+    elif _is_glob(path):
+        base = next(folder for folder in path.parents if folder.exists())  # whose own name may have brackets
+        try:
+            files = sorted(base.glob(str(path.relative_to(base))))
+        except ValueError as error:  # such as a**
+            raise UserError(f"{path} is no glob: {one_line(error)}; write such as data/**/train-*.parquet") from None
     else:
         base, files = path.parent, [path] if path.is_file() else []
     if not files:
@@ -326,10 +335,10 @@ def data_at(path: str | Path) -> Folder | Parquet | Npz:
     """
     path = Path(path).expanduser()
     accepted = "a folder of images, an .npz or .npy file (arr_0, uint8 NHWC), or parquet (a file, a folder, a glob)"
-    if path.suffix == ".parquet" or any(c in path.name for c in "*?["):
-        return Parquet(path=path, holdout=0)
     if path.suffix in (".npz", ".npy"):
         return Npz(path=path, holdout=0)
+    if path.suffix == ".parquet" or _is_glob(path):
+        return Parquet(path=path, holdout=0)
     if not path.is_dir():
         found = "is a file of another kind" if path.exists() else "does not exist"
         raise UserError(f"{path} {found}; expected {accepted}")
