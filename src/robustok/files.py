@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from robustok.errors import FileError, UserError
 
 IMAGE_SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".gif": "GIF"}
-IMAGE_SUFFIXES |= {".tif": "TIFF", ".tiff": "TIFF", ".ppm": "PPM", ".pgm": "PPM"}  # suffix -> format's name in Pillow
+IMAGE_SUFFIXES |= {".tif": "TIFF", ".tiff": "TIFF", ".ppm": "PPM", ".pgm": "PPM", ".jpe": "JPEG", ".jfif": "JPEG"}
+IMAGE_SUFFIXES |= {".jp2": "JPEG2000", ".avif": "AVIF", ".tga": "TGA"}  # suffix -> format's name in Pillow
 # For Image.open, which otherwise goes by the content and, say, starts Ghostscript for PostScript in a file x.png.
 IMAGE_FORMATS = tuple(dict.fromkeys(IMAGE_SUFFIXES.values()))
 
