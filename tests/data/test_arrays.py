@@ -264,9 +264,12 @@ def test_bad_files_are_one_line_that_names_them(tmp_path, kind):
 def test_damage_inside_a_compressed_file_stops_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr("robustok.data.dataset.MEMORY_LIMIT", 0)
     save_compressed(tmp_path / "a.npz", images(200, 16, 16))
+    opened = open_images(Npz(path=tmp_path / "a.npz", holdout=0), None)
     content = bytearray((tmp_path / "a.npz").read_bytes())
     middle = len(content) // 2
     content[middle : middle + 2000] = bytes(2000)
     (tmp_path / "a.npz").write_bytes(bytes(content))
     with pytest.raises(UserError, match=r"a\.npz is damaged at image \d+"):
-        everything(open_images(Npz(path=tmp_path / "a.npz", holdout=0), None))
+        everything(opened)
+    with pytest.raises(UserError, match=r"a\.npz is cut off or damaged"):
+        open_images(Npz(path=tmp_path / "a.npz", holdout=0), None)

@@ -12,7 +12,7 @@ from robustok.commands.encode import fill_cache, random_subset
 from robustok.commands.generate import SampleCacheSettings, load_for_sampling, manifest_of, record_fields
 from robustok.config import Config, plain
 from robustok.data.labels import check_same_classes
-from robustok.data.latent_cache import LatentCache, check_cache, check_center_crops
+from robustok.data.latent_cache import LatentCache, check_cache, check_center_crops, check_real_latents
 from robustok.data.pixels import from_pixels, to_pixels
 from robustok.devices import autocast, start_accelerator
 from robustok.files import tensor_digest
@@ -20,6 +20,7 @@ from robustok.generators import SamplingConfig, check_kind, check_sampling
 from robustok.randomness import image_rngs
 from robustok.snapshots import read_header
 from robustok.tokenizers import encoder_digest, load_tokenizer
+from robustok.training.inputs import latent_digest
 from robustok.types import Tokenizer
 
 CHECKED = 512  # latents with which a generator's latent statistics are compared
@@ -71,6 +72,7 @@ def make_pairs(run: MakePairsRun) -> Path:
     generator = load_for_sampling(run.generator, run.cache, accelerator.device)
     cache = LatentCache(run.latents)
     check_center_crops(cache)
+    check_real_latents(cache)
     check_kind(generator.config.name, cache.manifest.kind, str(run.latents))
     check_cache(cache, generator.latent_space, generator.latent_shape, generator.codebook_size)
     names = cache.manifest.class_names
@@ -100,6 +102,7 @@ def make_pairs(run: MakePairsRun) -> Path:
         "generator": tensor_digest(generator.state_dict()),
         "precision": run.cache.precision,
         "split": cache.manifest.source.get("data"),
+        "latents": latent_digest(cache),
         **generator.mixture_details(sampling, run.sigma),
     }
     if generator.kind == "continuous":

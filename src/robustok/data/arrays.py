@@ -8,7 +8,7 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from lzma import LZMAError
@@ -95,12 +95,22 @@ def open_array(file: str | Path) -> tuple[ImageArray, np.ndarray | None]:
             what = instead(file) or ", whatever its name"
             raise UserError(f"{file} is neither an .npz nor an .npy file{what}; {EXPECTED} as {IMAGES}")
         with zipfile.ZipFile(file) as archive:
-            return _open_npz(file, archive)
+            found = _open_npz(file, archive)
+        _check_content(file, file.stat().st_mtime_ns)
+        return found
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror or error}; give an .npz or .npy file of images") from None
     except (zipfile.BadZipFile, zlib.error, LZMAError, EOFError, RuntimeError, ValueError, struct.error) as error:
         # RuntimeError: encrypted. ValueError and struct.error: headers that contradict themselves.
         raise UserError(f"{file} is cut off or damaged ({one_line(error)}); copy or make it again") from None
+
+
+@lru_cache(maxsize=64)
+def _check_content(file: Path, _changed: int) -> None:
+    """Compare every member with its CRC-32, once for each state of the file: mapped pixels are never compared."""
+    with zipfile.ZipFile(file) as archive:
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"bad CRC-32 of {damaged}")
 
 
 def _open_npy(file: Path, stream: BinaryIO) -> ImageArray:
@@ -195,7 +205,13 @@ def _labels(file: Path, archive: zipfile.ZipFile, member: str, count: int) -> np
         return np.frombuffer(content, dtype=dtype).astype(np.int64)
 
 
-def write_npz(file: str | Path, batches: Iterable[np.ndarray], shape: tuple[int, ...], labels: np.ndarray) -> None:
+def write_npz(
+    file: str | Path,
+    batches: Iterable[np.ndarray],
+    shape: tuple[int, ...],
+    labels: np.ndarray,
+    others: Mapping[str, np.ndarray] | None = None,
+) -> None:
     """Write images batch by batch as ADM's samples: ``arr_0`` uint8 (N, H, W, 3) and ``arr_1`` labels (N,) int64.
 
     The file appears when it is complete. Zip archives hold a checksum, and uncompressed ones can be mapped.
@@ -205,6 +221,7 @@ def write_npz(file: str | Path, batches: Iterable[np.ndarray], shape: tuple[int,
         batches: pixels (n, H, W, 3) uint8 in order, N of them in all.
         shape: (N, H, W, 3).
         labels: (N,) integers.
+        others: further arrays by their names, such as statistics.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written.
@@ -216,5 +233,6 @@ def write_npz(file: str | Path, batches: Iterable[np.ndarray], shape: tuple[int,
             np.lib.format.write_array_header_1_0(stream, header)
             for pixels in batches:
                 stream.write(np.ascontiguousarray(pixels))
-        with archive.open(zipfile.ZipInfo(f"{LABELS[0]}.npy"), "w") as stream:
-            np.lib.format.write_array(stream, labels.astype(np.int64), allow_pickle=False)
+        for name, array in {LABELS[0]: labels.astype(np.int64), **(others or {})}.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w") as stream:
+                np.lib.format.write_array(stream, array, allow_pickle=False)

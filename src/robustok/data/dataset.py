@@ -5,10 +5,13 @@ batches and worker processes in ``loader``.
 """
 
 import math
+import os
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -28,6 +31,7 @@ from robustok.files import bytes_digest, one_line
 from robustok.types import Batch
 
 MEMORY_LIMIT = 10**9  # bytes of decoded pixels up to which a data set is held in memory
+CONTENT_LIMIT = 2**26  # bytes of files up to which their content is compared, not size and time of change
 
 
 class Augmentation(Config):
@@ -137,7 +141,9 @@ class ImageDataset:
     def __init__(
         self, source: Source, rows: np.ndarray, data: Data, split: Split, image_size: int | None, augment: Augmentation
     ):
-        self.name, self.classes, self.labels = source.name, source.classes, source.labels[rows]
+        # Names of folders may be any bytes; those in manifests and results are text.
+        self.name, self.classes = printable(source.name), list(map(printable, source.classes))
+        self.labels = source.labels[rows]
         self.split, self.image_size, self.augment = split, image_size, augment
         self.shape = (image_size, image_size) if image_size else _common_shape(source, rows)
         crop = f"{augment.crop} {image_size}" if image_size else "as they are"
@@ -183,6 +189,27 @@ class ImageDataset:
         height, width = self.shape
         crop = f"{self.augment.crop} crop {self.image_size}" if self.image_size else f"as they are, {height}x{width}"
         return f"{self.name} {self.split}, {crop}, {len(self) - len(self.broken)} images, {self.fingerprint}"
+
+    @cached_property
+    def stamp(self) -> str:
+        """Digest of the files' content, of large sets of their sizes and times of change: whether they were replaced.
+
+        Unlike ``fingerprint`` it changes when a file is replaced by one of equal name and size. Empty where
+        ``fingerprint`` is of the content already.
+        """
+        states = [os.stat(file) for file in self._source.files if os.path.isfile(file)]
+        if sum(state.st_size for state in states) <= CONTENT_LIMIT:
+            lines = [bytes_digest(Path(file).read_bytes()) for file in self._source.files if os.path.isfile(file)]
+        else:
+            lines = [f"{state.st_size} {int(state.st_mtime)}" for state in states]
+        return bytes_digest("\n".join(lines).encode(), 16) if lines else ""
+
+    @property
+    def names(self) -> list[str] | None:
+        """Names of the image files below the folder that holds them all, without suffix; None for other sources."""
+        if not self._source.names:
+            return None
+        return [self._source.names[row] for row in self._rows.tolist()]
 
     def read(self, indices: Sequence[int] | np.ndarray | Tensor, seeds: np.ndarray | None = None) -> Batch:
         """Images by their indices.
@@ -269,6 +296,12 @@ class ImageDataset:
         """
         self._note(read.broken)
         return Batch(from_pixels(read.pixels), torch.from_numpy(self.labels)[read.indices], read.indices)
+
+
+def described_shape(description: str) -> tuple[int, int] | None:
+    """(H, W) of the images that :meth:`ImageDataset.describe` described; None where the text does not have it."""
+    found = re.search(r", (?:center|random) crop (\d+), |, as they are, (\d+)x(\d+), ", description)
+    return None if found is None else (int(found[1] or found[2]), int(found[1] or found[3]))
 
 
 @dataclass(frozen=True)

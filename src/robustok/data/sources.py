@@ -119,6 +119,8 @@ class Source:
         identity: digest of the file names and sizes, or of the bytes.
         whole: the source has one split only, from which the test images must be held out.
         shape: (H, W) of every image; None where files may differ.
+        files: files whose content ``identity`` does not cover.
+        names: of image files, one for each row: path in the folder without suffix; empty for other sources.
         about: what gave the labels, for the line that says what was found; empty prints none.
         left_out: what was left out; empty if nothing was.
         unlabelled: why the labels are unknown and all -1, and what to do; empty if they are known.
@@ -132,6 +134,8 @@ class Source:
     identity: str
     whole: bool
     shape: tuple[int, int] | None = None
+    files: Sequence[str | Path] = ()
+    names: Sequence[str] = ()
     about: str = ""
     left_out: str = ""
     unlabelled: str = ""
@@ -181,9 +185,11 @@ def _folder(data: Folder, split: Split) -> Source:
         )
     found = find_images(root, split, data.labels, data.label)
     opener, where = partial(_open_file, found.paths), partial(getitem, found.paths)
+    names = [os.path.splitext(os.path.relpath(path, root))[0] for path in found.paths]
     return Source(
         root.resolve().name, opener, where, found.labels, found.classes or ["all"], found.identity, found.whole,
-        about=found.about, left_out=describe_left_out(found.left), unlabelled=found.unlabelled,
+        files=found.paths, names=names, about=found.about, left_out=describe_left_out(found.left),
+        unlabelled=found.unlabelled,
     )  # fmt: skip
 
 
@@ -206,8 +212,8 @@ def _parquet(data: Parquet, split: Split) -> Source:
     return Source(
         path.resolve().name, partial(open_row, table.groups), partial(where_row, table.groups), labels, classes,
         bytes_digest("\n".join(content).encode("utf-8", "surrogateescape")), whole,
-        about=f"labels from column {table.column}" if table.column else "no labels", left_out=describe_left_out(left),
-        unlabelled=_without_labels(labels, where),
+        files=files, about=f"labels from column {table.column}" if table.column else "no labels",
+        left_out=describe_left_out(left), unlabelled=_without_labels(labels, where),
     )  # fmt: skip
 
 
