@@ -23,7 +23,7 @@ LAYERS = (
         "yaml_text",
         "environment",
     },
-    {"data", "snapshots", "model_card", "checkpoints", "backbones", "runs"},
+    {"data", "snapshots", "model_card", "checkpoints", "backbones", "states", "runs"},
     {"metrics", "tokenizers", "generators"},
     {"pretrained", "losses"},
     {"training", "evaluation", "report"},
