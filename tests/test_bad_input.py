@@ -520,9 +520,9 @@ def test_a_state_that_was_cut_is_passed_over(capsys, pipeline, tmp_path):
     ("command", "word", "said"),
     [
         ("generate", "count=10000000000000", "free some space, choose another out=FOLDER, or lower count"),
-        ("train-generator", "generator.depth=10000000000000", "less than or equal to 10000"),
-        ("train-generator", "generator.width=10000000000000", "not enough memory"),
-        ("main-train", "tokenizer.quantizer.size=10000000000000", "not enough memory"),
+        ("train-generator", "generator.depth=10000000000000", "ask for a model larger than this machine's memory"),
+        ("train-generator", "generator.width=10000000000000", "ask for a model larger than this machine's memory"),
+        ("main-train", "tokenizer.quantizer.size=10000000000000", "ask for a model larger than"),
         ("main-train", "batch_size=10000000000000", "set a batch of 1 to 48"),
         ("train-classifier", "classifier.batch_size=10000000000000", "less than or equal to 1000000"),
         ("evaluate", "pfid.seeds=10000000000000", "less than or equal to 1000"),

@@ -32,7 +32,7 @@ class DiffusionTransformerConfig(ContinuousConfig):
     """Size, training and latent statistics of a diffusion transformer. The default size is XL."""
 
     width: int = Field(1152, gt=0, description="width of the transformer, a multiple of heads")
-    depth: int = Field(28, gt=0, le=10_000, description="number of transformer blocks")
+    depth: int = Field(28, gt=0, description="number of transformer blocks")
     heads: Heads = 16
     mlp_width: int | None = Field(None, gt=0, description="hidden width of the MLP; null is 4 widths, 8/3 with SwiGLU")
     qk_norm: bool = Field(False, description="normalise the queries and keys of each head")

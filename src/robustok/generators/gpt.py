@@ -30,7 +30,7 @@ class GPTConfig(Config):
 
     name: Literal["gpt"] = "gpt"
     width: int = Field(768, gt=0, description="width of the transformer, a multiple of heads")
-    depth: int = Field(12, gt=0, le=10_000, description="number of transformer blocks")
+    depth: int = Field(12, gt=0, description="number of transformer blocks")
     heads: int = Field(12, gt=0, description="attention heads; must divide width")
     kv_heads: int | None = Field(None, gt=0, description="heads of keys and values; default: heads, which they divide")
     mlp_width: int | None = Field(

@@ -36,7 +36,7 @@ class RARConfig(Config):
 
     name: Literal["rar"] = "rar"
     width: int = Field(768, gt=0, description="width of the transformer, a multiple of heads")
-    depth: int = Field(24, gt=0, le=10_000, description="number of transformer blocks")
+    depth: int = Field(24, gt=0, description="number of transformer blocks")
     heads: Heads = 16
     mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the MLP, in widths")
     dropout: float = Field(

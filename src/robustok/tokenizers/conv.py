@@ -26,7 +26,7 @@ class ConvConfig(Config):
     multipliers: tuple[int, ...] = Field(
         (1, 1, 2, 2, 4), min_length=1, description="channels of each level as multiples of width, full resolution first"
     )
-    blocks: int = Field(2, ge=1, le=10_000, description="residual blocks a level; VQGAN's decoder has one more")
+    blocks: int = Field(2, ge=1, description="residual blocks a level; decoders of the VQGAN kind have one more")
     attention: tuple[int, ...] | None = Field(
         None, description="levels with attention, 0 is the full resolution; null: only the lowest"
     )

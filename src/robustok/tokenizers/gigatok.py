@@ -36,7 +36,7 @@ class TransformerConfig(Config):
     """Size of one of the two transformers."""
 
     width: int = Field(512, ge=1, description="width of the residual stream")
-    depth: int = Field(6, ge=1, le=10_000, description="number of blocks")
+    depth: int = Field(6, ge=1, description="number of blocks")
     heads: Heads = 8
 
 
@@ -45,9 +45,7 @@ class AlignmentConfig(Config):
 
     width: int = Field(768, ge=1, description="width of the features it is aligned with")
     hidden: int = Field(3072, ge=1, description="hidden width")
-    depth: int = Field(
-        3, ge=1, le=10_000, description="transformer blocks of the decoder before the features that it reads"
-    )
+    depth: int = Field(3, ge=1, description="transformer blocks of the decoder before the features that it reads")
 
 
 class GigaTokConfig(VQConfig):

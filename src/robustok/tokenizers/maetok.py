@@ -34,7 +34,7 @@ class TransformerConfig(Config):
     """Size of a vision transformer; the defaults are ViT-B."""
 
     width: int = Field(768, ge=1, description="width of the residual stream")
-    depth: int = Field(12, ge=1, le=10_000, description="number of blocks")
+    depth: int = Field(12, ge=1, description="number of blocks")
     heads: Heads = 12
 
 

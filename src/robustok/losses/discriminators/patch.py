@@ -16,7 +16,7 @@ class PatchConfig(Config):
 
     name: Literal["patch"] = "patch"
     width: int = Field(64, ge=1, description="channels of the first layer; doubles at each halving of the resolution")
-    depth: int = Field(2, ge=0, le=10_000, description="number of halvings")
+    depth: int = Field(2, ge=0, description="number of halvings")
     augment: bool = Field(True, description="differentiable augmentation; without it a small data set is memorised")
 
 
