@@ -510,3 +510,27 @@ def test_a_state_that_was_cut_is_passed_over(capsys, pipeline, tmp_path):
     assert "skipping the state" in capsys.readouterr().err
     assert same(weights(tmp_path / "run/snapshot/00000003"), weights(pipeline / "tokenizer/snapshot/00000003"))
     assert load_tokenizer(tmp_path / "run").latent_shape == (4, 4)
+
+
+# Counts far too large
+
+
+@pytest.mark.parametrize(
+    ("command", "word", "said"),
+    [
+        ("generate", "count=10000000000000", "free some space, choose another out=FOLDER, or lower count"),
+        ("train-generator", "generator.depth=10000000000000", "ask for a model larger than this machine's memory"),
+        ("train-generator", "generator.width=10000000000000", "ask for a model larger than this machine's memory"),
+        ("main-train", "tokenizer.quantizer.size=10000000000000", "ask for a model larger than"),
+        ("main-train", "batch_size=10000000000000", "set a batch of 1 to 48"),
+        ("train-classifier", "classifier.batch_size=10000000000000", "less than or equal to 1000000"),
+        ("evaluate", "pfid.seeds=10000000000000", "less than or equal to 1000"),
+        ("evaluate", "comparison.halves=10000000000000", "less than or equal to 1000"),
+        ("encode", f"seed={2**64}", "the largest is 2^64 - 1"),
+    ],
+)
+def test_counts_far_too_large_leave_nothing_behind(capsys, pipeline, tmp_path, command, word, said):
+    capsys.readouterr()
+    assert main(once([*words(command, pipeline, str(tmp_path / "out")), word])) == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []

@@ -116,7 +116,7 @@ def test_every_description_is_there(command):
         (["main-train", "out=x", "steps=1", "batch_size=1", "learning_rate=1", "betas=[0.9,1]"], ["betas.1 = 1"]),
         (["train"], ["'main-train' or 'train-generator'"]),
         (["x" * 5000], ["the commands are"]),
-        (["encode", "out", "x"], ["got the word 'out', expected out=..., without spaces"]),
+        (["encode", "out", "x"], ["got the word 'out', expected KEY=VALUE as out=..., without spaces"]),
         (["encode", "\u2013-dry-run"], ["two hyphens"]),
         (["encode", "x.yaml", "out=x", "y.yaml"], ["'y.yaml', but files come before KEY=VALUE"]),
         (["encode", "out=x", "data=digits", "data.limit=3"], ["data='digits' and 'data.limit' exclude each other"]),

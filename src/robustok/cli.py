@@ -119,8 +119,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if getattr(error, "errno", None) in ORDINARY:
                 return _failed(error)
             if _out_of_memory(error):
-                about = "lower batch_size or the sizes of the model, or close other programs"
-                return _complain(f"not enough memory ({str(error)[:300]}); {about}")
+                found = str(error).partition("\n")[0][:200] or type(error).__name__
+                about = "lower batch_size or the sizes of the model or images, or close other programs"
+                return _complain(f"not enough memory ({found}); {about}")
             _say(traceback.format_exc(), error=True)
             return 1
 

@@ -142,8 +142,8 @@ def _no_setting(model: type[Config], word: str) -> str:
     if word.endswith((".yaml", ".yml")):
         return f"got the word {shown(word)}, but files come before KEY=VALUE; put it first"
     key = next((key for key in model.model_fields if word.startswith(key)), None)
-    example = f"{key}=..." if key else "KEY=VALUE such as steps=200 (lists: seeds=[0,1])"
-    return f"got the word {shown(word)}, expected {example}, without spaces around the ="
+    example = f"as {key}=..." if key else "such as steps=200 (lists: seeds=[0,1])"
+    return f"got the word {shown(word)}, expected KEY=VALUE {example}, without spaces around the ="
 
 
 def _split(word: str) -> tuple[str, str]:
