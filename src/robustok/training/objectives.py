@@ -1,12 +1,13 @@
 """Objectives of post-training: which latents the decoder learns from, and with which images it is compared.
 
-An objective is a function that yields :class:`Examples`, one batch a step. The loss is the same for all: pixel and
+An objective is a function that returns :class:`Examples`, one batch a step. The loss is the same for all: pixel and
 perceptual terms between decoded images and their targets, and the adversarial term against real images. ``objective``
 mixes them: each has a share of every batch.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ from robustok.errors import UserError
 from robustok.metrics.noise import latent_scale
 from robustok.randomness import step_rng
 from robustok.tokenizers.perturbation import apply_draw, draw_perturbation, nearest_codes
-from robustok.types import Tokenizer
+from robustok.types import Batch, Tokenizer
 
 Weight = Annotated[float, Field(gt=0)]
 Objective = Annotated[
@@ -138,9 +139,12 @@ def noise(material: Material, steps: Steps) -> Iterator[Examples]:
     """Latents of real images with noise, compared with these images. Needs no generator."""
     add = _token_noise(material) if material.tokenizer.kind == "discrete" else _gaussian_noise(material)
     rows = rank_rows(steps.global_batch, steps.rank, steps.world)
-    for step, clear in enumerate(clean(material, steps), start=steps.first):
-        rng = step_rng(steps.seed, step, "latent noise")  # of the global batch, of which the process takes its rows
-        yield Examples(add(clear.latents, steps.global_batch, rows, rng), clear.targets, clear.real)
+
+    def examples(step: int, clear: Examples) -> Examples:
+        rng = step_rng(steps.seed, step, "latent noise")  # for the global batch, of which the process takes its rows
+        return replace(clear, latents=add(clear.latents, steps.global_batch, rows, rng))
+
+    return map(examples, count(steps.first), clean(material, steps))
 
 
 def free(material: Material, steps: Steps) -> Iterator[Examples]:
@@ -149,10 +153,12 @@ def free(material: Material, steps: Steps) -> Iterator[Examples]:
     They have no real images. The adversarial term makes them more like real ones, and the comparison, here called
     consistency, keeps what they show.
     """
-    samples = training_latents(material.caches["samples"], *steps)
-    for batch, images in zip(samples, training_batches(material.data, *steps), strict=True):
-        latents = batch.latents.to(material.device)
-        yield Examples(latents, material.decode(latents), images.images.to(material.device))
+
+    def examples(samples: LatentRecords, images: Batch) -> Examples:
+        latents = samples.latents.to(material.device)
+        return Examples(latents, material.decode(latents), images.images.to(material.device))
+
+    return map(examples, training_latents(material.caches["samples"], *steps), training_batches(material.data, *steps))
 
 
 OBJECTIVES: dict[str, tuple[Callable[[Material, Steps], Iterator[Examples]], str]] = {
@@ -170,9 +176,11 @@ def needed_caches(objective: Mapping[str, float]) -> list[str]:
 
 
 def _compared_with_images(material: Material, cache: LatentCache, steps: Steps) -> Iterator[Examples]:
-    for batch in training_latents(cache, *steps):
+    def examples(batch: LatentRecords) -> Examples:
         images = real_images(material.data, batch).to(material.device)
-        yield Examples(batch.latents.to(material.device), images, images)
+        return Examples(batch.latents.to(material.device), images, images)
+
+    return map(examples, training_latents(cache, *steps))
 
 
 def real_images(data: ImageDataset, records: LatentRecords) -> Tensor:
@@ -191,8 +199,8 @@ def _token_noise(material: Material) -> NoiseAdder:
     codebook, settings = material.tokenizer.codebook, material.noise
     near = nearest_codes(codebook, min(len(codebook), max(2, round(settings.share * len(codebook)))), include_self=True)
 
-    def add(tokens: Tensor, count: int, rows: slice, rng: torch.Generator) -> Tensor:
-        draw = draw_perturbation(count, tokens.shape[1], settings.rate, 1.0, rng).rows(rows.start, rows.stop)
+    def add(tokens: Tensor, batch: int, rows: slice, rng: torch.Generator) -> Tensor:
+        draw = draw_perturbation(batch, tokens.shape[1], settings.rate, 1.0, rng).rows(rows.start, rows.stop)
         return apply_draw(tokens, near, draw.to(tokens.device))
 
     return add
@@ -201,9 +209,9 @@ def _token_noise(material: Material) -> NoiseAdder:
 def _gaussian_noise(material: Material) -> NoiseAdder:
     scale = latent_scale(material.caches["latents"].read(slice(0, 4096)).latents).float().to(material.device)  # (D,)
 
-    def add(latents: Tensor, count: int, rows: slice, rng: torch.Generator) -> Tensor:
-        levels = material.noise.level * torch.rand(count, 1, 1, generator=rng)[rows]
-        noise = torch.randn(count, *latents.shape[1:], generator=rng)[rows]
+    def add(latents: Tensor, batch: int, rows: slice, rng: torch.Generator) -> Tensor:
+        levels = material.noise.level * torch.rand(batch, 1, 1, generator=rng)[rows]
+        noise = torch.randn(batch, *latents.shape[1:], generator=rng)[rows]
         return latents + scale * (levels * noise).to(latents.device)
 
     return add
@@ -233,9 +241,12 @@ def mixture(
     for name, size in sizes.items():
         rows, weight = slice(start, start := start + size // steps.world), size / steps.global_batch
         found.append(Part(name, rows, weight * (consistency if name == "free" else 1.0)))
-    for examples in zip(*streams, strict=True):
+
+    def joined(*examples: Examples) -> Examples:
         columns = ([getattr(one, name) for one in examples] for name in ("latents", "targets", "real"))
-        yield Examples(*(c[0] if len(c) == 1 else torch.cat(c) for c in columns), tuple(found))
+        return Examples(*(c[0] if len(c) == 1 else torch.cat(c) for c in columns), tuple(found))
+
+    return map(joined, *streams)
 
 
 def rows_of(objective: Mapping[str, float], batch: int, multiple: int = 1) -> dict[str, int]:
