@@ -65,6 +65,7 @@ from robustok.training.tokenizer import TokenizerTrainingRun
 
 SPACES = ("resnet56", "resnet44", "small", "resnet20")
 JUDGES = SPACES[:3]  # guided nothing
+GUIDE = 0.1  # weight of the perceptual term in main training; 1 gave the same perceptual and 1.6 times the pixel loss
 SETS, CHOOSING = (1, 2, 3, 4), (11, 12)  # seeds of the samples that are reported, and of those that choose losses
 
 
@@ -127,12 +128,14 @@ class Losses:
     adversary: str = "none"  # patch, resnet: warmed up first; carried: that of main training
     weight: float = 0.0
     rate: float = 1e-4  # learning rate of the decoder
-    guide: float = 1.0  # weight of the perceptual term
+    guide: float = GUIDE  # weight of the perceptual term
+    longer: int = 1  # warm-up of the discriminator, in those of the others
 
     @property
     def name(self) -> str:
-        """Such as ``patch-0.1-lr1e-04-guide1``."""
-        return f"{self.adversary}-{self.weight:g}-lr{self.rate:.0e}-guide{self.guide:g}"
+        """Such as ``patch-0.1-lr1e-04-guide0.1``."""
+        warm = f"-warm{self.longer}" * (self.longer > 1)
+        return f"{self.adversary}-{self.weight:g}-lr{self.rate:.0e}-guide{self.guide:g}{warm}"
 
 
 PLAIN = Losses()
@@ -144,14 +147,15 @@ SEARCH = (
     Losses("patch", 0.03),
     Losses("resnet", 0.3),
     Losses("patch", 0.3),
-    Losses("resnet", 0.1, 2e-5),
-    Losses("resnet", 0.1, guide=0.1),
-    Losses("patch", 0.1, 2e-5),
+    Losses("resnet", 0.1, rate=2e-5),
+    Losses("resnet", 0.1, guide=1.0),
+    Losses("resnet", 0.1, longer=4),
+    Losses("patch", 0.1, longer=4),
     Losses("carried", 0.1),
     Losses(rate=2e-5),
-    Losses(guide=0.1),
+    Losses(guide=1.0),
     Losses(guide=0.0),
-    Losses("resnet", 0.03, guide=0.1),
+    Losses("patch", 0.1, rate=2e-5),
 )
 
 
@@ -264,7 +268,7 @@ class Study:
         settings = read_yaml(recipe(f"cifar10/{pair.tokenizer}"))
         for side in ("encoder", "decoder"):
             settings["tokenizer"][side] |= {"width": self.sizes.width}
-        settings |= {"data": self.data, "reconstruction": self.guide(1.0), "learning_rate": 1e-3}
+        settings |= {"data": self.data, "reconstruction": self.guide(GUIDE), "learning_rate": 1e-3}
         settings |= {"batch_size": self.sizes.batch, "ema_decay": 0.995, "warmup_steps": 100, "precision": "auto"}
         found = self.fitted(
             tokenizing.train_tokenizer, TokenizerTrainingRun, settings, self.folder(pair.name, "tokenizer"), seconds
@@ -352,7 +356,7 @@ class Study:
             "reconstruction": self.guide(losses.guide),
             "adversarial": {"weight": losses.weight, "adaptive": False, "learning_rate": 5e-4},
             "adversary": "carried" if losses.adversary == "carried" else "reinit_warmup",
-            "adversary_warmup": sizes.warmup,
+            "adversary_warmup": sizes.warmup * losses.longer,
             **{setting: self.folder(job.pair, name) for setting, name in used.items()},
         }
         if losses.adversary == "patch":
