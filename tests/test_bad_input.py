@@ -237,6 +237,12 @@ def test_weights_of_another_shape(refused, pipeline, tmp_path):
         (lambda h: h.pop("latent_shape"), "lacks latent_shape"),
         (lambda h: h["config"].update(name="vae"), "'vae'"),
         (lambda h: h["config"].update(widht=3), "'widht'"),
+        (lambda h: h["config"].update(width=16 * 10**8), "asks for a model"),
+        (lambda h: h["config"].update(depth=10**13), "asks for a model"),
+        (lambda h: h.update(classes=10**13), "asks for a model"),
+        (lambda h: h.update(codebook_size=10**18), "asks for a model"),
+        (lambda h: h.update(latent_shape=[10**13, 1]), "asks for a model"),
+        (lambda h: h.update(latent_shape=["16", 8]), "latent_shape.0 = '16'"),
     ],
 )
 def test_a_damaged_header(refused, pipeline, tmp_path, change, said):

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -127,6 +128,13 @@ def command_that(monkeypatch):
     return lambda function: monkeypatch.setattr(cli.Command, "load", lambda self: (function, ReportRun))
 
 
+def failing(error):
+    def function(_):
+        raise error
+
+    return function
+
+
 def test_a_bug_shows_its_trace_and_is_code_1(capsys, command_that):
     command_that(lambda run: 1 / 0)
     code, out, err = run(capsys, "report")
@@ -136,21 +144,71 @@ def test_a_bug_shows_its_trace_and_is_code_1(capsys, command_that):
 
 
 def test_a_user_error_of_many_lines_is_one_line(capsys, command_that):
-    def fail(_):
-        raise UserError("the first\n  and the second")
-
-    command_that(fail)
+    command_that(failing(UserError("the first\n  and the second")))
     assert run(capsys, "report") == (2, "", "robustok: the first and the second\n")
 
 
 def test_an_interruption_is_one_line(capsys, command_that):
-    def interrupt(_):
-        raise KeyboardInterrupt
-
-    command_that(interrupt)
+    command_that(failing(KeyboardInterrupt()))
     code, out, err = run(capsys, "report")
     assert (code, out) == (130, "")
     assert "interrupted" in one_line(err)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(errno.EACCES, "", "data"), "cannot use data: Permission denied; let its owner allow it"),
+        (OSError(errno.ENAMETOOLONG, "", "x"), "cannot use x: File name too long; let its owner allow it"),
+        (OSError(errno.ENOSPC, ""), "No space left on device; free some space"),
+    ],
+)
+def test_what_the_operating_system_refuses_is_one_line(capsys, command_that, error, said):
+    command_that(failing(error))
+    code, out, err = run(capsys, "report")
+    assert (code, out) == (2, "")
+    assert said in one_line(err)
+
+
+def test_a_bug_that_looks_like_a_missing_file_shows_its_trace(capsys, command_that):
+    command_that(failing(FileNotFoundError(errno.ENOENT, "", "x")))
+    code, _, err = run(capsys, "report")
+    assert code == 1
+    assert "Traceback" in err
+
+
+def report_of(tmp_path, name=b"run", **how):
+    """`robustok report` of a folder with one result, in a process of its own."""
+    folder = os.path.join(os.fsencode(tmp_path), name)
+    os.mkdir(folder)
+    with open(os.path.join(folder, b"metrics.jsonl"), "w") as file:
+        file.write('{"metric": "gfid", "value": 1.0}\n')
+    command = [sys.executable, "-m", "robustok", "report", b"path=" + folder]
+    return subprocess.run(command, stderr=subprocess.PIPE, check=False, timeout=120, **how)
+
+
+def test_names_of_any_bytes_are_printed_without_steering_the_terminal(tmp_path):
+    answer = report_of(tmp_path, b"\xff\x1b]0;title\x07", stdout=subprocess.PIPE)
+    assert (answer.returncode, answer.stderr) == (0, b"")
+    assert answer.stdout.endswith(rb"/\udcff\x1b]0;title\x07/report.html" + b"\n")
+    answer = report_of(tmp_path, "µ".encode(), stdout=subprocess.PIPE, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert (answer.returncode, answer.stderr) == (0, b"")
+    assert answer.stdout.endswith(rb"/\xb5/report.html" + b"\n")
+
+
+def test_a_result_that_cannot_be_printed_is_no_trace(tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    answer = report_of(tmp_path, b"piped", stdout=write)
+    os.close(write)
+    assert (answer.returncode, answer.stderr) == (0, b"")  # as of `| head -0`
+    with open(tmp_path / "read only", "w") as file, open(tmp_path / "read only") as closed:
+        file.write("")
+        answer = report_of(tmp_path, b"full", stdout=closed)
+    assert answer.returncode == 2
+    assert answer.stderr.startswith(b"robustok: the work is done, but its result could not be printed: Bad file")
+    assert answer.stderr.count(b"\n") == 1
+    assert all((tmp_path / name / "report.html").exists() for name in ("piped", "full"))
 
 
 def test_a_warning_of_ours_is_one_line_on_stderr(capsys, command_that):

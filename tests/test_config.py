@@ -19,6 +19,7 @@ from robustok.config import (
     validate,
 )
 from robustok.errors import UserError
+from robustok.evaluation.settings import EvaluateRun
 
 
 class Circle(Config):
@@ -177,6 +178,17 @@ def test_an_error_names_the_setting_to_change(model, words, said):
         load(model, None, words)
     assert said in str(caught.value)
     assert "{" not in str(caught.value)
+
+
+def test_a_tilde_is_expanded_in_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    words = ["out=~/o", "tokenizer=~/t", "samples.latents=[~/a, b]", "samples.decoders.x=~/d", "data.path=~/i"]
+    run = load(EvaluateRun, words=[*words, "data.name=folder", "metrics=[psnr]"])
+    assert (str(run.out), str(run.tokenizer)) == ("/home/ann/o", "/home/ann/t")
+    assert list(map(str, run.samples.latents)) == ["/home/ann/a", "b"]
+    assert (str(run.samples.decoders["x"]), str(run.data.path)) == ("/home/ann/d", "/home/ann/i")
+    with pytest.raises(UserError, match="out = '~nosuchuser/o': there is no user nosuchuser whose home"):
+        load(EvaluateRun, words=["out=~nosuchuser/o", "tokenizer=t", "data.name=digits", "metrics=[psnr]"])
 
 
 def test_values_do_not_change_after_validation():

@@ -1,15 +1,32 @@
 """Files that are written whole or not at all, and errors on one line."""
 
 import errno
+import fcntl
 import os
 import socket
 import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from robustok.errors import FileError, UserError, printable
-from robustok.files import append_line, atomic_file, bytes_digest, one_line, regular_file, write_file
+from robustok.files import (
+    append_line,
+    atomic_file,
+    atomic_folder,
+    bytes_digest,
+    clean,
+    inside,
+    is_temporary,
+    json_lines,
+    locked,
+    one_line,
+    regular_file,
+    write_file,
+)
+from tiny_user import as_nobody
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path):
@@ -58,7 +75,7 @@ def test_a_full_disk_leaves_the_old_file_and_is_one_line(tmp_path, monkeypatch):
                 write_file(tmp_path / "a", "new")
     assert (tmp_path / "a").read_text() == "old"
     assert os.listdir(tmp_path) == ["a"]
-    with pytest.raises(UserError, match="Is a directory"):
+    with pytest.raises(UserError, match="it is a folder, no file"):
         append_line(tmp_path, {})
 
 
@@ -67,6 +84,142 @@ def test_writers_of_a_shared_file_do_not_disturb_each_other(tmp_path):
         one.write_text("one")
         other.write_text("other")
     assert (tmp_path / "a").read_text() == "one"  # the last to finish
+
+
+def test_nothing_but_a_file_is_replaced_by_a_file_and_a_folder_by_a_folder(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to("fifo")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("old")
+    for name, what in (("fifo", "FIFO"), ("link", "FIFO"), ("folder", "folder")):
+        said = f"cannot write .*{name}: it is a {what}, no file; choose another out=PATH"
+        with pytest.raises(UserError, match=said):
+            write_file(tmp_path / name, "text")
+        with pytest.raises(UserError, match=said):
+            append_line(tmp_path / name, {})
+    for name, what in (("fifo", "FIFO"), ("link", "FIFO"), ("file", "file")):
+        said = f"cannot write .*{name}: it is a {what}, no folder; choose another out=PATH"
+        with pytest.raises(UserError, match=said), atomic_folder(tmp_path / name):
+            pytest.fail("not reached")
+    assert (tmp_path / "fifo").is_fifo()
+    assert (tmp_path / "file").read_text() == "old"
+    assert sorted(os.listdir(tmp_path)) == ["fifo", "file", "folder", "link"]
+
+
+def test_links_are_replaced_and_not_followed(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "my folder").mkdir()
+    (tmp_path / "my folder" / "x").write_text("mine")
+    for name in ("a", ".a.tmp", ".b.tmp"):
+        (tmp_path / name).symlink_to("mine")
+    for name in (".folder.tmp", ".folder.old", ".b.old"):
+        (tmp_path / name).symlink_to("my folder")
+    write_file(tmp_path / "a", "new")
+    write_file(tmp_path / "b", "new")
+    for _ in range(2):
+        with atomic_folder(tmp_path / "folder") as folder:
+            (folder / "x").write_text("new")
+    assert [(tmp_path / name).read_text() for name in ("a", "b", "folder/x")] == ["new"] * 3
+    assert (tmp_path / "mine").read_text() == (tmp_path / "my folder" / "x").read_text() == "mine"
+    assert not (tmp_path / "a").is_symlink()
+
+
+def test_links_out_of_a_folder_are_refused(tmp_path):
+    out, other = tmp_path / "out", tmp_path / "other"
+    (out / "deep").mkdir(parents=True)
+    other.mkdir()
+    (tmp_path / "link").symlink_to(out)
+    (out / "deep" / "file").write_text("text")
+    (out / "within").symlink_to(out / "deep")
+    (out / "deep" / "circle").symlink_to("circle")
+    (out / ".file.tmp").symlink_to(other)  # removed before something is written
+    assert inside(out) == out
+    assert inside(tmp_path / "link", "within", "new.txt") == tmp_path / "link" / "within" / "new.txt"
+    for target in (other, other / "missing"):
+        (out / "deep" / "leads out").symlink_to(target)
+        for names in ((), ("deep",), ("within",), ("deep", "leads out"), ("deep", "leads out", "new.txt")):
+            with pytest.raises(UserError, match=r"leads out.* is a link to a place outside of .*out.*; remove it"):
+                inside(out, *names)
+        assert inside(out, "deep", "file") == out / "deep" / "file"
+        (out / "deep" / "leads out").unlink()
+    with pytest.raises(UserError, match="is a link to a place outside"):
+        inside(out, "..", "other")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_files_have_the_mode_of_the_umask(tmp_path, umask):
+    old = os.umask(umask)
+    try:
+        write_file(tmp_path / "a", "text")
+        append_line(tmp_path / "lines", {})
+        with atomic_file(tmp_path / "b.safetensors") as temporary:
+            save_file({"x": torch.zeros(1)}, temporary)  # makes it for its owner alone
+        with atomic_folder(tmp_path / "folder") as folder:
+            save_file({"x": torch.zeros(1)}, folder / "c.safetensors")
+    finally:
+        os.umask(old)
+    for name in ("a", "lines", "b.safetensors", "folder/c.safetensors"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o666 & ~umask, name
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_a_line_after_half_a_line_begins_a_new_one(tmp_path, recwarn):
+    file = tmp_path / "metrics.jsonl"
+    append_line(file, {"a": 1})
+    append_line(file, {"a": 2})
+    assert not recwarn
+    with file.open("a") as handle:
+        handle.write('{"a": 3, "b')
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl ended in half a line.*what follows begins a new one"):
+        append_line(file, {"a": 4})
+    append_line(file, {"a": 5})
+    assert file.read_text() == '{"a": 1}\n{"a": 2}\n{"a": 3, "b\n{"a": 4}\n{"a": 5}\n'
+    assert json_lines(file.read_text()) == ([{"a": 1}, {"a": 2}, {"a": 4}, {"a": 5}], [3])
+
+
+def test_lines_that_are_no_objects_are_numbered():
+    text = '{"a": 1}\n\n[1]\n{}\n"x"\n' + "[" * 100_000 + '\n{"b": NaN}'
+    records, broken = json_lines(text)
+    assert (records[0], list(records[1]), broken) == ({"a": 1}, ["b"], [3, 5, 6])
+
+
+def test_what_a_killed_process_left_is_removed_or_named_again(tmp_path):
+    for name in (".best.old", ".new.tmp", ".both.old", "both"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_text(name)
+    for name in (".a.tmp", ".a.0123abcd.tmp", ".lock", ".hidden", "b.tmp", "b.old"):
+        (tmp_path / name).write_text("")
+    ours = {path.name for path in tmp_path.iterdir() if is_temporary(path)}
+    assert ours == {".best.old", ".new.tmp", ".both.old", ".a.tmp", ".a.0123abcd.tmp", ".lock"}
+    clean(tmp_path)
+    clean(tmp_path / "missing")
+    assert sorted(os.listdir(tmp_path)) == [".hidden", ".lock", "b.old", "b.tmp", "best", "both"]
+    assert [(tmp_path / name / "x").read_text() for name in ("best", "both")] == [".best.old", "both"]
+
+
+def test_one_process_writes_to_a_folder(tmp_path):
+    code = "import sys, time; from robustok.files import locked"
+    code += "\nwith locked(sys.argv[1]): print(flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(UserError, match=r"another process is writing to .*; wait until it ends"), locked(tmp_path):
+            pytest.fail("not reached")
+        other.kill()
+    with locked(tmp_path), locked(tmp_path):  # the lock has ended with the process; this process may have it twice
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL])
+def test_a_file_system_without_locks_is_no_error(tmp_path, monkeypatch, error):
+    def refuse(*_):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with locked(tmp_path):
+        write_file(tmp_path / "a", "text")
+    with locked(tmp_path / "missing"):
+        pass
 
 
 def test_errors_on_one_line():
@@ -99,7 +252,7 @@ def test_only_regular_files_are_read(tmp_path, monkeypatch):
             "a\0b": "embedded null byte",
         }
         for name, line in lines.items():
-            with pytest.raises(FileError, match=f"cannot read .*: {line}; give the path of a file"):
+            with pytest.raises(FileError, match=f"cannot read .*: {line}; give the path of a file that you may"):
                 regular_file(tmp_path / name)
     with pytest.raises(FileError, match="cannot read ~nosuchuser/x: Could not determine home"):
         regular_file("~nosuchuser/x")
@@ -111,17 +264,9 @@ def test_a_file_without_permission_is_not_called_missing(tmp_path):
     (tmp_path / "weights").write_text("text")
     (tmp_path / "weights").chmod(0)
     tmp_path.chmod(0o755)
-    assert "weights: Permission denied; ask its owner" in as_nobody(
-        f"from robustok.files import regular_file; regular_file({str(tmp_path / 'weights')!r})", tmp_path
+    assert "weights: Permission denied; give the path of a file that you may read" in as_nobody(
+        "from robustok.files import regular_file", f"regular_file({str(tmp_path / 'weights')!r})", tmp_path
     )
-
-
-def as_nobody(code, folder):
-    """What Python writes to stderr as a user without rights in the folder, whose parents it may pass."""
-    for parent in folder.parents[:-2]:
-        parent.chmod(parent.stat().st_mode | 0o011)
-    drop = f"import os, robustok.files; os.getuid() or os.setuid(65534); {code}"
-    return subprocess.run([sys.executable, "-c", drop], capture_output=True, text=True, check=False).stderr
 
 
 def test_foreign_text_cannot_steer_a_terminal():

@@ -1,4 +1,5 @@
 import errno
+import os
 import pickle
 
 import pytest
@@ -10,7 +11,17 @@ from torch import nn
 from robustok import files, snapshots
 from robustok.errors import UserError
 from robustok.files import atomic_folder, tensor_digest
-from robustok.snapshots import load_weights, read_snapshot, read_weights, resolve, write_snapshot
+from robustok.snapshots import (
+    build,
+    check_finite_weights,
+    read_extra,
+    read_header,
+    read_snapshot,
+    read_weights,
+    resolve,
+    split_scale,
+    write_snapshot,
+)
 from robustok.tokenizers import load_tokenizer
 
 
@@ -39,9 +50,7 @@ def test_round_trip(tmp_path):
     assert found.header == header()
     assert all(torch.equal(found.weights[name], value) for name, value in weights().items())
     assert torch.equal(read_weights(tmp_path / "a" / "discriminator.safetensors")["x"], torch.ones(2))
-    layer = nn.Linear(4, 3)
-    load_weights(layer, found)
-    assert torch.equal(layer.weight, weights()["weight"])
+    assert torch.equal(build(lambda: nn.Linear(4, 3), found).weight, weights()["weight"])
     card = (tmp_path / "a" / "README.md").read_text()
     assert "robustok.load_tokenizer" in card
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "robustok"
@@ -140,6 +149,67 @@ def test_a_truncated_or_missing_file(tmp_path):
         read_weights(tmp_path / "a" / "other.safetensors")
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+    broken = {"x": torch.tensor([0.0, float(value)])}
+    write(tmp_path / "a", extra={"discriminator": broken})
+    read_snapshot(tmp_path / "a", "tokenizer")
+    with pytest.raises(UserError, match=r"discriminator\.safetensors: x holds NaN or infinite numbers"):
+        read_extra(tmp_path / "a", "discriminator")
+    write_snapshot(tmp_path / "b", header(), weights() | broken, {})
+    with pytest.raises(UserError, match=r"model\.safetensors: x holds NaN or infinite numbers"):
+        read_snapshot(tmp_path / "b", "tokenizer")
+    check_finite_weights(
+        {"counts": torch.tensor([2**62]), "largest": torch.full((2,), 1e308, dtype=torch.float64)}, "here"
+    )
+    with pytest.raises(UserError, match="here: small holds"):
+        check_finite_weights({"small": torch.tensor([float("nan")]).to(torch.float8_e4m3fn)}, "here")
+    with pytest.raises(UserError, match=f"the scale {value} is no finite number"):
+        split_scale(f"{tmp_path}/a@{value}")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"kind": ["tokenizer"]}, "kind = "),
+        ({"config": "robustok"}, "config = 'robustok'"),
+        ({"classes": 0}, "classes = 0"),
+        ({"classes": "10"}, "classes = '10'"),
+        ({"classes": None}, "classes = None"),
+        ({"codebook_size": 2.5}, "codebook_size = 2.5"),
+        ({"codebook_size": True}, "codebook_size = True"),
+        ({"latent_shape": [16]}, "latent_shape = "),
+        ({"latent_shape": [16, "²"]}, "latent_shape.1 = '²'"),
+        ({"latent_shape": 16}, "latent_shape = 16"),
+        ({"latent_space": 5}, "latent_space = 5"),
+        ({"licence": ["MIT"]}, "licence = "),
+        ({"source": "a.pt"}, "source = "),
+        ({"post_trained": [1]}, "post_trained = "),
+        ({"discriminator": "patch"}, "discriminator = "),
+        ({"delta": "whole"}, "delta = "),
+        ({"delta": {"digest": "0", "relative_error": 0.0}}, "'delta.base' is missing"),
+        ({"delta": {"base": "a", "digest": "0", "relative_error": float("nan")}}, "delta.relative_error = nan"),
+        ({"delta": {"base": "a", "digest": "0", "relative_error": 0.0, "rank": -1}}, "delta.rank = -1"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_header_of_other_types_is_refused(tmp_path, change, said):
+    write(tmp_path / "a")
+    (tmp_path / "a" / "config.yaml").write_text(yaml.safe_dump(header() | change))
+    with pytest.raises(UserError, match=r"a/config\.yaml: ") as error:
+        read_header(tmp_path / "a")
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_pipe_in_place_of_weights_is_not_waited_for(tmp_path):
+    write(tmp_path / "a")
+    (tmp_path / "a" / "model.safetensors").unlink()
+    os.mkfifo(tmp_path / "a" / "model.safetensors")
+    with pytest.raises(UserError, match="is no regular file"):
+        read_snapshot(tmp_path / "a", "tokenizer")
+
+
 class Trap:
     """Unpickling it creates a file."""
 
@@ -165,12 +235,32 @@ def test_a_pickle_is_never_read(tmp_path):
 def test_weights_that_do_not_fit_are_named(tmp_path):
     write(tmp_path / "a")
     with pytest.raises(UserError, match=r"weights do not fit its config.yaml: weight is \(3, 4\), expected \(3, 5\)"):
-        load_weights(nn.Linear(5, 3), read_snapshot(tmp_path / "a", "tokenizer"))
+        build(lambda: nn.Linear(5, 3), read_snapshot(tmp_path / "a", "tokenizer"))
     with pytest.raises(UserError, match="unexpected bias"):
-        load_weights(nn.Linear(4, 3, bias=False), read_snapshot(tmp_path / "a", "tokenizer"))
+        build(lambda: nn.Linear(4, 3, bias=False), read_snapshot(tmp_path / "a", "tokenizer"))
     write_snapshot(tmp_path / "b", {"kind": "tokenizer", "config": {"name": "other"}}, weights(), {})
     with pytest.raises(UserError, match="unknown tokenizer family 'other'"):
         load_tokenizer(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Linear(10**8, 10**8),
+        lambda: nn.ModuleList(nn.Linear(1, 1) for _ in range(10**13)),
+        lambda: nn.ModuleList(nn.Identity() for _ in range(10**13)),
+        lambda: nn.Linear(10**13, 10**13),
+        lambda: nn.Linear(-1, 3),
+        lambda: nn.Conv2d(3, 5, 1, groups=2),
+    ],
+    ids=["wide", "deep", "deep and empty", "overflow", "negative", "groups"],
+)
+def test_a_giant_is_refused_before_anything_is_allocated(tmp_path, make):
+    write(tmp_path / "a")
+    state = torch.get_rng_state()
+    with pytest.raises(UserError, match=r"a/config\.yaml asks for a model that (is far larger than|cannot be made)"):
+        build(make, read_snapshot(tmp_path / "a", "tokenizer"))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_the_digest_depends_on_names_shapes_types_and_values():

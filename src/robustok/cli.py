@@ -7,6 +7,7 @@ Results go to stdout, progress and notes to stderr. Exit codes: 0 done, 2 the us
 """
 
 import difflib
+import errno
 import importlib
 import json
 import os
@@ -14,6 +15,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import groupby, takewhile
 from pathlib import Path
@@ -22,6 +24,10 @@ from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
+
+# Errors of the operating system that are no bug of ours, wherever they come up.
+ORDINARY = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT}
+ORDINARY |= {errno.EFBIG, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.EPIPE}
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 2 an error that the user can fix, 1 a bug.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # what a terminal of another encoding cannot show
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     words = ["allow_fewer=true" if word == "--allow-fewer" else word for word in words]  # reads better as an option
     with warnings.catch_warnings():
@@ -101,7 +110,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Exception as error:
             if hasattr(error, "format_message"):  # a usage error of typer, or of the click beneath it
                 return _complain(_usage(error.format_message(), words))
-            traceback.print_exc()
+            if getattr(error, "errno", None) in ORDINARY:
+                return _failed(error)
+            _say(traceback.format_exc(), error=True)
             return 1
 
 
@@ -150,7 +161,7 @@ def _short(settings: list[Any]) -> Iterator[tuple[str, str]]:
 def _help_all(ctx: typer.Context, wanted: bool) -> None:
     if wanted:
         ctx.meta["all settings"] = True  # for format_epilog
-        print(ctx.get_help())
+        _say(ctx.get_help())
         raise typer.Exit
 
 
@@ -202,9 +213,34 @@ def _run(name: str, words: list[str], dry_run: bool, as_json: bool) -> int:
         return _complain(str(error))
     except KeyboardInterrupt:
         return _complain("interrupted; run the same command to resume", code=130)
-    if _first_process():
-        print(text)
+    return _print(text) if _first_process() else 0
+
+
+def _say(text: str, error: bool = False) -> None:
+    """Print to stdout or stderr, without commands to the terminal."""
+    from robustok.errors import printable
+
+    print(printable(text), file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def _print(text: str) -> int:
+    """Print what a command found; returns the exit code."""
+    try:
+        _say(text)
+    except OSError as error:
+        return _failed(error, "the work is done, but its result could not be printed: ")
     return 0
+
+
+def _failed(error: OSError, what: str = "") -> int:
+    """Say what the operating system refused; returns the exit code. A closed pipe, as of ``| head``, is no error."""
+    if error.filename is None:
+        with suppress(OSError, ValueError):  # or Python complains about stdout once more when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        remedy = "free some space, or write elsewhere"
+    else:
+        what, remedy = f"cannot use {error.filename}: ", "let its owner allow it, or choose another path"
+    return 0 if error.errno == errno.EPIPE else _complain(f"{what}{os.strerror(error.errno)}; {remedy}")
 
 
 def _plain(result: Any) -> Any:
@@ -270,7 +306,8 @@ def _complain(message: str, code: int = 2) -> int:
 
         first = first_to_fail()
     if first:
-        print(f"robustok: {' '.join(message.split())}", file=sys.stderr)
+        with suppress(OSError):
+            _say(f"robustok: {' '.join(message.split())}", error=True)
     return code
 
 
@@ -278,7 +315,8 @@ def _note(message: Warning | str, category: type[Warning], filename: str, *_: An
     """Print a warning of ours as one line. Those of libraries are hidden, unless python -W asks for them."""
     ours = Path(filename).is_relative_to(Path(__file__).parent)
     if _first_process() and (ours or sys.warnoptions):
-        print(f"robustok: note: {' '.join(str(message).split())}", file=sys.stderr)
+        with suppress(OSError):
+            _say(f"robustok: note: {' '.join(str(message).split())}", error=True)
 
 
 def _first_process() -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from robustok.errors import UserError
 from robustok.files import one_line, write_file
@@ -49,9 +49,21 @@ RENAMED_VALUES = {
 
 
 class Config(BaseModel):
-    """Base of all configuration: unknown keys are errors, values do not change after validation."""
+    """Base of all configuration: unknown keys are errors, values do not change after validation, ``~`` is expanded."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    @field_validator("*")
+    @classmethod
+    def _expand_home(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            return [cls._expand_home(item) for item in value]
+        if isinstance(value, dict):
+            return {key: cls._expand_home(item) for key, item in value.items()}
+        try:
+            return value.expanduser() if isinstance(value, Path) else value
+        except RuntimeError:
+            raise ValueError(f"there is no user {value.parts[0].removeprefix('~')} whose home this could be") from None
 
 
 C = TypeVar("C", bound=Config)

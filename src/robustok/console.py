@@ -5,8 +5,16 @@ from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from robustok.errors import printable
 
 console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")  # only the first process prints
+
+
+def note(text: str, style: str = "") -> None:
+    """Print a line, in which names of files are text and never styles or commands of the terminal."""
+    console.print(Text(printable(text), style), soft_wrap=True)
 
 
 def track(steps: range, description: str, show: bool = True) -> Iterator[int]:
@@ -15,14 +23,14 @@ def track(steps: range, description: str, show: bool = True) -> Iterator[int]:
         yield from steps
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(f"{description:<28}", total=steps.stop, completed=steps.start)
+        task = progress.add_task(f"{printable(description):<28}", total=steps.stop, completed=steps.start)
         for step in steps:
             yield step
             progress.advance(task)

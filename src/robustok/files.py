@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import stat
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +21,8 @@ IMAGE_SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP
 IMAGE_SUFFIXES |= {".tif": "TIFF", ".tiff": "TIFF", ".ppm": "PPM", ".pgm": "PPM"}  # suffix -> format's name in Pillow
 # For Image.open, which otherwise goes by the content and, say, starts Ghostscript for PostScript in a file x.png.
 IMAGE_FORMATS = tuple(dict.fromkeys(IMAGE_SUFFIXES.values()))
+
+LOCK = ".lock"  # name of the file in a folder that is being written
 
 # Digests
 
@@ -66,9 +69,11 @@ def writing(path: str | Path) -> Iterator[None]:
     except UserError:
         raise
     except (OSError, SafetensorError) as error:  # safetensors wraps the errors of the operating system
+        denied = getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS)
+        remedy = "ask its owner to let you write there" if denied else "free some space"
         raise UserError(
-            f"cannot write {path}: {reason(error)}; free some space or choose another out=PATH and run the same "
-            "command again (the last good state is kept)"
+            f"cannot write {path}: {reason(error)}; {remedy} or choose another out=PATH and run the same command again "
+            "(the last good state is kept)"
         ) from None
 
 
@@ -81,16 +86,21 @@ def regular_file(path: str | Path) -> Path:
     Raises:
         FileError: it is missing, a folder, a FIFO (which would wait for ever) or a device, or may not be read.
     """
+    if problem := unreadable(path):
+        raise FileError(f"cannot read {path}: {problem}; give the path of a file that you may read")
+    return Path(path).expanduser()
+
+
+def unreadable(path: str | Path) -> str:
+    """Why this is no file that can be read, such as "it is a FIFO"; "" if it is one."""
     try:
         path = Path(path).expanduser()
         mode = path.stat().st_mode
     except (OSError, ValueError, RuntimeError) as error:  # ValueError: a zero byte; RuntimeError: ~nosuchuser
-        raise FileError(f"cannot read {path}: {reason(error)}; give the path of a file") from None
+        return reason(error)
     if not stat.S_ISREG(mode):
-        raise FileError(f"cannot read {path}: it is a {kind(mode)}; give the path of a file")
-    if not os.access(path, os.R_OK):
-        raise FileError(f"cannot read {path}: {os.strerror(errno.EACCES)}; ask its owner to let you read it")
-    return path
+        return f"it is a {kind(mode)}"
+    return "" if os.access(path, os.R_OK) else os.strerror(errno.EACCES)
 
 
 def kind(mode: int) -> str:
@@ -99,7 +109,45 @@ def kind(mode: int) -> str:
     return names.get(stat.S_IFMT(mode), "device")
 
 
+def json_lines(text: str) -> tuple[list[dict[str, Any]], list[int]]:
+    """The JSON objects of a text, one a line, and the numbers of other lines, as a killed process leaves them."""
+    records, broken = [], []
+    for number, line in enumerate(text.split("\n"), start=1):
+        try:
+            record = json.loads(line) if line.strip() else {}
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict):
+            broken.append(number)
+        elif record:
+            records.append(record)
+    return records, broken
+
+
 # Writing
+
+
+def inside(folder: str | Path, *names: str) -> Path:
+    """The path of these names in a folder, from which no link leads out: what is written to it stays in the folder.
+
+    The folder itself may be a link. Links in the path, and in the folder at the path, may lead to other places in it.
+
+    Raises:
+        UserError: there is a link to somewhere else, as in a folder of somebody else.
+    """
+    root, path = os.path.realpath(folder), Path(folder, *names)
+    links = [path, *(Path(at, name) for at, folders, files in os.walk(path) for name in (*folders, *files))]
+    for link in links:  # one with the name of a temporary file is removed before anything is written
+        if (
+            (link == path or link.is_symlink())
+            and not is_temporary(link)
+            and not Path(os.path.realpath(link)).is_relative_to(root)
+        ):
+            raise UserError(
+                f"{link} is a link to a place outside of {folder}, where nothing is read or written; remove it, or "
+                "choose another out=PATH"
+            )
+    return path
 
 
 def temporary_path(path: Path) -> Path:
@@ -107,26 +155,57 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether this is a file or folder of ours that a killed process left, and no content of the folder."""
+    return path.name == LOCK or (path.name.startswith(".") and path.suffix in (".tmp", ".old"))
+
+
+def clean(folder: Path) -> None:
+    """Remove what a killed process left in a folder to which only this process writes.
+
+    A folder that was about to be replaced has its name again, if its successor did not get it.
+    """
+    for path in folder.iterdir() if folder.is_dir() else ():
+        target = folder / path.name[1:].removesuffix(".old")
+        if path.suffix == ".old" and is_temporary(path) and not target.exists():
+            path.rename(target)
+        elif path.name != LOCK and is_temporary(path):
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder or a link, but not what the link leads to; nothing if there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 @contextmanager
 def atomic_file(path: str | Path, shared: bool = False) -> Iterator[Path]:
     """Context: write to a temporary file, which is flushed to the disk and then renamed to ``path``.
 
-    Readers see the old file or the whole new one, even after a crash. The parent folder is created.
+    Readers see the old file or the whole new one, even after a crash. The parent folder is created. A link at ``path``
+    is replaced; the file that it leads to stays as it was.
 
     Args:
         path: the file to write.
         shared: several processes may write this file at the same time, so each has a temporary file of its own.
 
     Raises:
-        UserError: the disk is full, or the path cannot be written; an old file is untouched.
+        UserError: the disk is full, or the path cannot be written, or is no file; an old file is untouched.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp") if shared else temporary_path(path)
     with writing(path):
+        _check_replaceable(path, stat.S_IFREG)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            remove(temporary)
+            temporary.touch(exist_ok=False)  # so no link is followed
+            mode = temporary.stat().st_mode  # that of the umask, which some libraries ignore
             yield temporary
-            _flush(temporary)
+            _finish(temporary, mode)
             os.replace(temporary, path)
         except BaseException:
             with suppress(OSError):
@@ -145,25 +224,36 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Context: fill a temporary folder, whose files are flushed to the disk before it is renamed to ``path``.
 
     Raises:
-        UserError: the disk is full, or the path cannot be written; an old folder is untouched.
+        UserError: the disk is full, or the path cannot be written, or is no folder; an old folder is untouched.
     """
     path = Path(path)
     temporary = temporary_path(path)
     with writing(path):
+        _check_replaceable(path, stat.S_IFDIR)
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove(temporary)
             temporary.mkdir(parents=True)
             yield temporary
             for file in temporary.rglob("*"):
                 if file.is_file():
-                    _flush(file)
+                    _finish(file, temporary.stat().st_mode & 0o666)
             replace_folder(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
 
 
-def _flush(file: Path) -> None:
+def _check_replaceable(path: Path, wanted: int) -> None:
+    """Refuse to put a file in place of a device, a FIFO or a folder, or a folder in place of a file."""
+    with suppress(FileNotFoundError):
+        mode = path.stat().st_mode
+        if stat.S_IFMT(mode) != wanted:
+            raise UserError(f"cannot write {path}: it is a {kind(mode)}, no {kind(wanted)}; choose another out=PATH")
+
+
+def _finish(file: Path, mode: int) -> None:
+    """Give a written file its mode, and flush it to the disk."""
+    file.chmod(stat.S_IMODE(mode))
     with file.open("rb") as handle:
         os.fsync(handle.fileno())
 
@@ -172,19 +262,76 @@ def replace_folder(source: Path, target: Path) -> None:
     """Rename a folder, over an existing one if need be."""
     if target.exists():
         old = target.with_name(f".{target.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
         target.rename(old)
         source.rename(target)
-        shutil.rmtree(old)
+        remove(old)
     else:
         source.rename(target)
 
 
 def append_line(file: str | Path, record: Mapping[str, Any]) -> None:
-    """Append one JSON object as a line.
+    """Append one JSON object as a line. After half a line of a killed process, a new one begins, with a warning.
 
     Raises:
-        UserError: the disk is full, or the file cannot be written.
+        UserError: the disk is full, or the file cannot be written, or is no file.
     """
-    with writing(file), open(file, "a") as handle:
-        handle.write(json.dumps(record) + "\n")
+    file, torn = Path(file), False
+    with writing(file):
+        _check_replaceable(file, stat.S_IFREG)
+        with file.open("a+b") as handle:
+            if handle.tell():
+                handle.seek(-1, os.SEEK_END)
+                torn = handle.read() != b"\n"
+            handle.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
+    if torn:
+        warnings.warn(
+            f"{file} ended in half a line, as of a killed process; what follows begins a new one", stacklevel=2
+        )
+
+
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Context in which this process alone writes to a folder, which exists. The lock ends with the process, too.
+
+    Where the file system or the platform has no locks, there is none.
+
+    Raises:
+        UserError: another process has the lock.
+    """
+    file = Path(folder) / LOCK
+    descriptor = _lock(file)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            with suppress(OSError):
+                file.unlink()
+            os.close(descriptor)
+
+
+def _lock(file: Path) -> int | None:
+    """The open lock file; None where there are no locks."""
+    try:
+        import fcntl  # not on Windows
+    except ImportError:
+        return None
+    while True:
+        try:
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        except OSError:  # of a folder that cannot be written, its writers will tell
+            return None
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, it is not inherited by data workers
+            if os.path.samestat(os.fstat(descriptor), file.stat()):
+                return descriptor
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                os.close(descriptor)
+                raise UserError(
+                    f"another process is writing to {file.parent}; wait until it ends, or choose another out=FOLDER"
+                ) from None
+            if error.errno != errno.ENOENT:
+                os.close(descriptor)
+                return None
+        os.close(descriptor)  # the one that had the lock has just removed the file

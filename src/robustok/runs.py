@@ -1,11 +1,11 @@
 """Run folders: configuration, log, states for resume, and a clean stop on SIGTERM."""
 
 import json
-import shutil
 import signal
 import time
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,10 +13,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from robustok.config import Config, differences, plain, read_settings, save, validate
-from robustok.console import console, track
+from robustok.console import note, track
 from robustok.devices import Accelerator, any_process
 from robustok.errors import UserError
-from robustok.files import append_line, atomic_folder, write_file
+from robustok.files import (
+    append_line,
+    atomic_folder,
+    clean,
+    inside,
+    is_temporary,
+    json_lines,
+    locked,
+    one_line,
+    regular_file,
+    remove,
+    write_file,
+    writing,
+)
 from robustok.snapshots import read_weights
 
 
@@ -66,35 +79,52 @@ class RunFolder:
         main: whether this process writes.
 
     Raises:
-        UserError: the folder holds a run of another configuration (the keys that differ are named).
+        UserError: the folder holds a run of another configuration (the keys that differ are named) or links to other
+            places, or another process is writing to it.
     """
 
     def __init__(self, run: Config, main: bool = True) -> None:
         self.run, self.path, self.main = run, Path(run.out), main
         self.started = time.monotonic()
-        file = self.path / "config.yaml"
+        self._lock: ExitStack | None = None  # released at the end of the steps, or with this object
+        file = inside(self.path) / "config.yaml"
         if file.exists():
-            found = differences(_settings(run, file) | {"out": None}, plain(run) | {"out": None})  # folders may move
-            if found:
+            found = differences(_settings(run, regular_file(file)) | {"out": None}, plain(run) | {"out": None})
+            if found:  # folders may move, so ``out`` is not compared
                 raise UserError(
                     f"{self.path} holds a run of another configuration: {'; '.join(found[:5])}; "
                     "set the old values to resume it, or choose another out=FOLDER"
                 )
+            self._claim()
         elif self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file, a run needs a folder; choose another out=FOLDER")
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif self.path.exists() and not all(map(is_temporary, self.path.iterdir())):
             raise UserError(f"{self.path} is not empty and holds no run (no config.yaml); choose another out=FOLDER")
 
     def start(self) -> None:
         """Make the folder and write config.yaml. Call it once everything that the run needs is loaded.
 
         Raises:
-            UserError: the folder cannot be written.
+            UserError: the folder cannot be written, or another process is writing to it.
         """
-        file = self.path / "config.yaml"
-        if not self.main or file.exists():
+        if not self.main or self._lock is not None:
             return
+        file = self.path / "config.yaml"
+        with writing(file):
+            self.path.mkdir(parents=True, exist_ok=True)
+        self._claim()
+        if file.exists():
+            raise UserError(f"another process has begun this run in {self.path} just now; run the same command again")
         save(self.run, file)
+
+    def _claim(self) -> None:
+        """Keep other processes away, and remove what killed ones left half-written."""
+        if self.main:
+            self._lock = ExitStack()
+            self._lock.enter_context(locked(self.path))
+            with writing(self.path):
+                for part in (".", "state", "snapshot", "samples"):
+                    clean(self.path / part)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line to log.jsonl."""
@@ -123,16 +153,16 @@ class RunFolder:
             save_file(tensors, folder / "state.safetensors")
             (folder / "state.json").write_text(json.dumps({"step": step, "state": skeleton}))
         for old in sorted((self.path / "state").glob("[0-9]*"))[:-2]:
-            shutil.rmtree(old)
+            remove(old)
 
     def load_state(self) -> tuple[int, dict[str, Any]] | None:
         """The newest readable state as (step, state), or None. Log lines of later steps are deleted."""
         for folder in sorted((self.path / "state").glob("[0-9]*"), reverse=True):
             try:
-                content = json.loads((folder / "state.json").read_text())
-                state = unpack(content["state"], read_weights(folder / "state.safetensors"))
+                content = json.loads(regular_file(folder / "state.json").read_text())
+                state = unpack(content["state"], read_weights(regular_file(folder / "state.safetensors")))
             except (OSError, ValueError, KeyError, UserError) as error:
-                console.print(f"[yellow]skipping the state {folder}, which cannot be read: {error}[/]", soft_wrap=True)
+                note(f"skipping the state {folder}, which cannot be read: {one_line(error)}", "yellow")
                 continue
             self._truncate_log(content["step"])
             return content["step"], state
@@ -157,7 +187,7 @@ class RunFolder:
         Raises:
             Stopped: SIGTERM came; the state is saved.
         """
-        with termination() as terminated:
+        with self._lock or nullcontext(), termination() as terminated:
             for step in track(steps, str(self.path), self.main):
                 yield step
                 done = step + 1
@@ -171,14 +201,12 @@ class RunFolder:
         file = self.path / "log.jsonl"
         if not (self.main and file.exists()):
             return
-        kept = []
-        for line in file.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (ValueError, KeyError):
-                continue  # half a line, written when the process was killed
-        write_file(file, "".join(line + "\n" for line in kept))
+        with writing(file):
+            records, broken = json_lines(regular_file(file).read_text(errors="replace"))
+        if broken:
+            warnings.warn(f"{file}: {len(broken)} lines were cut off, as by a killed process; removed", stacklevel=2)
+        kept = [record for record in records if isinstance(record.get("step"), int) and record["step"] <= step]
+        write_file(file, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def _settings(run: Config, file: Path) -> dict[str, Any]:
@@ -195,9 +223,7 @@ class Stopped(SystemExit):
 
     def __init__(self, step: int) -> None:
         super().__init__(0)
-        console.print(
-            f"stopped by SIGTERM after step {step}; the state is saved, run the same command to resume", soft_wrap=True
-        )
+        note(f"stopped by SIGTERM after step {step}; the state is saved, run the same command to resume")
 
 
 @contextmanager

@@ -10,19 +10,62 @@ best snapshot is taken, else the newest. A delta holds only the difference to an
 scales the difference.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 import yaml
+from pydantic import ConfigDict, Field, FiniteFloat, PositiveInt
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
-from robustok.config import read_yaml
+from robustok.config import Config, read_yaml, validate
 from robustok.errors import UserError
-from robustok.files import atomic_folder
+from robustok.files import atomic_folder, one_line
 from robustok.model_card import model_card
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class DeltaHeader(Config):
+    """What a snapshot says about the difference that it holds."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    base: str = Field(description="path of the original, seen from the snapshot")
+    digest: str = Field(description="digest of the original's weights")
+    rank: PositiveInt | None = Field(None, description="rank of a LoRA; null is the whole difference")
+    relative_error: FiniteFloat = Field(ge=0, description="error of rank and rounding; 0 is exact")
+
+
+class Header(Config):
+    """What code reads in the config.yaml of a snapshot; it may hold more. ``config`` is checked by its family."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    kind: str = ""
+    config: dict[str, Any] = Field({})
+    step: int | None = None
+    licence: str | None = None
+    latent_space: str | None = None
+    source: dict[str, Any] = Field({})
+    post_trained: dict[str, Any] | None = None
+    protocol: dict[str, Any] = Field({})
+    held_out: dict[str, FiniteFloat] = Field({})
+    discriminator: dict[str, Any] = Field({})
+    delta: DeltaHeader | None = None
+    # Of generators.
+    latent_shape: list[PositiveInt] = Field([1, 1], min_length=2, max_length=2)
+    codebook_size: PositiveInt | None = None
+    classes: PositiveInt = 1
+    sampling: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +109,7 @@ def read_snapshot(path: str | Path, kind: str) -> Snapshot:
     """Read a snapshot of the given kind.
 
     Raises:
-        UserError: it is missing, incomplete, damaged or of another kind.
+        UserError: it is missing, incomplete, damaged or of another kind; a weight is not finite.
     """
     folder, header = resolve(path), read_header(path)
     if header.get("kind") != kind:
@@ -76,16 +119,20 @@ def read_snapshot(path: str | Path, kind: str) -> Snapshot:
         )
     if not isinstance(header.get("config"), dict):
         raise UserError(f"{folder}/config.yaml lacks the settings of the {kind} under 'config'; copy or train it again")
-    return Snapshot(folder, header, read_weights(folder / "model.safetensors"))
+    weights = read_weights(folder / "model.safetensors")
+    check_finite_weights(weights, folder / "model.safetensors")
+    return Snapshot(folder, header, weights)
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
     """The config.yaml of a snapshot, without its weights.
 
     Raises:
-        UserError: it is missing or damaged.
+        UserError: it is missing or damaged, or a field has another type than :class:`Header` says.
     """
-    header = read_yaml(resolve(path) / "config.yaml")
+    file = resolve(path) / "config.yaml"
+    header = read_yaml(file)
+    validate(Header, header, source=str(file))
     if "delta" in header:
         scale, rank = split_scale(path)[1], header["delta"].get("rank")
         delta = {"delta": f"rank {rank}" if rank else "whole", "delta_scale": 1.0 if scale is None else scale}
@@ -94,14 +141,21 @@ def read_header(path: str | Path) -> dict[str, Any]:
 
 
 def split_scale(path: str | Path) -> tuple[Path, float | None]:
-    """A path without its ``@SCALE``, and the scale of the delta there; None if the path has none."""
+    """A path without its ``@SCALE``, and the scale of the delta there; None if the path has none.
+
+    Raises:
+        UserError: the scale is not finite.
+    """
     folder, at, number = str(path).rpartition("@")
     if not at or Path(path).exists():
         return Path(path), None
     try:
-        return Path(folder), float(number)
+        scale = float(number)
     except ValueError:
         return Path(path), None
+    if not math.isfinite(scale):
+        raise UserError(f"{path}: the scale {number} is no finite number; give one such as {folder}@0.5")
+    return Path(folder), scale
 
 
 def read_weights(file: str | Path) -> dict[str, Tensor]:
@@ -110,23 +164,45 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
     Raises:
         UserError: it is missing or damaged.
     """
+    if not Path(file).exists():
+        raise UserError(f"{file} is missing; the snapshot is incomplete, copy the whole folder")
+    if not Path(file).is_file():  # such as a pipe, which could be waited for without end
+        raise UserError(f"{file} is no regular file; copy or train it again")
     try:
         return load_file(file)
-    except FileNotFoundError:
-        raise UserError(f"{file} is missing; the snapshot is incomplete, copy the whole folder") from None
     except Exception as error:  # safetensors raises its own, undocumented types
-        raise UserError(f"{file} cannot be read as safetensors ({error}); copy or train it again") from None
+        reason = one_line(error, 200)
+        raise UserError(f"{file} cannot be read as safetensors ({reason}); copy or train it again") from None
+
+
+def check_finite_weights(weights: Mapping[str, Tensor], source: object) -> None:
+    """Refuse weights that are not all finite: what is computed with them is NaN, or finite and wrong.
+
+    Args:
+        weights: name to tensor; those that are no floats are not looked at.
+        source: named in the error, such as the file.
+
+    Raises:
+        UserError: names the first tensor that holds NaN or an infinite number.
+    """
+    for name, tensor in weights.items():
+        numbers = tensor.float() if tensor.itemsize == 1 else tensor  # isfinite does not know all 8-bit floats
+        if tensor.is_floating_point() and not numbers.isfinite().all():
+            raise UserError(f"{source}: {name} holds NaN or infinite numbers; copy it again, or make it anew")
 
 
 def read_extra(path: str | Path, *names: str) -> dict[str, dict[str, Tensor]]:
     """The files NAME.safetensors that a snapshot has beside its weights, as ``write_snapshot`` takes them.
 
     Raises:
-        UserError: the snapshot is missing, or a file is damaged.
+        UserError: the snapshot is missing, a file is damaged, or a weight is not finite.
     """
     folder = resolve(path)
     files = {name: folder / f"{name}.safetensors" for name in names}
-    return {name: read_weights(file) for name, file in files.items() if file.exists()}
+    found = {name: read_weights(file) for name, file in files.items() if file.exists()}
+    for name, weights in found.items():
+        check_finite_weights(weights, files[name])
+    return found
 
 
 def resolve(path: str | Path) -> Path:
@@ -144,11 +220,67 @@ def resolve(path: str | Path) -> Path:
     return found[-1]
 
 
-def load_weights(module: nn.Module, snapshot: Snapshot) -> None:
-    """Load the weights strictly.
+def build(make: Callable[[], Module], snapshot: Snapshot) -> Module:
+    """Make the model of a snapshot and load its weights, strictly.
+
+    An outline without memory is compared with the weights first: a configuration that asks for a giant is refused
+    before anything is allocated.
+
+    Args:
+        make: makes the model.
+        snapshot: its configuration and weights.
 
     Raises:
-        UserError: names or shapes do not fit the configuration.
+        UserError: names or shapes do not fit the configuration, or no model can be made of it.
+    """
+    numbers = sum(tensor.numel() for tensor in snapshot.weights.values())
+    file, limit = snapshot.path / "config.yaml", f"the {numbers:,} numbers in its weights; copy or train it again"
+    _check_fit(outline_of(make, len(snapshot.weights), numbers, f"{file} asks for", limit), snapshot)
+    module = make()
+    module.load_state_dict(snapshot.weights)
+    return module
+
+
+def outline_of(make: Callable[[], Module], tensors: int, numbers: int, who: str, limit: str) -> Module:
+    """A model on the device "meta", where tensors have shapes and take no memory.
+
+    Args:
+        make: makes the model.
+        tensors: how many tensors it has at most. A few times as many are made: some only to be replaced.
+        numbers: how many numbers these hold together at most.
+        who: begins the error, such as "config.yaml asks for".
+        limit: ends the error: where the two limits come from, and what to do.
+
+    Raises:
+        UserError: the model is far larger than this, or cannot be made.
+    """
+    left = {"tensors": 4 * tensors + 1000, "numbers": 4 * numbers + 10**6, "modules": 100 * tensors + 10_000}
+
+    def count(_module: nn.Module, _name: str, added: nn.Parameter | nn.Module | None) -> None:
+        sizes = {"tensors": 1, "numbers": added.numel()} if isinstance(added, Tensor) else {"modules": 1}
+        for what, size in sizes.items():
+            left[what] -= size
+        if min(left.values()) < 0:
+            raise UserError(f"{who} a model that is far larger than {limit}")
+
+    hooks = register_module_parameter_registration_hook(count), register_module_module_registration_hook(count)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            return make()
+    except UserError:
+        raise
+    except Exception as error:  # sizes that are no sizes can raise nearly anything
+        raise UserError(f"{who} a model that cannot be made ({one_line(error, 200)}); correct it") from None
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _check_fit(module: nn.Module, snapshot: Snapshot) -> None:
+    """Compare names and shapes of the weights with those of the model, which may be an outline.
+
+    Raises:
+        UserError: lists up to three problems.
     """
     own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in snapshot.weights.items()}
@@ -159,4 +291,3 @@ def load_weights(module: nn.Module, snapshot: Snapshot) -> None:
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"{snapshot.path}: weights do not fit its config.yaml: {'; '.join(sorted(problems)[:3])}{more}")
-    module.load_state_dict(snapshot.weights)

@@ -235,9 +235,10 @@ class Measurement:
     details: dict[str, Any] = field(default_factory=dict)
 
     def line(self) -> dict[str, Any]:
-        """A flat dictionary for one JSON line."""
+        """A flat dictionary for one JSON line, in which no detail replaces a field."""
         record = asdict(self)
-        return record | record.pop("details")
+        details = record.pop("details")
+        return record | details | record
 
     @classmethod
     def from_line(cls, record: dict[str, Any]) -> "Measurement":

@@ -21,6 +21,7 @@ from robustok.metrics.manifold import precision_recall
 from robustok.metrics.pixels import psnr
 from robustok.tokenizers import load_tokenizer
 from robustok.training.tokenizer import train_tokenizer
+from robustok.types import Measurement
 
 
 def run(out, classifier, *words):
@@ -228,6 +229,36 @@ def test_every_line_carries_its_protocol(tmp_path, tokenizer, classifier):
     assert (
         sum(line["metric"] == "pfid" for line in lines) == 2 * 4 * 2
     )  # four rates; 2 and 3 of 32 codes: shares round alike
+
+
+@pytest.mark.parametrize("name", ["metric", "value", "standard_error", "samples", "seed", "extractor", "uint8"])
+def test_tags_replace_nothing_that_is_measured(name):
+    words = ["out=o", "tokenizer=t", "data.name=digits", "metrics=[psnr]", "tags.tokenizer=mine"]
+    assert load(EvaluateRun, words=words).tags == {"tokenizer": "mine"}
+    with pytest.raises(UserError, match=f"tags: '{name}' is measured and would be replaced; give the tag another name"):
+        load(EvaluateRun, words=[*words, f"tags.{name}=1"])
+    assert Measurement("psnr", 1.0, None, 2, 0, None, None, {name: "x", "note": "y"}).line() == {
+        **{"metric": "psnr", "value": 1.0, "standard_error": None, "samples": 2, "seed": 0, "extractor": None},
+        **{"reference": None, "note": "y"} | ({"uint8": "x"} if name == "uint8" else {}),
+    }
+
+
+def test_a_tag_is_left_out_where_its_name_is_measured(tmp_path, tokenizer, samples, classifier):
+    words = (*decoded(samples, a=tokenizer), "metrics=[gfid]", "tags.decoder=b", "tags.note=c")
+    with pytest.warns(UserWarning, match="tags.decoder is left out of the lines in which decoder is measured"):
+        (found,) = evaluate(run(tmp_path, classifier, *words))
+    assert (found.line()["decoder"], found.line()["note"]) == ("a", "c")
+
+
+def test_results_are_not_appended_to_a_file_elsewhere(tmp_path, tokenizer, classifier):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "elsewhere").write_text("mine")
+    (tmp_path / "run" / "metrics.jsonl").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(
+        UserError, match=r"metrics\.jsonl is a link to a place outside of .*run.*; remove it, or choose"
+    ):
+        evaluate(run(tmp_path / "run", classifier, f"tokenizer={tokenizer}", "metrics=[psnr]"))
+    assert (tmp_path / "elsewhere").read_text() == "mine"
 
 
 def test_what_cannot_be_evaluated(tmp_path, tokenizer, samples, classifier):

@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import sys
 from pathlib import Path
@@ -6,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from robustok.data.latent_cache import (
     LatentCache,
     Manifest,
     check_cache,
     check_center_crops,
+    check_space,
     create_cache,
     missing_shards,
     shard_rows,
@@ -158,12 +161,13 @@ def test_opening_an_unfinished_cache_leaves_the_writer_alone(tmp_path):
 
 
 def test_another_manifest_is_refused_by_name(tmp_path):
-    create_cache(tmp_path, manifest())
+    create_cache(tmp_path, manifest(tokenizer="t0"))
+    create_cache(tmp_path, manifest())  # of the first command there are no latents
+    (tmp_path / "shard-00000.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"tokenizer: t1 -> t2") as caught:
         create_cache(tmp_path, manifest(tokenizer="t2", source={"sigma": 0.5, "seeds": [1, 2]}))
     assert "source.sigma: 0.7 -> 0.5" in str(caught.value)
     (tmp_path / "manifest.json").unlink()
-    (tmp_path / "shard-00000.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="unknown origin"):
         create_cache(tmp_path, manifest())
 
@@ -235,12 +239,103 @@ def test_unreadable_caches(tmp_path):
         with pytest.raises(UserError, match=r"shard-00003\.safetensors is damaged"):
             LatentCache(tmp_path)
     damaged.write_bytes((tmp_path / "shard-00004.safetensors").read_bytes())  # a shard of three records
-    with pytest.raises(UserError, match="expected 5"):
+    with pytest.raises(UserError, match=r"expected integers \(5, 6\)"):
         LatentCache(tmp_path)
     damaged.write_bytes(content)
     (tmp_path / "manifest.json").write_text('{"kind": "discrete"}')
     with pytest.raises(UserError, match="is no manifest"):
         LatentCache(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"count": 10**13},
+        {"count": 10**30},
+        {"shard_size": 1, "count": 10**13},
+        {"latent_shape": [10**13, 3]},
+        {"latent_shape": 6},
+        {"latent_shape": ["6", "3"]},
+        {"latent_shape": [6, "²"]},
+        {"latent_shape": [6, 3, 1]},
+        {"codebook_size": [50]},
+        {"codebook_size": 1e400},
+        {"codebook_size": True},
+        {"classes": None},
+        {"classes": "4"},
+        {"kind": ["discrete"]},
+        {"tokenizer": 5},
+        {"source": []},
+        {"dtype": "int8"},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_hostile_manifests_are_refused_before_anything_is_allocated(tmp_path, changes):
+    fill(tmp_path, manifest())
+    content = manifest().plain() | changes
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(UserError) as error:
+        LatentCache(tmp_path)
+    assert str(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["[" * 10**5, "null", "[]", "5", "{", '{"source": 5}', "\x00"], ids=lambda t: t[:14])
+def test_what_is_no_json_object_is_no_manifest(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match="is no manifest"):
+        LatentCache(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("latents", torch.zeros(5, 7, dtype=torch.uint16)),
+        ("latents", torch.zeros(5, 6)),
+        ("latents", torch.zeros(5, 6, dtype=torch.bfloat16)),
+        ("latents", torch.zeros(5, 6, dtype=torch.float8_e4m3fn)),
+        ("latents", torch.zeros(5, 6, dtype=torch.int64)),  # the other shards have uint16
+        ("labels", torch.full((5,), float("nan"))),
+        ("labels", torch.full((5,), -1)),
+        ("labels", torch.zeros(5, 1, dtype=torch.int64)),
+        ("labels", torch.zeros((), dtype=torch.int64)),
+        ("indices", torch.zeros(5, dtype=torch.bool)),
+        ("seeds", torch.zeros(4, dtype=torch.int64)),
+        ("flips", torch.zeros(5, dtype=torch.complex64)),
+        ("seeds", None),
+    ],
+)
+def test_hostile_shards(tmp_path, name, value):
+    fill(tmp_path, manifest())
+    file = tmp_path / "shard-00003.safetensors"
+    fields = load_file(file) | {name: value}
+    save_file({key: field for key, field in fields.items() if field is not None}, file)
+    with pytest.raises(
+        UserError, match=r"(shard-00003\.safetensors.*remove it and run|shards of .* make the cache again)"
+    ):
+        LatentCache(tmp_path)
+
+
+def test_a_pipe_in_place_of_a_shard_is_not_waited_for(tmp_path):
+    fill(tmp_path, manifest(), skip=(2,))
+    os.mkfifo(tmp_path / "shard-00002.safetensors")
+    with pytest.raises(UserError, match=r"is damaged .*no regular file"):
+        LatentCache(tmp_path)
+
+
+def test_what_cannot_fit_on_the_disk_is_not_begun(tmp_path):
+    with pytest.raises(UserError, match=r"for 10,000,000,000,000 records, .* are free; free some space"):
+        check_space(tmp_path / "cache", manifest(count=10**13), "encode")
+    assert list(tmp_path.iterdir()) == []
+    fill(tmp_path / "cache", manifest())  # the same folder, with a count that fits
+
+
+def test_images_that_moved_are_the_same_images(tmp_path):
+    fill(tmp_path, manifest(data="d1", source={"data": "photos train, d1", "seed": 0}), skip=(2,))
+    create_cache(tmp_path, manifest(data="d1", source={"data": "moved train, d1", "seed": 0}))
+    with pytest.raises(UserError, match=r"holds other latents .*data: d1 -> d2"):
+        create_cache(tmp_path, manifest(data="d2", source={"data": "photos train, d1", "seed": 0}))
 
 
 def test_contents_beyond_the_manifest_are_refused(tmp_path):

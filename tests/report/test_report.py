@@ -3,10 +3,12 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from html.parser import HTMLParser
 
 import numpy as np
@@ -25,6 +27,7 @@ from robustok.report.results import (
     without_digest,
 )
 from tiny_images import picture, postscript, watch_postscript
+from tiny_user import as_nobody
 
 EVIL = "<script>alert(1)</script>"
 DASH, MINUS, SIGMA = "\N{EN DASH}", "\N{MINUS SIGN}", "\N{GREEK SMALL LETTER SIGMA}"
@@ -307,6 +310,49 @@ def test_broken_lines_and_files_are_noted(demo):
     assert all(f"pictures/{name}.npz: " in notes for name in ("broken", "floats", "pickled"))
     assert (len(found.rows), len(found.pairs), len(found.runs[1].log)) == (1, 1, 30)
     assert "the first is line 31" in Page(render(found)).text
+
+
+def test_only_regular_files_are_read_and_others_are_noted(demo):
+    stage = demo / "seed-0" / "tokenizer-plain"
+    (stage / "config.yaml").unlink()
+    os.mkfifo(stage / "config.yaml")
+    (stage / "samples" / "00000031.png").symlink_to("00000031.png")
+    (demo / "pictures" / "folder.npz").mkdir()
+    bomb = zipfile.ZipFile(demo / "pictures" / "bomb.npz", "w", zipfile.ZIP_DEFLATED)
+    with bomb, bomb.open("images.npy", "w", force_zip64=True) as member:
+        for _ in range(33):
+            member.write(bytes(2**25))
+    content = (demo / "pictures" / "decoders.npz").read_bytes()
+    (demo / "pictures" / "flipped.npz").write_bytes(content[:300] + bytes(40) + content[340:])
+    notes = "\n".join(collect(demo).notes)
+    assert "seed-0/tokenizer-plain/config.yaml: it is a FIFO; skipped." in notes
+    assert "samples/00000031.png: Too many levels of symbolic links; skipped." in notes
+    assert "pictures/folder.npz: it is a folder; skipped." in notes
+    assert "pictures/bomb.npz: its arrays would take 1,107,296" in notes
+    assert "pictures/flipped.npz: " in notes
+
+
+def test_folders_that_may_not_be_read_are_named(tmp_path):
+    write_lines(tmp_path / "a" / "log.jsonl", [{"step": 0, "total": 1.0}])
+    write_lines(tmp_path / "b" / "log.jsonl", [{"step": 0, "total": 1.0}])
+    (tmp_path / "b").chmod(0)
+    collecting = "from robustok.report import collect"
+    tmp_path.chmod(0o755)
+    said = as_nobody(collecting, f"print(collect({str(tmp_path)!r}).notes, file=sys.stderr)", tmp_path)
+    assert said == "('b: Permission denied; skipped.',)\n"
+    said = as_nobody(collecting, f"collect({str(tmp_path / 'b')!r})", tmp_path)
+    assert "UserError: cannot read the folder" in said
+    assert "b: Permission denied; give a run folder" in said
+
+
+def test_a_page_replaces_no_device_and_no_target_of_a_link(demo, tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(UserError, match="fifo: it is a FIFO, no file; choose another out=PATH"):
+        write_report(demo, tmp_path / "fifo")
+    (tmp_path / "letter").write_text("mine")
+    (demo / "report.html").symlink_to(tmp_path / "letter")
+    assert "<h1>" in write_report(demo).read_text()
+    assert (tmp_path / "letter").read_text() == "mine"
 
 
 @pytest.mark.parametrize(

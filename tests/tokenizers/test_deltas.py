@@ -16,7 +16,7 @@ from robustok.commands.make_delta import MakeDeltaRun, make_delta
 from robustok.errors import UserError
 from robustok.snapshots import read_header, read_snapshot, split_scale, write_snapshot
 from robustok.tokenizers import encoder_digest, load_tokenizer
-from robustok.tokenizers.deltas import apply_delta, compute_delta
+from robustok.tokenizers.deltas import Delta, apply_delta, compute_delta
 
 
 def moved(module, size=0.1, seed=0):
@@ -137,6 +137,25 @@ def test_what_is_no_pair_is_refused():
         apply_delta(moved(original, seed=1), delta)
 
 
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"other": torch.zeros(2, 3)},
+        {"weight": torch.zeros(1)},
+        {"weight": torch.zeros(2, 4)},
+        {"weight:up": torch.zeros(2, 1)},
+        {"weight:up": torch.zeros(2, 1), "weight:down": torch.zeros(2, 3)},
+        {"weight": torch.zeros(2, 3), "weight:places": torch.tensor([10**13]), "weight:values": torch.zeros(1)},
+    ],
+    ids=lambda tensors: " ".join(tensors),
+)
+def test_a_difference_that_does_not_fit_is_refused(tensors):
+    original = nn.Linear(3, 2)
+    delta = compute_delta(original, moved(original))
+    with pytest.raises(UserError, match=r"the difference of (weight|other) does not fit"):
+        apply_delta(original, Delta(delta.base, tensors, 0.0))
+
+
 # Snapshots
 
 
@@ -179,12 +198,16 @@ def test_strengths_are_for_deltas(tmp_path, tokenizer, post_trained):
         load_tokenizer(f"{post_trained}@0.5")
     with pytest.raises(UserError, match="holds no snapshot"):
         load_tokenizer(f"{post_trained}@half")
+    with pytest.raises(UserError, match="the strength nan is no finite number"):
+        load_tokenizer(post_trained, strength=math.nan)
     odd = tmp_path / "a@2"
     odd.mkdir()
     assert split_scale(odd) == (odd, None)  # a folder may be called so
     saved(tmp_path / "delta", tokenizer, post_trained)
     with pytest.raises(UserError, match="exists"):
         saved(tmp_path / "delta", tokenizer, post_trained)
+    with pytest.raises(UserError, match=r"delta@1e300: the strength 1e\+300 is no finite number"):
+        load_tokenizer(f"{tmp_path / 'delta'}@1e300")
 
 
 def test_generate_and_evaluate_take_strengths(tmp_path, tokenizer, post_trained, generator, samples, classifier):

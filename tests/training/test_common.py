@@ -2,6 +2,10 @@ import errno
 import json
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -116,6 +120,74 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         RunFolder(tiny.main_run(tmp_path / "file" / "run")).start()
 
 
+def test_what_a_kill_left_is_no_content_and_is_removed(run):
+    run.out.mkdir()
+    (run.out / ".config.yaml.tmp").write_text("hal")  # killed before the first file had its name
+    folder = RunFolder(run)
+    folder.start()
+    assert [path.name for path in run.out.iterdir() if path.name != ".lock"] == ["config.yaml"]
+    folder.save_state(1, state(1))
+    (run.out / "snapshot" / ".best.old").mkdir(parents=True)  # killed while it was replaced
+    (run.out / "state" / ".00000002.tmp").mkdir()
+    RunFolder(run)
+    assert [path.name for path in (run.out / "snapshot").iterdir()] == ["best"]
+    assert [path.name for path in (run.out / "state").iterdir()] == ["00000001"]
+
+
+def test_one_process_runs_in_a_folder(run):
+    RunFolder(run).start()
+    code = "import sys, time, tiny; from robustok.runs import RunFolder; from pathlib import Path"
+    code += "\nfolder = RunFolder(tiny.main_run(Path(sys.argv[1]))); print(flush=True); time.sleep(60)"
+    late = RunFolder(tiny.main_run(run.out.with_name("late")))
+    command = [sys.executable, "-c", code, str(run.out)]
+    paths = os.pathsep.join([str(Path(tiny.__file__).parent), os.environ.get("PYTHONPATH", "")])
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": paths}) as other:
+        other.stdout.readline()
+        with pytest.raises(UserError, match=r"another process is writing to .*run; wait until it ends, or choose"):
+            RunFolder(run)
+        other.kill()
+    assert RunFolder(run).load_state() is None
+    # Two that began at the same time: the other one was faster.
+    RunFolder(late.run).start()
+    with pytest.raises(UserError, match=r"another process has begun this run in .*late just now; run the same command"):
+        late.start()
+
+
+def test_the_lock_is_released_at_the_end_of_the_steps(run, folder):
+    assert (run.out / ".lock").exists()
+    for _ in folder.steps(range(1), SimpleNamespace(save=lambda keep: state(1)), 5, SimpleNamespace(num_processes=1)):
+        pass
+    assert sorted(path.name for path in run.out.iterdir()) == ["config.yaml", "state"]
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "config.yaml", "state", "state/00000001", "state/00000001/state.json"])
+def test_links_of_a_foreign_run_folder_are_not_followed(run, folder, name, tmp_path):
+    folder.log(1, {"pixel": 0.1})
+    folder.save_state(1, state(1))
+    (run.out / name).rename(tmp_path / "elsewhere")
+    (run.out / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"{name} is a link to a place outside of .*run, where nothing is read or"):
+        RunFolder(run)
+    (run.out / name).unlink()
+    (tmp_path / "elsewhere").rename(run.out / name)
+    run.out.rename(tmp_path / "moved")
+    run.out.symlink_to(tmp_path / "moved")  # the folder itself may be a link
+    assert RunFolder(run).load_state()[0] == 1
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "config.yaml", "state/00000001/state.json"])
+def test_a_fifo_in_a_run_folder_is_not_waited_for(run, folder, name):
+    folder.log(1, {"pixel": 0.1})
+    folder.save_state(1, state(1))
+    (run.out / name).unlink()
+    os.mkfifo(run.out / name)
+    if "state" in name:
+        assert RunFolder(run).load_state() is None
+    else:
+        with pytest.raises(UserError, match=f"cannot read .*{name}: it is a FIFO"):
+            RunFolder(run).load_state()
+
+
 def state(value):
     nested = {
         "optimizer": {"state": {0: {"step": torch.tensor(2.0)}, 10: {}}, "groups": [{"betas": (0.9, 0.95), "lr": 0.1}]}
@@ -174,7 +246,8 @@ def test_the_log_goes_back_to_the_state(folder):
     with (folder.path / "log.jsonl").open("a") as handle:
         handle.write('{"step": 4, "pix')  # killed while writing
     folder.save_state(2, state(2))
-    folder.load_state()
+    with pytest.warns(UserWarning, match="log.jsonl: 1 lines were cut off, as by a killed process; removed"):
+        folder.load_state()
     assert [line["step"] for line in tiny.log(folder.path)] == [0, 1, 2]
     for old in (folder.path / "state").iterdir():
         (old / "state.json").unlink()

@@ -23,9 +23,10 @@ from robustok.commands.pictures import draw_reconstructions, draw_samples
 from robustok.commands.report import ReportRun, report
 from robustok.commands.train_classifier import TrainClassifierRun, train_classifier
 from robustok.config import C, Config, read_yaml, recipe, validate
-from robustok.console import console
+from robustok.console import note
 from robustok.data.sources import Data, Digits
 from robustok.evaluation.settings import EvaluateRun, MetricNames
+from robustok.files import inside, write_file
 from robustok.metrics.features import ExtractorConfig
 from robustok.metrics.pfid import PerturbedGrid, RelativeGrid
 from robustok.training.decoder import DecoderTrainingRun, train_decoder
@@ -77,6 +78,7 @@ def demo(run: DemoRun) -> list[Measurement]:
     Raises:
         UserError: as the stages raise it.
     """
+    inside(run.out)
     for seed in run.seeds:
         stages = Stages(run, seed)
         stages.train()
@@ -84,9 +86,9 @@ def demo(run: DemoRun) -> list[Measurement]:
         stages.evaluate()
         stages.draw()
     lines = "".join((run.out / f"seed-{seed}" / "metrics.jsonl").read_text() for seed in run.seeds)
-    (run.out / "metrics.jsonl").write_text(lines)
+    write_file(run.out / "metrics.jsonl", lines)
     page = report(ReportRun(path=run.out, title=f"robustok on {run.data.name}"))
-    console.print(f"report: {page}")
+    note(f"report: {page}")
     return [Measurement.from_line(json.loads(line)) for line in lines.splitlines()]
 
 
@@ -204,7 +206,7 @@ class Stages:
             files[-1].unlink(missing_ok=True)
             jobs[f"evaluate {name}"] = evaluate, config
         run_parallel(jobs)
-        (self.folder / "metrics.jsonl").write_text("".join(file.read_text() for file in files))
+        write_file(self.folder / "metrics.jsonl", "".join(file.read_text() for file in files))
 
     def draw(self) -> None:
         """Write the pictures of the report."""

@@ -1,7 +1,7 @@
 """The `encode` command: images to a cache of latents, once, so that generators train on latents instead of images."""
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from itertools import islice, tee
 from pathlib import Path
 from typing import Any, Literal
@@ -13,18 +13,25 @@ from pydantic import Field
 from torch import Tensor
 
 from robustok.config import Config
-from robustok.console import console, track
+from robustok.console import track
 from robustok.data.crops import enlarged, five_crops
 from robustok.data.dataset import open_images
-from robustok.data.latent_cache import LatentType, Manifest, create_cache, missing_shards, shard_rows, write_shard
+from robustok.data.latent_cache import (
+    LatentType,
+    Manifest,
+    check_space,
+    create_cache,
+    missing_shards,
+    shard_rows,
+    write_shard,
+)
 from robustok.data.loader import batches_of
 from robustok.data.sources import Data
 from robustok.devices import autocast, start_accelerator
-from robustok.errors import UserError
+from robustok.files import inside, locked, writing
 from robustok.tokenizers import encoder_digest, load_tokenizer
 from robustok.types import Batch
 
-LARGE = 10**8  # bytes from which on the size of a cache is printed
 VARIANTS = {"center": 1, "center-flip": 2, "ten": 10}  # records of an image
 
 
@@ -150,9 +157,13 @@ def fill_cache(
     Raises:
         UserError: the folder holds other latents, or the disk has less space than the missing shards need.
     """
+    lock = ExitStack()
     if accelerator.is_main_process:
+        check_space(inside(out), manifest, description)
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+        lock.enter_context(locked(out))
         create_cache(out, manifest)
-        _check_space(out, manifest, description)
     accelerator.wait_for_everyone()
     missing = missing_shards(out, accelerator.process_index, accelerator.num_processes)
 
@@ -163,28 +174,9 @@ def fill_cache(
     prepared = prepare(records for k in missing for records in batches(k))
     total = sum(len(batches(k)) for k in missing)
     bar = track(range(total), f"{description} {out.name}", accelerator.is_main_process)
-    for k in missing:
-        parts = [make(next(prepared)) for _ in islice(bar, len(batches(k)))]
-        write_shard(out, k, {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]})
-    next(bar, None)  # closes the progress bar
-    accelerator.wait_for_everyone()
-
-
-def _check_space(out: Path, manifest: Manifest, description: str) -> None:
-    """Print the disk space that the missing shards need if it is large.
-
-    Raises:
-        UserError: the disk has less.
-    """
-    records = sum(len(shard_rows(manifest, k)) for k in missing_shards(out))
-    if not records:
-        return
-    need, free = records * manifest.record_bytes, shutil.disk_usage(out).free
-    if need >= LARGE:
-        size = f"{need / 1e9:.3g} GB in {out} ({free / 1e9:.3g} GB are free)"
-        console.print(f"{description}: {records:,} records of {manifest.record_bytes:,} bytes, {size}", soft_wrap=True)
-    if need > free:
-        raise UserError(
-            f"{out} needs {need / 1e9:.3g} GB for {records:,} records, {free / 1e9:.3g} GB are free; free some space, "
-            "choose another out=FOLDER, or lower count"
-        )
+    with lock:
+        for k in missing:
+            parts = [make(next(prepared)) for _ in islice(bar, len(batches(k)))]
+            write_shard(out, k, {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]})
+        next(bar, None)  # closes the progress bar
+        accelerator.wait_for_everyone()

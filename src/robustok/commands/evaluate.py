@@ -11,7 +11,7 @@ from robustok.evaluation.evaluator import Evaluator
 from robustok.evaluation.reconstructions import reconstructions
 from robustok.evaluation.samples import decoded_samples, finished_images
 from robustok.evaluation.settings import EvaluateRun
-from robustok.files import append_line, writing
+from robustok.files import append_line, inside, writing
 from robustok.metrics.processes import ALONE, Processes
 from robustok.types import Measurement
 
@@ -24,6 +24,7 @@ def evaluate(run: EvaluateRun) -> list[Measurement]:
             protocol of more images than there are, without ``allow_fewer``.
     """
     accelerator = start_accelerator()
+    file = inside(run.out, "metrics.jsonl")
     evaluator = Evaluator(run, accelerator.device, _processes(accelerator))
     found: list[Measurement] = []
     if run.tokenizer is not None and run.data is not None:  # without data it decodes samples only
@@ -42,7 +43,7 @@ def evaluate(run: EvaluateRun) -> list[Measurement]:
         with writing(run.out):
             run.out.mkdir(parents=True, exist_ok=True)
         for measurement in found:
-            append_line(run.out / "metrics.jsonl", measurement.line())
+            append_line(file, measurement.line())
     return found
 
 
@@ -62,7 +63,7 @@ def _sample(run: EvaluateRun, number: int) -> Path:
     seed = run.seed + number
     return generate(
         GenerateRun(
-            out=run.out / "samples" / f"{seed:06d}",
+            out=inside(run.out, "samples", f"{seed:06d}"),
             generator=run.samples.generator,
             count=run.samples.count,
             sampling=run.samples.sampling,

@@ -12,6 +12,7 @@ from robustok.data.latent_cache import LatentCache, check_cache
 from robustok.data.loader import batches_in_order
 from robustok.data.pixels import to_pixels
 from robustok.data.sources import Data
+from robustok.files import atomic_file
 from robustok.metrics.features import ExtractorConfig, load_extractor
 from robustok.tokenizers import encoder_digest, load_tokenizer
 from robustok.tokenizers.perturbation import nearest_codes, perturb
@@ -94,5 +95,5 @@ def _nhwc(pixels: Tensor) -> np.ndarray:
 
 
 def _write(file: str | Path, **arrays: np.ndarray) -> None:
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(file, **arrays)
+    with atomic_file(file) as temporary, temporary.open("wb") as handle:
+        np.savez_compressed(handle, **arrays)

@@ -35,7 +35,7 @@ from robustok.commands.pretrained_sources import (
 )
 from robustok.commands.sigma_search import SigmaSearch
 from robustok.config import Config
-from robustok.console import console
+from robustok.console import note
 from robustok.data.dataset import open_images
 from robustok.data.latent_cache import LatentCache
 from robustok.data.order import batch_indices
@@ -196,7 +196,7 @@ def post_train(run: PostTrainRun) -> Path:
             made = {"pairs": _pairs(ready, run.sigma, run.steps)} if run.makes_pairs else {}
             best = _publish(run, accelerator, train_decoder(ready.training(out=out, **made)), {})
     if accelerator.is_main_process and (file := export_decoder(best, run.tokenizer, run.out / "export")):
-        console.print(f"in the authors' layout: {file}", soft_wrap=True)
+        note(f"in the authors' layout: {file}")
     accelerator.wait_for_everyone()
     return best
 
@@ -247,7 +247,7 @@ def _search_sigma(run: PostTrainRun, accelerator: Accelerator) -> Path:
         search.add("candidate", sigma, steps, _train_candidate(run, sigma, steps))
     best = search.best()
     if best is search.untouched:
-        console.print("[yellow]no sigma made the decoder better on the held-out samples: it stays as it was[/]")
+        note("no sigma made the decoder better on the held-out samples: it stays as it was", "yellow")
     elif steps < run.steps:
         folder, start = run.out / f"post-{best.sigma:g}", run.out / f"candidate-{best.sigma:g}"
         pairs = _pairs(run, best.sigma, run.steps)

@@ -4,7 +4,6 @@ A sigma that is too low makes the decoder worse than no post-training; how low d
 are tried with short trainings, and every decoder is compared with the one before post-training.
 """
 
-import json
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from rich.table import Table
 
 from robustok.console import console
 from robustok.evaluation.held_out import HeldOutScore
-from robustok.files import append_line
+from robustok.files import append_line, json_lines, regular_file
 from robustok.metrics.frechet import Estimate, mean_and_standard_error
 from robustok.tokenizers import load_tokenizer
 from robustok.types import Measurement
@@ -107,8 +106,9 @@ class SigmaSearch:
 
     def _known(self, stage: str, sigma: float | None, steps: int) -> list[float] | None:
         """The values in metrics.jsonl, if they are there."""
-        for line in map(json.loads, self.file.read_text().splitlines()) if self.file.exists() else ():
-            if line["metric"] == METRIC and (line["stage"], line["sigma"], line["steps"]) == (stage, sigma, steps):
+        wanted = (METRIC, stage, sigma, steps)
+        for line in json_lines(regular_file(self.file).read_text())[0] if self.file.exists() else ():
+            if tuple(map(line.get, ("metric", "stage", "sigma", "steps"))) == wanted:
                 return line["values"]
         return None
 

@@ -6,23 +6,29 @@ continues with ``missing_shards``.
 """
 
 import json
+import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from robustok.config import differences
+from robustok.console import note
 from robustok.data.order import batch_indices
 from robustok.devices import rank_rows
 from robustok.errors import UserError
 from robustok.files import one_line, temporary_path, write_file
 
+LARGE = 10**8  # bytes from which on the size of a cache is printed
 OPTIONAL = {"flips", "crops"}  # fields of a shard that are 0 if they are not stored
 LatentType = Literal["float32", "float16", "bfloat16"]
 
@@ -38,7 +44,7 @@ class Manifest:
         classes: number of classes; labels are 0..classes-1.
         count: records in the whole cache.
         shard_size: records in a shard; the last one may hold fewer.
-        tokenizer: digest of the tokenizer that made or will decode the latents.
+        tokenizer: digest of the tokenizer that made or will decode the latents; None where unknown.
         data: fingerprint of the data set behind ``indices``; None for free samples.
         source: provenance: sigma, sampling, seed, digest of the generator, crop.
         dtype: stored type of continuous latents, which are float32 when read. The largest float16 is 65504.
@@ -50,10 +56,11 @@ class Manifest:
     classes: int
     count: int
     shard_size: int
-    tokenizer: str
+    tokenizer: str | None
     data: str | None = None
     source: dict[str, Any] = field(default_factory=dict)
     dtype: LatentType = "float32"
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     def __post_init__(self):
         if self.kind not in ("discrete", "continuous") or (self.kind == "discrete") != (self.codebook_size is not None):
@@ -116,28 +123,63 @@ class LatentRecords:
 def create_cache(path: str | Path, manifest: Manifest) -> None:
     """Start a cache, or continue one that has the same manifest.
 
+    Args:
+        path: folder.
+        manifest: description of the cache.
+
     Raises:
         UserError: the folder holds another cache (the fields that differ are named), or cannot be written.
     """
     path = Path(path)
-    shards = sorted(path.glob("shard-*.safetensors")) if path.is_dir() else []
-    if (path / "manifest.json").exists():
-        different = differences(_read_manifest(path).plain(), manifest.plain())
-        if different:
-            raise UserError(
-                f"{path} holds other latents ({'; '.join(different)}); choose another folder or remove this one"
-            )
-    elif shards:
+    if not any(path.glob("shard-*.safetensors")):  # nothing of an earlier command is there but perhaps its manifest
+        write_file(path / "manifest.json", json.dumps(manifest.plain(), indent=2))
+    elif not (path / "manifest.json").exists():
         raise UserError(
             f"{path} holds shards of unknown origin and no manifest.json; choose another folder or remove them"
         )
-    else:
-        write_file(path / "manifest.json", json.dumps(manifest.plain(), indent=2))
+    elif different := differences(_identity(_read_manifest(path)), _identity(manifest)):
+        raise UserError(
+            f"{path} holds other latents ({'; '.join(different)}); choose another folder or remove this one"
+        )
+
+
+def _identity(manifest: Manifest) -> dict[str, Any]:
+    """The manifest without the words that describe the images: their folder may move, ``data`` is their digest."""
+    whole = manifest.plain()
+    return whole | {"source": {key: value for key, value in whole["source"].items() if key not in ("data", "split")}}
+
+
+def check_space(path: Path, manifest: Manifest, made_by: str) -> None:
+    """Print the disk space that the missing shards of a cache need if it is large.
+
+    Args:
+        path: folder of the cache; it need not exist.
+        manifest: description of the cache.
+        made_by: name of the command, for the printed line.
+
+    Raises:
+        UserError: the disk has less.
+    """
+    records = manifest.count - len(_present(path, manifest)) * manifest.shard_size
+    if records <= 0:
+        return
+    folder = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+    need, free = records * manifest.record_bytes, shutil.disk_usage(folder).free
+    if need >= LARGE:
+        size = f"{need / 1e9:.3g} GB in {path} ({free / 1e9:.3g} GB are free)"
+        note(f"{made_by}: {records:,} records of {manifest.record_bytes:,} bytes, {size}")
+    if need > free:
+        raise UserError(
+            f"{path} needs {need / 1e9:.3g} GB for {records:,} records, {free / 1e9:.3g} GB are free; free some space, "
+            "choose another out=FOLDER, or lower count"
+        )
 
 
 def missing_shards(path: str | Path, rank: int = 0, world: int = 1) -> list[int]:
     """The shards k with k % world == rank that are not yet written. Removes half-written files of a killed run."""
-    missing = [k for k in _missing(path, _read_manifest(path)) if k % world == rank]
+    path, manifest = Path(path), _read_manifest(path)
+    present = _present(path, manifest)
+    missing = [k for k in range(rank, manifest.shards, world) if k not in present]
     for k in missing:  # of this rank only: another one may be writing
         temporary_path(_shard_path(path, k)).unlink(missing_ok=True)
     return missing
@@ -168,20 +210,12 @@ def write_shard(path: str | Path, k: int, arrays: Mapping[str, np.ndarray | Tens
         raise UserError(
             f"{where} has the fields {sorted(arrays)}; expected {sorted(expected)}, perhaps {sorted(OPTIONAL)}"
         )
-    rows = len(shard_rows(manifest, k))
-    discrete = manifest.kind == "discrete"
-    shape = (rows, *manifest.latent_shape[: 1 if discrete else 2])
-    for name, value in arrays.items():
-        wanted, kinds = (shape, "iu" if discrete else "f") if name == "latents" else ((rows,), "iu")
-        if value.shape != wanted or value.dtype.kind not in kinds:
-            kind = "integers" if "i" in kinds else "floats"
-            raise UserError(f"{name} of {where} are {value.dtype} {value.shape}; expected {kind} {wanted}")
-    _check_labels(arrays["labels"], manifest, where)
+    _check_fields(arrays, manifest, len(shard_rows(manifest, k)), where)
     _check_latents(arrays["latents"], manifest, where)
     types = {"latents": manifest.latent_type, "labels": torch.int32} | dict.fromkeys(OPTIONAL, torch.uint8)
     # Copies: safetensors refuses tensors that share memory.
     stored = {name: torch.tensor(value, dtype=types.get(name, torch.int64)) for name, value in arrays.items()}
-    if not discrete and not stored["latents"].isfinite().all():
+    if manifest.kind == "continuous" and not stored["latents"].isfinite().all():
         raise UserError(f"latents of {where} are too large for {manifest.dtype}; store them as float32 or bfloat16")
     write_file(_shard_path(path, k), save(stored))
 
@@ -202,12 +236,16 @@ class LatentCache:
 
     def __init__(self, path: str | Path):
         self.path, self.manifest = Path(path), _read_manifest(path)
-        if missing := _missing(path, self.manifest):
+        shards, present = self.manifest.shards, _present(self.path, self.manifest)
+        if len(present) < shards:
             raise UserError(
-                f"{path} lacks {len(missing)} of {self.manifest.shards} shards, first shard {missing[0]}; "
-                "run the command that makes it again"
+                f"{path} lacks {shards - len(present)} of {shards} shards, "
+                f"first shard {next(k for k in count() if k not in present)}; run the command that makes it again"
             )
-        self._shards = [self._map(k) for k in range(self.manifest.shards)]
+        self._shards = [self._map(k) for k in range(shards)]
+        types = {str(shard["latents"].dtype) for shard in self._shards}
+        if len(types) > 1:
+            raise UserError(f"shards of {path} store latents as {' and '.join(sorted(types))}; make the cache again")
 
     def __len__(self) -> int:
         return self.manifest.count
@@ -256,22 +294,21 @@ class LatentCache:
         return values
 
     def _map(self, k: int) -> dict[str, np.ndarray]:
-        path = _shard_path(self.path, k)
+        path, remedy = _shard_path(self.path, k), "remove it and run the command that makes it again"
         try:
+            if not path.is_file():
+                raise OSError("no regular file")
             bits = {torch.bfloat16: torch.int16}
             shard = {name: t.view(bits.get(t.dtype, t.dtype)).numpy() for name, t in load_file(path).items()}
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise UserError(
-                f"{path} is damaged ({one_line(error)}); remove it and run the command that makes it again"
-            ) from None
+        except (SafetensorError, OSError, RuntimeError, TypeError, ValueError, OverflowError) as error:
+            raise UserError(f"{path} is damaged ({one_line(error, 200)}); {remedy}") from None
         rows = len(shard_rows(self.manifest, k))
         shard = dict.fromkeys(OPTIONAL, np.zeros(rows, dtype=np.uint8)) | shard
-        lengths = {name: len(shard.get(name, ())) for name in ("latents", "labels", "indices", "seeds", *OPTIONAL)}
-        if set(lengths.values()) != {rows}:
-            raise UserError(
-                f"{path} has {lengths} records, expected {rows}; remove it and run the command that makes it again"
-            )
-        _check_labels(shard["labels"], self.manifest, str(path))
+        names = [f.name for f in fields(LatentRecords)]
+        if lacking := [name for name in names if name not in shard]:
+            raise UserError(f"{path} lacks {', '.join(lacking)}; {remedy}")
+        shard = {name: shard[name] for name in names}
+        _check_fields(shard, self.manifest, rows, str(path), remedy)
         return shard
 
 
@@ -337,22 +374,39 @@ def _read_manifest(path: str | Path) -> Manifest:
         record = json.loads(file.read_text())
         if record.get("source", {}).get("mode") == "generated":  # how version 0.1.0 called "direct"
             record["source"]["mode"] = "direct"
-        return Manifest(**(record | {"latent_shape": tuple(record["latent_shape"])}))
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        known = ", ".join(f.name for f in fields(Manifest))
-        raise UserError(
-            f"{file} is no manifest ({error}); expected a JSON object with {known}; remove the cache"
-        ) from None
+        return TypeAdapter(Manifest).validate_json(json.dumps(record), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))} = {str(first['input'])[:40]}: {first['msg']}"
+    except (ValueError, AttributeError, OSError, RecursionError) as error:
+        reason = one_line(error, 200)
+    known = ", ".join(f.name for f in fields(Manifest))
+    raise UserError(f"{file} is no manifest ({reason}); expected a JSON object with {known}; remove the cache")
 
 
-def _missing(path: str | Path, manifest: Manifest) -> list[int]:
-    return [k for k in range(manifest.shards) if not _shard_path(path, k).exists()]
+def _present(path: Path, manifest: Manifest) -> set[int]:
+    """The shards that are written. The work is bounded by the files there are, whatever the manifest says."""
+    names = [file.name for file in path.glob("shard-*.safetensors")] if path.is_dir() else []
+    numbers = (int(found[1]) for name in names if (found := re.fullmatch(r"shard-([0-9]{5,18})\.safetensors", name)))
+    return {k for k in numbers if k < manifest.shards}
 
 
-def _check_labels(labels: np.ndarray, manifest: Manifest, where: str) -> None:
+def _check_fields(
+    shard: Mapping[str, np.ndarray], manifest: Manifest, rows: int, where: str, remedy: str = "correct them"
+) -> None:
+    """Compare shapes, types and labels of a shard with the manifest."""
+    discrete = manifest.kind == "discrete"
+    shape = (rows, *manifest.latent_shape[: 1 if discrete else 2])
+    for name, value in shard.items():
+        wanted, kinds = (shape, "iu" if discrete else "f") if name == "latents" else ((rows,), "iu")
+        bits = value.dtype == np.int16 and manifest.latent_type == torch.bfloat16  # which numpy does not know
+        if value.shape != wanted or not (value.dtype.kind in kinds or bits):
+            kind = "integers" if "i" in kinds else "floats"
+            raise UserError(f"{name} of {where} are {value.dtype} {value.shape}; expected {kind} {wanted}; {remedy}")
+    labels = shard["labels"]
     if not 0 <= labels.min() <= labels.max() < manifest.classes:
         found = f"{labels.min()} to {labels.max()}"
-        raise UserError(f"labels of {where} are {found}, expected 0 to {manifest.classes - 1}; correct them")
+        raise UserError(f"labels of {where} are {found}, expected 0 to {manifest.classes - 1}; {remedy}")
 
 
 def _check_latents(latents: np.ndarray, manifest: Manifest, where: str) -> None:

@@ -1,6 +1,7 @@
 """The evaluator: real images in one or more feature spaces, shared by all metrics and all processes."""
 
 import importlib.metadata
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -209,6 +210,8 @@ class Evaluator:
     ) -> Measurement:
         """A number with its protocol; @COUNT is added to the name where its published protocol has more images."""
         versions = {name: importlib.metadata.version(name) for name in ("robustok", "torch")}
+        for name in sorted(self.run.tags.keys() & details):
+            warnings.warn(f"tags.{name} is left out of the lines in which {name} is measured", stacklevel=2)
         details = {"uint8": "trunc(127.5 x + 128)"} | dict(self.run.tags) | details | {"versions": versions}
         base = METRICS.get(metric.removesuffix("_mean").removesuffix("_geometric").removesuffix("_cell"))
         count = details.get("samples_per_set", samples)

@@ -9,6 +9,7 @@ Reconstructions are compared with the test split, samples with the train split o
 their features computed once for all metrics.
 """
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,6 +24,7 @@ from robustok.metrics.features import ExtractorConfig
 from robustok.metrics.lpips import Backbone
 from robustok.metrics.noise import NoiseGrid
 from robustok.metrics.pfid import PerturbedGrid, RelativeGrid
+from robustok.types import Measurement
 
 
 def _known_metrics(names: list[str] | Literal["all"]) -> list[str] | Literal["all"]:
@@ -30,6 +32,13 @@ def _known_metrics(names: list[str] | Literal["all"]) -> list[str] | Literal["al
     if unknown:
         raise ValueError(f"there is no metric {unknown[0]!r}; one of {', '.join(METRICS)}")
     return names
+
+
+def _no_measured_fields(tags: dict[str, str | float | int]) -> dict[str, str | float | int]:
+    measured = {field.name for field in fields(Measurement)} | {"uint8", "versions"}
+    if taken := sorted(tags.keys() & measured):
+        raise ValueError(f"{taken[0]!r} is measured and would be replaced; give the tag another name")
+    return tags
 
 
 MetricNames = Annotated[list[str] | Literal["all"], AfterValidator(_known_metrics)]
@@ -113,8 +122,8 @@ class EvaluateRun(Config):
     )
     seed: int = Field(0, ge=0, description="seed of samples, perturbations, halves and shuffles")
     batch_size: int = Field(64, ge=1, description="images at a time")
-    tags: dict[str, str | float | int] = Field(
-        {}, description="further fields to write into every line, such as tokenizer=plain"
+    tags: Annotated[dict[str, str | float | int], AfterValidator(_no_measured_fields)] = Field(
+        {}, description="further fields to write into every line, such as tokenizer=plain; none that is measured"
     )
 
     @property

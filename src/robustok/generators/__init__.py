@@ -21,7 +21,7 @@ from robustok.generators.lightningdit import LightningDiT, LightningDiTConfig
 from robustok.generators.rar import RAR, RARConfig
 from robustok.generators.sampling import Sampling
 from robustok.generators.sit import SiT, SiTConfig
-from robustok.snapshots import load_weights, read_snapshot
+from robustok.snapshots import build, read_snapshot
 from robustok.types import Generator
 
 GENERATORS = {
@@ -117,8 +117,8 @@ def load_generator(path: str | Path) -> Generator:
     if lacking:
         raise UserError(f"{snapshot.path}/config.yaml lacks {', '.join(lacking)}; copy or train the generator again")
     config = validate(GENERATORS[name][1], header["config"], source=str(path))
-    generator = build_generator(config, tuple(header["latent_shape"]), header["classes"], header["codebook_size"])
-    load_weights(generator, snapshot)
+    sizes = tuple(header["latent_shape"]), header["classes"], header["codebook_size"]
+    generator = build(lambda: build_generator(config, *sizes), snapshot)
     generator.latent_space = header["latent_space"]
     generator.sampling = validate(generator.sampling_type, header.get("sampling") or {}, source=str(path))
     return generator.eval().requires_grad_(False)

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from robustok.errors import UserError
-from robustok.files import one_line
+from robustok.files import json_lines, one_line, reason, unreadable
 
 STAGES = ("classifier", "tokenizer", "generator", "pairs", "post", "control")  # in the order of training
+LARGEST = 2**30  # bytes of the images of one file
 
 
 @dataclass(frozen=True)
@@ -96,20 +97,27 @@ def collect(folder: str | Path, title: str | None = None) -> Report:
     stages; the same holds for the folder ``pictures``. Files that a link moves outside ``folder`` are not read.
 
     Raises:
-        UserError: the folder is missing or holds no run.
+        UserError: the folder is missing, may not be read or holds no run.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"found no folder {folder}; give the path of a run folder such as runs/demo")
+    try:
+        folder = Path(folder)
+        os.scandir(folder).close()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"found no folder {folder}; give the path of a run folder such as runs/demo") from None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot read the folder {folder}: {reason(error)}; give a run folder such as runs/demo"
+        ) from None
     files = _Files(folder)
     runs, results, pictures = [], [], []
     owners: dict[str, list[Path]] = {"metrics.jsonl": [], "pictures": []}
-    for path, folders, names in os.walk(folder):  # parents before children
+    for path, folders, names in os.walk(folder, onerror=files.closed):  # parents before children
+        found = {*folders, *names}
         folders[:] = sorted((f for f in folders if f not in ("state", "snapshot") and f[0] != "."), key=natural)
         if not {"log.jsonl", "metrics.jsonl"}.intersection(names):
             continue
         here = Path(path)
-        own = [name for name, above in owners.items() if (here / name).exists() and not {*above} & {*here.parents}]
+        own = [name for name, above in owners.items() if name in found and not {*above} & {*here.parents}]
         for name in own:
             owners[name].append(here)
         run = _run(files, here)
@@ -136,38 +144,37 @@ class _Files:
     """The files of the reported folder, and notes on those that could not be read."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.real_root, self.notes = root, root.resolve(), []
+        self.root, self.real_root, self.notes = root, os.path.realpath(root), []
 
     def note(self, path: Path, text: str) -> None:
         self.notes.append(f"{path.relative_to(self.root).as_posix()}: {text}")
 
+    def closed(self, error: OSError) -> None:
+        self.note(Path(error.filename), f"{reason(error)}; skipped.")
+
     def inside(self, path: Path) -> bool:
-        """Whether this is a file of the folder, and no link to somewhere else, which a shared page must not show."""
-        if path.is_file() and not path.resolve().is_relative_to(self.real_root):
-            self.note(path, "is a link to a file outside the folder; skipped.")
+        """Whether this is a file that can be read, and no link to another place, which a shared page must not show."""
+        if not os.path.lexists(path):
             return False
-        return path.is_file()
+        if not Path(os.path.realpath(path)).is_relative_to(self.real_root):
+            self.note(path, "is a link to a file outside the folder; skipped.")
+        elif problem := unreadable(path):
+            self.note(path, f"{problem}; skipped.")
+        else:
+            return True
+        return False
 
     def text(self, path: Path) -> str:
         """Its text; "" where there is no such file."""
         try:
             return path.read_text(encoding="utf-8", errors="replace") if self.inside(path) else ""
         except OSError as error:
-            self.note(path, f"{error.strerror}; skipped.")
+            self.note(path, f"{reason(error)}; skipped.")
             return ""
 
     def lines(self, path: Path) -> list[dict[str, Any]]:
         """JSON objects, one a line. Other lines (a run may be writing the last one) are skipped and noted."""
-        lines, broken = [], []
-        for index, text in enumerate(self.text(path).split("\n"), start=1):
-            try:
-                line = json.loads(text) if text.strip() else {}
-            except (ValueError, RecursionError):
-                line = None
-            if not isinstance(line, dict):
-                broken.append(index)
-            elif line:
-                lines.append(line)
+        lines, broken = json_lines(self.text(path))
         if broken:
             self.note(path, f"not a JSON object in {len(broken)} lines (the first is line {broken[0]}); skipped.")
         return lines
@@ -177,9 +184,12 @@ class _Files:
         try:
             if not self.inside(path):
                 return None
+            with zipfile.ZipFile(path) as archive:
+                if (size := sum(member.file_size for member in archive.infolist())) > LARGEST:
+                    raise ValueError(f"its arrays would take {size:,} bytes, more than {LARGEST:,}")
             with np.load(path, allow_pickle=False) as file:
                 return _picture({key: file[key] for key in file.files}, path.stem)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+        except Exception as error:  # a damaged archive can raise anything
             self.note(path, f"{one_line(error)}; skipped.")
             return None
 

@@ -27,8 +27,8 @@ def write_report(folder: str | Path, out: str | Path | None = None, title: str |
     Raises:
         UserError: the folder is missing or holds no run; the page cannot be written.
     """
-    out = Path(folder) / "report.html" if out is None else Path(out)
     page = render(collect(folder, title))
+    out = Path(folder) / "report.html" if out is None else Path(out)
     write_file(out, page, shared=True)
     return out
 

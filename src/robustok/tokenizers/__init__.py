@@ -10,7 +10,7 @@ from pydantic import Field
 from robustok.config import validate
 from robustok.errors import UserError
 from robustok.files import tensor_digest
-from robustok.snapshots import Snapshot, load_weights, read_snapshot, split_scale
+from robustok.snapshots import Snapshot, build, check_finite_weights, read_snapshot, split_scale
 from robustok.tokenizers.deltas import Delta, apply_delta
 from robustok.tokenizers.diffusers import DiffusersConfig, DiffusersDC, DiffusersKL, DiffusersVQ
 from robustok.tokenizers.gigatok import GigaTok, GigaTokConfig
@@ -52,6 +52,8 @@ def load_tokenizer(path: str | Path, strength: float | None = None) -> Tokenizer
     """
     snapshot = read_snapshot(path, kind="tokenizer")
     strength = split_scale(path)[1] if strength is None else strength
+    if strength is not None and not torch.tensor(strength, dtype=torch.float32).isfinite():
+        raise UserError(f"{path}: the strength {strength} is no finite number; give one such as 0.5")
     if "delta" in snapshot.header:
         return _load_delta(snapshot, 1.0 if strength is None else strength)
     if strength is not None:
@@ -63,8 +65,8 @@ def load_tokenizer(path: str | Path, strength: float | None = None) -> Tokenizer
     if settings.get("name") not in TOKENIZERS:
         raise UserError(f"{path}: unknown tokenizer family {settings.get('name')!r}; known: {', '.join(TOKENIZERS)}")
     family, config = TOKENIZERS[settings["name"]]
-    tokenizer = family(validate(config, settings, source=str(path)))
-    load_weights(tokenizer, snapshot)
+    settings = validate(config, settings, source=str(path))
+    tokenizer = build(lambda: family(settings), snapshot)
     if (snapshot.header.get("post_trained") or {}).get("trainable") in ("authors", "release"):
         tokenizer.latent_space = snapshot.header["latent_space"]  # of the tokenizer whose latents it learned to decode
     return tokenizer.eval().requires_grad_(False)
@@ -81,9 +83,11 @@ def _load_delta(snapshot: Snapshot, strength: float) -> Tokenizer:
         )
     tokenizer = load_tokenizer(base)
     try:
-        return apply_delta(tokenizer, Delta(delta["digest"], snapshot.weights, delta["relative_error"]), strength)
+        apply_delta(tokenizer, Delta(delta["digest"], snapshot.weights, delta["relative_error"]), strength)
     except UserError as error:
         raise UserError(f"{snapshot.path} on {base}: {error}") from None
+    check_finite_weights(tokenizer.state_dict(), f"{snapshot.path}@{strength:g}")
+    return tokenizer
 
 
 def frozen_weights(tokenizer: Tokenizer) -> dict[str, torch.Tensor]:

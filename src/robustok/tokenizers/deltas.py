@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from robustok.errors import UserError
-from robustok.files import tensor_digest
+from robustok.files import one_line, tensor_digest
 
 UP, DOWN = ":up", ":down"  # factors of a difference: up (rows, rank) times down (rank, columns)
 INDICES, VALUES = ":places", ":values"  # where original + difference rounds to another float, and the right one
@@ -92,7 +92,7 @@ def apply_delta(tokenizer: nn.Module, delta: Delta, strength: float = 1.0) -> nn
         The same tokenizer.
 
     Raises:
-        UserError: it is not the original of this delta.
+        UserError: it is not the original of this delta, or a difference has another shape than its weight.
     """
     weights = tokenizer.state_dict()
     if (found := tensor_digest(weights)) != delta.base:
@@ -102,12 +102,15 @@ def apply_delta(tokenizer: nn.Module, delta: Delta, strength: float = 1.0) -> nn
         )
     if not strength:
         return tokenizer
-    for name in {key.partition(":")[0] for key in delta.tensors}:
-        weight = weights[name]
-        weight.add_(_difference(name, delta.tensors, weight.shape).to(weight.device), alpha=strength)
-        if strength == 1 and name + INDICES in delta.tensors:
-            indices, values = (delta.tensors[name + part].to(weight.device) for part in (INDICES, VALUES))
-            weight.view(-1)[indices] = values
+    for name in sorted({key.partition(":")[0] for key in delta.tensors}):
+        try:
+            weight = weights[name]
+            weight.add_(_difference(name, delta.tensors, weight.shape).to(weight.device), alpha=strength)
+            if strength == 1 and name + INDICES in delta.tensors:
+                indices, values = (delta.tensors[name + part].to(weight.device) for part in (INDICES, VALUES))
+                weight.view(-1)[indices] = values
+        except (KeyError, IndexError, RuntimeError) as error:
+            raise UserError(f"the difference of {name} does not fit ({one_line(error, 200)}); make it again") from None
     return tokenizer
 
 
@@ -131,6 +134,6 @@ def _kept(name: str, difference: Tensor, rank: int | None, dtype: torch.dtype) -
 
 def _difference(name: str, tensors: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
     """The difference of a weight, float32, in its shape."""
-    if name in tensors:
-        return tensors[name].float()
-    return (tensors[name + UP].float() @ tensors[name + DOWN].float()).reshape(shape)
+    if name not in tensors:
+        return (tensors[name + UP].float() @ tensors[name + DOWN].float()).reshape(shape)
+    return tensors[name].float().view(shape)

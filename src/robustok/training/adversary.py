@@ -5,7 +5,6 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from robustok.devices import autocast, rank_rows
@@ -26,6 +25,7 @@ from robustok.losses.discriminators import (
     frozen_features,
 )
 from robustok.randomness import step_rng
+from robustok.snapshots import check_finite_weights, read_weights
 from robustok.training.common import TrainingConfig, check_finite, learning_rate, set_learning_rate
 from robustok.training.prepared import differentiated
 
@@ -58,9 +58,11 @@ class Adversary:
         self.backbone = frozen_features(discriminator, accelerator.device)
         network = DISCRIMINATORS[discriminator.name][0](discriminator)
         if weights is not None:
+            trained = read_weights(weights)
+            check_finite_weights(trained, weights)
             try:
-                network.load_state_dict(load_file(weights))
-            except Exception as error:  # safetensors' own errors, or torch's long list of keys
+                network.load_state_dict(trained)
+            except RuntimeError as error:  # torch's long list of keys
                 reason = str(error).splitlines()[0]
                 raise UserError(
                     f"{weights} does not fit the configured discriminator ({reason}); "

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from robustok.config import load, plain
-from robustok.console import console
+from robustok.console import note
 from robustok.data.dataset import ImageDataset, open_images
 from robustok.data.latent_cache import LatentCache, check_cache, check_center_crops
 from robustok.devices import autocast, start_accelerator
@@ -212,9 +212,10 @@ class Snapshots:
         if self.run.held_out is None:
             return self.folder.path / "snapshot" / f"{self.run.steps:08d}"
         if self.folder.main and self.best["step"] == self.best["first"]["step"]:
-            console.print(
-                f"[yellow]no snapshot was better on the held-out samples than the decoder it started from: "
-                f"{self.folder.path} keeps that one[/]"
+            note(
+                "no snapshot was better on the held-out samples than the decoder it started from: "
+                f"{self.folder.path} keeps that one",
+                "yellow",
             )
         return self.folder.path / "snapshot" / "best"
 

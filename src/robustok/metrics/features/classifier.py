@@ -19,7 +19,7 @@ from robustok.data.pixels import from_pixels
 from robustok.errors import UserError
 from robustok.files import tensor_digest
 from robustok.metrics.guards import check_pixels, exact_float32
-from robustok.snapshots import load_weights, read_snapshot, write_snapshot
+from robustok.snapshots import build, read_snapshot, write_snapshot
 
 
 class ClassifierConfig(Config):
@@ -133,8 +133,8 @@ def load_classifier(path: str | Path, device: torch.device | str = "cpu") -> Sma
     settings, classes = snapshot.header.get("config"), snapshot.header.get("classes")
     if not isinstance(settings, dict) or not isinstance(classes, int):
         raise UserError(f"{path}: config.yaml lacks 'config' or 'classes'; give a folder written by save_classifier")
-    model = SmallClassifier(validate(ClassifierConfig, settings, source=str(path)), classes)
-    load_weights(model, snapshot)
+    config = validate(ClassifierConfig, settings, source=str(path))
+    model = build(lambda: SmallClassifier(config, classes), snapshot)
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
