@@ -609,12 +609,12 @@ class Plan:
         schedule.add("references", "references", needs=("small",))
         for pair in PAIRS:
             needs = (f"{pair.name}/tokenizer",)
-            schedule.add(f"{pair.name}/generator", "generator", pair, 0.12 * study.limit, needs=needs)
+            schedule.add(f"{pair.name}/generator", "generator", pair, 0.1 * study.limit, needs=needs)
         for pair in PAIRS:
             self.add_samples(pair)
             self.add_judge(pair.name, f"{pair.name}/before", study.folder(pair.name, "tokenizer"))
-        for job in self.search:
-            self.add_post(job)
+        for i, job in enumerate(self.search):  # most of them later: the generators would wait for the GPU
+            self.add_post(job, *(("vq/generator", "kl/generator") if i > 2 else ()))
 
     def add_samples(self, pair: Pair) -> None:
         """Free samples and pairs."""
@@ -626,11 +626,11 @@ class Plan:
         for sigma in pair.sigmas:
             self.schedule.add(f"{name}/pairs-{sigma}", "mix", pair, sigma, needs=needs)
 
-    def add_post(self, job: Post) -> None:
+    def add_post(self, job: Post, *needs: str) -> None:
         """A post-training and its figures."""
         caches = {"paired": f"{job.pair}/pairs-{job.sigma}", "free": f"{job.pair}/free"}
-        needs = {f"{job.pair}/tokenizer", *(caches[name] for name in job.objective if name in caches)}
-        self.schedule.add(f"post/{job.name}", "post", job, needs=tuple(needs))
+        needs = (f"{job.pair}/tokenizer", *(caches[name] for name in job.objective if name in caches), *needs)
+        self.schedule.add(f"post/{job.name}", "post", job, needs=needs)
         self.add_judge(job.pair, job.name, self.folder(job.name), f"post/{job.name}")
 
     def add_judge(self, pair: str, decoder: str, path: Path, *needs: str) -> None:

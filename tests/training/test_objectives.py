@@ -1,5 +1,6 @@
 """Objectives of post-training: what each decodes and compares with, mixtures, and that they learn what they should."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import yaml
 from safetensors.torch import load_file
 
 import tiny
+from robustok.commands.dry_run import estimate
 from robustok.commands.encode import encode
 from robustok.commands.post_train import PostTrainRun, post_train
 from robustok.config import load
@@ -132,6 +134,18 @@ def test_free_samples_move_the_decoder_by_the_adversary_alone(tmp_path, tokenize
     assert "free: samples of a generator" in (path / "README.md").read_text()
 
 
+def test_an_interrupted_run_is_still_compared_with_the_original_decoder(tmp_path, tokenizer, samples, latents):
+    words = ("objective={free: 1, noise: 1}", f"samples={samples[0]}", f"latents={latents}", *FREE[1:])
+    whole = train_decoder(run_of(tmp_path / "whole", tokenizer, *words))
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "state" / "00000006")
+    shutil.rmtree(tmp_path / "resumed" / "snapshot")
+    resumed = train_decoder(run_of(tmp_path / "resumed", tokenizer, *words))
+    assert tiny.log(tmp_path / "resumed") == tiny.log(tmp_path / "whole")
+    a, b = (load_tokenizer(path).state_dict() for path in (whole, resumed))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 def test_a_stronger_consistency_keeps_the_images(tmp_path, tokenizer, samples):
     latents, before, moved = LatentCache(samples[0]).read(slice(None)).latents, load_tokenizer(tokenizer), []
     for weight in (0.01, 100):
@@ -192,6 +206,10 @@ def test_the_command_makes_what_the_objectives_need(tmp_path, tokenizer, generat
     terms = ("reconstruction.perceptual=none", *FREE[1:], "learning_rate=1e-3")
     given = (f"tokenizer={tokenizer}", f"generator={generator}", "objective={free: 1, noise: 1}")
     run = load(PostTrainRun, None, (f"out={tmp_path / 'run'}", *given, *tiny.DATA, *tiny.TRAINING, *terms))
+    facts = estimate(run)
+    assert (facts["samples"], facts["samples_bytes"]) == (96, 96 * 53)  # 16 tokens of 2 bytes, and 21
+    assert facts["latents_bytes"] == 96 * 53
+    assert "pairs" not in facts
     path = post_train(run)
     assert path == tmp_path / "run" / "snapshot" / "best"
     made = {p.name: LatentCache(p).manifest for p in (tmp_path / "run" / "samples", tmp_path / "run" / "latents")}
