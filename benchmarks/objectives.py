@@ -426,7 +426,7 @@ class Study:
 
     @torch.no_grad()
     def draw(self, pair: str, decoders: dict[str, Path], out: Path) -> list[str]:
-        """A picture: the same samples, and below them reconstructions, a row for each decoder; returns its rows."""
+        """A picture: samples, a row for each decoder; test images; their reconstructions. Returns the decoders."""
         latents = [
             LatentCache(self.folder(pair, name)).read(slice(0, 20)).latents for name in ("samples-1", "latents-test")
         ]
@@ -434,7 +434,8 @@ class Study:
         for path in decoders.values():
             tokenizer = load_tokenizer(path).to(self.device).eval()
             rows.append([to_pixels(tokenizer.decode(part.to(self.device))).cpu() for part in latents])
-        sheet = torch.stack([row[i] for i in (0, 1) for row in rows])  # (2 * decoders, 20, 3, 32, 32)
+        real = to_pixels(self.images["test"].read(range(20)).images)
+        sheet = torch.stack([*(row[0] for row in rows), real, *(row[1] for row in rows)])  # (rows, 20, 3, 32, 32)
         sheet = sheet.permute(0, 3, 1, 4, 2).reshape(len(sheet) * 32, -1, 3).numpy()
         picture = Image.fromarray(sheet)
         picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.NEAREST).save(out, quality=92)
@@ -694,7 +695,9 @@ class Plan:
             if names:
                 out = self.out / f"pictures-{pair.name}.jpg"
                 rows = self.study.draw(pair.name, {n: self.folder(n) for n in names}, out)
-                self.schedule.say(f"rows of {out.name}, samples, then reconstructions: {', '.join(rows)}")
+                self.schedule.say(
+                    f"rows of {out.name}, samples, then test images, then reconstructions: {', '.join(rows)}"
+                )
 
 
 def main() -> None:
