@@ -115,6 +115,17 @@ def test_rows_follow_the_weights():
         rows_of({"free": 1.0, "clean": 0.01}, 16)
 
 
+def test_caches_of_another_kind_are_refused(tmp_path, tokenizer, latents, samples, pairs):
+    for words, says in (
+        ((*FREE, f"samples={latents}"), "holds latents of real images, expected free samples"),
+        (("objective=clean", f"latents={samples[0]}"), "holds free samples, expected latents of real images"),
+        (("objective=noise", f"latents={pairs}"), "holds pairs, expected latents of real images"),
+    ):
+        with pytest.raises(UserError, match=says):
+            train_decoder(run_of(tmp_path / "run", tokenizer, *words))
+    assert not (tmp_path / "run").exists()
+
+
 def test_clean_is_the_control_of_the_paired_objective(tmp_path, tokenizer, latents):
     paired = train_decoder(run_of(tmp_path / "a", tokenizer, f"pairs={latents}"))  # real latents as pairs
     control = train_decoder(run_of(tmp_path / "b", tokenizer, "objective=clean", f"latents={latents}"))

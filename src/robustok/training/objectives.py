@@ -8,6 +8,7 @@ mixes them: each has a share of every batch.
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import count
+from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
@@ -17,7 +18,15 @@ from torch import Tensor
 
 from robustok.config import Config
 from robustok.data.dataset import ImageDataset
-from robustok.data.latent_cache import LatentCache, LatentRecords, training_latents
+from robustok.data.latent_cache import (
+    LatentCache,
+    LatentRecords,
+    check_cache,
+    check_center_crops,
+    check_free_samples,
+    check_real_latents,
+    training_latents,
+)
 from robustok.data.loader import training_batches
 from robustok.devices import autocast, rank_rows
 from robustok.errors import UserError
@@ -173,6 +182,27 @@ OBJECTIVES: dict[str, tuple[Callable[[Material, Steps], Iterator[Examples]], str
 def needed_caches(objective: Mapping[str, float]) -> list[str]:
     """The settings that name the caches of these objectives."""
     return list(dict.fromkeys(OBJECTIVES[name][1] for name in objective))
+
+
+def open_caches(paths: Mapping[str, Path], digest: str) -> dict[str, LatentCache]:
+    """The caches that objectives need.
+
+    Args:
+        paths: by the setting that names them.
+        digest: of the tokenizer whose latents they are to hold.
+
+    Raises:
+        UserError: a cache is missing or damaged, of another tokenizer, or of another kind of latents.
+    """
+    caches = {name: LatentCache(path) for name, path in paths.items()}
+    for name, cache in caches.items():
+        check_cache(cache, digest)
+        if name == "samples":
+            check_free_samples(cache)
+        if name == "latents":
+            check_real_latents(cache)
+            check_center_crops(cache)
+    return caches
 
 
 def _compared_with_images(material: Material, cache: LatentCache, steps: Steps) -> Iterator[Examples]:
