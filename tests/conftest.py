@@ -54,6 +54,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 SLOW = {
     "commands/test_evaluate.py",
     "commands/test_evaluate_images.py",
+    "commands/test_parallel.py",
     "commands/test_post_train_dit.py",
     "commands/test_post_train_pretrained.py",
     "commands/test_sigma_search.py",
@@ -95,7 +96,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def words(command: str, home: Path, out: str) -> list[str]:
-    """The words of a command with tiny settings and its inputs in ``home``; words appended to them take precedence."""
+    """The words of a command with tiny settings and its inputs in ``home``."""
     at = {name: f"{home / name}" for name in PIPELINE}
     settings = {
         "train-classifier": [

@@ -70,6 +70,10 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     [
         ("tokenizer.widht=32", ("did you mean 'tokenizer.encoder.width'",)),
         ("stepps=4", ("'stepps'", "did you mean 'steps'")),
+        ("tokenizer.encoder.depth=10000000000000", ("tokenizer.encoder.depth", "less than or equal to 10000")),
+        ("tokenizer.encoder.width=16000000", ("settings tokenizer.* ask for a model larger than", "lower its sizes")),
+        ("tokenizer.encoder.width=16000000000000", ("settings tokenizer.* ask for a model larger than",)),
+        ("workers=10000000000000", ("workers", "less than or equal to 1024")),
         ("tokenizer.quantizer.sise=32", ("'tokenizer.quantizer.sise'", "did you mean 'tokenizer.quantizer.size'")),
         ("perturbation.rat=1", ("did you mean 'perturbation.rate'",)),
         ("data.path=here", ("'data.path'", "folder")),
@@ -91,7 +95,15 @@ def test_settings(refused, tmp_path, word, said):
 
 
 def test_a_process_of_its_own_says_one_line_too(tmp_path):
-    command = [sys.executable, "-m", "robustok", "main-train", *MAIN_TRAIN, f"out={tmp_path / 'run'}", "batch_size=500"]
+    command = [
+        sys.executable,
+        "-m",
+        "robustok",
+        "main-train",
+        *MAIN_TRAIN,
+        f"out={tmp_path / 'run'}",
+        "batch_size=500",
+    ]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (answer.returncode, answer.stdout) == (2, "")
     assert answer.stderr.startswith("robustok: the global batch is 500 and the training set has 48 images")
@@ -167,7 +179,8 @@ def test_one_truncated_image_is_named_and_skipped(capsys, photos, tmp_path):
     capsys.readouterr()
     assert main(["main-train", *MODEL, f"out={tmp_path / 'run'}", *data]) == 0
     err = capsys.readouterr().err
-    assert err.count("\n") == 1
+    assert err.count("\n") == 2
+    assert "data: photos train: 24 images, 2 classes (a, b); classes from folders\n" in err
     assert err.startswith("robustok: note: skipping an image")
     assert name in err
     assert "23 images" in yaml.safe_load((tmp_path / "run/snapshot/00000003/config.yaml").read_text())["trained_on"]
@@ -425,10 +438,10 @@ def test_a_disk_that_is_full_from_the_start(refused, pipeline, tmp_path, command
 
 
 def test_a_disk_that_fills_up_while_a_state_is_saved(refused, pipeline, tmp_path, monkeypatch):
-    from robustok import runs
+    from robustok import states
 
     arguments = [*words("main-train", pipeline, str(tmp_path / "run")), "steps=6"]
-    real, calls = runs.save_file, []
+    real, calls = states.save_file, []
 
     def fill_up(tensors, file):
         calls.append(file)
@@ -437,11 +450,11 @@ def test_a_disk_that_fills_up_while_a_state_is_saved(refused, pipeline, tmp_path
             raise OSError(errno.ENOSPC, "No space left on device")
         real(tensors, file)
 
-    monkeypatch.setattr(runs, "save_file", fill_up)
+    monkeypatch.setattr(states, "save_file", fill_up)
     said = ("No space left on device", "free some space", "last good state is kept")
     refused(*arguments, said=said, writes=True)
     assert sorted(p.name for p in (tmp_path / "run" / "state").iterdir()) == ["00000002", "00000003"]
-    monkeypatch.setattr(runs, "save_file", real)
+    monkeypatch.setattr(states, "save_file", real)
     assert main(arguments) == 0
     assert main([*arguments, f"out={tmp_path / 'whole'}"]) == 0
     snapshots = [tmp_path / run / "snapshot" / "00000006" for run in ("run", "whole")]
@@ -497,3 +510,27 @@ def test_a_state_that_was_cut_is_passed_over(capsys, pipeline, tmp_path):
     assert "skipping the state" in capsys.readouterr().err
     assert same(weights(tmp_path / "run/snapshot/00000003"), weights(pipeline / "tokenizer/snapshot/00000003"))
     assert load_tokenizer(tmp_path / "run").latent_shape == (4, 4)
+
+
+# Counts far too large
+
+
+@pytest.mark.parametrize(
+    ("command", "word", "said"),
+    [
+        ("generate", "count=10000000000000", "free some space, choose another out=FOLDER, or lower count"),
+        ("train-generator", "generator.depth=10000000000000", "ask for a model larger than this machine's memory"),
+        ("train-generator", "generator.width=10000000000000", "ask for a model larger than this machine's memory"),
+        ("main-train", "tokenizer.quantizer.size=10000000000000", "ask for a model larger than"),
+        ("main-train", "batch_size=10000000000000", "set a batch of 1 to 48"),
+        ("train-classifier", "classifier.batch_size=10000000000000", "less than or equal to 1000000"),
+        ("evaluate", "pfid.seeds=10000000000000", "less than or equal to 1000"),
+        ("evaluate", "comparison.halves=10000000000000", "less than or equal to 1000"),
+        ("encode", f"seed={2**64}", "the largest is 2^64 - 1"),
+    ],
+)
+def test_counts_far_too_large_leave_nothing_behind(capsys, pipeline, tmp_path, command, word, said):
+    capsys.readouterr()
+    assert main(once([*words(command, pipeline, str(tmp_path / "out")), word])) == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []

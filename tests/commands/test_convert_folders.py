@@ -333,17 +333,17 @@ ABUSE = {  # what happens to the folder, other words, what is said
     "a giant autoencoder": (
         lambda p: edit(p / "vae" / "config.json", block_out_channels=[2**20] * 2),
         [],
-        "far larger",
+        "larger than",
     ),
-    "a deep autoencoder": (lambda p: edit(p / "vae" / "config.json", layers_per_block=10**7), [], "far larger"),
-    "a deep transformer": (lambda p: edit(p / "transformer" / "config.json", num_layers=10**7), [], "far larger"),
+    "a deep autoencoder": (lambda p: edit(p / "vae" / "config.json", layers_per_block=10**7), [], "larger than"),
+    "a deep transformer": (lambda p: edit(p / "transformer" / "config.json", num_layers=10**7), [], "larger than"),
     "a wide transformer": (
         lambda p: edit(p / "transformer" / "config.json", num_attention_heads=10**6),
         [],
-        "far larger",
+        "larger than",
     ),
     "a large grid": (lambda p: edit(p / "transformer" / "config.json", sample_size=10**6), [], "sample_size"),
-    "many classes": (lambda p: edit(p / "transformer" / "config.json", num_embeds_ada_norm=10**9), [], "far larger"),
+    "many classes": (lambda p: edit(p / "transformer" / "config.json", num_embeds_ada_norm=10**9), [], "larger than"),
     "nested settings": (lambda p: (p / "vae" / "config.json").write_text("[" * 10**5), [], "is no JSON"),
     "an unknown setting": (lambda p: None, ["config.heads=2"], "config.heads is not known"),
     "two sources of statistics": (

@@ -98,7 +98,8 @@ def generate(run: GenerateRun) -> Path:
         "classes": run.classes,
         **licence_of(run.generator),
     }
-    manifest = manifest_of(generator, run.cache, run.count, None, source)
+    names = read_header(run.generator).get("class_names")
+    manifest = manifest_of(generator, run.cache, run.count, None, source, names)
     fill_cache(run.out, manifest, make, run.cache.batch_size, accelerator, "generate")
     if tokenizer is not None:
         write_images(run.out, tokenizer, run.images, run.cache.batch_size, accelerator)
@@ -134,7 +135,12 @@ def record_fields(latents: Tensor, labels: Tensor, indices: Tensor, records: np.
 
 
 def manifest_of(
-    generator: Generator, settings: CacheSettings, count: int, data: str | None, source: dict[str, Any]
+    generator: Generator,
+    settings: CacheSettings,
+    count: int,
+    data: str | None,
+    source: dict[str, Any],
+    class_names: list[str] | None = None,
 ) -> Manifest:
     """The manifest of a cache of a generator's latents."""
     return Manifest(
@@ -148,4 +154,5 @@ def manifest_of(
         data=data,
         source=source,
         dtype=settings.dtype,
+        class_names=class_names,
     )

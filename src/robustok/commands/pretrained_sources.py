@@ -23,9 +23,10 @@ from robustok.commands.convert import ConvertRun, convert
 from robustok.config import Config
 from robustok.console import note
 from robustok.data.dataset import open_images
+from robustok.data.labels import check_same_classes, sorted_as_text
 from robustok.data.latent_cache import LatentCache, check_cache, check_center_crops
 from robustok.data.sources import Data
-from robustok.errors import UserError
+from robustok.errors import UserError, printable
 from robustok.files import regular_file, write_file
 from robustok.generators import check_kind
 from robustok.hub import download, is_remote
@@ -179,7 +180,7 @@ def check_together(paths: Mapping[str, Path], latents: Path | None, data: Data) 
     tokenizer = load_tokenizer(paths["tokenizer"])
     space, images = encoder_digest(tokenizer), open_images(data, tokenizer.image_size, split="train")
     if "generator" in paths:
-        _check_generator(paths, tokenizer, space, len(images.classes))
+        _check_generator(paths, tokenizer, space, images.classes)
     if latents is None:
         return len(images)
     cache = LatentCache(latents)
@@ -188,12 +189,12 @@ def check_together(paths: Mapping[str, Path], latents: Path | None, data: Data) 
     if cache.manifest.data != images.fingerprint:
         raise UserError(
             f"{latents} holds latents of other images than {images.describe()}; give the data they were encoded from, "
-            "or latents=null, which encodes them"
+            f"or latents=null, which encodes them{sorted_as_text(images.classes, cache.manifest.class_names)}"
         )
     return len(cache)
 
 
-def _check_generator(paths: Mapping[str, Path], tokenizer: Tokenizer, space: str, classes: int) -> None:
+def _check_generator(paths: Mapping[str, Path], tokenizer: Tokenizer, space: str, classes: list[str]) -> None:
     """Check a generator against its tokenizer, whose latent space has the digest ``space``, and the data's classes."""
     path, header = paths["generator"], read_header(paths["generator"])
     if header.get("kind") != "generator":
@@ -207,9 +208,10 @@ def _check_generator(paths: Mapping[str, Path], tokenizer: Tokenizer, space: str
             f"{path} models the latents of another tokenizer: (latent space, shape, codes) are {found}, those of "
             f"{paths['tokenizer']} {expected}; give the tokenizer that it was trained with"
         )
-    if classes > header["classes"]:
+    check_same_classes(header.get("class_names"), classes, str(path), "the images")
+    if len(classes) > header["classes"]:
         raise UserError(
-            f"the images have {classes} classes, {path} has {header['classes']}; give the images it was trained on"
+            f"the images have {len(classes)} classes, {path} has {header['classes']}; give the images it was trained on"
         )
 
 
@@ -260,7 +262,7 @@ def export_decoder(snapshot: Path, source: Path | PretrainedTokenizer, out: Path
     if not target.exists():
         convert(ConvertRun(family=family, to="export", weights=snapshot, original=original, out=target))
     use = _use(origin or {"family": family, "part": "flat state dict"}, file, target)
-    write_file(out / "README.md", model_card(read_header(snapshot), use=use))
+    write_file(out / "README.md", printable(model_card(read_header(snapshot), use=use)))
     if original is not None:  # the authors' loader, and ours, may need the configuration beside it
         config = file_beside(download(original) if is_remote(original) else original)
         if config is not None:

@@ -26,6 +26,7 @@ from robustok.metrics.kernel import kernel_distance
 from robustok.metrics.manifold import DistanceDtype, PrecisionRecall, precision_recall
 from robustok.metrics.reference import Reference
 from robustok.metrics.small_samples import frechet_error, frechet_infinity
+from robustok.randomness import seeded
 
 REFERENCE_IMAGES = 10_000  # of the reference, evenly spread, for metrics that need single features; ADM's number
 INFINITY_IMAGES = 10_000  # the fewest that gfid_infinity takes
@@ -35,7 +36,10 @@ class ComparisonConfig(Config):
     """Choices in how sets of images are compared."""
 
     halves: int = Field(
-        0, ge=0, description="random halves for the standard errors of rFID and of gFID of one set; 10 are enough"
+        0,
+        ge=0,
+        le=1000,
+        description="random halves for the standard errors of rFID and of one set's gFID; 10 suffice",
     )
     distance_dtype: DistanceDtype = Field("float64", description="distances of precision and recall; float16 is ADM's")
     shuffle: bool = Field(True, description="shuffle images before the splits of the Inception Score; ADM does not")
@@ -71,7 +75,7 @@ class Comparison:
 
     def rng(self) -> torch.Generator:
         """A random generator, seeded anew for each metric."""
-        return torch.Generator().manual_seed(self.seed)
+        return seeded(self.seed)
 
     @cached_property
     def some_real(self) -> Tensor:
