@@ -344,6 +344,11 @@ ABUSE = {  # what happens to the folder, other words, what is said
     ),
     "a large grid": (lambda p: edit(p / "transformer" / "config.json", sample_size=10**6), [], "sample_size"),
     "many classes": (lambda p: edit(p / "transformer" / "config.json", num_embeds_ada_norm=10**9), [], "larger than"),
+    "an unknown spacing": (
+        lambda p: edit(p / "scheduler" / "scheduler_config.json", timestep_spacing=[1]),
+        [],
+        "the scheduler beside",
+    ),
     "nested settings": (lambda p: (p / "vae" / "config.json").write_text("[" * 10**5), [], "is no JSON"),
     "an unknown setting": (lambda p: None, ["config.heads=2"], "config.heads is not known"),
     "two sources of statistics": (

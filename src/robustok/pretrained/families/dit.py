@@ -54,7 +54,8 @@ def from_folder(path: str | Path, **statistics: Any) -> DiT:
     if model.learned_variance and all(settings.get(key, value) == value for key, value in XL.items()):
         model.sampling = PUBLISHED
     else:
-        model.sampling = DDPMSampling(spacing=scheduler.get("timestep_spacing", "leading"))
+        spacing = {"spacing": scheduler.get("timestep_spacing", "leading")}
+        model.sampling = validate(DDPMSampling, spacing, f"the scheduler beside {found.folder}")
     return model
 
 
