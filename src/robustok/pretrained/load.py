@@ -27,10 +27,10 @@ def load_pretrained(
         family: one of ``FAMILIES`` or ``FOLDERS``, or another name for one, such as ``va-vae`` or ``SiT-XL``. For
             ``llamagen`` and ``gigatok`` the weights decide whether it is the tokenizer or the GPT.
         weights: path of a .pt, .bin, .ckpt or .safetensors file, ``hf://ORG/REPO/FILE``, or a mapping of the authors'
-            names to tensors. The tensors may be inside of ``ema`` (preferred), ``model``, ``module`` or ``state_dict``.
-            A mapping may hold nothing besides; a file may if it lists which tensors are the model's
-            (:func:`robustok.checkpoints.read_checkpoint`). For ``diffusers`` and its families, the folder of a model
-            or a pipeline, or ``hf://ORG/REPO``.
+            names to tensors. The tensors may be inside of ``ema`` (preferred), ``model``, ``state_dict`` and the like,
+            and their names behind ``module.`` or ``_orig_mod.``. A mapping may hold nothing besides; a file may if it
+            lists which tensors are the model's (:func:`robustok.checkpoints.read_checkpoint`). For ``diffusers`` and
+            its families, the folder of a model or a pipeline, or ``hf://ORG/REPO``.
         config: settings that are in no shape, under the authors' names (``num_heads``) or ours (``heads``), nested or
             flat, or such a mapping as JSON. Other keys are ignored unless they look like a misspelling; a value that
             contradicts the weights is refused. None: the configuration in the file, or in a JSON file beside it. Each
