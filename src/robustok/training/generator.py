@@ -206,8 +206,11 @@ def draw_step(run: GeneratorTrainingRun, latent_shape: tuple[int, int], step: in
 def latent_statistics(cache: LatentCache, rows: int = 4096) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel over a cache of continuous latents, read ``rows`` at a time.
 
-    The standard deviation of a constant channel is given as 1.
+    The standard deviation of a constant channel is given as 1. Those that came with the latents of another project are
+    kept.
     """
+    if "latent_mean" in cache.manifest.source:
+        return cache.manifest.source["latent_mean"], cache.manifest.source["latent_std"]
     count, total, squares = 0, 0.0, 0.0
     shift = cache.read(slice(0, 1)).latents.double().mean(dim=(0, 1))  # near the mean, for precise squares
     for start in range(0, len(cache), rows):
