@@ -417,7 +417,7 @@ REFUSED = {  # pair, words, what is said
     "no family": ("llamagen", ["tokenizer={weights: x}"], ("'tokenizer.family' is missing",)),
     "an unknown family": ("llamagen", ["tokenizer.family=lamagen"], ("did you mean 'llamagen'?",)),
     "an unknown setting": ("llamagen", ["tokenizer.weigths=x"], ("did you mean 'tokenizer.weights'?",)),
-    "no path": ("llamagen", ["tokenizer=3"], ("tokenizer = 3", "path")),
+    "no snapshot": ("llamagen", ["tokenizer=3"], ("robustok: 3 holds no snapshot",)),
     "another family": ("llamagen", ["tokenizer.family=gigatok_tokenizer"], ("tokenizer: ", "llamagen_tokenizer")),
     "the other file": (
         "llamagen",

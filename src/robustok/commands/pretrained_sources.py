@@ -34,7 +34,7 @@ from robustok.model_card import model_card
 from robustok.pretrained.diffusers_folders import AUTOENCODERS, fetch
 from robustok.pretrained.families import FAMILIES, FOLDERS, families_named
 from robustok.pretrained.load import load_pretrained
-from robustok.snapshots import read_header
+from robustok.snapshots import read_header, resolve
 from robustok.tokenizers import TOKENIZERS, encoder_digest, load_tokenizer
 from robustok.types import Tokenizer
 
@@ -138,7 +138,8 @@ def convert_sources(sources: Sources, out: Path) -> dict[str, Path]:
         Paths of snapshots or run folders by the same names; a source that is a path is returned as it is.
 
     Raises:
-        UserError: as ``convert`` raises it; a tokenizer where a generator should be, or the reverse.
+        UserError: as ``convert`` raises it; a path without a snapshot; a tokenizer where a generator should be, or the
+            reverse.
     """
     paths: dict[str, Path] = {}
     for name, source in sources.items():
@@ -147,6 +148,7 @@ def convert_sources(sources: Sources, out: Path) -> dict[str, Path]:
                 _convert(name, source, out / name, paths.get("tokenizer"))
             paths[name] = out / name
         elif source is not None:
+            resolve(source)
             paths[name] = source
     return paths
 
