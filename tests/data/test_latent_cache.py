@@ -449,3 +449,10 @@ def test_training_streams_a_cache_larger_than_its_memory(tmp_path):
             assert np.array_equal(batch.latents[7], tokens[row % m.shard_size] ^ (row // m.shard_size))
     assert total == m.count * (m.count - 1) // 2  # an epoch: every record once
     assert peak < budget
+
+
+def test_a_cache_of_before_licences_were_noted_goes_on(tmp_path):
+    fill(tmp_path, manifest(source={"seed": 1, "data": "images"}), skip=(1,))
+    create_cache(tmp_path, manifest(source={"seed": 1, "data": "moved", "licence": "MIT"}))
+    with pytest.raises(UserError, match="other latents"):
+        create_cache(tmp_path, manifest(source={"seed": 2, "data": "images", "licence": "MIT"}))
