@@ -1,0 +1,257 @@
+"""Hostile tries: valid command lines with one thing wrong, and what must hold whatever is wrong.
+
+    python tests/hostile/run.py --tries 10000 --seed 1     many tries, on two cores
+    python tests/hostile/run.py --only 123                 one of them; keeps its folder
+
+Each try is a process forked from one that has imported everything, in a working folder of its own with copies of the
+inputs. It must end in time with exit code 0 or 2, say what is wrong in one line without a trace, write nothing but
+``out``, and not be in the way of the valid command. Prints the tries in which this does not hold, grouped by what was
+wrong; exit code 1 if there are any.
+"""
+
+import argparse
+import multiprocessing
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter, defaultdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ |= {"ROBUSTOK_PROGRESS": "0", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+from hostile.mutations import KINDS, NotHere, Try  # noqa: E402
+from hostile.world import SECRET, Valid, build_world, digests, listing, measured_values, remove  # noqa: E402
+from robustok.cli import COMMANDS, main  # noqa: E402
+
+SECONDS = 30  # after which a try hangs; the valid ones take less than one
+MEMORY = 4 << 30  # bytes that a try may allocate
+LENGTH = 1500  # characters of an error
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f\u202e]")
+
+
+def choose(n: int, seed: int, valid: list[Valid]) -> Try:
+    """Try number ``n``, whose mutation is applied to the files in the working folder."""
+    rng = random.Random(f"{seed}/{n}")
+    command = list(COMMANDS)[n % len(COMMANDS)]
+    while True:
+        line = rng.choice([v for v in valid if v.command == command])
+        kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
+        t = Try(line, rng, list(line.words), [kind.__name__])
+        try:
+            kind(t)
+        except NotHere:
+            continue
+        return t
+
+
+def run_try(n: int, seed: int, base: Path, valid: list[Valid], folder: Path) -> list[str]:
+    """Make and run one try in ``folder``; returns what is wrong, each with the words and mutation at the end."""
+    work = folder / "work"
+    (work / "tmp").mkdir(parents=True)
+    os.chdir(work)
+    _copy_world(base)
+    t = choose(n, seed, valid)
+    out = {} if t.free_out else {"out", "out.html", "out.safetensors"}
+    before = listing(work, {"tmp", *out})
+    code, text = run(t.words, folder, t)
+    problems = [*_wrong_end(t, code, text), *_wrong_writes(t, work, before, out), *_wrong_values(t, code)]
+    if t.again and code != 0 and not problems:
+        problems += _wrong_afterwards(t, base, folder)
+    words, notes = (" ".join(part if len(part) < 200 else f"{part[:99]}...({len(part)})" for part in p) for p in (t.words, t.notes))
+    about = f"    #{n} {words!r}\n      {notes!r}\n      exit {code}: {text[-700:]!r}"
+    return [f"{problem}\n{about}" for problem in problems]
+
+
+def _copy_world(base: Path) -> None:
+    for name in ("in", "guard"):
+        shutil.rmtree(name, ignore_errors=True)
+        shutil.copytree(base / name, name, symlinks=True)
+
+
+def run(words: list[str], folder: Path, t: Try | None = None) -> tuple[int, str]:
+    """Run the command line in a forked process; returns its exit code (of a signal, negative) and what it printed."""
+    printed = folder / "printed.txt"
+    if t and t.user is not None:
+        for path in (folder, *(p for p in folder.rglob("*") if not p.is_symlink())):
+            os.chown(path, t.user, t.user)
+    if not (child := os.fork()):
+        _in_child(words, printed, t)
+    started, sent, status = time.monotonic(), False, 0
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        passed = time.monotonic() - started
+        if done:
+            break
+        if t and t.signal and not sent and passed > t.signal[1]:
+            os.kill(child, t.signal[0])
+            sent = True
+        if passed > SECONDS:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return 124, "hangs"
+        time.sleep(0.003)
+    return os.waitstatus_to_exitcode(status), printed.read_text(errors="backslashreplace")
+
+
+def _in_child(words: list[str], printed: Path, t: Try | None) -> None:
+    """Run the command line in this process and end it."""
+    code = 1
+    try:
+        os.setsid()
+        stream = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+        os.dup2(stream, 2)
+        os.dup2(stream, 1)
+        if t:
+            _limit(t)
+        sys.stdout, sys.stderr = (open(at, "w", errors="surrogateescape") for at in (1, 2))  # noqa: SIM115
+        code = main(words)
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:
+                code = code or 120  # as Python itself
+        os._exit(code)
+
+
+def _limit(t: Try) -> None:
+    os.environ.update(t.env)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+    for limit, value in t.limits.items():
+        resource.setrlimit(limit, (value, value))
+    if t.closed:
+        reading, writing = os.pipe()
+        os.close(reading)
+        os.dup2(writing, 1)
+    if t.user is not None:
+        os.setgroups([])
+        os.setgid(t.user)
+        os.setuid(t.user)
+
+
+def _wrong_end(t: Try, code: int, text: str) -> list[str]:
+    """What is wrong with the exit code and the printed text."""
+    if code == 124:
+        return ["HANG"]
+    if "Traceback (most recent call last)" in text:
+        frames = re.findall(r'File ".*?/(src/robustok/\S+)", line (\d+), in (\S+)', text)
+        where = " ".join(frames[-1]) if frames else "?"
+        return [f"TRACE {text.strip().splitlines()[-1][:150]} at {where}"]
+    if t.signal and code == -t.signal[0]:
+        return []
+    allowed = {0, 2} | ({130} if t.signal and t.signal[0] == signal.SIGINT else set())
+    problems = [] if code in allowed else [f"EXIT CODE {code}"]
+    complaints = [line for line in text.splitlines() if line.startswith("robustok: ") and "robustok: note: " not in line]
+    others = [line for line in text.splitlines() if not line.startswith("robustok: ")]
+    if code == 2 and "RLIMIT" not in str(t.limits) and not t.limits and len(complaints) != 1:
+        problems.append(f"{len(complaints)} LINES of error")
+    if code == 2 and others:
+        problems.append(f"OTHER OUTPUT {others[0][:80]}")
+    if long := [line for line in text.splitlines() if len(line) > LENGTH and line.startswith("robustok: ")]:
+        problems.append(f"LONG error, {len(long[0])} characters")
+    if CONTROL.search(text):
+        problems.append("CONTROL characters are printed")
+    if t.refused and code == 0:
+        problems.append(f"ACCEPTED {t.notes[0]}")
+    return problems
+
+
+def _wrong_writes(t: Try, work: Path, before: dict, out: set[str]) -> list[str]:
+    """What is written outside of ``out``, or copied into it from a file that is no input."""
+    after = listing(work, {"tmp", *out})
+    problems = [f"CHANGED {Path(p).relative_to(work)}" for p, value in before.items() if after.get(p) != value]
+    new = [Path(p).relative_to(work) for p in after.keys() - before.keys()]
+    new = [p for p in new if not (t.free_out and len(p.parts) >= 1 and p.parts[0] not in ("in", "guard"))]
+    new = [p for p in new if not (t.signal and re.search(r"\.out.*\.(tmp|old)$", p.parts[0]))]
+    problems += [f"NEW {p}" for p in new]
+    pages = [p for name in out for p in (work / name, *(work / name).rglob("*")) if p.is_file() and not p.is_symlink()]
+    problems += [f"SECRET in {p.name}" for p in pages if SECRET.encode() in p.read_bytes()]
+    return problems
+
+
+def _wrong_values(t: Try, code: int) -> list[str]:
+    """Metrics that are the same although what they measure is not."""
+    values = measured_values(Path("out")) if code == 0 and t.changed else {}
+    same = [metric for metric in t.changed if metric in values and values[metric] == t.valid.values.get(metric)]
+    return [f"UNCHANGED {metric}" for metric in same]
+
+
+def _wrong_afterwards(t: Try, base: Path, folder: Path) -> list[str]:
+    """Whether the valid command, with the inputs as they were, fails or makes another result than alone."""
+    if not t.signal and not t.limits and Path("out/config.yaml").exists():
+        return []  # a run with other settings has begun
+    os.chmod(".", 0o755)
+    _copy_world(base)
+    code, text = run(list(t.valid.words), folder)
+    if code != 0:
+        return [f"AFTERWARDS exit {code}: {text.strip()[-300:]}"]
+    different = digests(Path("out")) != t.valid.result
+    return ["AFTERWARDS another result"] if different else []
+
+
+def _worker(arguments: tuple) -> tuple[str, list[str]]:
+    n, seed, base, valid, top, keep = arguments
+    folder = top / str(n)
+    try:
+        problems = run_try(n, seed, base, valid, folder)
+    except Exception:
+        problems = [f"TEST {traceback.format_exc()}"]
+    os.chdir(top)
+    if not keep:
+        shutil.rmtree(folder, ignore_errors=True)
+    return n, problems
+
+
+def hostile(tries: list[int], seed: int, workers: int, keep: bool) -> dict[str, list[str]]:
+    """Run these tries; returns those in which something is wrong, grouped by what it is."""
+    top, found = Path(tempfile.mkdtemp(prefix="hostile-")), defaultdict(list)
+    top.chmod(0o755)
+    base = top / "base"
+    base.mkdir()
+    os.chdir(base)
+    with open(os.devnull, "w") as quiet:
+        kept, sys.stdout = sys.stdout, quiet
+        valid = build_world(base)
+        sys.stdout = kept
+    print(f"{len(valid)} valid command lines, slowest {max(v.seconds for v in valid):.1f} s", flush=True)
+    jobs = [(n, seed, base, valid, top, keep) for n in tries]
+    with multiprocessing.get_context("fork").Pool(workers) as pool:
+        for _, problems in pool.imap_unordered(_worker, jobs, chunksize=4):
+            for problem in problems:
+                found[problem.partition("\n")[0]].append(problem.partition("\n")[2])
+    print(f"folder: {top}") if keep else shutil.rmtree(top, ignore_errors=True)
+    return found
+
+
+def _main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tries", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--only", type=int)
+    wanted = parser.parse_args()
+    tries = list(range(wanted.tries)) if wanted.only is None else [wanted.only]
+    start = time.monotonic()
+    found = hostile(tries, wanted.seed, wanted.workers, wanted.only is not None)
+    for what, cases in sorted(found.items(), key=lambda item: -len(item[1])):
+        print(f"\n{len(cases)} x {what}\n" + "\n".join(cases[:3]))
+    kinds = Counter({what.split()[0]: len(cases) for what, cases in found.items()})
+    print(f"\n{len(tries)} tries in {time.monotonic() - start:.0f} s: {dict(kinds) or 'nothing wrong'}")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

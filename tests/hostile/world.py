@@ -1,0 +1,159 @@
+"""The small world of the hostile tries: a valid command line for every command, and the inputs that they read.
+
+All paths are relative to the working folder: inputs in ``in/``, results in ``out``. ``guard/`` is no input: nothing
+may be read or written there.
+"""
+
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import torch
+from safetensors.torch import save_file
+
+from conftest import DATA, PIPELINE, words
+from robustok.cli import COMMANDS, main
+from robustok.files import bytes_digest
+from tiny_images import encoded, picture
+from tiny_models import released
+
+SECRET = "the content of a file that is none of our business"
+FOLDER = ("data.name=folder", "data.path=in/photos")
+CLASSIFIER = ("classifier.steps=2", "classifier.width=8", "classifier.features=8", "classifier.batch_size=4")
+EXTRACTOR = "extractor.path=in/classifier"
+
+
+@dataclass(frozen=True)
+class Valid:
+    """A command line that succeeds.
+
+    Attributes:
+        words: with the command as the first.
+        seconds: how long it takes.
+        result: digests of the weights and latents that it writes, by path.
+        values: metric to value in the metrics.jsonl that it writes.
+    """
+
+    words: tuple[str, ...]
+    seconds: float
+    result: dict[str, str]
+    values: dict[str, float]
+
+    @property
+    def command(self) -> str:
+        return self.words[0]
+
+
+def build_world(folder: Path) -> list[Valid]:
+    """Make the inputs in ``folder``, the working directory, and run every valid command line once."""
+    inputs = folder / "in"
+    inputs.mkdir(parents=True)
+    for name, command in PIPELINE.items():
+        assert main(words(command, Path("in"), f"in/{name}")) == 0, command
+    assert main(["make-delta", "tokenizer=in/tokenizer", "post_trained=in/post", "out=in/delta"]) == 0
+    _save_images(inputs)
+    weights, model = released("rar")
+    torch.save(weights, inputs / "release.pt")
+    save_file(weights, inputs / "release.safetensors")
+    for file in inputs.rglob("state/00000002/*"):
+        file.unlink()  # a newest state is enough
+    measured = {"metric": "rfid", "value": 1.5, "standard_error": 0.1, "samples": 48, "seed": 0, "extractor": "tiny"}
+    for name in ("tokenizer", "post"):
+        shutil.copytree(inputs / name, inputs / "runs" / name, ignore=shutil.ignore_patterns("*.safetensors"))
+        (inputs / "runs" / name / "metrics.jsonl").write_text(json.dumps(measured) + "\n")
+    (folder / "guard").mkdir()
+    (folder / "guard" / "secret.txt").write_text(SECRET)
+    (folder / "guard" / "config.yaml").write_text(f"title: {SECRET}\n")
+    shutil.copytree(inputs / "photos", folder / "guard" / "photos")
+    found = []
+    for line in valid_words():
+        start = time.monotonic()
+        assert main(line) == 0, line
+        result, values = digests(folder / "out"), measured_values(folder / "out")
+        found.append(Valid(tuple(line), time.monotonic() - start, result, values))
+        remove(folder / "out")
+    assert {valid.command for valid in found} | {"demo"} == set(COMMANDS)
+    return found
+
+
+def valid_words() -> list[list[str]]:
+    """Command lines that succeed. The demo, of which the others are the stages, only shows its settings."""
+    pipeline = [words(command, Path("in"), "out") for command in dict.fromkeys(PIPELINE.values())]
+    classifier = ["train-classifier", *CLASSIFIER, "image_size=16", "out=out"]
+    fast = ["metrics=[rfid,psnr,gfid,kid]", "pfid.grid.name=explicit", "pfid.grid.rates=[0.5]", "pfid.grid.codes=[2]"]
+    images = ["evaluate", EXTRACTOR, "metrics=[gfid,psnr]", "out=out"]
+    return [
+        *pipeline,
+        ["demo", *DATA, "out=out", "--dry-run"],
+        [*words("main-train", Path("in"), "out"), *FOLDER, "data.holdout=0"],
+        [*words("evaluate", Path("in"), "out"), *fast],
+        [*words("generate", Path("in"), "out"), "tokenizer=in/delta@0.5", "images=npz"],
+        [*classifier, *FOLDER],
+        [*classifier, "data.name=parquet", "data.path=in/photos.parquet"],
+        [*classifier, "data.name=npz", "data.path=in/photos.npz"],
+        [*images, "images.mine=in/flat", "reference=in/flat.npz"],
+        [*images, "paired_images.mine=in/flat.npz", "reference=in/flat"],
+        ["make-delta", "tokenizer=in/tokenizer", "post_trained=in/post", "rank=2", "out=out"],
+        ["report", "path=in/runs", "out=out.html"],
+        ["convert", "family=rar", "weights=in/release.pt", "out=out"],
+        ["convert", "family=rar", "weights=in/release.safetensors", "out=out"],
+        ["convert", "family=robustok", "to=export", "weights=in/post", "out=out.safetensors"],
+    ]
+
+
+def _save_images(inputs: Path) -> None:
+    pictures = [picture(i, 16, 16) for i in range(12)]
+    for i, image in enumerate(pictures):
+        for file in (inputs / "photos" / "ab"[i % 2] / f"{i:02d}.png", inputs / "flat" / f"{i:02d}.png"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            image.save(file)
+    labels = [i % 2 for i in range(12)]
+    pixels = np.stack([np.asarray(image) for image in pictures])
+    np.savez(inputs / "photos.npz", arr_0=pixels, arr_1=np.array(labels))
+    np.savez(inputs / "flat.npz", arr_0=pixels)
+    cells = [{"bytes": encoded(image), "path": None} for image in pictures]
+    pyarrow.parquet.write_table(pyarrow.table({"image": cells, "label": labels}), inputs / "photos.parquet")
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Digests of the weights, latents and arrays beneath a folder."""
+    files = sorted(p for p in folder.rglob("*.safetensors") if p.parent.parent.name != "state")
+    return {str(file.relative_to(folder)): bytes_digest(file.read_bytes()) for file in files}
+
+
+def measured_values(folder: Path) -> dict[str, float]:
+    """The last value of each metric in metrics.jsonl."""
+    file = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    return {line["metric"]: line["value"] for line in lines}
+
+
+def listing(folder: Path, leave_out: set[str]) -> dict[str, tuple[int, str]]:
+    """Kind, and digest or link target, of everything in a folder, but for some names at its top."""
+    found = {}
+    for at, folders, files in os.walk(folder):
+        if Path(at) == folder:
+            folders[:] = [name for name in folders if name not in leave_out]
+        for name in (*folders, *files):
+            path = Path(at, name)
+            if path.parent != folder or name not in leave_out:
+                found[str(path)] = path.lstat().st_mode >> 12, _content(path)
+    return found
+
+
+def _content(path: Path) -> str:
+    if path.is_symlink():
+        return os.readlink(path)
+    return bytes_digest(path.read_bytes()) if path.is_file() else ""
+
+
+def remove(path: Path) -> None:
+    """Remove what is at the path and beside it, if there is something: out, out.html, ..."""
+    for found in path.parent.glob(f"{path.name}*"):
+        shutil.rmtree(found) if found.is_dir() and not found.is_symlink() else found.unlink()
