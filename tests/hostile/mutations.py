@@ -32,6 +32,7 @@ from robustok.config import list_settings
 from tiny_images import postscript
 
 NOT_ROOT = 65534
+SCRIPT = "<script>guard"
 
 
 class NotHere(Exception):
@@ -55,6 +56,8 @@ class Try:
         changed: metrics that must have another value than with the valid inputs, if they are measured.
         again: whether the valid command must succeed afterwards, with the right result.
         free_out: whether ``out`` is another path, so that new names at the top of the working folder are right.
+        equal: whether exit code 0 means the result of the valid command.
+        planted: whether ``out`` is there before.
         closed: whether stdout is a pipe that nobody reads.
     """
 
@@ -70,6 +73,8 @@ class Try:
     changed: tuple[str, ...] = ()
     again: bool = False
     free_out: bool = False
+    equal: bool = False
+    planted: bool = False
     closed: bool = False
 
     def file(self, *patterns: str) -> Path:
@@ -176,7 +181,7 @@ def bytes_of_files(t: Try) -> None:
 
 
 ODD: list[Any] = [None, True, -1, 0, 2**31, 2**63, 10**30, 1.5, float("nan"), float("inf"), "", "x", "²", "a" * 5000]
-ODD += [[], {}, [1], [[1]], {"a": 1}, ["a"], "../guard", "\x1b[31m", [2**40, 2**40], [-1, 4], "nan", [None], {"__tensor__": "x"}]
+ODD += [[], {}, [1], [[1]], {"a": 1}, ["a"], "../guard", "\x1b[31m", f"</script>{SCRIPT}", f"{SCRIPT}</script>", [2**40, 2**40], [-1, 4], "nan", [None], {"__tensor__": "x"}]
 
 
 def headers(t: Try) -> None:
@@ -221,7 +226,7 @@ def safetensors(t: Try) -> None:
                 tensors[name].view(-1)[None if whole else 0] = value
                 t.refused = value != value and file.name == "model.safetensors"
             else:
-                tensors[name].view(-1)[0] = t.rng.choice([-1, 10**6, 2**62])
+                tensors[name].view(-1)[0] = t.rng.choice([-1, 100, torch.iinfo(tensors[name].dtype).max])
         elif how == "type":
             tensors[name] = tensors[name].to(t.rng.choice([torch.float64, torch.float16, torch.int64, torch.bool, torch.uint8]))
         elif how == "shape":
@@ -351,6 +356,7 @@ def links(t: Try) -> None:
 
 def links_of_out(t: Try) -> None:
     """A folder ``out`` that is a link, or holds links, of somebody else."""
+    t.planted = True
     out, target = Path(t.valid.words[-1] if t.valid.words[-1].startswith("out=") else "out=out").name.removeprefix("out="), None
     inner = t.rng.choice(["", "config.yaml", "log.jsonl", "metrics.jsonl", "snapshot", "state", "manifest.json", "pictures", "x"])
     inner = t.rng.choice([inner, inner, f".{inner}.tmp", f"{inner}.tmp", "shard-00000.safetensors", "shard-00000.tmp", ".lock"])
@@ -405,11 +411,11 @@ def images(t: Try) -> None:
     picture.save(stream, form)
     kinds = [stream.getvalue(), stream.getvalue()[:40], b"", postscript(), b"GIF89a\xff\xff\xff\xff", b"BM" + b"\xff" * 60, b"P6 99999 99999 255 "]
     file.write_bytes(t.rng.choice([kinds[0], kinds[0], *kinds]))
-    (folder / t.rng.choice(["__MACOSX", "empty", "val", "test", "10", ".git", "logs", "\udcff"])).mkdir(exist_ok=True)
-    if t.rng.random() < 0.3:
-        shutil.copy(folder / file.name, folder / t.rng.choice(["val", "test", "10"]) / "0.png") if any(
-            (folder / n).is_dir() for n in ("val", "test", "10")
-        ) and (folder / "val").is_dir() else None
+    beside = folder / t.rng.choice(["__MACOSX", "empty", "val", "test", "Train", "10", ".git", "logs", "\udcff"])
+    beside.mkdir(exist_ok=True)
+    if t.rng.random() < 0.5:
+        shutil.copy(file, beside / "0.png")
+    t.notes.append(str(beside))
     t.notes.append(f"{file!r} {picture.mode} {picture.size}")
 
 
@@ -483,7 +489,63 @@ def other_content(t: Try) -> None:
         t.notes.append("all weights are zero")
 
 
+def resumed(t: Try) -> None:
+    """A command that goes on after it was killed, while something in ``out`` or in its inputs has changed."""
+    if t.valid.begun is None:
+        raise NotHere
+    shutil.copytree(t.valid.begun, "out")
+    t.planted = t.equal = True
+    how = t.rng.choice(["byte", "byte", "cut", "remove", "log", "nothing", "input", "temporary"])
+    files = [p for p in sorted(Path("out").rglob("*")) if p.is_file() and p.name != "metrics.jsonl"]
+    file = t._pick(files or [Path("out/metrics.jsonl")])
+    if how == "byte" and files:
+        content = bytearray(file.read_bytes())
+        content[t.rng.randrange(len(content))] ^= 1 << t.rng.randrange(8)
+        file.write_bytes(content)
+    elif how == "cut":
+        file.write_bytes(file.read_bytes()[: t.rng.randrange(file.stat().st_size)])
+    elif how == "remove":
+        file = t._pick([p for p in Path("out").rglob("*") if p.name not in ("metrics.jsonl", "manifest.json")])
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
+    elif how == "log":
+        for log in Path("out").glob("*.jsonl"):
+            log.write_bytes(log.read_bytes() + t.rng.choice([b'{"step": 2, "lo', b"\xff\xfe", b"{}", b"null\n", b"\n\n", b"\0" * 50]))
+    elif how == "input":
+        file = t.file("*.png", "shard-00000.safetensors", "*/snapshot/*/model.safetensors")
+        if file.suffix == ".png":
+            Image.eval(Image.open(file), lambda value: 255 - value).save(file)
+        else:
+            save_file({name: -value if value.is_floating_point() else value.flip(0) for name, value in load_file(file).items()}, file)
+        t.refused, t.equal = (Path("out/state").is_dir() or Path("out/manifest.json").exists()), False
+    elif how == "temporary":
+        for name in (".config.yaml.tmp", "state/.00000003.tmp", "snapshot/.00000003.tmp", ".manifest.json.tmp", "snapshot/.best.old"):
+            if Path("out", name).parent.is_dir():
+                Path("out", name).mkdir() if t.rng.random() < 0.5 else Path("out", name).write_text("x")
+    t.notes.append(how)
+    t.notes[0] += f" {how} {file.name}"
+
+
+PATHS = ["classifier", "tokenizer", "latents", "generator", "samples", "pairs", "post", "delta", "photos", "flat", "flat.npz", "release.pt"]
+NEVER = ["samples.latents=[in/latents]", "samples.latents=[in/pairs]", "pairs=in/latents", "pairs=in/samples", "latents=in/pairs"]
+NEVER += ["latents=in/samples", "tokenizer=in/generator", "generator=in/tokenizer", "extractor.path=in/tokenizer"]
+
+
+def swapped(t: Try) -> None:
+    """An input in place of another one."""
+    places = [i for i, word in enumerate(t.words) if "=in/" in word or "=[in/" in word]
+    if not places:
+        raise NotHere
+    place = t.rng.choice(places)
+    key, _, value = t.words[place].partition("=")
+    path = f"in/{t.rng.choice(PATHS)}"
+    t.words[place] = f"{key}=[{path}]" if value.startswith("[") else f"{key}={path}"
+    if t.valid.command == "post-train" and t.words[place] == "pairs=in/samples" or t.words[place] in NEVER:
+        t.refused = True
+    t.notes.append(t.words[place])
+    t.notes[0] += f" {t.words[place]}"
+
+
 KINDS: dict[Callable[[Try], None], int] = {
     settings_words: 16, yaml_files: 6, bytes_of_files: 14, headers: 14, safetensors: 8, npz_members: 4, pickles: 5, links: 5,
-    links_of_out: 6, special_files: 6, removed: 3, images: 5, permissions: 4, environment: 5, killed: 6, full_disk: 5, other_content: 3,
+    links_of_out: 6, special_files: 6, removed: 3, images: 5, permissions: 4, environment: 5, killed: 6, full_disk: 5, other_content: 3, resumed: 9, swapped: 4,
 }  # fmt: skip

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from conftest import DATA, PIPELINE, words
 from robustok.cli import COMMANDS, main
-from robustok.files import bytes_digest
+from robustok.files import bytes_digest, json_lines
 from tiny_images import encoded, picture
 from tiny_models import released
 
@@ -38,12 +38,14 @@ class Valid:
         seconds: how long it takes.
         result: digests of the weights and latents that it writes, by path.
         values: metric to value in the metrics.jsonl that it writes.
+        begun: folder with ``out`` as it is when the command is killed shortly before its end; None if it has no such.
     """
 
     words: tuple[str, ...]
     seconds: float
     result: dict[str, str]
     values: dict[str, float]
+    begun: Path | None
 
     @property
     def command(self) -> str:
@@ -76,10 +78,24 @@ def build_world(folder: Path) -> list[Valid]:
         start = time.monotonic()
         assert main(line) == 0, line
         result, values = digests(folder / "out"), measured_values(folder / "out")
-        found.append(Valid(tuple(line), time.monotonic() - start, result, values))
+        seconds = time.monotonic() - start
+        found.append(Valid(tuple(line), seconds, result, values, _begun(folder, len(found))))
         remove(folder / "out")
     assert {valid.command for valid in found} | {"demo"} == set(COMMANDS)
     return found
+
+
+def _begun(folder: Path, number: int) -> Path | None:
+    """Keep ``out`` without its end: the last state and the snapshot of a training, the last shard of a cache."""
+    last = [*(folder / "out").glob("state/00000003"), *(folder / "out").glob("snapshot")]
+    last = last if len(last) == 2 else sorted((folder / "out").glob("shard-*.safetensors"))[-1:]
+    if not last and not (folder / "out" / "metrics.jsonl").is_file():
+        return None
+    begun = folder / "begun" / str(number)
+    shutil.copytree(folder / "out", begun)
+    for path in last:
+        shutil.rmtree(begun / path.relative_to(folder / "out")) if path.is_dir() else (begun / path.name).unlink()
+    return Path("..", "begun", str(number))
 
 
 def valid_words() -> list[list[str]]:
@@ -130,8 +146,8 @@ def digests(folder: Path) -> dict[str, str]:
 def measured_values(folder: Path) -> dict[str, float]:
     """The last value of each metric in metrics.jsonl."""
     file = folder / "metrics.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    return {line["metric"]: line["value"] for line in lines}
+    lines = json_lines(file.read_text(errors="replace"))[0] if file.is_file() else []
+    return {f"{line['metric']} {line['decoder']}": line["value"] for line in lines if {"metric", "value", "decoder"} <= line.keys()}
 
 
 def listing(folder: Path, leave_out: set[str]) -> dict[str, tuple[int, str]]:
