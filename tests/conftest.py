@@ -5,6 +5,7 @@ that losses fall, and that tokens, samples and decoders differ.
 """
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 SLOW = {
     "commands/test_evaluate.py",
     "commands/test_evaluate_images.py",
+    "commands/test_parallel.py",
     "commands/test_post_train_dit.py",
     "commands/test_post_train_pretrained.py",
     "commands/test_sigma_search.py",
@@ -95,7 +97,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def words(command: str, home: Path, out: str) -> list[str]:
-    """The words of a command with tiny settings and its inputs in ``home``; words appended to them take precedence."""
+    """The words of a command with tiny settings and its inputs in ``home``; see ``once`` for words appended to them."""
     at = {name: f"{home / name}" for name in PIPELINE}
     settings = {
         "train-classifier": [
@@ -120,6 +122,11 @@ def words(command: str, home: Path, out: str) -> list[str]:
         ],
     }
     return [command, *settings[command], f"out={out}"]
+
+
+def once(arguments: Iterable[str]) -> list[str]:
+    """The arguments with only the last word of each key: tests append what differs, the command line refuses that."""
+    return list({word.partition("=")[0]: word for word in arguments}.values())
 
 
 PIPELINE = {

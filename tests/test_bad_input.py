@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from conftest import LOSSES, MAIN_TRAIN, PIPELINE, TOKENIZER, TRAINING, VIT, words
+from conftest import LOSSES, MAIN_TRAIN, PIPELINE, TOKENIZER, TRAINING, VIT, once, words
 from robustok.cli import main
 from robustok.tokenizers import load_tokenizer
 
@@ -33,7 +33,7 @@ def refused(capsys, tmp_path):
     def check(*arguments: str, said: tuple[str, ...], notes: int = 0, writes: bool = False) -> str:
         before = contents(tmp_path)
         capsys.readouterr()
-        code = main(arguments)
+        code = main(once(arguments))
         out, err = capsys.readouterr()
         lines = err.splitlines()
         assert (code, out) == (2, ""), err
@@ -70,6 +70,10 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     [
         ("tokenizer.widht=32", ("did you mean 'tokenizer.encoder.width'",)),
         ("stepps=4", ("'stepps'", "did you mean 'steps'")),
+        ("tokenizer.encoder.depth=10000000000000", ("tokenizer.encoder.depth", "less than or equal to 10000")),
+        ("tokenizer.encoder.width=16000000", ("settings tokenizer.* ask for a model larger than", "lower its sizes")),
+        ("tokenizer.encoder.width=16000000000000", ("settings tokenizer.* ask for a model larger than",)),
+        ("workers=10000000000000", ("workers", "less than or equal to 1024")),
         ("tokenizer.quantizer.sise=32", ("'tokenizer.quantizer.sise'", "did you mean 'tokenizer.quantizer.size'")),
         ("perturbation.rat=1", ("did you mean 'perturbation.rate'",)),
         ("data.path=here", ("'data.path'", "folder")),
@@ -91,7 +95,13 @@ def test_settings(refused, tmp_path, word, said):
 
 
 def test_a_process_of_its_own_says_one_line_too(tmp_path):
-    command = [sys.executable, "-m", "robustok", "main-train", *MAIN_TRAIN, f"out={tmp_path / 'run'}", "batch_size=500"]
+    command = [
+        sys.executable,
+        "-m",
+        "robustok",
+        "main-train",
+        *once([*MAIN_TRAIN, f"out={tmp_path / 'run'}", "batch_size=500"]),
+    ]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (answer.returncode, answer.stdout) == (2, "")
     assert answer.stderr.startswith("robustok: the global batch is 500 and the training set has 48 images")
@@ -299,7 +309,10 @@ def other(pipeline, tmp_path_factory) -> Path:
     """The miniature with another tokenizer: seed 1."""
     home = tmp_path_factory.mktemp("other")
     for name in ("tokenizer", "latents", "generator", "pairs", "samples"):
-        assert main([*words(PIPELINE[name], home, str(home / name)), *(["seed=1"] if name == "tokenizer" else [])]) == 0
+        assert (
+            main(once([*words(PIPELINE[name], home, str(home / name)), *(["seed=1"] if name == "tokenizer" else [])]))
+            == 0
+        )
     return home
 
 
@@ -398,8 +411,8 @@ def test_after_a_broken_loss_the_run_goes_on_from_the_last_good_state(refused, p
     monkeypatch.setattr(reconstruction, "pixel_loss", break_down)
     refused(*arguments, said=("not finite at step 4 (pixel = nan", "00000004, is kept"), writes=True)
     monkeypatch.setattr(reconstruction, "pixel_loss", real)
-    assert main(arguments) == 0
-    assert main([*arguments, f"out={tmp_path / 'whole'}"]) == 0
+    assert main(once(arguments)) == 0
+    assert main(once([*arguments, f"out={tmp_path / 'whole'}"])) == 0
     snapshots = [tmp_path / run / "snapshot" / "00000006" for run in ("run", "whole")]
     assert same(*map(weights, snapshots))
 
@@ -425,10 +438,10 @@ def test_a_disk_that_is_full_from_the_start(refused, pipeline, tmp_path, command
 
 
 def test_a_disk_that_fills_up_while_a_state_is_saved(refused, pipeline, tmp_path, monkeypatch):
-    from robustok import runs
+    from robustok import states
 
     arguments = [*words("main-train", pipeline, str(tmp_path / "run")), "steps=6"]
-    real, calls = runs.save_file, []
+    real, calls = states.save_file, []
 
     def fill_up(tensors, file):
         calls.append(file)
@@ -437,13 +450,13 @@ def test_a_disk_that_fills_up_while_a_state_is_saved(refused, pipeline, tmp_path
             raise OSError(errno.ENOSPC, "No space left on device")
         real(tensors, file)
 
-    monkeypatch.setattr(runs, "save_file", fill_up)
+    monkeypatch.setattr(states, "save_file", fill_up)
     said = ("No space left on device", "free some space", "last good state is kept")
     refused(*arguments, said=said, writes=True)
     assert sorted(p.name for p in (tmp_path / "run" / "state").iterdir()) == ["00000002", "00000003"]
-    monkeypatch.setattr(runs, "save_file", real)
-    assert main(arguments) == 0
-    assert main([*arguments, f"out={tmp_path / 'whole'}"]) == 0
+    monkeypatch.setattr(states, "save_file", real)
+    assert main(once(arguments)) == 0
+    assert main(once([*arguments, f"out={tmp_path / 'whole'}"])) == 0
     snapshots = [tmp_path / run / "snapshot" / "00000006" for run in ("run", "whole")]
     assert same(*map(weights, snapshots))
 
@@ -454,7 +467,7 @@ def test_a_disk_that_fills_up_while_a_cache_is_written(refused, pipeline, tmp_pa
     arguments = words(command, pipeline, str(out))
     with file_size_limit(900):
         refused(*arguments, said=("cannot write", "same command again"), writes=True)
-    assert main(arguments) == 0
+    assert main(once(arguments)) == 0
     original = pipeline / {"encode": "latents", "generate": "samples", "make-pairs": "pairs"}[command]
     assert {f.name: f.read_bytes() for f in out.iterdir()} == {f.name: f.read_bytes() for f in original.iterdir()}
 
@@ -475,7 +488,7 @@ def test_a_disk_that_is_full_for_other_files(refused, pipeline, tmp_path, argume
         assert main(words(command, pipeline, str(out))) == 0
     with file_size_limit(limit):
         refused(*words(command, pipeline, str(out)), *more, *tokenizer, said=("cannot write", "space"), writes=True)
-    assert main([*words(command, pipeline, str(out)), *more, *tokenizer]) == 0
+    assert main(once([*words(command, pipeline, str(out)), *more, *tokenizer])) == 0
 
 
 def test_a_disk_that_is_full_for_pictures(refused, pipeline, tmp_path, monkeypatch):

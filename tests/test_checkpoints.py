@@ -305,9 +305,13 @@ def test_metadata_list_the_tensors_and_the_configuration_of_the_model(tmp_path):
     assert found.config == {"args": {"dim": 3}}
     save_file(more, tmp_path / "b.safetensors", {"format": "pt"})
     assert same(read_checkpoint(tmp_path / "b.safetensors").weights, more)
-    save_file(more, tmp_path / "c.safetensors", {"state_keys": "[first"})
-    with pytest.raises(UserError, match="no JSON"):
-        read_checkpoint(tmp_path / "c.safetensors")
+    for broken in ("[first", "[" * 10**5):
+        save_file(more, tmp_path / "c.safetensors", {"state_keys": broken})
+        with pytest.raises(UserError, match="no JSON"):
+            read_checkpoint(tmp_path / "c.safetensors")
+    for other in ('[["first"]]', "[5]", "7"):  # no names
+        save_file(more, tmp_path / "d.safetensors", {"state_keys": other, "config": "[]"})
+        assert same(read_checkpoint(tmp_path / "d.safetensors").weights, more)
 
 
 def test_a_json_file_beside_the_weights_has_the_same_metadata(tmp_path):

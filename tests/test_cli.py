@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import robustok
-from conftest import MAIN_TRAIN, PIPELINE, words
+from conftest import MAIN_TRAIN, PIPELINE, once, words
 from robustok import cli
 from robustok.cli import COMMANDS, main
 from robustok.errors import UserError
@@ -19,7 +19,7 @@ from robustok.errors import UserError
 def run(capsys, *arguments):
     """Exit code, stdout and stderr of the command line, called in this process."""
     capsys.readouterr()
-    code = main(list(arguments))
+    code = main(once(arguments))
     out, err = capsys.readouterr()
     return code, out, err
 
@@ -89,7 +89,7 @@ def test_help_all_shows_the_keys_of_groups_and_variants(capsys):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_description_is_there(command):
-    from robustok.config import list_settings
+    from robustok.settings import list_settings
 
     settings = list_settings(COMMANDS[command].load()[1])
     assert [s.key for s in settings if not s.description and not s.key.endswith("name")] == []
@@ -109,6 +109,7 @@ def test_every_description_is_there(command):
         (["encode"], ["'out' is missing"]),
         (["encode", "none.yaml"], ["none.yaml", "No such file"]),
         (["encode", "out=x", "later.yaml"], ["'later.yaml'", "KEY=VALUE"]),
+        (["encode", "out=x", "data=digits", "data.limit=3"], ["data='digits' and 'data.limit' exclude each other"]),
     ],
 )
 def test_usage_errors_are_one_line_and_code_2(capsys, tmp_path, monkeypatch, arguments, said):
@@ -118,6 +119,11 @@ def test_usage_errors_are_one_line_and_code_2(capsys, tmp_path, monkeypatch, arg
     for part in said:
         assert part in one_line(err)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_key_that_is_there_twice(capsys):
+    assert main(["encode", "out=x", "seed=1", "out=y"]) == 2
+    assert one_line(capsys.readouterr().err) == "robustok: 'out' is there twice; keep one\n"
 
 
 @pytest.fixture
@@ -223,20 +229,32 @@ def test_a_warning_of_ours_is_one_line_on_stderr(capsys, command_that):
     assert run(capsys, "report") == (0, "done\n", "robustok: note: something odd\n")
 
 
-def test_only_the_first_process_prints_the_result(capsys, command_that, monkeypatch):
+@pytest.fixture
+def group(monkeypatch):
+    """The variables of a launcher, for a group of three processes."""
+    for name, value in {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "3",
+        "MASTER_ADDR": "x",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_only_the_first_process_prints_the_result(capsys, command_that, group, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     command_that(lambda run: Path("done"))
     assert run(capsys, "report") == (0, "", "")
 
 
-def test_a_process_leaves_its_group_unless_it_fails(capsys, command_that, monkeypatch):
+def test_a_process_leaves_its_group_unless_it_fails(capsys, command_that, group):
     from torch import distributed
 
     def join(_):
         distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
         return Path("done")
 
-    monkeypatch.setenv("RANK", "0")
     command_that(join)
     assert run(capsys, "report") == (0, "done\n", "")
     assert not distributed.is_initialized()
@@ -246,7 +264,7 @@ def test_a_process_leaves_its_group_unless_it_fails(capsys, command_that, monkey
     distributed.destroy_process_group()
 
 
-def test_one_of_several_processes_prints_the_error(capsys, command_that, monkeypatch):
+def test_one_of_several_processes_prints_the_error(capsys, command_that, group, monkeypatch):
     def fail(_):
         raise UserError("no")
 
@@ -263,12 +281,11 @@ def test_one_of_several_processes_prints_the_error(capsys, command_that, monkeyp
     assert run(capsys, "report") == (2, "", "robustok: no\n")
 
 
-def test_processes_that_have_not_met_let_the_first_one_print(capsys, command_that, monkeypatch):
+def test_processes_that_have_not_met_let_the_first_one_print(capsys, command_that, group, monkeypatch):
     def fail(_):
         raise UserError("no")
 
     command_that(fail)
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
     for rank, printed in (("1", ""), ("0", "robustok: no\n")):
         monkeypatch.setenv("RANK", rank)
         assert run(capsys, "report") == (2, "", printed)
@@ -276,9 +293,88 @@ def test_processes_that_have_not_met_let_the_first_one_print(capsys, command_tha
 
 def test_processes_of_a_launcher_print_one_error(tmp_path):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "robustok"]
-    answer = python(*launch, "main-train", *MAIN_TRAIN, f"out={tmp_path / 'run'}", "batch_size=500")
+    answer = python(*launch, *once(["main-train", *MAIN_TRAIN, f"out={tmp_path / 'run'}", "batch_size=500"]))
     assert answer.returncode != 0
     assert answer.stderr.count("robustok: the global batch is 500") == 1
+
+
+def test_a_rank_that_a_launcher_left_silences_nothing(capsys, command_that, monkeypatch):
+    for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "3")
+    command_that(lambda run: Path("done"))
+    code, out, err = run(capsys, "report")
+    assert (code, out) == (0, "done\n")
+    assert one_line(err).startswith("robustok: note: RANK")
+
+
+# Output that cannot be written
+
+
+def output(stdout, *arguments, **environment):
+    """Exit code and stderr of the module with this stdout."""
+    command = [sys.executable, "-m", "robustok", *arguments]
+    answer = subprocess.run(
+        command, stdout=stdout, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}, timeout=120
+    )
+    return answer.returncode, answer.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("arguments", [["--help"], ["report", "--help"], ["report", "--dry-run", "path=x"]])
+def test_a_full_stdout_is_one_line(arguments):
+    with open("/dev/full", "w") as full:
+        code, err = output(full, *arguments)
+    assert code == 2
+    assert "No space left on device; free some space" in one_line(err)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["report", "--dry-run", "path=x"]])
+def test_a_reader_that_has_read_enough_is_no_error(arguments):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        code, err = output(pipe, *arguments)
+    assert err == ""
+    assert code in (0, 1)  # 1 from the library that prints help
+
+
+def test_a_stdout_of_another_encoding_shows_what_it_can(tmp_path):
+    with open(tmp_path / "out", "w") as file:
+        assert output(file, "report", "--dry-run", "--json", "path=ü", PYTHONIOENCODING="ascii") == (0, "")
+    assert "path" in (tmp_path / "out").read_text()
+
+
+def test_names_that_stdout_cannot_show(capsys, command_that, monkeypatch):
+    import io
+
+    bytes_out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(bytes_out, encoding="ascii"))
+    command_that(lambda run: Path("ü\udcff"))
+    assert main(["report"]) == 0
+    assert bytes_out.getvalue() == rb"\xfc\udcff" + b"\n"
+
+
+def test_too_little_memory_is_one_line(capsys, command_that):
+    import numpy as np
+    import torch
+
+    for allocate in (lambda run: torch.empty(2**60), lambda run: np.empty(2**60), lambda run: torch.empty(2**62, 4)):
+        command_that(allocate)
+        code, out, err = run(capsys, "report")
+        assert (code, out) == (2, "")
+        assert "not enough memory" in one_line(err)
+        assert "lower batch_size" in err
+
+
+def test_an_error_fits_a_screen(capsys, command_that):
+    def fail(_):
+        raise UserError(f"got {'x' * 10**6}; choose another")
+
+    command_that(fail)
+    _, _, err = run(capsys, "report")
+    assert len(one_line(err)) < 24 * 80
+    assert err.endswith("; choose another\n")
 
 
 # The commands

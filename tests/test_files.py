@@ -17,10 +17,12 @@ from robustok.files import (
     atomic_file,
     atomic_folder,
     bytes_digest,
+    check_appendable,
     clean,
     inside,
     is_temporary,
     json_lines,
+    load_tensors,
     locked,
     one_line,
     regular_file,
@@ -177,6 +179,22 @@ def test_a_line_after_half_a_line_begins_a_new_one(tmp_path, recwarn):
     assert json_lines(file.read_text()) == ([{"a": 1}, {"a": 2}, {"a": 4}, {"a": 5}], [3])
 
 
+def test_what_cannot_be_appended_to_is_refused_beforehand(tmp_path):
+    check_appendable(tmp_path / "deep" / "new")
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "file").write_text("")
+    check_appendable(tmp_path / "file")
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(UserError, match="fifo: it is a FIFO, no file"):
+        check_appendable(tmp_path / "fifo")
+    with pytest.raises(UserError, match="file: it is a file, no folder"):
+        check_appendable(tmp_path / "file" / "deep" / "new")
+    for name in ("file", "new"):
+        code = f"check_appendable(Path({str(tmp_path / name)!r}))"
+        said = as_nobody("from pathlib import Path; from robustok.files import check_appendable", code, tmp_path)
+        assert f"{name}: Permission denied; ask its owner to let you write there or choose another out=PATH" in said
+
+
 def test_lines_that_are_no_objects_are_numbered():
     text = '{"a": 1}\n\n[1]\n{}\n"x"\n' + "[" * 100_000 + '\n{"b": NaN}'
     records, broken = json_lines(text)
@@ -187,10 +205,10 @@ def test_what_a_killed_process_left_is_removed_or_named_again(tmp_path):
     for name in (".best.old", ".new.tmp", ".both.old", "both"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x").write_text(name)
-    for name in (".a.tmp", ".a.0123abcd.tmp", ".lock", ".hidden", "b.tmp", "b.old"):
+    for name in (".a.tmp", ".a.0123abcd.tmp", ".lock", "config.tmp", ".hidden", "b.tmp", "b.old"):
         (tmp_path / name).write_text("")
     ours = {path.name for path in tmp_path.iterdir() if is_temporary(path)}
-    assert ours == {".best.old", ".new.tmp", ".both.old", ".a.tmp", ".a.0123abcd.tmp", ".lock"}
+    assert ours == {".best.old", ".new.tmp", ".both.old", ".a.tmp", ".a.0123abcd.tmp", ".lock", "config.tmp"}
     clean(tmp_path)
     clean(tmp_path / "missing")
     assert sorted(os.listdir(tmp_path)) == [".hidden", ".lock", "b.old", "b.tmp", "best", "both"]
@@ -220,6 +238,15 @@ def test_a_file_system_without_locks_is_no_error(tmp_path, monkeypatch, error):
         write_file(tmp_path / "a", "text")
     with locked(tmp_path / "missing"):
         pass
+
+
+def test_tensors_are_read_at_paths_of_any_bytes(tmp_path):
+    for name in ("plain", os.fsdecode(b"\xff")):
+        folder = tmp_path / name
+        folder.mkdir()
+        with atomic_file(folder / "x.safetensors") as temporary:
+            save_file({"x": torch.arange(3)}, temporary)
+        assert load_tensors(folder / "x.safetensors")["x"].tolist() == [0, 1, 2]
 
 
 def test_errors_on_one_line():

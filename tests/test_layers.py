@@ -10,8 +10,20 @@ SOURCE = Path(__file__).parents[1] / "src"
 
 # From the bottom up. A module may import from its own layer and from those below, and imports make no circle.
 LAYERS = (
-    {"types", "errors", "config", "randomness", "files", "hub", "devices", "console"},
-    {"data", "snapshots", "model_card", "checkpoints", "backbones", "runs"},
+    {
+        "types",
+        "errors",
+        "config",
+        "randomness",
+        "files",
+        "hub",
+        "devices",
+        "console",
+        "settings",
+        "yaml_text",
+        "environment",
+    },
+    {"data", "snapshots", "model_card", "checkpoints", "backbones", "states", "runs"},
     {"metrics", "tokenizers", "generators"},
     {"pretrained", "losses"},
     {"training", "evaluation", "report"},

@@ -10,7 +10,8 @@ import yaml
 
 from conftest import words
 from robustok.cli import COMMANDS
-from robustok.config import list_settings, load
+from robustok.config import load
+from robustok.settings import list_settings
 
 ROOT = Path(__file__).parents[1]
 PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "docs/commands.md", "docs/python.md")}

@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from safetensors.torch import save_file
 from torch import nn
 
 from robustok import files, snapshots
@@ -23,6 +24,7 @@ from robustok.snapshots import (
     write_snapshot,
 )
 from robustok.tokenizers import load_tokenizer
+from tiny_user import as_nobody
 
 
 def header(kind="tokenizer", **more):
@@ -121,6 +123,9 @@ def test_a_half_written_folder_is_no_snapshot(tmp_path):
     write(tmp_path / "run" / "snapshot" / "best")
     assert resolve(tmp_path / "run").name == "best"
     assert resolve(tmp_path / "run" / "snapshot" / "00000010").name == "00000010"
+    for name in ("backup", "bz", "1x", "100000000", "99999999"):
+        write(tmp_path / "other" / "snapshot" / name)
+    assert resolve(tmp_path / "other").name == "100000000"
 
 
 def test_another_kind(tmp_path):
@@ -143,7 +148,7 @@ def test_a_truncated_or_missing_file(tmp_path):
             read_snapshot(tmp_path / "a", "tokenizer")
     file.write_bytes(whole)
     (tmp_path / "a" / "config.yaml").unlink()
-    with pytest.raises(UserError, match=r"cannot read the configuration .*config\.yaml"):
+    with pytest.raises(UserError, match=r"cannot read .*config\.yaml: No such file"):
         read_snapshot(tmp_path / "a", "tokenizer")
     with pytest.raises(UserError, match="is missing; the snapshot is incomplete"):
         read_weights(tmp_path / "a" / "other.safetensors")
@@ -152,11 +157,16 @@ def test_a_truncated_or_missing_file(tmp_path):
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 def test_weights_that_are_not_finite_are_refused(tmp_path, value):
     broken = {"x": torch.tensor([0.0, float(value)])}
-    write(tmp_path / "a", extra={"discriminator": broken})
+    with pytest.raises(UserError, match=r"a/discriminator\.safetensors: x holds NaN .*; nothing is written"):
+        write(tmp_path / "a", extra={"discriminator": broken})
+    assert not (tmp_path / "a").exists()
+    write(tmp_path / "a")
+    save_file(broken, tmp_path / "a" / "discriminator.safetensors")
     read_snapshot(tmp_path / "a", "tokenizer")
     with pytest.raises(UserError, match=r"discriminator\.safetensors: x holds NaN or infinite numbers"):
         read_extra(tmp_path / "a", "discriminator")
-    write_snapshot(tmp_path / "b", header(), weights() | broken, {})
+    write(tmp_path / "b")
+    save_file(weights() | broken, tmp_path / "b" / "model.safetensors")
     with pytest.raises(UserError, match=r"model\.safetensors: x holds NaN or infinite numbers"):
         read_snapshot(tmp_path / "b", "tokenizer")
     check_finite_weights(
@@ -206,8 +216,35 @@ def test_a_pipe_in_place_of_weights_is_not_waited_for(tmp_path):
     write(tmp_path / "a")
     (tmp_path / "a" / "model.safetensors").unlink()
     os.mkfifo(tmp_path / "a" / "model.safetensors")
-    with pytest.raises(UserError, match="is no regular file"):
+    with pytest.raises(UserError, match=r"cannot read .*: it is a FIFO"):
         read_snapshot(tmp_path / "a", "tokenizer")
+
+
+def test_what_may_not_be_read_is_not_called_missing(tmp_path):
+    for name in ("folder", "list", "weights"):
+        write(tmp_path / name / "snapshot" / "00000001")
+    (tmp_path / "folder").chmod(0)
+    (tmp_path / "list" / "snapshot").chmod(0o711)
+    (tmp_path / "weights" / "snapshot" / "00000001" / "model.safetensors").chmod(0)
+    (tmp_path / "latents").mkdir()
+    (tmp_path / "latents" / "manifest.json").write_text("{}")
+    (tmp_path / "latents" / "manifest.json").chmod(0)
+    code = """
+for name in ("folder", "list", "weights", "latents"):
+    path = Path(FOLDER, name)
+    try:
+        LatentCache(path) if name == "latents" else read_snapshot(path, "tokenizer")
+    except (OSError, UserError) as error:
+        print(name, error, file=sys.stderr)
+"""
+    imports = (
+        "from pathlib import Path; from robustok.data.latent_cache import LatentCache; from robustok.errors import"
+    )
+    imports += " UserError; from robustok.snapshots import read_snapshot"
+    tmp_path.chmod(0o755)
+    said = as_nobody(imports, code.replace("FOLDER", repr(str(tmp_path))), tmp_path).splitlines()
+    assert [line.split()[0] for line in said] == ["folder", "list", "weights", "latents"], said
+    assert all("Permission denied" in line for line in said), said
 
 
 class Trap:
@@ -258,7 +295,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
 def test_a_giant_is_refused_before_anything_is_allocated(tmp_path, make):
     write(tmp_path / "a")
     state = torch.get_rng_state()
-    with pytest.raises(UserError, match=r"a/config\.yaml asks for a model that (is far larger than|cannot be made)"):
+    with pytest.raises(UserError, match=r"a/config\.yaml asks for a model (larger than|that cannot be made)"):
         build(make, read_snapshot(tmp_path / "a", "tokenizer"))
     assert torch.equal(torch.get_rng_state(), state)
 

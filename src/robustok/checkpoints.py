@@ -113,8 +113,8 @@ def _metadata(path: Path) -> tuple[list[str] | None, dict[str, Any] | None]:
         metadata = file.metadata() or {}
     try:
         keys, config = (json.loads(metadata[key]) if key in metadata else None for key in ("state_keys", "config"))
-        return _of_type(keys, list), _of_type(config, dict)
-    except ValueError:
+        return _names_of(keys), _of_type(config, dict)
+    except (ValueError, RecursionError):
         raise UserError(f"{path}: its metadata state_keys or config are no JSON; save it again without them") from None
 
 
@@ -125,10 +125,10 @@ def _metadata_beside(path: Path) -> tuple[list[str] | None, dict[str, Any] | Non
         return None, None
     try:
         content = json.loads(file.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise UserError(f"{file}, the configuration beside the weights, is no JSON; correct or move it") from None
     content = _of_type(content, dict) or {}
-    return _of_type(content.get("state_dict_keys"), list), _of_type(content.get("config", content), dict)
+    return _names_of(content.get("state_dict_keys")), _of_type(content.get("config", content), dict)
 
 
 def file_beside(path: str | Path) -> Path | None:
@@ -136,6 +136,11 @@ def file_beside(path: str | Path) -> Path | None:
     path = Path(path)
     names = [path.with_suffix(".json"), *([path.with_name("config.json")] if path.stem in HUB_STEMS else [])]
     return next((name for name in names if name.is_file()), None)
+
+
+def _names_of(value: Any) -> list[str] | None:
+    """A list of names, or None if the value is anything else."""
+    return value if isinstance(value, list) and all(isinstance(name, str) for name in value) else None
 
 
 def _of_type(value: Any, kind: type) -> Any:

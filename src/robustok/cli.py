@@ -11,6 +11,7 @@ import errno
 import importlib
 import json
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -79,6 +80,8 @@ COMMANDS = {
 }
 
 KEY_WIDTH, ABOUT_WIDTH = 36, 40  # columns of help texts
+SCREEN = 1500  # characters of an error
+INTERRUPTED = "interrupted; run the same command to resume"
 
 app = typer.Typer(
     help="Image tokenizers whose decoders expect what generators make.",
@@ -107,11 +110,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.showwarning = _note
         try:
             return typer.main.get_command(app).main(words, prog_name="robustok", standalone_mode=False) or 0
+        except typer.Abort:
+            return _complain(INTERRUPTED, code=130)
         except Exception as error:
             if hasattr(error, "format_message"):  # a usage error of typer, or of the click beneath it
                 return _complain(_usage(error.format_message(), words))
             if getattr(error, "errno", None) in ORDINARY:
                 return _failed(error)
+            if _out_of_memory(error):
+                about = "lower batch_size or the sizes of the model, or close other programs"
+                return _complain(f"not enough memory ({str(error)[:300]}); {about}")
             _say(traceback.format_exc(), error=True)
             return 1
 
@@ -121,7 +129,7 @@ class SettingsCommand(TyperCommand):
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """Write the settings beneath the options."""
-        from robustok.config import list_settings
+        from robustok.settings import list_settings
 
         settings, title = list_settings(COMMANDS[self.name].load()[1]), "Settings, in CONFIG.yaml or as KEY=VALUE"
         if "all settings" in ctx.meta:
@@ -191,11 +199,14 @@ for _name, _command in COMMANDS.items():
 
 def _run(name: str, words: list[str], dry_run: bool, as_json: bool) -> int:
     """Read the settings, call the function, print the result; returns the exit code."""
-    from robustok.config import load
+    from robustok.config import load, refuse_repeats
+    from robustok.environment import ignore_leftovers
     from robustok.errors import UserError
 
     files = list(takewhile(lambda word: word.endswith((".yaml", ".yml")) and "=" not in word, words))
     try:
+        ignore_leftovers()
+        refuse_repeats(words[len(files) :])
         function, config = COMMANDS[name].load()
         run = load(config, files, words[len(files) :], command=name)
         if dry_run:
@@ -212,7 +223,7 @@ def _run(name: str, words: list[str], dry_run: bool, as_json: bool) -> int:
     except UserError as error:
         return _complain(str(error))
     except KeyboardInterrupt:
-        return _complain("interrupted; run the same command to resume", code=130)
+        return _complain(INTERRUPTED, code=130)
     return _print(text) if _first_process() else 0
 
 
@@ -241,6 +252,14 @@ def _failed(error: OSError, what: str = "") -> int:
     else:
         what, remedy = f"cannot use {error.filename}: ", "let its owner allow it, or choose another path"
     return 0 if error.errno == errno.EPIPE else _complain(f"{what}{os.strerror(error.errno)}; {remedy}")
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether more memory is asked for than a CPU or GPU has. Of the libraries' errors only the texts tell."""
+    said = (
+        "can't allocate memory|not enough memory|out of memory|overflowed with sizes|too big|unpacking long|too large"
+    )
+    return isinstance(error, MemoryError) or re.search(said, str(error)) is not None
 
 
 def _plain(result: Any) -> Any:
@@ -305,9 +324,12 @@ def _complain(message: str, code: int = 2) -> int:
         from robustok.devices import first_to_fail
 
         first = first_to_fail()
-    if first:
+    if first and sys.stderr is not None:
+        line = " ".join(message.split())
+        if len(line) > SCREEN:
+            line = f"{line[: 2 * SCREEN // 3]} ... {line[-SCREEN // 3 :]}"
         with suppress(OSError):
-            _say(f"robustok: {' '.join(message.split())}", error=True)
+            _say(f"robustok: {line}", error=True)
     return code
 
 

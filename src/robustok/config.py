@@ -4,66 +4,59 @@ A configuration class is beside the code that it configures and inherits from :c
 keys. A variant is a union discriminated by its ``name``. The merged result, written by :func:`save`, repeats a run.
 """
 
-import difflib
-import json
-import types
 import typing
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from robustok.errors import UserError
-from robustok.files import one_line, write_file
-
-# Dotted settings in files of older versions. A key is renamed in a configuration that has the new key and not the old.
-RENAMED_KEYS = {
-    "preservation": "sigma",
-    "batch_size": "cache.batch_size",
-    "shard_size": "cache.shard_size",
-    "precision": "cache.precision",
-    "compile": "cache.compile",
-    "latent_dtype": "cache.dtype",
-    "mixture.batch_size": "cache.batch_size",
-    "mixture.shard_size": "cache.shard_size",
-    "mixture.precision": "cache.precision",
-    "mixture.compile": "cache.compile",
-    "mixture.latent_dtype": "cache.dtype",
-    **{name: f"samples.{name}" for name in ("latents", "decoders", "generator", "count", "sets", "sampling")},
-    **{name: f"comparison.{name}" for name in ("halves", "distance_dtype", "shuffle")},
-    **{name: f"pfid.{name}" for name in ("grid", "noise", "include_self")},
-    "perturbation_seeds": "pfid.seeds",
-    "lpips_net": "lpips.net",
-    "lpips_weights": "lpips.weights",
-}
-RENAMED_VALUES = {
-    ("mixture.mode", "generated"): "direct",
-    ("mode", "generated"): "direct",
-    ("to", "released"): "export",
-    ("trainable", "release"): "authors",
-}
+from robustok.errors import UserError, shown
+from robustok.files import one_line, regular_file, write_file
+from robustok.settings import (
+    RENAMED_KEYS,
+    RENAMED_VALUES,
+    alternatives,
+    dotted_keys,
+    explain,
+    is_group,
+    variant_name,
+)
+from robustok.yaml_text import Plain, parse, read_plain
 
 
 class Config(BaseModel):
-    """Base of all configuration: unknown keys are errors, values do not change after validation, ``~`` is expanded."""
+    """Base of all configuration: unknown keys are errors, values do not change after validation.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    Numbers are finite and below 2^64, the largest seed of torch; ``~`` in paths is expanded.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
     @field_validator("*")
     @classmethod
-    def _expand_home(cls, value: Any) -> Any:
-        if isinstance(value, list):
-            return [cls._expand_home(item) for item in value]
-        if isinstance(value, dict):
-            return {key: cls._expand_home(item) for key, item in value.items()}
-        try:
-            return value.expanduser() if isinstance(value, Path) else value
-        except RuntimeError:
-            raise ValueError(f"there is no user {value.parts[0].removeprefix('~')} whose home this could be") from None
+    def _usable(cls, value: Any) -> Any:
+        return _usable(value)
+
+
+def _usable(value: Any) -> Any:
+    """A validated value, or values in lists and dictionaries, that the file system and torch can take."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(_usable, value))
+    if isinstance(value, dict):
+        return {key: _usable(inner) for key, inner in value.items()}
+    if isinstance(value, int) and abs(value) >= 2**64:
+        raise ValueError("the number is too large; the largest is 2^64 - 1")
+    if not isinstance(value, Path):
+        return value
+    if "\0" in str(value):
+        raise ValueError("a path cannot hold a zero byte")
+    try:
+        return value.expanduser()
+    except RuntimeError:
+        raise ValueError(f"there is no user {value.parts[0].removeprefix('~')} whose home this could be") from None
 
 
 C = TypeVar("C", bound=Config)
@@ -95,7 +88,7 @@ def load(
     Args:
         model: the configuration class.
         files: YAML files with what differs from the defaults, or names of recipes such as ``digits/tokenizer.yaml``.
-        words: ``dotted.key=value`` strings; values are read as YAML (``seeds=[0,1]``, ``steps=200``).
+        words: ``dotted.key=value`` strings; values are YAML (``seeds=[0,1]``), paths and texts are as they are written.
         command: whose settings are read from a preset, a file with ``settings: {COMMAND: {...}}`` for several commands.
 
     Raises:
@@ -106,16 +99,48 @@ def load(
     settings: dict[str, Any] = {}
     for file in files:
         _merge(settings, read_settings(model, file, command))
-    for word in words:
-        key, separator, text = word.partition("=")
-        if not separator or not key:
-            raise UserError(f"got the word {word!r}, expected KEY=VALUE such as steps=200 (lists: seeds=[0,1])")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            value = text
-        _set(settings, key.split("."), value)
+    # Groups before their keys, the name of a variant before the rest: otherwise a later word would undo an earlier one.
+    for key, text in sorted(map(_split, words), key=lambda item: (item[0].count("."), not item[0].endswith(".name"))):
+        _set(settings, key.split("."), _word(text, _accepted(model, key.split("."))))
     return validate(model, settings, source=" + ".join(map(str, files)) or "the settings")
+
+
+def refuse_repeats(words: Sequence[str]) -> None:
+    """Refuse words of which one would undo another, in a command that somebody typed.
+
+    Raises:
+        UserError: a key is there twice, or a word is no ``KEY=VALUE``.
+    """
+    given: dict[str, str] = {}
+    for key, text in sorted(map(_split, words), key=lambda item: item[0].count(".")):
+        if key in given:
+            raise UserError(f"{shown(key)} is there twice; keep one")
+        parents = (key.rsplit(".", i)[0] for i in range(1, key.count(".") + 1))
+        if group := next((p for p in parents if p in given and not given[p].startswith("{")), None):
+            raise UserError(f"{group}={shown(given[group])} and {shown(key)} exclude each other; drop one")
+        given[key] = text
+
+
+def _split(word: str) -> tuple[str, str]:
+    """Key and text of a word."""
+    key, separator, text = word.partition("=")
+    if not separator or not key or key.count(".") > 20:
+        raise UserError(f"got the word {shown(word)}, expected KEY=VALUE such as steps=200 (lists: seeds=[0,1])")
+    return key, text
+
+
+def _word(text: str, accepted: list[Any]) -> Any:
+    """What is written after ``KEY=``: YAML, but a path or text is taken as it is, unless it is in quotes."""
+    try:
+        value = parse(text)
+    except yaml.YAMLError:
+        return Plain(text)
+    quoted = text[:1] in ("'", '"') and text[-1] == text[0] and not isinstance(value, Plain)
+    group = any(typing.get_origin(a) in (list, tuple, dict) or is_group(a) for a in accepted)
+    texts = Path in accepted or str in accepted
+    if value is None or not (quoted or not texts or (group and isinstance(value, dict | list))):
+        return Plain(text)
+    return value
 
 
 def validate(model: type[C], settings: dict[str, Any], source: str = "the settings") -> C:
@@ -124,11 +149,11 @@ def validate(model: type[C], settings: dict[str, Any], source: str = "the settin
     Raises:
         UserError: names the key, what was found and what is accepted.
     """
-    settings = _tagged(model, settings)
+    settings = _filled(model, settings)
     try:
         return model.model_validate(settings)
     except ValidationError as error:
-        raise UserError(_explain(model, error, settings, source)) from None
+        raise UserError(explain(model, error, settings, source)) from None
 
 
 def save(config: Config, path: str | Path) -> None:
@@ -157,59 +182,6 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     return found
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One key that a user can set, for help texts.
-
-    Attributes:
-        key: dotted key.
-        default: default value as written in a word; None if the key is required.
-        description: its meaning and unit.
-        variants: names of the variants that have this key with this default; empty if all have it.
-    """
-
-    key: str
-    default: str | None
-    description: str
-    variants: tuple[str, ...] = ()
-
-
-def list_settings(model: type[Config], defaults: Config | None = None, prefix: str = "") -> list[Setting]:
-    """All dotted keys of a configuration class in order, the variants of a union side by side.
-
-    Args:
-        model: the configuration class.
-        defaults: an instance whose values are the defaults; None takes those of the class.
-        prefix: of all keys, with its dot.
-    """
-    found = []
-    for name, info in model.model_fields.items():
-        required = defaults is None and info.is_required()
-        default = None if required else info.get_default() if defaults is None else getattr(defaults, name)
-        variants, key = _models(info.annotation), prefix + name
-        optional = default is None and not required  # such a group is off until one of its keys is set
-        if not variants or optional or Path in _types(info.annotation):  # a path is accepted instead of the group
-            found.append(Setting(key, None if required else _text(default), info.description or ""))
-        if len(variants) > 1:
-            names = sorted(map(_tag, variants))
-            about = ": ".join(filter(None, (info.description, f"one of {', '.join(names)}")))
-            found.append(Setting(f"{key}.name", getattr(default, "name", None), about))
-        merged: dict[tuple[str, str | None, str, tuple[str, ...]], list[str]] = {}
-        for variant in variants:
-            own = default if isinstance(default, variant) else None
-            for s in list_settings(variant, own, f"{key}."):
-                if len(variants) == 1 or s.key != f"{key}.name":
-                    merged.setdefault((s.key, s.default, s.description, s.variants), []).append(_tag(variant))
-        for (inner, text, about, nested), tags in merged.items():
-            found.append(Setting(inner, text, about, nested if len(tags) == len(variants) else tuple(tags)))
-    return found
-
-
-def _text(value: Any) -> str:
-    """A value as written after ``key=``."""
-    return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
 def read_settings(model: type[Config], file: str | Path, command: str | None = None) -> dict[str, Any]:
     """The settings in a recipe or in the config.yaml of a run folder; old names are replaced, with a warning.
 
@@ -221,13 +193,15 @@ def read_settings(model: type[Config], file: str | Path, command: str | None = N
     Raises:
         UserError: the file is missing, is not YAML, holds no mapping, or no settings of the command.
     """
-    settings = read_yaml(recipe(file))
+    settings = _read_plain_yaml(recipe(file))
     if list(settings) == ["settings"]:
         presets = settings["settings"]
+        if not isinstance(presets, dict) or not all(isinstance(preset, dict | Plain) for preset in presets.values()):
+            raise UserError(f"{file}: 'settings' must hold the settings of commands, such as encode: {{seed: 1}}")
         if command not in presets:
             raise UserError(f"{file} holds settings for {', '.join(presets)}, not for {command}; leave it out")
         settings = presets[command] or {}
-    known, notes = dict(_keys(model)), []
+    known, notes = dict(dotted_keys(model)), []
     for key, group, last in list(_items(settings)):
         new, value = RENAMED_KEYS.get(key), group[last]
         if new in known and key not in known:
@@ -255,17 +229,22 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: the file is missing, is not YAML or holds no mapping.
     """
+    return _typed([Any], _read_plain_yaml(path))
+
+
+def _read_plain_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping, with plain words as they are written."""
     try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
-        raise UserError(f"cannot read the configuration {path}: {reason}; give the path of a YAML file") from None
+        content = parse(regular_file(path).read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise UserError(f"cannot read the configuration {path}: not a text file in UTF-8; give a YAML file") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {one_line(error)}") from None
+        raise UserError(f"{path} is not valid YAML: {one_line(error, 300)}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, expected a mapping of settings such as 'steps: 200'")
+        kind = "list" if isinstance(content, list) else "text"
+        raise UserError(f"{path} holds a {kind}, expected a mapping of settings such as 'steps: 200'")
     return content
 
 
@@ -303,95 +282,46 @@ def _set(settings: dict[str, Any], keys: list[str], value: Any) -> None:
     settings[last] = value
 
 
-def _tagged(model: type[Config], settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings with the name of the default variant in every union that names none."""
-    filled = dict(settings)
-    for key, info in model.model_fields.items():
-        variants = _models(info.annotation)
-        if not variants or not isinstance(filled.get(key), dict):
-            continue
-        default = getattr(info.default, "name", None) if len(variants) > 1 else None
-        inner = ({"name": default} if default else {}) | filled[key]
-        chosen = next((v for v in variants if len(variants) == 1 or _tag(v) == inner.get("name")), None)
-        filled[key] = _tagged(chosen, inner) if chosen else inner
-    return filled
+def _filled(model: type[Config], settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with the default variant named where none is, and every plain word as its field takes it."""
+    fields = {key: info for key, info in model.model_fields.items() if key in settings}
+    filled = {
+        key: _typed(alternatives(info.annotation), settings[key], getattr(info.default, "name", None))
+        for key, info in fields.items()
+    }
+    return settings | filled
 
 
-def _explain(model: type[Config], error: ValidationError, settings: dict[str, Any], source: str) -> str:
-    """One line for the first error, with the nearest known key if a key is unknown."""
-    errors = error.errors()
-    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    known, key = dict(_keys(model)), _dotted(first["loc"], settings, first["type"] == "missing")
-    listed = list_settings(model)
-    owners = sorted({variant for s in listed if f"{s.key}.".startswith(f"{key}.") for variant in s.variants})
-    if first["type"] == "extra_forbidden" and owners:
-        group = key.rpartition(".")[0]
-        while group and f"{group}.name" not in known:  # the group whose variants these are
-            group = group.rpartition(".")[0]
-        return f"{source}: {key!r} belongs to another variant; set {group}.name={' or '.join(owners)}, or drop it"
-    if first["type"] == "extra_forbidden":
-        renamed = RENAMED_KEYS.get(key)
-        near = renamed if renamed in known else _nearest(key, list(known))
-        hint = f"did you mean {near!r}?" if near else f"known: {', '.join(k for k in known if '.' not in k)}"
-        return f"{source}: unknown key {key!r}; {hint}"
-    if first["type"] == "union_tag_not_found":
-        key = f"{key}.name"
-        return f"{source}: {key!r} is missing; {next(s.description for s in listed if s.key == key)}"
-    if first["type"] == "missing":
-        return f"{source}: {key!r} is missing; {known.get(key) or 'it has no default'}"
-    if first["type"] == "union_tag_invalid":
-        return f"{source}: {key}.name = {first['ctx']['tag']!r}: expected one of {first['ctx']['expected_tags']}"
-    message = first["msg"].removeprefix("Value error, ")
-    if isinstance(first["input"], dict):  # several settings that do not go together
-        return f"{source}: {f'{key}: ' if key else ''}{message}"
-    return f"{source}: {key} = {first['input']!r}: {message}"
+def _typed(accepted: list[Any], value: Any, default: str | None = None) -> Any:
+    """A value with every plain word in it as one of the accepted types."""
+    if isinstance(value, Plain):
+        return read_plain(value, accepted)
+    if value == "" and Path in accepted:
+        return None  # the path "" would be the current folder
+    if isinstance(value, list):
+        return [_typed(_inside(accepted, list, tuple), inner) for inner in value]
+    variants = [a for a in accepted if is_group(a)]
+    if not isinstance(value, dict) or not (variants or accepted):
+        return value
+    if not variants:
+        return {key: _typed(_inside(accepted, dict), inner) for key, inner in value.items()}
+    if default and len(variants) > 1:
+        value = {"name": default} | value
+    for variant in [v for v in variants if len(variants) == 1 or variant_name(v) == value.get("name")] or variants:
+        value = _filled(variant, value)
+    return value
 
 
-def _dotted(location: Sequence[str | int], settings: Any, missing: bool) -> str:
-    """The dotted key of an error; its location also has the names of variants, which are no keys of the settings."""
-    key = []
-    for i, part in enumerate(location):
-        try:
-            settings = settings[part]
-        except (KeyError, IndexError, TypeError):
-            if not missing or i < len(location) - 1:
-                continue
-        key.append(str(part))
-    return ".".join(key)
+def _inside(accepted: list[Any], *containers: type) -> list[Any]:
+    """The types that are accepted as values of these containers."""
+    found = [a for part in accepted if typing.get_origin(part) in containers for a in typing.get_args(part)]
+    return alternatives(*(found[1:] if dict in containers else found)) or [Any]
 
 
-def _nearest(key: str, known: Sequence[str]) -> str | None:
-    """The known key most like a misspelt one: its last part must be alike, then the whole decides."""
-
-    def likeness(other: str) -> tuple[float, float]:
-        pairs = ((key.rpartition(".")[2], other.rpartition(".")[2]), (key, other))
-        last, whole = (difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
-        return last, whole
-
-    best = max(known, key=likeness, default=None)
-    return best if best is not None and likeness(best)[0] >= 0.6 else None
-
-
-def _models(annotation: Any) -> list[type[Config]]:
-    """All configuration classes inside a type annotation."""
-    return [t for t in _types(annotation) if issubclass(t, Config)]
-
-
-def _types(annotation: Any) -> list[type]:
-    """All classes inside a type annotation."""
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
-        return [found for part in typing.get_args(annotation) for found in _types(part)]
-    return [annotation] if isinstance(annotation, type) else []
-
-
-def _tag(model: type[Config]) -> str:
-    """The ``name`` of this variant of a union; empty for a class that is no variant."""
-    return model.model_fields["name"].default if "name" in model.model_fields else ""
-
-
-def _keys(model: type[Config], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """All dotted keys of a configuration class with their descriptions."""
-    for name, info in model.model_fields.items():
-        yield prefix + name, info.description or ""
-        for inner in _models(info.annotation):
-            yield from _keys(inner, f"{prefix}{name}.")
+def _accepted(model: type[Config], keys: Sequence[str]) -> list[Any]:
+    """The types that are accepted at a dotted key, in any variant."""
+    accepted: list[Any] = [model]
+    for key in keys:
+        groups = [a.model_fields[key].annotation for a in accepted if is_group(a) and key in a.model_fields]
+        accepted = alternatives(*groups) if groups else _inside(accepted, dict)
+    return accepted

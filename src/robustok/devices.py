@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from robustok.environment import ignore_leftovers
 from robustok.errors import UserError
 
 
@@ -32,12 +33,14 @@ def start_accelerator(batch_size: int = 0, parts: int = 1) -> Accelerator:
         parts: steps of gradient accumulation, into which every process divides its rows.
 
     Raises:
-        UserError: the global batch does not divide among the processes, or its rows into parts.
+        UserError: the global batch does not divide among the processes, or its rows into parts; or the environment
+            has some of a launcher's variables only.
     """
+    ignore_leftovers()
     # By default PyTorch's float32 is TF32 in a GPU's convolutions and exact in its products: here it is exact in both.
     torch.backends.cudnn.allow_tf32 = False
     # Without cpu=True, every process of a `torchrun` without GPUs would be the only process of its own run.
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no")
     share = rank_rows(batch_size, accelerator.process_index, accelerator.num_processes)
     if (share.stop - share.start) % parts:
         raise UserError(

@@ -12,6 +12,12 @@ def printable(text: object) -> str:
     return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
+def shown(value: object, limit: int = 200) -> str:
+    """What somebody wrote, for a message: texts in quotes, cut to ``limit`` characters."""
+    text = repr(str(value)) if isinstance(value, str) else repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text):,} characters)"
+
+
 class UserError(Exception):
     """Something the user can fix. The command line prints it as one line and exits with code 2.
 

@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from robustok.errors import FileError, UserError
 
 IMAGE_SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".gif": "GIF"}
-IMAGE_SUFFIXES |= {".tif": "TIFF", ".tiff": "TIFF", ".ppm": "PPM", ".pgm": "PPM"}  # suffix -> format's name in Pillow
+IMAGE_SUFFIXES |= {".tif": "TIFF", ".tiff": "TIFF", ".ppm": "PPM", ".pgm": "PPM", ".jpe": "JPEG", ".jfif": "JPEG"}
+IMAGE_SUFFIXES |= {".jp2": "JPEG2000", ".avif": "AVIF", ".tga": "TGA"}  # suffix -> format's name in Pillow
 # For Image.open, which otherwise goes by the content and, say, starts Ghostscript for PostScript in a file x.png.
 IMAGE_FORMATS = tuple(dict.fromkeys(IMAGE_SUFFIXES.values()))
 
@@ -103,6 +104,17 @@ def unreadable(path: str | Path) -> str:
     return "" if os.access(path, os.R_OK) else os.strerror(errno.EACCES)
 
 
+def load_tensors(file: str | Path) -> dict[str, Any]:
+    """The tensors of a safetensors file; those at a path that is not UTF-8, which safetensors cannot map, are read."""
+    from safetensors.torch import load, load_file  # here, because the report reads files and starts without torch
+
+    try:
+        os.fspath(file).encode()
+    except UnicodeEncodeError:
+        return load(Path(file).read_bytes())
+    return load_file(file)
+
+
 def kind(mode: int) -> str:
     """What a path is, by its ``st_mode``."""
     names = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
@@ -157,7 +169,8 @@ def temporary_path(path: Path) -> Path:
 
 def is_temporary(path: Path) -> bool:
     """Whether this is a file or folder of ours that a killed process left, and no content of the folder."""
-    return path.name == LOCK or (path.name.startswith(".") and path.suffix in (".tmp", ".old"))
+    old = path.name in ("config.tmp", "log.tmp")  # of earlier versions
+    return old or path.name == LOCK or (path.name.startswith(".") and path.suffix in (".tmp", ".old"))
 
 
 def clean(folder: Path) -> None:
@@ -288,6 +301,19 @@ def append_line(file: str | Path, record: Mapping[str, Any]) -> None:
         warnings.warn(
             f"{file} ended in half a line, as of a killed process; what follows begins a new one", stacklevel=2
         )
+
+
+def check_appendable(file: Path) -> None:
+    """Refuse a file to which :func:`append_line` could not append, before the work whose results it would hold.
+
+    Raises:
+        UserError: it cannot be written, or is no file.
+    """
+    there = next(path for path in (file, *file.absolute().parents) if os.path.lexists(path))
+    with writing(file):
+        _check_replaceable(there, stat.S_IFREG if there == file else stat.S_IFDIR)
+        if not os.access(there, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 @contextmanager

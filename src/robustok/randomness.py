@@ -20,6 +20,11 @@ def hashed_rng(key: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(_hash(key)[:8], "little") >> 1)
 
 
+def seeded(seed: int) -> torch.Generator:
+    """A CPU random generator of this seed; one of more than 64 bits, too large for torch, is hashed."""
+    return torch.Generator().manual_seed(seed) if seed < 2**64 else hashed_rng(str(seed))
+
+
 def _hash(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
 

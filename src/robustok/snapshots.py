@@ -11,6 +11,8 @@ scales the difference.
 """
 
 import math
+import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 import yaml
 from pydantic import ConfigDict, Field, FiniteFloat, PositiveInt
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import (
     register_module_module_registration_hook,
@@ -28,7 +30,7 @@ from torch.nn.modules.module import (
 
 from robustok.config import Config, read_yaml, validate
 from robustok.errors import UserError
-from robustok.files import atomic_folder, one_line
+from robustok.files import atomic_folder, load_tensors, one_line, regular_file
 from robustok.model_card import model_card
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -45,13 +47,21 @@ class DeltaHeader(Config):
     relative_error: FiniteFloat = Field(ge=0, description="error of rank and rounding; 0 is exact")
 
 
+class ModelHeader(Config):
+    """The settings of a network in a snapshot, of which its family checks the others."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    name: str = Field("", description="the family")
+
+
 class Header(Config):
-    """What code reads in the config.yaml of a snapshot; it may hold more. ``config`` is checked by its family."""
+    """What code reads in the config.yaml of a snapshot; it may hold more."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
     kind: str = ""
-    config: dict[str, Any] = Field({})
+    config: ModelHeader = ModelHeader()
     step: int | None = None
     licence: str | None = None
     latent_space: str | None = None
@@ -59,12 +69,13 @@ class Header(Config):
     post_trained: dict[str, Any] | None = None
     protocol: dict[str, Any] = Field({})
     held_out: dict[str, FiniteFloat] = Field({})
-    discriminator: dict[str, Any] = Field({})
+    discriminator: ModelHeader = ModelHeader()
     delta: DeltaHeader | None = None
     # Of generators.
     latent_shape: list[PositiveInt] = Field([1, 1], min_length=2, max_length=2)
     codebook_size: PositiveInt | None = None
     classes: PositiveInt = 1
+    class_names: list[str] | None = None
     sampling: dict[str, Any] | None = None
 
 
@@ -96,11 +107,14 @@ def write_snapshot(
         extra: further files by name, such as ``discriminator``, with which post-training goes on.
 
     Raises:
-        UserError: the disk is full or not writable.
+        UserError: the disk is full or not writable; a weight is not finite.
     """
+    for name, tensors in {"model": weights, **extra}.items():
+        remedy = "nothing is written: train again from step 0, with a lower learning_rate or with clip_norm"
+        check_finite_weights(tensors, f"{path}/{name}.safetensors", remedy)
     with atomic_folder(path) as folder:
         (folder / "config.yaml").write_text(yaml.safe_dump(header, sort_keys=False))
-        (folder / "README.md").write_text(model_card(header))
+        (folder / "README.md").write_text(model_card(header), "utf-8", "replace")
         for name, tensors in {"model": weights, **extra}.items():
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / f"{name}.safetensors")
 
@@ -166,21 +180,23 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
     """
     if not Path(file).exists():
         raise UserError(f"{file} is missing; the snapshot is incomplete, copy the whole folder")
-    if not Path(file).is_file():  # such as a pipe, which could be waited for without end
-        raise UserError(f"{file} is no regular file; copy or train it again")
+    file = regular_file(file)
     try:
-        return load_file(file)
+        return load_tensors(file)
     except Exception as error:  # safetensors raises its own, undocumented types
         reason = one_line(error, 200)
         raise UserError(f"{file} cannot be read as safetensors ({reason}); copy or train it again") from None
 
 
-def check_finite_weights(weights: Mapping[str, Tensor], source: object) -> None:
+def check_finite_weights(
+    weights: Mapping[str, Tensor], source: object, remedy: str = "copy it again, or make it anew"
+) -> None:
     """Refuse weights that are not all finite: what is computed with them is NaN, or finite and wrong.
 
     Args:
         weights: name to tensor; those that are no floats are not looked at.
         source: named in the error, such as the file.
+        remedy: ends the error.
 
     Raises:
         UserError: names the first tensor that holds NaN or an infinite number.
@@ -188,7 +204,7 @@ def check_finite_weights(weights: Mapping[str, Tensor], source: object) -> None:
     for name, tensor in weights.items():
         numbers = tensor.float() if tensor.itemsize == 1 else tensor  # isfinite does not know all 8-bit floats
         if tensor.is_floating_point() and not numbers.isfinite().all():
-            raise UserError(f"{source}: {name} holds NaN or infinite numbers; copy it again, or make it anew")
+            raise UserError(f"{source}: {name} holds NaN or infinite numbers; {remedy}")
 
 
 def read_extra(path: str | Path, *names: str) -> dict[str, dict[str, Tensor]]:
@@ -214,10 +230,13 @@ def resolve(path: str | Path) -> Path:
     path, _ = split_scale(path)
     if (path / "model.safetensors").exists():
         return path
-    found = sorted(p for p in path.glob("snapshot/[0-9b]*") if (p / "model.safetensors").exists())  # "best" sorts last
+    if (path / "snapshot").is_dir():
+        os.scandir(path / "snapshot").close()  # glob would find nothing in a folder that may not be read
+    found = [file.parent for file in path.glob("snapshot/*/model.safetensors")]
+    found = [p for p in found if p.name == "best" or re.fullmatch("[0-9]+", p.name)]
     if not found:
         raise UserError(f"{path} holds no snapshot; give a run folder with snapshot/STEP/, or such a folder itself")
-    return found[-1]
+    return max(found, key=lambda p: (p.name == "best", int(p.name) if p.name != "best" else 0))
 
 
 def build(make: Callable[[], Module], snapshot: Snapshot) -> Module:
@@ -234,8 +253,10 @@ def build(make: Callable[[], Module], snapshot: Snapshot) -> Module:
         UserError: names or shapes do not fit the configuration, or no model can be made of it.
     """
     numbers = sum(tensor.numel() for tensor in snapshot.weights.values())
-    file, limit = snapshot.path / "config.yaml", f"the {numbers:,} numbers in its weights; copy or train it again"
-    _check_fit(outline_of(make, len(snapshot.weights), numbers, f"{file} asks for", limit), snapshot)
+    # A few are made only to be replaced, so more are allowed at first.
+    tensors, who = 4 * len(snapshot.weights) + 1000, f"{snapshot.path / 'config.yaml'} asks for"
+    limit = f"the {numbers:,} numbers in its weights; copy or train it again"
+    _check_fit(outline_of(make, tensors, 4 * numbers + 10**6, who, limit), snapshot)
     module = make()
     module.load_state_dict(snapshot.weights)
     return module
@@ -246,7 +267,7 @@ def outline_of(make: Callable[[], Module], tensors: int, numbers: int, who: str,
 
     Args:
         make: makes the model.
-        tensors: how many tensors it has at most. A few times as many are made: some only to be replaced.
+        tensors: how many tensors are made at most.
         numbers: how many numbers these hold together at most.
         who: begins the error, such as "config.yaml asks for".
         limit: ends the error: where the two limits come from, and what to do.
@@ -254,14 +275,14 @@ def outline_of(make: Callable[[], Module], tensors: int, numbers: int, who: str,
     Raises:
         UserError: the model is far larger than this, or cannot be made.
     """
-    left = {"tensors": 4 * tensors + 1000, "numbers": 4 * numbers + 10**6, "modules": 100 * tensors + 10_000}
+    left = {"tensors": tensors, "numbers": numbers, "modules": 100 * tensors}
 
     def count(_module: nn.Module, _name: str, added: nn.Parameter | nn.Module | None) -> None:
         sizes = {"tensors": 1, "numbers": added.numel()} if isinstance(added, Tensor) else {"modules": 1}
         for what, size in sizes.items():
             left[what] -= size
         if min(left.values()) < 0:
-            raise UserError(f"{who} a model that is far larger than {limit}")
+            raise UserError(f"{who} a model larger than {limit}")
 
     hooks = register_module_parameter_registration_hook(count), register_module_module_registration_hook(count)
     try:

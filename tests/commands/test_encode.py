@@ -1,5 +1,7 @@
 """Images to caches of latents: which crops, in which order, and the same whatever stops or shares the work."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -141,6 +143,38 @@ def test_another_choice_of_crops_is_another_cache(tmp_path, tokenizer, photos):
     encode(run(tmp_path / "cache", tokenizer, photos))
     with pytest.raises(UserError, match=r"holds other latents .*source\.crops: center -> center-flip"):
         encode(run(tmp_path / "cache", tokenizer, photos, "crops=center-flip"))
+
+
+def test_a_cache_is_completed_from_the_same_images_and_latents(tmp_path, tokenizer, generator, photos):
+    for file in sorted(photos.rglob("*.png")):
+        Image.open(file).resize((24, 24)).save(file.with_suffix(".bmp"))  # of one size on disk
+        file.unlink()
+    words = ("cache.shard_size=5",)
+    whole = records(encode(run(tmp_path / "latents", tokenizer, photos, *words)))
+    pairs = lambda: make_pairs(  # noqa: E731
+        tiny.pairs_run(tmp_path / "pairs", generator, tmp_path / "latents", "sigma=0.5", *words)
+    )
+    mixed = records(pairs())
+    for name in ("latents", "pairs"):
+        (tmp_path / name / "shard-00001.safetensors").unlink()
+    moved = photos.rename(tmp_path / "moved")
+    assert torch.equal(records(encode(run(tmp_path / "latents", tokenizer, moved, *words))).latents, whole.latents)
+    assert torch.equal(records(pairs()).latents, mixed.latents)
+
+    file = next(moved.rglob("*.bmp"))
+    Image.fromarray(255 - np.asarray(Image.open(file))).save(file)
+    with pytest.raises(UserError, match=r"holds other latents \(source\.images: "):
+        encode(run(tmp_path / "latents", tokenizer, moved, *words))
+    encode(run(tmp_path / "others", tokenizer, moved, *words))
+    (tmp_path / "latents").rename(tmp_path / "before")
+    (tmp_path / "others").rename(tmp_path / "latents")
+    with pytest.raises(UserError, match=r"holds other latents \(source\.latents: "):
+        pairs()
+    manifest = tmp_path / "pairs" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    del content["source"]["latents"]  # which earlier versions did not write
+    manifest.write_text(json.dumps(content))
+    pairs()
 
 
 def test_ten_crops_make_no_pairs(tmp_path, tokenizer, generator, pairs):

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -259,6 +260,40 @@ def test_results_are_not_appended_to_a_file_elsewhere(tmp_path, tokenizer, class
     ):
         evaluate(run(tmp_path / "run", classifier, f"tokenizer={tokenizer}", "metrics=[psnr]"))
     assert (tmp_path / "elsewhere").read_text() == "mine"
+
+
+def changed_cache(path, out, source=None, **manifest):
+    """A copy of a cache with other fields in its manifest."""
+    shutil.copytree(path, out)
+    record = json.loads((out / "manifest.json").read_text())
+    record |= manifest
+    record["source"] |= source or {}
+    (out / "manifest.json").write_text(json.dumps(record))
+    return out
+
+
+def test_only_free_samples_are_samples(tmp_path, tokenizer, latents, pairs, classifier):
+    words = "metrics=[gfid]"
+    for path, said in {latents: "latents of real images", pairs: "pairs at sigma"}.items():
+        with pytest.raises(UserError, match=f"holds {said}.*, expected free samples"):
+            evaluate(run(tmp_path, classifier, *decoded([path], a=tokenizer), words))
+
+
+def test_sets_of_one_mean_differ_in_their_seed_only(tmp_path, tokenizer, samples, classifier):
+    def measured(*sets):
+        return evaluate(run(tmp_path / "out", classifier, *decoded(sets, a=tokenizer), "metrics=[gfid]"))
+
+    with pytest.raises(UserError, match="hold the same samples, so their standard error would be 0"):
+        measured(samples[0], samples[0])
+    copied = changed_cache(samples[0], tmp_path / "copied", {"seed": 77})  # another name and seed, the same samples
+    with pytest.raises(UserError, match="hold the same samples"):
+        measured(samples[0], copied)
+    sampling = LatentCache(samples[0]).manifest.source["sampling"]
+    for key, value in {"generator": "other", "sampling": sampling | {"temperature": 0.5}}.items():
+        other = changed_cache(samples[1], tmp_path / key, {key: value})
+        with pytest.raises(UserError, match=rf"differ in more than their seed \({key}"):
+            measured(samples[0], other)
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
 def test_what_cannot_be_evaluated(tmp_path, tokenizer, samples, classifier):

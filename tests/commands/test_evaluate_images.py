@@ -1,6 +1,8 @@
 """Finished images against references of every kind, published protocols, and samples of a generator."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -110,6 +112,123 @@ def test_a_data_set_is_a_reference_too_and_its_statistics_are_kept(tmp_path, fil
     np.savez(kept, **{**dict(np.load(kept)), "data": np.array("other images")})
     with pytest.raises(UserError, match="other images"):
         evaluate(run(tmp_path / "e", *words, "metrics=[gfid]"))
+
+
+def test_pairs_are_found_by_their_names(tmp_path, files):
+    """0.png, 1.png, 10.png, 11.png, ... are images 0, 1, 10, 11, ... of the array."""
+    for i, image in enumerate(files.real.permute(0, 2, 3, 1).numpy()):
+        (tmp_path / "png").mkdir(exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "png" / f"{i}.png")
+    words = [f"paired_images.a={tmp_path}/png", f"reference={files.folder}/real.npz", "metrics=[ssim]"]
+    assert by_name(evaluate(run(tmp_path, *words)))["ssim"].value == pytest.approx(1)
+
+
+def test_broken_images_are_not_counted(tmp_path, files, classifier):
+    shutil.copytree(files.folder / "png", tmp_path / "png")
+    (tmp_path / "png" / "007.png").write_bytes(b"no image")
+    words = [f"images.a={tmp_path}/png", f"reference={files.folder}/real.npz", f"extractor.path={classifier}"]
+    with pytest.warns(UserWarning, match="007.png"):
+        measured = by_name(evaluate(run(tmp_path, *words, "metrics=[gfid]")))["gfid"]
+    assert measured.samples == 59
+    assert "59 images" in measured.details["source"]
+
+
+def test_classes_without_samples_are_not_balanced(tmp_path, files, classifier):
+    np.savez(tmp_path / "one.npz", arr_0=np.zeros((8, 16, 16, 3), np.uint8), arr_1=np.full(8, 3))
+    words = [f"images.a={tmp_path}/one.npz", *tiny.DATA, f"extractor.path={classifier}", "metrics=[gfid]"]
+    assert by_name(evaluate(run(tmp_path, *words)))["gfid"].details["balance"] == "0 to 8 of each class"
+
+
+def test_kept_statistics_are_those_of_the_files_that_are_there(tmp_path, files, classifier):
+    for name in ("photos", "same"):
+        (tmp_path / name / "a").mkdir(parents=True)
+        for i, image in enumerate(files.real[:40].permute(0, 2, 3, 1).numpy()):
+            Image.fromarray(image).save(tmp_path / name / "a" / f"{i:03d}.bmp")  # all files have one size
+    words = [f"images.a={files.folder}/noisy.npz", "data.name=folder", "data.holdout=0", "metrics=[gfid]"]
+    words += [f"data.path={tmp_path}/photos", f"extractor.path={classifier}", f"cache={tmp_path}/cache"]
+    first, again = (by_name(evaluate(run(tmp_path, *words)))["gfid"].value for _ in range(2))
+    for i in range(40):
+        Image.fromarray(255 - files.real[i].permute(1, 2, 0).numpy()).save(tmp_path / "photos" / "a" / f"{i:03d}.bmp")
+    other = by_name(evaluate(run(tmp_path, *words)))["gfid"].value
+    fresh = by_name(evaluate(run(tmp_path, *words[:-1])))["gfid"].value
+    assert first == again
+    assert other == fresh != first
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_statistics_of_images_of_another_size_are_refused(tmp_path, files, classifier):
+    words = [f"images.a={files.folder}/noisy.npz", f"extractor.path={classifier}", "metrics=[gfid]"]
+    np.savez(tmp_path / "larger.npz", arr_0=files.real.permute(0, 2, 3, 1).numpy().repeat(2, 1).repeat(2, 2))
+    kept = [f"images.a={tmp_path}/larger.npz", f"reference={tmp_path}/larger.npz", f"cache={tmp_path}/cache"]
+    evaluate(run(tmp_path, *kept, *words[1:]))
+    (statistics,) = (tmp_path / "cache").iterdir()
+    with pytest.raises(UserError, match="have 16x16 and 32x32 pixels"):
+        evaluate(run(tmp_path, *words, f"reference={statistics}"))
+
+
+def test_an_extractor_that_sees_no_difference_measures_nothing(tmp_path, files, monkeypatch):
+    class Zeros(FakeInception):
+        def __call__(self, pixels):
+            return torch.zeros(len(pixels), 6)
+
+    monkeypatch.setattr("robustok.evaluation.evaluator.load_extractor", lambda config, device: Zeros())
+    words = [f"images.a={files.folder}/noisy.npz", f"reference={files.folder}/real.npz", "extractor.path=x"]
+    for metric in ("gfid", "kid", "recall"):
+        with pytest.raises(UserError, match="have the same features, so that nothing can be measured"):
+            evaluate(run(tmp_path, *words, f"metrics=[{metric}]"))
+
+
+def test_a_flipped_bit_in_an_array_is_found(tmp_path, files, classifier):
+    content = bytearray((files.folder / "noisy.npz").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "flipped.npz").write_bytes(content)
+    words = [f"images.a={tmp_path}/flipped.npz", f"reference={files.folder}/real.npz", f"extractor.path={classifier}"]
+    with pytest.raises(UserError, match=r"flipped.npz is cut off or damaged .*CRC"):
+        evaluate(run(tmp_path, *words, "metrics=[gfid]"))
+
+
+def test_a_path_with_brackets_is_that_path(tmp_path, files, classifier):
+    path = tmp_path / "samples [cfg=1.5].npz"
+    shutil.copy(files.folder / "noisy.npz", path)
+    found = evaluate(run(tmp_path, f"reference={files.folder}/real.npz", f"extractor.path={classifier}",
+                         "metrics=[gfid]", f"images.a={path}"))  # fmt: skip
+    assert found[0].details["source"].startswith("samples [cfg=1.5].npz")
+
+
+def test_a_pipe_is_no_file_of_images_or_statistics(tmp_path, files, classifier):
+    os.mkfifo(tmp_path / "pipe.npz")
+    words = {"images.a": files.folder / "noisy.npz", "reference": files.folder / "real.npz"}
+    for key in words:
+        given = [f"{name}={path}" for name, path in (words | {key: tmp_path / "pipe.npz"}).items()]
+        with pytest.raises(UserError, match="it is a FIFO"):
+            evaluate(run(tmp_path, *given, f"extractor.path={classifier}", "metrics=[gfid]"))
+
+
+def adm_inputs(path):
+    """What ADM's evaluator reads of a reference batch: METRICS.md has its keys."""
+    with np.load(path) as file:
+        assert file["arr_0"].dtype == np.uint8
+        assert file["arr_0"].shape[3] == 3
+        return dict(file)
+
+
+def test_references_for_adm(tmp_path, inception, monkeypatch):
+    words = [*tiny.DATA, "extractor.name=inception", "adm_reference=16", "metrics=[gfid]"]
+    monkeypatch.setattr("robustok.evaluation.adm.REFERENCE_IMAGES", 50)
+    evaluate(run(tmp_path, *words))
+    images = open_images(Digits(limit=128), 16, "train")
+    everything = to_pixels(images.read(range(len(images))).images)
+    found, features = adm_inputs(tmp_path / "reference.npz"), FakeInception().features(everything)
+    assert 25 <= len(found["arr_0"]) <= 50
+    np.testing.assert_array_equal(found["arr_0"][1], everything[-(-len(images) // 50)].permute(1, 2, 0))
+    for suffix, rows in {"": features.pool, "_s": features.spatial}.items():
+        np.testing.assert_allclose(found[f"mu{suffix}"], rows.double().mean(0), rtol=1e-5)
+        np.testing.assert_allclose(found[f"sigma{suffix}"], np.cov(rows.double().T), rtol=1e-3, atol=1e-6)
+    with pytest.raises(UserError, match="needs the statistics of all"):
+        evaluate(run(tmp_path / "more", *tiny.DATA, "adm_reference=16", "metrics=[]"))
+    given = [f"images.a={tmp_path}/reference.npz", f"reference={tmp_path}/reference.npz", "extractor.name=inception"]
+    count = len(found["arr_0"])
+    assert f"gfid@{count}" in by_name(evaluate(run(tmp_path, *given, "metrics=[gfid]", "allow_fewer=true")))
 
 
 def test_references_that_do_not_fit_are_refused_by_name(tmp_path, files, classifier, capsys):

@@ -1,5 +1,6 @@
 """Arrays of images on disk: read image by image, written batch by batch, and errors for other files."""
 
+import os
 import pickle
 import tracemalloc
 import zipfile
@@ -98,6 +99,16 @@ def test_labels_beside_the_images(tmp_path, key):
     assert everyone.labels.tolist() == ([i % 3 for i in range(12)] if key else [0] * 12)
 
 
+def test_labels_of_minus_one(tmp_path):
+    np.savez(tmp_path / "a.npz", arr_0=images(), arr_1=np.arange(12) - 1)
+    with pytest.raises(UserError, match=r"a\.npz has labels from -1 to 10, expected 0 to 10"):
+        open_images(Npz(path=tmp_path / "a.npz"), 8)
+    np.savez(tmp_path / "a.npz", arr_0=images(), arr_1=np.full(12, -1))
+    dataset = open_images(Npz(path=tmp_path / "a.npz"), 8)
+    with pytest.raises(UserError, match=r"a\.npz has the label -1 everywhere, which means none"):
+        dataset.check_labels()
+
+
 @pytest.mark.parametrize("name", WRITERS)
 def test_reading_does_not_hold_the_array(tmp_path, monkeypatch, name):
     monkeypatch.setattr("robustok.data.dataset.MEMORY_LIMIT", 0)
@@ -186,6 +197,22 @@ def short_member(file):
         stream.write(images(4).tobytes())
 
 
+def zipped(*names):
+    def write(file):
+        with zipfile.ZipFile(file, "w") as archive:
+            for name in names:
+                archive.writestr(name, "content")
+
+    return write
+
+
+def short_labels(file):
+    np.savez(file, arr_0=images())
+    with zipfile.ZipFile(file, "a") as archive, archive.open("arr_1.npy", "w") as stream:
+        np.lib.format.write_array_header_1_0(stream, {"descr": "<i8", "fortran_order": False, "shape": (12,)})
+        stream.write(bytes(40))
+
+
 BAD = {
     "statistics": (npz(mu=np.zeros(4), sigma=np.eye(4)), "holds mu, sigma; .* as arr_0; statistics are no images"),
     "other keys": (npz(samples=images()), "holds samples; expected uint8 pixels .* as arr_0"),
@@ -210,7 +237,14 @@ BAD = {
     "half an .npy": (cut(npy(images()), 0.5), "is cut off or damaged: .* expected 2304"),
     "half a header": (cut(npy(images()), 0.02), "is no NumPy array"),
     "short member": (short_member, "768 bytes of pixels, expected 1728"),
-    "folder": (lambda file: file.mkdir(), "cannot read .*directory"),
+    "folder": (lambda file: file.mkdir(), "cannot read .*it is a folder"),
+    "FIFO": (os.mkfifo, "cannot read .*it is a FIFO"),
+    "zip of pictures": (zipped("a/0.png", "a/1.png"), "is a zip archive of images; unpack it and give the folder"),
+    "large zip": (zipped(*map(str, range(9999))), "holds 0, 1, 10, 100, 1000, 9994 more; expected"),
+    "git-lfs": (lambda file: file.write_text("version https://git-lfs.github.com/spec/v1"), "is a git-lfs pointer"),
+    "large label": (npz(arr_0=images(), arr_1=np.arange(12) + 2**40), "class numbers from 0 to 99,999"),
+    "unsigned label": (npz(arr_0=images(), arr_1=np.arange(12, dtype=np.uint64) + 2**63), "expected class numbers"),
+    "cut labels": (short_labels, "arr_1 of .* is cut off: 40 bytes for 12 labels"),
     "missing": (lambda file: None, "cannot read .*No such file"),
 }
 
@@ -230,9 +264,12 @@ def test_bad_files_are_one_line_that_names_them(tmp_path, kind):
 def test_damage_inside_a_compressed_file_stops_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr("robustok.data.dataset.MEMORY_LIMIT", 0)
     save_compressed(tmp_path / "a.npz", images(200, 16, 16))
+    opened = open_images(Npz(path=tmp_path / "a.npz", holdout=0), None)
     content = bytearray((tmp_path / "a.npz").read_bytes())
     middle = len(content) // 2
     content[middle : middle + 2000] = bytes(2000)
     (tmp_path / "a.npz").write_bytes(bytes(content))
     with pytest.raises(UserError, match=r"a\.npz is damaged at image \d+"):
-        everything(open_images(Npz(path=tmp_path / "a.npz", holdout=0), None))
+        everything(opened)
+    with pytest.raises(UserError, match=r"a\.npz is cut off or damaged"):
+        open_images(Npz(path=tmp_path / "a.npz", holdout=0), None)

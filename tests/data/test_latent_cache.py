@@ -14,6 +14,7 @@ from robustok.data.latent_cache import (
     Manifest,
     check_cache,
     check_center_crops,
+    check_indices,
     check_space,
     create_cache,
     missing_shards,
@@ -320,7 +321,7 @@ def test_hostile_shards(tmp_path, name, value):
 def test_a_pipe_in_place_of_a_shard_is_not_waited_for(tmp_path):
     fill(tmp_path, manifest(), skip=(2,))
     os.mkfifo(tmp_path / "shard-00002.safetensors")
-    with pytest.raises(UserError, match=r"is damaged .*no regular file"):
+    with pytest.raises(UserError, match=r"shard-00002\.safetensors: it is a FIFO"):
         LatentCache(tmp_path)
 
 
@@ -332,7 +333,7 @@ def test_what_cannot_fit_on_the_disk_is_not_begun(tmp_path):
 
 
 def test_images_that_moved_are_the_same_images(tmp_path):
-    fill(tmp_path, manifest(data="d1", source={"data": "photos train, d1", "seed": 0}), skip=(2,))
+    fill(tmp_path, manifest(data="d1", source={"data": "photos train, d1", "seed": 0}), skip=(1,))
     create_cache(tmp_path, manifest(data="d1", source={"data": "moved train, d1", "seed": 0}))
     with pytest.raises(UserError, match=r"holds other latents .*data: d1 -> d2"):
         create_cache(tmp_path, manifest(data="d2", source={"data": "photos train, d1", "seed": 0}))
@@ -364,6 +365,17 @@ def test_a_cache_of_another_tokenizer_is_refused(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             check_cache(cache, **changes)
+
+
+def test_indices_beyond_the_images_are_refused(tmp_path):
+    whole = fill(tmp_path, manifest())
+    cache = LatentCache(tmp_path)
+    check_indices(cache, 23)
+    with pytest.raises(UserError, match=r"points to the images 0 to 22 of 22, which are 0 to 21; remove it"):
+        check_indices(cache, 22)
+    fill(tmp_path / "free", manifest(), whole | {"indices": np.full(23, -1)})
+    with pytest.raises(UserError, match=r"points to the images -1 to -1"):
+        check_indices(LatentCache(tmp_path / "free"), 23)
 
 
 def test_ten_crops_are_refused_where_centre_crops_are_needed(tmp_path):

@@ -232,8 +232,9 @@ def test_runs_from_before_these_settings_go_on(tmp_path):
         del settings[name]
     file.write_text(yaml.safe_dump(settings))
     RunFolder(run)
-    with pytest.raises(UserError, match=r"another configuration: gradient_accumulation: 1 -> 2; set the old values"):
-        RunFolder(tiny.main_run(tmp_path / "run", "gradient_accumulation=2"))
+    RunFolder(tiny.main_run(tmp_path / "run", "gradient_accumulation=2"))
+    with pytest.raises(UserError, match=r"another configuration: fsdp: False -> True; set the old values"):
+        RunFolder(tiny.main_run(tmp_path / "run", "fsdp=true"))
     file.write_text(json.dumps({"latents": "elsewhere", "steps": 6}))  # of another command
     with pytest.raises(UserError, match=r"another configuration: .*: None ->"):
         RunFolder(run)

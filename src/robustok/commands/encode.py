@@ -29,7 +29,9 @@ from robustok.data.loader import batches_of
 from robustok.data.sources import Data
 from robustok.devices import autocast, start_accelerator
 from robustok.files import inside, locked, writing
+from robustok.randomness import seeded
 from robustok.tokenizers import encoder_digest, load_tokenizer
+from robustok.training.inputs import image_digest
 from robustok.types import Batch
 
 VARIANTS = {"center": 1, "center-flip": 2, "ten": 10}  # records of an image
@@ -64,7 +66,9 @@ class EncodeRun(Config):
     )
     seed: int = Field(0, ge=0, description="seed of that subset")
     cache: CacheSettings = CacheSettings()
-    workers: int = Field(0, ge=0, description="processes that decode images ahead; 0 decodes in the process itself")
+    workers: int = Field(
+        0, ge=0, le=1024, description="processes that decode images ahead; 0 decodes in the process itself"
+    )
 
     @property
     def variants(self) -> int:
@@ -86,14 +90,16 @@ def encode(run: EncodeRun) -> Path:
     size, variants = tokenizer.image_size, run.variants
     # The data's fingerprint depends on the crop size, so post-training never takes ten-crop for its centre crops.
     data = open_images(run.data, enlarged(size) if run.crops == "ten" else size, run.split)
+    data.check_labels()
     chosen = np.sort(random_subset(len(data), run.count, run.seed))  # indices of the images that are encoded
     source = {"made_by": "encode", "data": data.describe(), "crops": run.crops, "precision": run.cache.precision}
-    source |= {"seed": run.seed} if len(chosen) < len(data) else {}
+    source |= {"images": image_digest(data)} | ({"seed": run.seed} if len(chosen) < len(data) else {})
     manifest = Manifest(
         kind=tokenizer.kind,
         latent_shape=tokenizer.latent_shape,
         codebook_size=len(tokenizer.codebook) if tokenizer.kind == "discrete" else None,
         classes=len(data.classes),
+        class_names=data.classes,
         count=len(chosen) * variants,
         shard_size=run.cache.shard_size,
         tokenizer=encoder_digest(tokenizer),
@@ -130,7 +136,7 @@ def encode(run: EncodeRun) -> Path:
 
 def random_subset(size: int, count: int | None, seed: int) -> np.ndarray:
     """``count`` of the numbers below ``size`` in random order: (count,) int64; all where count is None or more."""
-    return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).numpy()[:count]
+    return torch.randperm(size, generator=seeded(seed)).numpy()[:count]
 
 
 @torch.no_grad()

@@ -7,11 +7,12 @@ from accelerate.utils import gather_object
 
 from robustok.commands.generate import GenerateRun, SampleCacheSettings, generate
 from robustok.devices import start_accelerator
+from robustok.evaluation.adm import write_adm_reference
 from robustok.evaluation.evaluator import Evaluator
 from robustok.evaluation.reconstructions import reconstructions
 from robustok.evaluation.samples import decoded_samples, finished_images
 from robustok.evaluation.settings import EvaluateRun
-from robustok.files import append_line, inside, writing
+from robustok.files import append_line, check_appendable, inside, writing
 from robustok.metrics.processes import ALONE, Processes
 from robustok.types import Measurement
 
@@ -25,6 +26,7 @@ def evaluate(run: EvaluateRun) -> list[Measurement]:
     """
     accelerator = start_accelerator()
     file = inside(run.out, "metrics.jsonl")
+    check_appendable(file)
     evaluator = Evaluator(run, accelerator.device, _processes(accelerator))
     found: list[Measurement] = []
     if run.tokenizer is not None and run.data is not None:  # without data it decodes samples only
@@ -39,7 +41,9 @@ def evaluate(run: EvaluateRun) -> list[Measurement]:
         found += finished_images(evaluator, name, path)
     for name, path in run.paired_images.items():
         found += finished_images(evaluator, name, path, paired=True)
-    if accelerator.is_main_process:
+    if run.adm_reference is not None:
+        write_adm_reference(evaluator, run.adm_reference, inside(run.out, "reference.npz"))
+    if accelerator.is_main_process and found:
         with writing(run.out):
             run.out.mkdir(parents=True, exist_ok=True)
         for measurement in found:

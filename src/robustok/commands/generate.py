@@ -20,6 +20,7 @@ from robustok.errors import UserError
 from robustok.files import tensor_digest
 from robustok.generators import SamplingConfig, check_sampling, load_generator
 from robustok.randomness import image_rngs
+from robustok.snapshots import read_header
 from robustok.tokenizers import encoder_digest, load_tokenizer
 from robustok.types import Generator
 
@@ -96,7 +97,8 @@ def generate(run: GenerateRun) -> Path:
         "generator": tensor_digest(generator.state_dict()),
         "classes": run.classes,
     }
-    manifest = manifest_of(generator, run.cache, run.count, None, source)
+    names = read_header(run.generator).get("class_names")
+    manifest = manifest_of(generator, run.cache, run.count, None, source, names)
     fill_cache(run.out, manifest, make, run.cache.batch_size, accelerator, "generate")
     if tokenizer is not None:
         write_images(run.out, tokenizer, run.images, run.cache.batch_size, accelerator)
@@ -126,7 +128,12 @@ def record_fields(latents: Tensor, labels: Tensor, indices: Tensor, records: np.
 
 
 def manifest_of(
-    generator: Generator, settings: CacheSettings, count: int, data: str | None, source: dict[str, Any]
+    generator: Generator,
+    settings: CacheSettings,
+    count: int,
+    data: str | None,
+    source: dict[str, Any],
+    class_names: list[str] | None = None,
 ) -> Manifest:
     """The manifest of a cache of a generator's latents."""
     return Manifest(
@@ -140,4 +147,5 @@ def manifest_of(
         data=data,
         source=source,
         dtype=settings.dtype,
+        class_names=class_names,
     )

@@ -11,13 +11,16 @@ from torch import Tensor
 from robustok.commands.encode import fill_cache, random_subset
 from robustok.commands.generate import SampleCacheSettings, load_for_sampling, manifest_of, record_fields
 from robustok.config import Config, plain
-from robustok.data.latent_cache import LatentCache, check_cache, check_center_crops
+from robustok.data.labels import check_same_classes
+from robustok.data.latent_cache import LatentCache, check_cache, check_center_crops, check_real_latents
 from robustok.data.pixels import from_pixels, to_pixels
 from robustok.devices import autocast, start_accelerator
 from robustok.files import tensor_digest
 from robustok.generators import SamplingConfig, check_kind, check_sampling
 from robustok.randomness import image_rngs
+from robustok.snapshots import read_header
 from robustok.tokenizers import encoder_digest, load_tokenizer
+from robustok.training.inputs import latent_digest
 from robustok.types import Tokenizer
 
 CHECKED = 512  # latents with which a generator's latent statistics are compared
@@ -69,8 +72,11 @@ def make_pairs(run: MakePairsRun) -> Path:
     generator = load_for_sampling(run.generator, run.cache, accelerator.device)
     cache = LatentCache(run.latents)
     check_center_crops(cache)
+    check_real_latents(cache)
     check_kind(generator.config.name, cache.manifest.kind, str(run.latents))
     check_cache(cache, generator.latent_space, generator.latent_shape, generator.codebook_size)
+    names = cache.manifest.class_names
+    check_same_classes(read_header(run.generator).get("class_names"), names, str(run.generator), str(run.latents))
     tokenizer = load_tokenizer(run.tokenizer).to(accelerator.device) if run.mode == "reencoded" else None
     if tokenizer is not None:
         check_cache(cache, encoder_digest(tokenizer))
@@ -96,12 +102,13 @@ def make_pairs(run: MakePairsRun) -> Path:
         "generator": tensor_digest(generator.state_dict()),
         "precision": run.cache.precision,
         "split": cache.manifest.source.get("data"),
+        "latents": latent_digest(cache),
         **generator.mixture_details(sampling, run.sigma),
     }
     if generator.kind == "continuous":
         for problem in generator.check(cache.read(rows[:CHECKED]).latents):
             warnings.warn(problem, stacklevel=1)
-    manifest = manifest_of(generator, run.cache, len(rows), cache.manifest.data, source)
+    manifest = manifest_of(generator, run.cache, len(rows), cache.manifest.data, source, names)
     fill_cache(run.out, manifest, make, run.cache.batch_size, accelerator, "make-pairs")
     return run.out
 

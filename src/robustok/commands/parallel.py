@@ -3,56 +3,106 @@
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import Thread, current_thread, main_thread
 from typing import Any
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from robustok.config import Config
-from robustok.console import console
+from robustok.console import console, note
 from robustok.errors import UserError
 from robustok.training.common import TrainingConfig
+
+PATIENCE = 60  # seconds in which a job must have saved its state
 
 
 def run_parallel(jobs: Mapping[str, tuple[Callable[[Any], Any], Config]]) -> None:
     """Run each function on its configuration, all at the same time; wait for all.
 
+    However this ends, no job goes on: they get SIGTERM, at which a training saves its state.
+
     Args:
         jobs: name to (function of a command, its configuration). The progress of a training is read from its log.
 
     Raises:
-        UserError: a job raised it.
+        UserError: a job raised it, or was killed.
         RuntimeError: a job failed otherwise; its trace is on stderr.
-        SystemExit: a job was stopped by SIGTERM and has saved its state.
+        SystemExit: this process or a job was stopped by SIGTERM, or this one by SIGHUP.
     """
     context = multiprocessing.get_context("spawn")  # forked torch threads hang
     threads = max(1, torch.get_num_threads() // len(jobs))
-    running = {}
-    for name, (function, config) in jobs.items():
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_run, args=(function, config, threads, sender), name=name)
-        process.start()
-        sender.close()
-        running[name] = (process, receiver)
+    running: dict[str, tuple[BaseProcess, Connection]] = {}
+    with _signals() as listen:
+        try:
+            for name, (function, config) in jobs.items():
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(target=_run, args=(function, config, threads, sender), name=name)
+                process.start()
+                sender.close()
+                running[name] = (process, receiver)
+            listen()
+            _watch({name: config for name, (_, config) in jobs.items()}, running)
+        finally:
+            for process, _ in running.values():
+                process.terminate()
+            for process, _ in running.values():
+                process.join(PATIENCE)
+                process.kill()
+                process.join()
+
+
+@contextmanager
+def _signals() -> Iterator[Callable[[], None]]:
+    """Context in which signals do not kill this process before it has ended its jobs.
+
+    It yields a function to call once the jobs have started. Until then SIGINT and SIGHUP are ignored, and the jobs
+    inherit this, for a terminal sends them to all processes: the jobs end when this process tells them to.
+    """
+    if current_thread() is not main_thread():  # as in some notebooks: it cannot handle signals
+        yield lambda: None
+        return
+
+    def stop(number: int, _: Any) -> None:
+        raise SystemExit(_stopped(signal.Signals(number).name))
+
+    handlers = {signal.SIGTERM: stop, signal.SIGINT: signal.getsignal(signal.SIGINT)}
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
+        handlers[signal.SIGHUP] = stop
+    before = {number: signal.getsignal(number) for number in handlers}
+    for number in handlers:
+        signal.signal(number, stop if number == signal.SIGTERM else signal.SIG_IGN)
     try:
-        _watch({name: config for name, (_, config) in jobs.items()}, running)
-    except BaseException:  # also Ctrl-C: the other jobs save their state and end
-        for process, _ in running.values():
-            process.terminate()
-        for process, _ in running.values():
-            process.join()
-        raise
+        yield lambda: [signal.signal(number, handler) for number, handler in handlers.items()]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stopped(by: str) -> int:
+    """Say that a signal has stopped the jobs; returns the exit code."""
+    note(f"stopped by {by}; what is done is saved, run the same command to resume")
+    return 0
+
+
+def _end_with_parent() -> None:
+    """End this job as SIGTERM does when its parent was killed."""
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _run(function: Callable[[Any], Any], config: Config, threads: int, sender: Connection) -> None:
     """Run one job in a child process, without a progress bar of its own."""
+    Thread(target=_end_with_parent, daemon=True).start()
     os.environ["ROBUSTOK_PROGRESS"] = "0"
     torch.set_num_threads(threads)
     try:
@@ -89,13 +139,26 @@ def _watch(configs: Mapping[str, Config], running: Mapping[str, tuple[BaseProces
                 del alive[name]
                 total = steps[name] or 1
                 progress.update(bars[name], total=total, completed=total)
-                message = receiver.recv() if receiver.poll() else None
+                message = _received(receiver)
                 if process.exitcode == 2 and message:
                     raise UserError(message)
+                if process.exitcode < 0:
+                    why = " (perhaps memory is short)" if process.exitcode == -signal.SIGKILL else ""
+                    raise UserError(
+                        f"{name} was killed by signal {-process.exitcode}{why}; run the same command to resume"
+                    )
                 if process.exitcode:
                     raise RuntimeError(f"{name} failed with exit code {process.exitcode}; its messages are above")
                 if message != "done":
-                    raise SystemExit(0)  # stopped by SIGTERM with its state saved
+                    raise SystemExit(_stopped("SIGTERM"))
+
+
+def _received(receiver: Connection) -> str | None:
+    """What a job that has ended has sent; None if it sent nothing."""
+    try:
+        return receiver.recv()
+    except EOFError:
+        return None
 
 
 def _steps_done(log: Path) -> int:

@@ -170,7 +170,7 @@ def _prepare(run: PostTrainRun, accelerator: Accelerator) -> PostTrainRun:
     """
     sources = {"tokenizer": run.tokenizer, "generator": run.generator}
     check_given(sources)
-    folder = RunFolder(run, accelerator.is_main_process)
+    folder = RunFolder(run, accelerator.is_main_process, later={"data.path"})  # encode and the training compare images
     accelerator.wait_for_everyone()  # before the folder changes, all have read it
     with refused_as_a_whole(sources, run.out):
         if accelerator.is_main_process:

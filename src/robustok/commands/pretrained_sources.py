@@ -21,6 +21,7 @@ from robustok.checkpoints import file_beside
 from robustok.commands.convert import ConvertRun, convert
 from robustok.config import Config
 from robustok.data.dataset import open_images
+from robustok.data.labels import check_same_classes, sorted_as_text
 from robustok.data.latent_cache import LatentCache, check_cache, check_center_crops
 from robustok.data.sources import Data
 from robustok.errors import UserError
@@ -177,7 +178,7 @@ def check_together(paths: Mapping[str, Path], latents: Path | None, data: Data) 
     tokenizer = load_tokenizer(paths["tokenizer"])
     space, images = encoder_digest(tokenizer), open_images(data, tokenizer.image_size, split="train")
     if "generator" in paths:
-        _check_generator(paths, tokenizer, space, len(images.classes))
+        _check_generator(paths, tokenizer, space, images.classes)
     if latents is None:
         return len(images)
     cache = LatentCache(latents)
@@ -186,12 +187,12 @@ def check_together(paths: Mapping[str, Path], latents: Path | None, data: Data) 
     if cache.manifest.data != images.fingerprint:
         raise UserError(
             f"{latents} holds latents of other images than {images.describe()}; give the data they were encoded from, "
-            "or latents=null, which encodes them"
+            f"or latents=null, which encodes them{sorted_as_text(images.classes, cache.manifest.class_names)}"
         )
     return len(cache)
 
 
-def _check_generator(paths: Mapping[str, Path], tokenizer: Tokenizer, space: str, classes: int) -> None:
+def _check_generator(paths: Mapping[str, Path], tokenizer: Tokenizer, space: str, classes: list[str]) -> None:
     """Check a generator against its tokenizer, whose latent space has the digest ``space``, and the data's classes."""
     path, header = paths["generator"], read_header(paths["generator"])
     if header.get("kind") != "generator":
@@ -205,9 +206,10 @@ def _check_generator(paths: Mapping[str, Path], tokenizer: Tokenizer, space: str
             f"{path} models the latents of another tokenizer: (latent space, shape, codes) are {found}, those of "
             f"{paths['tokenizer']} {expected}; give the tokenizer that it was trained with"
         )
-    if classes > header["classes"]:
+    check_same_classes(header.get("class_names"), classes, str(path), "the images")
+    if len(classes) > header["classes"]:
         raise UserError(
-            f"the images have {classes} classes, {path} has {header['classes']}; give the images it was trained on"
+            f"the images have {len(classes)} classes, {path} has {header['classes']}; give the images it was trained on"
         )
 
 

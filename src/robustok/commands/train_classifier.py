@@ -56,6 +56,7 @@ def train_classifier(run: TrainClassifierRun) -> TrainedClassifier:
     path = run.out / "snapshot" / f"{run.classifier.steps:08d}"
     folder = RunFolder(run, accelerator.is_main_process)
     held_out = open_images(run.data, run.image_size, "test")
+    held_out.check_labels()
     if not (path / "model.safetensors").exists():
         pixels, labels = _pixels(open_images(run.data, run.image_size, "train"))
         bar = iter(track(range(run.classifier.steps), f"train-classifier {run.out.name}", accelerator.is_main_process))
@@ -71,5 +72,6 @@ def train_classifier(run: TrainClassifierRun) -> TrainedClassifier:
 
 def _pixels(data: ImageDataset) -> tuple[Tensor, Tensor]:
     """All pixels (N, 3, H, W) uint8 and labels (N,) of a data set."""
+    data.check_labels()
     batches = list(batches_in_order(data, batch_size=256))
     return torch.cat([to_pixels(batch.images) for batch in batches]), torch.cat([batch.labels for batch in batches])

@@ -8,16 +8,18 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from lzma import LZMAError
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
+from robustok.data.image_file import instead
 from robustok.errors import UserError
-from robustok.files import atomic_file, one_line
+from robustok.files import IMAGE_SUFFIXES, atomic_file, one_line, regular_file
 
 IMAGES = "arr_0"
 LABELS = ("arr_1", "labels")
@@ -83,20 +85,32 @@ def open_array(file: str | Path) -> tuple[ImageArray, np.ndarray | None]:
     Raises:
         UserError: no such file, cut off, no ``arr_0``, or not uint8 (N, H, W, 3).
     """
-    file = Path(file)
+    file = regular_file(file)
     try:
         with open(file, "rb") as stream:
             start = stream.read(max(map(len, MAGIC.values())))
             if start.startswith(MAGIC["npy"]):
                 return _open_npy(file, stream), None
         if not start.startswith(MAGIC["npz"]):
-            raise UserError(f"{file} is neither an .npz nor an .npy file, whatever its name; {EXPECTED} as {IMAGES}")
+            what = instead(file) or ", whatever its name"
+            raise UserError(f"{file} is neither an .npz nor an .npy file{what}; {EXPECTED} as {IMAGES}")
         with zipfile.ZipFile(file) as archive:
-            return _open_npz(file, archive)
+            found = _open_npz(file, archive)
+        _check_content(file, file.stat().st_mtime_ns)
+        return found
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror or error}; give an .npz or .npy file of images") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # or encrypted
-        raise UserError(f"{file} is cut off or damaged ({error}); copy or make it again") from None
+    except (zipfile.BadZipFile, zlib.error, LZMAError, EOFError, RuntimeError, ValueError, struct.error) as error:
+        # RuntimeError: encrypted. ValueError and struct.error: headers that contradict themselves.
+        raise UserError(f"{file} is cut off or damaged ({one_line(error)}); copy or make it again") from None
+
+
+@lru_cache(maxsize=64)
+def _check_content(file: Path, _changed: int) -> None:
+    """Compare every member with its CRC-32, once for each state of the file: mapped pixels are never compared."""
+    with zipfile.ZipFile(file) as archive:
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"bad CRC-32 of {damaged}")
 
 
 def _open_npy(file: Path, stream: BinaryIO) -> ImageArray:
@@ -115,7 +129,10 @@ def _open_npz(file: Path, archive: zipfile.ZipFile) -> tuple[ImageArray, np.ndar
     names = {Path(name).stem: name for name in archive.namelist()}
     if IMAGES not in names:
         hint = "; statistics are no images, give them as the reference" if {"mu", "sigma"} <= names.keys() else ""
-        raise UserError(f"{file} holds {', '.join(sorted(names)) or 'nothing'}; {EXPECTED} as {IMAGES}{hint}")
+        if any(Path(name).suffix.lower() in IMAGE_SUFFIXES for name in archive.namelist()):
+            raise UserError(f"{file} is a zip archive of images; unpack it and give the folder")
+        shown = [*sorted(names)[:5], f"{len(names) - 5} more"] if len(names) > 6 else sorted(names)
+        raise UserError(f"{file} holds {', '.join(shown) or 'nothing'}; {EXPECTED} as {IMAGES}{hint}")
     info = archive.getinfo(names[IMAGES])
     with archive.open(info) as stream:
         shape = _checked_shape(stream, f"{IMAGES} of {file}")
@@ -182,10 +199,19 @@ def _labels(file: Path, archive: zipfile.ZipFile, member: str, count: int) -> np
         shape, _, dtype = _read_header(stream, where)
         if dtype.kind not in "iu" or shape != (count,):
             raise UserError(f"{where} is {dtype} {shape}; expected integer labels ({count},), one for each image")
-        return np.frombuffer(stream.read(), dtype=dtype).astype(np.int64)
+        content = stream.read(count * dtype.itemsize)
+        if len(content) < count * dtype.itemsize:
+            raise UserError(f"{where} is cut off: {len(content)} bytes for {count} labels; copy or make it again")
+        return np.frombuffer(content, dtype=dtype).astype(np.int64)
 
 
-def write_npz(file: str | Path, batches: Iterable[np.ndarray], shape: tuple[int, ...], labels: np.ndarray) -> None:
+def write_npz(
+    file: str | Path,
+    batches: Iterable[np.ndarray],
+    shape: tuple[int, ...],
+    labels: np.ndarray,
+    others: Mapping[str, np.ndarray] | None = None,
+) -> None:
     """Write images batch by batch as ADM's samples: ``arr_0`` uint8 (N, H, W, 3) and ``arr_1`` labels (N,) int64.
 
     The file appears when it is complete. Zip archives hold a checksum, and uncompressed ones can be mapped.
@@ -195,6 +221,7 @@ def write_npz(file: str | Path, batches: Iterable[np.ndarray], shape: tuple[int,
         batches: pixels (n, H, W, 3) uint8 in order, N of them in all.
         shape: (N, H, W, 3).
         labels: (N,) integers.
+        others: further arrays by their names, such as statistics.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written.
@@ -206,5 +233,6 @@ def write_npz(file: str | Path, batches: Iterable[np.ndarray], shape: tuple[int,
             np.lib.format.write_array_header_1_0(stream, header)
             for pixels in batches:
                 stream.write(np.ascontiguousarray(pixels))
-        with archive.open(zipfile.ZipInfo(f"{LABELS[0]}.npy"), "w") as stream:
-            np.lib.format.write_array(stream, labels.astype(np.int64), allow_pickle=False)
+        for name, array in {LABELS[0]: labels.astype(np.int64), **(others or {})}.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w") as stream:
+                np.lib.format.write_array(stream, array, allow_pickle=False)

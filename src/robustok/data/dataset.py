@@ -5,9 +5,13 @@ batches and worker processes in ``loader``.
 """
 
 import math
+import os
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -16,15 +20,18 @@ from pydantic import Field
 from torch import Tensor
 
 from robustok.config import Config
+from robustok.console import console
 from robustok.data.crops import center_crop, random_crop, to_rgb
+from robustok.data.folders import Split
 from robustok.data.order import shuffle
 from robustok.data.pixels import from_pixels
-from robustok.data.sources import DATASETS, Data, Source, Split
-from robustok.errors import UserError
+from robustok.data.sources import DATASETS, Data, Source
+from robustok.errors import FileError, UserError, printable
 from robustok.files import bytes_digest, one_line
 from robustok.types import Batch
 
 MEMORY_LIMIT = 10**9  # bytes of decoded pixels up to which a data set is held in memory
+CONTENT_LIMIT = 2**26  # bytes of files up to which their content is compared, not size and time of change
 
 
 class Augmentation(Config):
@@ -52,9 +59,11 @@ def open_images(
     """
     source = DATASETS[data.name](data, split)
     labels, classes = source.labels, len(source.classes)
-    if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
+    if len(labels) and not source.unlabelled and not 0 <= labels.min() <= labels.max() < classes:
+        one = (labels.min(), labels.max()) == (1, classes)  # ILSVRC's numbers also have another order than the names
+        hint = "count from 0 or give a list with the names of the classes" if one else "correct them"
         raise UserError(
-            f"{source.name} has labels from {labels.min()} to {labels.max()}, expected 0 to {classes - 1}; correct them"
+            f"{source.name} has labels from {labels.min()} to {labels.max()}, expected 0 to {classes - 1}; {hint}"
         )
     rows = np.arange(len(labels))
     if source.whole and data.holdout > 0:
@@ -66,7 +75,25 @@ def open_images(
         raise UserError(
             f"{source.name} has {len(labels)} images and none for the {split} split; add images or set data.holdout=0"
         )
+    _say_what_was_found(source, split, len(rows))
     return ImageDataset(source, rows, data, split, image_size, augment or Augmentation())
+
+
+def _say_what_was_found(source: Source, split: Split, count: int) -> None:
+    """Print the images and classes of a split where files and folders say them, and note what is left out."""
+    classes = source.classes
+    shown = ", ".join(classes) if len(classes) < 8 else f"{', '.join(classes[:3])}, ..., {classes[-1]}"
+    names = f"{len(classes):,} classes ({shown})" if len(classes) > 1 else "one class"
+    of_all = f" of {len(source.labels):,}" if count < len(source.labels) else ""
+    if source.about:
+        _print_once(f"data: {source.name} {split}: {count:,}{of_all} images, {names}; {source.about}")
+    if source.left_out:
+        warnings.warn(f"left out of {source.name} {split}: {source.left_out}", stacklevel=3)
+
+
+@cache
+def _print_once(line: str) -> None:
+    console.print(printable(line), soft_wrap=True, highlight=False, markup=False)
 
 
 def _common_shape(source: Source, rows: np.ndarray) -> tuple[int, int]:
@@ -104,7 +131,7 @@ class ImageDataset:
         name: name of the source.
         image_size: height and width of the crops; None where images are taken as they are.
         shape: (H, W) of every image.
-        labels: (N,) int64.
+        labels: (N,) int64; all -1 if they are unknown.
         classes: names of the classes.
         fingerprint: digest of what identifies the content: files and sizes (or bytes), split, crop and size.
         broken: index -> reason of the images that could not be read so far.
@@ -113,7 +140,9 @@ class ImageDataset:
     def __init__(
         self, source: Source, rows: np.ndarray, data: Data, split: Split, image_size: int | None, augment: Augmentation
     ):
-        self.name, self.classes, self.labels = source.name, source.classes, source.labels[rows]
+        # Names of folders may be any bytes; those in manifests and results are text.
+        self.name, self.classes = printable(source.name), list(map(printable, source.classes))
+        self.labels = source.labels[rows]
         self.split, self.image_size, self.augment = split, image_size, augment
         self.shape = (image_size, image_size) if image_size else _common_shape(source, rows)
         crop = f"{augment.crop} {image_size}" if image_size else "as they are"
@@ -137,6 +166,15 @@ class ImageDataset:
             self._note(broken)
             self._memory = memory
 
+    def check_labels(self) -> None:
+        """Refuse images whose labels are unknown; call this where labels count.
+
+        Raises:
+            UserError: says why they are unknown, and what to do.
+        """
+        if self._source.unlabelled:
+            raise UserError(self._source.unlabelled)
+
     @property
     def in_memory(self) -> bool:
         """Whether all images are decoded and held in memory."""
@@ -150,6 +188,27 @@ class ImageDataset:
         height, width = self.shape
         crop = f"{self.augment.crop} crop {self.image_size}" if self.image_size else f"as they are, {height}x{width}"
         return f"{self.name} {self.split}, {crop}, {len(self) - len(self.broken)} images, {self.fingerprint}"
+
+    @cached_property
+    def stamp(self) -> str:
+        """Digest of the files' content, of large sets of their sizes and times of change: whether they were replaced.
+
+        Unlike ``fingerprint`` it changes when a file is replaced by one of equal name and size. Empty where
+        ``fingerprint`` is of the content already.
+        """
+        states = [os.stat(file) for file in self._source.files if os.path.isfile(file)]
+        if sum(state.st_size for state in states) <= CONTENT_LIMIT:
+            lines = [bytes_digest(Path(file).read_bytes()) for file in self._source.files if os.path.isfile(file)]
+        else:
+            lines = [f"{state.st_size} {int(state.st_mtime)}" for state in states]
+        return bytes_digest("\n".join(lines).encode(), 16) if lines else ""
+
+    @property
+    def names(self) -> list[str] | None:
+        """Names of the image files below the folder that holds them all, without suffix; None for other sources."""
+        if not self._source.names:
+            return None
+        return [self._source.names[row] for row in self._rows.tolist()]
 
     def read(self, indices: Sequence[int] | np.ndarray | Tensor, seeds: np.ndarray | None = None) -> Batch:
         """Images by their indices.
@@ -200,9 +259,9 @@ class ImageDataset:
                     pixels = center_crop(image, self.image_size, self._rgb)
                 else:
                     pixels = random_crop(image, self.image_size, torch.Generator().manual_seed(seed), self._rgb)
-        except UserError:  # the whole source is damaged
-            raise
         except Exception as error:  # image decoders raise nearly anything on a damaged file
+            if isinstance(error, UserError) and not isinstance(error, FileError):  # the whole source is damaged
+                raise
             return one_line(error)
         if pixels.shape[:2] != self.shape:  # rotated by its EXIF orientation
             return f"it is {pixels.shape[1]}x{pixels.shape[0]} pixels, the others are {self.shape[1]}x{self.shape[0]}"
@@ -236,6 +295,12 @@ class ImageDataset:
         """
         self._note(read.broken)
         return Batch(from_pixels(read.pixels), torch.from_numpy(self.labels)[read.indices], read.indices)
+
+
+def described_shape(description: str) -> tuple[int, int] | None:
+    """(H, W) of the images that :meth:`ImageDataset.describe` described; None where the text does not have it."""
+    found = re.search(r", (?:center|random) crop (\d+), |, as they are, (\d+)x(\d+), ", description)
+    return None if found is None else (int(found[1] or found[2]), int(found[1] or found[3]))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ continues with ``missing_shards``.
 """
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from robustok.config import differences
@@ -26,8 +27,9 @@ from robustok.console import note
 from robustok.data.order import batch_indices
 from robustok.devices import rank_rows
 from robustok.errors import UserError
-from robustok.files import one_line, temporary_path, write_file
+from robustok.files import bytes_digest, load_tensors, one_line, regular_file, temporary_path, write_file
 
+INDEPENDENT = 64  # first samples of two sets that must not be equal
 LARGE = 10**8  # bytes from which on the size of a cache is printed
 OPTIONAL = {"flips", "crops"}  # fields of a shard that are 0 if they are not stored
 LatentType = Literal["float32", "float16", "bfloat16"]
@@ -48,6 +50,7 @@ class Manifest:
         data: fingerprint of the data set behind ``indices``; None for free samples.
         source: provenance: sigma, sampling, seed, digest of the generator, crop.
         dtype: stored type of continuous latents, which are float32 when read. The largest float16 is 65504.
+        class_names: in the order of their numbers; None where unknown, as in caches of before.
     """
 
     kind: Literal["discrete", "continuous"]
@@ -60,6 +63,7 @@ class Manifest:
     data: str | None = None
     source: dict[str, Any] = field(default_factory=dict)
     dtype: LatentType = "float32"
+    class_names: list[str] | None = None
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     def __post_init__(self):
@@ -137,16 +141,21 @@ def create_cache(path: str | Path, manifest: Manifest) -> None:
         raise UserError(
             f"{path} holds shards of unknown origin and no manifest.json; choose another folder or remove them"
         )
-    elif different := differences(_identity(_read_manifest(path)), _identity(manifest)):
+    elif different := differences(_identity(found := _read_manifest(path)), _identity(manifest, found)):
         raise UserError(
             f"{path} holds other latents ({'; '.join(different)}); choose another folder or remove this one"
         )
 
 
-def _identity(manifest: Manifest) -> dict[str, Any]:
-    """The manifest without the words that describe the images: their folder may move, ``data`` is their digest."""
-    whole = manifest.plain()
-    return whole | {"source": {key: value for key, value in whole["source"].items() if key not in ("data", "split")}}
+def _identity(manifest: Manifest, other: Manifest | None = None) -> dict[str, Any]:
+    """The manifest without the words that describe the images: their folder may move, ``data`` is their digest.
+
+    Also without the digests of inputs that the other one, of an earlier version, lacks.
+    """
+    whole = {key: value for key, value in manifest.plain().items() if key != "class_names"}
+    dropped = {"data", "split"}
+    dropped |= set() if other is None else {"images", "latents"} - other.source.keys()
+    return whole | {"source": {key: value for key, value in whole["source"].items() if key not in dropped}}
 
 
 def check_space(path: Path, manifest: Manifest, made_by: str) -> None:
@@ -294,12 +303,10 @@ class LatentCache:
         return values
 
     def _map(self, k: int) -> dict[str, np.ndarray]:
-        path, remedy = _shard_path(self.path, k), "remove it and run the command that makes it again"
+        path, remedy = regular_file(_shard_path(self.path, k)), "remove it and run the command that makes it again"
         try:
-            if not path.is_file():
-                raise OSError("no regular file")
             bits = {torch.bfloat16: torch.int16}
-            shard = {name: t.view(bits.get(t.dtype, t.dtype)).numpy() for name, t in load_file(path).items()}
+            shard = {name: t.view(bits.get(t.dtype, t.dtype)).numpy() for name, t in load_tensors(path).items()}
         except (SafetensorError, OSError, RuntimeError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{path} is damaged ({one_line(error, 200)}); {remedy}") from None
         rows = len(shard_rows(self.manifest, k))
@@ -330,6 +337,72 @@ def check_cache(
             raise UserError(
                 f"{cache.path} was made by another tokenizer: {name} {found}, expected {value}; encode the images again"
             )
+
+
+def check_indices(cache: LatentCache, images: int) -> None:
+    """Refuse latents that point to images which a data set of so many does not have.
+
+    Raises:
+        UserError: an index is out of range.
+    """
+    first, last = cache.indices.min(), cache.indices.max()
+    if not 0 <= first <= last < images:
+        raise UserError(
+            f"{cache.path} points to the images {first} to {last} of {images}, which are 0 to {images - 1}; remove it "
+            "and run the command that makes it again"
+        )
+
+
+def check_free_samples(cache: LatentCache) -> None:
+    """Refuse latents that are no free samples of a generator.
+
+    Raises:
+        UserError: they are of real images, or mixtures of these with samples.
+    """
+    source = cache.manifest.source
+    if source.get("mode") == "reencoded" or (cache.manifest.data is not None and source.get("sigma") != 0):
+        found = f"pairs at sigma {source['sigma']}" if "sigma" in source else "latents of real images"
+        raise UserError(f"{cache.path} holds {found}, expected free samples; make them with `robustok generate`")
+
+
+def check_real_latents(cache: LatentCache) -> None:
+    """Refuse latents that are not of real images.
+
+    Raises:
+        UserError: they are samples, or pairs.
+    """
+    if "sigma" in cache.manifest.source or cache.manifest.data is None:
+        found = "free samples" if cache.manifest.data is None else "pairs"
+        raise UserError(
+            f"{cache.path} holds {found}, expected latents of real images; give what `robustok encode` made"
+        )
+
+
+def check_independent(caches: Sequence[LatentCache]) -> None:
+    """Refuse sets of samples whose mean and standard error would mean nothing.
+
+    They must be of one generator, drawn in one way, of one size, and differ in their random numbers.
+
+    Raises:
+        UserError: names what differs, or two sets with the same samples.
+    """
+    seen: dict[str, Path] = {}
+    first = caches[0]
+    for cache in caches:
+        one, other = ({"count": len(c), **c.manifest.source} for c in (first, cache))
+        shared = (one.keys() & other.keys()) - {"seed"}  # versions write different fields
+        if different := differences(*({key: side[key] for key in sorted(shared)} for side in (one, other))):
+            raise UserError(
+                f"samples of {first.path} and {cache.path} differ in more than their seed ({'; '.join(different)}), so "
+                "they have no common mean; evaluate them one after the other"
+            )
+        digest = bytes_digest(cache.read(slice(0, INDEPENDENT)).latents.numpy().tobytes())
+        if digest in seen:
+            raise UserError(
+                f"{seen[digest]} and {cache.path} hold the same samples, so their standard error would be 0; make each "
+                "set with a seed of its own"
+            )
+        seen[digest] = cache.path
 
 
 def check_center_crops(cache: LatentCache) -> None:
@@ -366,12 +439,13 @@ def training_latents(
 
 def _read_manifest(path: str | Path) -> Manifest:
     file = Path(path) / "manifest.json"
-    if not file.is_file():
+    if not file.exists():
         raise UserError(
             f"no latents cache at {path} (there is no {file.name}); give the folder that encoding or pair-making wrote"
         )
+    content = regular_file(file).read_bytes()
     try:
-        record = json.loads(file.read_text())
+        record = json.loads(content)
         if record.get("source", {}).get("mode") == "generated":  # how version 0.1.0 called "direct"
             record["source"]["mode"] = "direct"
         return TypeAdapter(Manifest).validate_json(json.dumps(record), strict=True)
@@ -386,7 +460,7 @@ def _read_manifest(path: str | Path) -> Manifest:
 
 def _present(path: Path, manifest: Manifest) -> set[int]:
     """The shards that are written. The work is bounded by the files there are, whatever the manifest says."""
-    names = [file.name for file in path.glob("shard-*.safetensors")] if path.is_dir() else []
+    names = os.listdir(path) if path.is_dir() else []
     numbers = (int(found[1]) for name in names if (found := re.fullmatch(r"shard-([0-9]{5,18})\.safetensors", name)))
     return {k for k in numbers if k < manifest.shards}
 

@@ -4,15 +4,12 @@ A :class:`Source` opens images by row; ``robustok.data.dataset`` crops them and 
 a configuration for ``Data``, a function (configuration, split) -> ``Source``, and a line in ``DATASETS``.
 """
 
-import json
+import glob
 import os
-import re
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from io import BytesIO
-from operator import attrgetter, getitem
+from functools import partial
+from operator import getitem
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,12 +20,13 @@ from pydantic import Field
 from robustok.config import Config
 from robustok.data.arrays import open_array
 from robustok.data.crops import RGB
+from robustok.data.folders import ARCHIVES, Split, describe_left_out, find_images, has_images
+from robustok.data.image_file import open_image
+from robustok.data.labels import LABEL_COLUMNS, number_labels
+from robustok.data.parquet_files import has_parquet, open_row, read_table, split_files, where_row
 from robustok.errors import UserError
-from robustok.files import IMAGE_FORMATS, IMAGE_SUFFIXES, bytes_digest, one_line
+from robustok.files import bytes_digest, one_line
 
-SPLITS = {"train": ["train"], "test": ["val", "validation", "test"]}  # names on disk; the first one found is used
-
-Split = Literal["train", "test"]
 Holdout = Annotated[
     float, Field(ge=0, lt=1, description="test share of a source with one split; 0: both are all of it")
 ]
@@ -62,23 +60,35 @@ class Cifar10(_DataConfig):
 
 
 class Folder(_DataConfig):
-    """Image files as CLASS/FILE, or train/CLASS/FILE beside val, validation or test. Without CLASS: one class."""
+    """Image files as CLASS/FILE, or train/CLASS/FILE beside val, valid, validation, dev, eval or test.
+
+    Without CLASS: one class, or the labels of ``metadata.jsonl`` or ``.csv``, or of a list.
+    """
 
     name: Literal["folder"] = "folder"
     path: Path = Field(description="the folder")
     holdout: Holdout = 0.1
+    labels: Path | None = Field(
+        None,
+        description="file with the labels of images that have no class folders, such as ImageNet's validation images: "
+        "a line for each, LABEL in the order of the file names or NAME LABEL, or a table (.csv, .jsonl)",
+    )
+    label: str | None = Field(None, description="column of the labels in such a table")
 
 
 class Parquet(_DataConfig):
     """Parquet files as on the Hugging Face Hub: encoded images in the column ``img`` or ``image``, and ``label``.
 
-    Files with train, val, validation or test in their names are those splits. Training on many gigabytes is slow, as it
-    reads a row group for almost every image: extract such images to a folder.
+    Files with train, val, test and the like in their names or folders are those splits. Training on many gigabytes is
+    slow, as it reads a row group for almost every image: extract such images to a folder.
     """
 
     name: Literal["parquet"] = "parquet"
-    path: Path = Field(description="a file, a folder or a glob")
+    path: Path = Field(description="a file, a folder or a glob such as images/**/*.parquet")
     holdout: Holdout = 0.1
+    label: str | None = Field(
+        None, description=f"column of the labels, numbers or names; null: {', '.join(LABEL_COLUMNS)}, if there is one"
+    )
 
 
 class Npz(_DataConfig):
@@ -109,6 +119,11 @@ class Source:
         identity: digest of the file names and sizes, or of the bytes.
         whole: the source has one split only, from which the test images must be held out.
         shape: (H, W) of every image; None where files may differ.
+        files: files whose content ``identity`` does not cover.
+        names: of image files, one for each row: path in the folder without suffix; empty for other sources.
+        about: what gave the labels, for the line that says what was found; empty prints none.
+        left_out: what was left out; empty if nothing was.
+        unlabelled: why the labels are unknown and all -1, and what to do; empty if they are known.
     """
 
     name: str
@@ -119,6 +134,11 @@ class Source:
     identity: str
     whole: bool
     shape: tuple[int, int] | None = None
+    files: Sequence[str | Path] = ()
+    names: Sequence[str] = ()
+    about: str = ""
+    left_out: str = ""
+    unlabelled: str = ""
 
 
 def _array_source(name: str, pixels: np.ndarray, labels: Sequence[int], classes: list[str], whole: bool) -> Source:
@@ -143,7 +163,7 @@ def _digits(data: Digits, split: Split) -> Source:
 def _cifar10(data: Cifar10, split: Split) -> Source:
     from torchvision.datasets import CIFAR10
 
-    root = (data.path or Path("~/.cache/robustok")).expanduser()
+    root = data.path or Path("~/.cache/robustok").expanduser()
     if root.name == CIFAR10.base_folder:
         root = root.parent
     try:
@@ -157,165 +177,59 @@ def _cifar10(data: Cifar10, split: Split) -> Source:
 
 
 def _folder(data: Folder, split: Split) -> Source:
-    root = data.path.expanduser()
-    if not root.is_dir():
-        raise UserError(f"no folder {root}; data.path must be a folder of images as CLASS/FILE or train/CLASS/FILE")
-    inside = set(_subfolders(root))
-    folders = {key: next((root / name for name in names if name in inside), None) for key, names in SPLITS.items()}
-    found = [folder for folder in folders.values() if folder]
-    if not folders["train"] and inside - set(SPLITS["test"]):
-        found = []  # "test" is the name of a class
-    whole = len(found) < 2
-    folder = (found[0] if found else root) if whole else folders[split]
-    # Both splits number the classes of the training images, so that a class without test images changes no label.
-    classes = _subfolders(found[0] if found else root)
-    if unknown := sorted(set(_subfolders(folder)) - set(classes)):
-        raise UserError(f"{folder} has classes that {found[0]} lacks: {', '.join(unknown[:5])}; give both the same")
-    files = [(file, size, label) for label, name in enumerate(classes) for file, size in _image_files(folder / name)]
-    if not files:  # images without class folders
-        classes = ["all"]
-        files = [(file, size, 0) for file, size in _image_files(folder, deep=False)]
-    if not files:
-        others = sorted({p.suffix or p.name for p in folder.rglob("*") if p.is_file()})
-        raise UserError(
-            f"no images in {folder} or in class folders inside it (files found: {', '.join(others[:8]) or 'none'}); "
-            f"expected CLASS/FILE with one of {' '.join(sorted(IMAGE_SUFFIXES))}"
-        )
-    identity = bytes_digest("\n".join(f"{os.path.relpath(file, folder)} {size}" for file, size, _ in files).encode())
-    paths, labels = [file for file, _, _ in files], np.array([label for _, _, label in files])
-    name = root.resolve().name
-    return Source(name, partial(_open_file, paths), partial(getitem, paths), labels, classes, identity, whole)
+    root = data.path
+    if not os.path.isdir(root):
+        kind = "an archive: unpack it" if root.suffix in ARCHIVES else "no folder"
+        raise UserError(f"{root} is {kind}; data.path must be a folder of images as CLASS/FILE or train/CLASS/FILE")
+    found = find_images(root, split, data.labels, data.label)
+    opener, where = partial(_open_file, found.paths), partial(getitem, found.paths)
+    names = [os.path.splitext(os.path.relpath(path, root))[0] for path in found.paths]
+    return Source(
+        root.resolve().name, opener, where, found.labels, found.classes or ["all"], found.identity, found.whole,
+        files=found.paths, names=names, about=found.about, left_out=describe_left_out(found.left),
+        unlabelled=found.unlabelled,
+    )  # fmt: skip
 
 
 def _open_file(paths: Sequence[str], row: int) -> Image.Image:
-    return Image.open(paths[row], formats=IMAGE_FORMATS)
-
-
-def _subfolders(folder: Path) -> list[str]:
-    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
-
-
-def _image_files(folder: Path, deep: bool = True) -> Iterator[tuple[str, int]]:
-    """Paths and sizes of image files in a fixed order; hidden files are no images."""
-    if not folder.is_dir():
-        return
-    for entry in sorted(os.scandir(folder), key=lambda e: e.name):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from _image_files(Path(entry.path)) if deep else ()
-        elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:  # a dangling link is reported when it is read
-            yield entry.path, entry.stat().st_size if entry.is_file() else 0
+    return open_image(paths[row])
 
 
 def _parquet(data: Parquet, split: Split) -> Source:
-    import pyarrow
-    import pyarrow.parquet
-
-    path = data.path.expanduser()
-    files, whole = _parquet_files(path, split)
-    groups, labels, identity = [], [], []
-    for file in files:
-        try:
-            parquet = pyarrow.parquet.ParquetFile(file)
-            schema, rows = parquet.schema_arrow, parquet.metadata.num_rows
-            column = next((name for name in ("img", "image") if name in schema.names), None)
-            found = parquet.read(columns=["label"])["label"].to_pylist() if "label" in schema.names else [0] * rows
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"cannot read {file} as parquet: {one_line(error)}; replace or remove the file") from None
-        if column is None:
-            raise UserError(f"{file} has the columns {', '.join(schema.names)}; expected images in 'img' or 'image'")
-        if not all(isinstance(label, int) for label in found):
-            raise UserError(f"column 'label' of {file} does not hold integers only; expected class numbers from 0")
-        first = 0
-        for group in range(parquet.num_row_groups):
-            groups.append(_RowGroup(str(file), group, column, len(labels) + first, first))
-            first += parquet.metadata.row_group(group).num_rows
-        labels += found
-        identity.append(f"{file.name} {file.stat().st_size}")
-    # Hugging Face data sets store the names of the classes in the schema.
-    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    numbers = [str(i) for i in range(max(labels, default=0) + 1)]
-    classes = features.get("label", {}).get("names") or (numbers if "label" in schema.names else ["all"])
-    name, identity = path.resolve().name, bytes_digest("\n".join(identity).encode())
-    opener, where = partial(_open_row, groups), partial(_where_row, groups)
-    return Source(name, opener, where, np.array(labels, dtype=np.int64), classes, identity, whole)
+    path = data.path
+    base, splits, left = split_files(path)
+    whole = len(splits) < 2
+    files = next(iter(splits.values())) if whole else splits[split]
+    table = read_table(files, base, data.label)
+    names, where = table.names, f"column {table.column} of {path}"
+    if names is None and not whole and split == "test" and any(isinstance(label, str) for label in table.labels):
+        names = number_labels(read_table(splits["train"], base, data.label).labels, where)[1]
+    labels, classes = number_labels(table.labels, where, names if table.column else ["all"])
+    content = [f"{file.name} {file.stat().st_size}" for file in files]
+    content += [f"label {data.label}"] * (data.label is not None)
+    return Source(
+        path.resolve().name, partial(open_row, table.groups), partial(where_row, table.groups), labels, classes,
+        bytes_digest("\n".join(content).encode("utf-8", "surrogateescape")), whole,
+        files=files, about=f"labels from column {table.column}" if table.column else "no labels",
+        left_out=describe_left_out(left), unlabelled=_without_labels(labels, where),
+    )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _RowGroup:
-    """A row group, the unit in which parquet is read.
-
-    Attributes:
-        file: path of the parquet file.
-        number: number of the group in the file.
-        column: column of the images.
-        start: its first row, counted in the source.
-        first: its first row, counted in the file.
-    """
-
-    file: str
-    number: int
-    column: str
-    start: int
-    first: int
-
-
-def _group_of(groups: list[_RowGroup], row: int) -> _RowGroup:
-    return groups[bisect_right(groups, row, key=attrgetter("start")) - 1]
-
-
-def _open_row(groups: list[_RowGroup], row: int) -> Image.Image:
-    group = _group_of(groups, row)
-    value = _read_group(group)[row - group.start].as_py()
-    if isinstance(value, dict) and not value.get("bytes"):  # {"bytes": None, "path": ...}
-        return Image.open(Path(group.file).parent / value["path"], formats=IMAGE_FORMATS)
-    return Image.open(BytesIO(value["bytes"] if isinstance(value, dict) else value), formats=IMAGE_FORMATS)
-
-
-def _where_row(groups: list[_RowGroup], row: int) -> str:
-    group = _group_of(groups, row)
-    return f"{group.file} row {row - group.start + group.first}"
-
-
-@lru_cache(maxsize=32)
-def _read_group(group: _RowGroup):
-    """The encoded images of a row group, a ``pyarrow.ChunkedArray``; the last few groups stay in memory."""
-    import pyarrow.parquet
-
-    with pyarrow.parquet.ParquetFile(group.file) as parquet:
-        return parquet.read_row_group(group.number, columns=[group.column]).column(group.column)
-
-
-def _parquet_files(path: Path, split: Split) -> tuple[list[Path], bool]:
-    """The split's files in order of name, and whether there is one split only."""
-    if path.is_dir():
-        base, files = path, sorted(path.rglob("*.parquet"))
-    elif any(c in path.name for c in "*?["):
-        base, files = path.parent, sorted(path.parent.glob(path.name))
-    else:
-        base, files = path.parent, [path] if path.is_file() else []
-    if not files:
-        raise UserError(f"no parquet files at {path}; data.path must be a file, a folder of *.parquet or a glob")
-
-    def named(word: str) -> list[Path]:
-        return [f for f in files if re.search(rf"(?<![a-z]){word}(?![a-z])", str(f.relative_to(base)).lower())]
-
-    found = {key: next((named(word) for word in words if named(word)), []) for key, words in SPLITS.items()}
-    if found["train"] and found["test"]:
-        return found[split], False
-    return found["train"] or found["test"] or files, True
+def _without_labels(labels: np.ndarray, where: str) -> str:
+    if not labels.size or labels.min() < -1 or labels.max() >= 0:
+        return ""
+    return f"{where} has the label -1 everywhere, which means none; give images with labels"
 
 
 def _npz(data: Npz, split: Split) -> Source:
-    path = data.path.expanduser()
+    path = data.path
     array, labels = open_array(path)
     count, height, width, _ = array.shape
-    classes = ["all"] if labels is None else [str(i) for i in range(max(0, labels.max()) + 1)]
-    labels = np.zeros(count, dtype=np.int64) if labels is None else labels
+    labels, classes = (np.zeros(count, np.int64), ["all"]) if labels is None else number_labels(labels, f"{path}")
     where, identity = partial("{} image {}".format, path), bytes_digest(f"{array.shape} {array.checksum}".encode())
     opener = partial(_to_image, array.read)
-    return Source(path.name, opener, where, labels, classes, identity, True, (height, width))
+    unlabelled = _without_labels(labels, str(path))
+    return Source(path.name, opener, where, labels, classes, identity, True, (height, width), unlabelled=unlabelled)
 
 
 def data_at(path: str | Path) -> Folder | Parquet | Npz:
@@ -324,20 +238,21 @@ def data_at(path: str | Path) -> Folder | Parquet | Npz:
     Raises:
         UserError: the path does not exist, or is none of these.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     accepted = "a folder of images, an .npz or .npy file (arr_0, uint8 NHWC), or parquet (a file, a folder, a glob)"
-    if path.suffix == ".parquet" or any(c in path.name for c in "*?["):
-        return Parquet(path=path, holdout=0)
+    exists = os.path.lexists(path)
     if path.suffix in (".npz", ".npy"):
         return Npz(path=path, holdout=0)
-    if not path.is_dir():
-        found = "is a file of another kind" if path.exists() else "does not exist"
-        raise UserError(f"{path} {found}; expected {accepted}")
+    if path.suffix == ".parquet" or (not exists and glob.has_magic(str(path))):
+        return Parquet(path=path, holdout=0)
+    if not os.path.isdir(path):
+        found = "is an archive: unpack it" if path.suffix in ARCHIVES else "is a file of another kind"
+        raise UserError(f"{path} {found if exists else 'does not exist'}; expected {accepted}")
     if (path / "manifest.json").is_file():
         raise UserError(f"{path} holds latents, which a tokenizer must decode first; expected {accepted}")
     if (path / "config.yaml").is_file():
         raise UserError(f"{path} holds a model or a run, not images; expected {accepted}")
-    parquet = not any(_image_files(path)) and any(path.rglob("*.parquet"))
+    parquet = not has_images(path) and has_parquet(path)
     return Parquet(path=path, holdout=0) if parquet else Folder(path=path, holdout=0)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustok.data.dataset import ImageDataset, open_images
+from robustok.data.dataset import ImageDataset, described_shape, open_images
 from robustok.data.latent_cache import LatentCache
 from robustok.data.loader import batches_in_order
 from robustok.data.pixels import to_pixels
@@ -19,10 +19,11 @@ from robustok.data.sources import Data, data_at
 from robustok.errors import UserError
 from robustok.evaluation.collector import FeatureCollector
 from robustok.evaluation.settings import EvaluateRun
+from robustok.files import regular_file
 from robustok.metrics import METRICS
 from robustok.metrics.comparison import REFERENCE_IMAGES, Comparison, Score
 from robustok.metrics.features import load_extractor
-from robustok.metrics.frechet import Estimate
+from robustok.metrics.frechet import Estimate, check_varied
 from robustok.metrics.lpips import LPIPS
 from robustok.metrics.processes import ALONE, Processes
 from robustok.metrics.reference import Part, Reference, cached_reference, load_reference
@@ -45,7 +46,7 @@ class Evaluator:
     def __init__(self, run: EvaluateRun, device: torch.device, processes: Processes = ALONE) -> None:
         self.run, self.device, self.processes, self.wanted = run, device, processes, run.wanted
         path = run.reference
-        self.given_statistics = path is not None and path.suffix == ".npz" and "mu" in _keys(path)
+        self.given_statistics = path is not None and path.suffix == ".npz" and "mu" in _keys(regular_file(path))
         configs = [run.extractor, *run.more_extractors] if run.extractor is not None else []
         self.extractors: list[FeatureExtractor] = [load_extractor(config, device) for config in configs]
         self.official = [config.name in ("inception", "dinov2") for config in configs]  # spaces of published values
@@ -95,7 +96,12 @@ class Evaluator:
         return found
 
     def comparison(self, fake: Reference, real: Reference, space: int, paired: bool) -> Comparison:
-        """Two sets in a feature space, compared as the run says."""
+        """Two sets in a feature space, compared as the run says.
+
+        Raises:
+            UserError: the features of the reference are all alike.
+        """
+        check_varied(real.statistics, real.describe())
         return Comparison(fake, real, self.run.comparison, self.run.seed, self.official[space], paired)
 
     def reference_of(self, shape: int | tuple[int, int], space: int, parts: set[Part] = frozenset()) -> Reference:
@@ -106,6 +112,10 @@ class Evaluator:
         key = (str(path), space)
         if key not in self.references:
             reference = load_reference(path, extractor.name)
+            size = described_shape(reference.data)
+            if size not in (None, shape, (shape, shape)):
+                sizes = " and ".join("x".join(map(str, s if isinstance(s, tuple) else (s, s))) for s in (shape, size))
+                raise UserError(f"samples and the images of {path} have {sizes} pixels; give statistics of one size")
             if (
                 reference.features is None
                 and "features" in self._reference_parts(space, parts)
@@ -149,7 +159,7 @@ class Evaluator:
                 count = len(images) - len(images.broken)
                 self.references[key] = cached_reference(
                     self.run.cache, extractor.name, images.describe(), count,
-                    lambda: self._collected(images, space, parts), parts, write=self.processes.rank == 0,
+                    lambda: self._collected(images, space, parts), parts, self.processes.rank == 0, images.stamp,
                 )  # fmt: skip
         return self.references[key]
 
@@ -165,7 +175,7 @@ class Evaluator:
 
     def open(self, data: Data, size: int | None, split: str) -> ImageDataset:
         """Images of a split, opened once: they remember which of them turned out to be broken."""
-        key = (data.model_dump_json(), size, split)
+        key = (repr(data), size, split)
         if key not in self.opened:
             self.opened[key] = open_images(data, size, split)
         return self.opened[key]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from robustok.config import Config
 from robustok.data.dataset import ImageDataset
-from robustok.data.latent_cache import LatentCache, check_cache
+from robustok.data.latent_cache import LatentCache, check_cache, check_free_samples
 from robustok.data.loader import batches_in_order
 from robustok.data.pixels import to_pixels
 from robustok.errors import UserError
@@ -54,6 +54,7 @@ class HeldOutScore:
         self._extract, self._device = load_extractor(config.extractor, device), device
         cache = LatentCache(config.latents)
         check_cache(cache, encoder_digest(tokenizer))
+        check_free_samples(cache)
         self.samples, self.extractor = len(cache) // sets, self._extract.name
         if self.samples < 2:
             raise UserError(f"{config.latents} holds {len(cache)} samples, {sets} sets need at least {2 * sets}")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robustok.data.labels import check_same_classes
 from robustok.data.latent_cache import LatentCache
 from robustok.data.pixels import from_pixels
 from robustok.evaluation.evaluator import Evaluator
@@ -15,6 +16,7 @@ from robustok.generators import load_generator
 from robustok.metrics.codebook import count_tokens
 from robustok.metrics.frechet import Estimate
 from robustok.metrics.latent_gap import Figure, latent_gap, prediction_scores, reencoding_gap, teacher_forcing
+from robustok.snapshots import read_header
 from robustok.types import Measurement, Tokenizer
 
 GAP_IMAGES = 2_000  # decoded and encoded again, or predicted by the generator, on either side
@@ -40,7 +42,8 @@ def gap(
     pairs = [side for latents in some for side in (latents, _encoded_again(evaluator, tokenizer, latents))]
     found += _lines(line, reencoding_gap(*pairs, codebook))
     if evaluator.run.samples.generator is not None and codebook is not None:
-        found += _teacher_forced(evaluator, some[1], _spread(labels, GAP_IMAGES), line)
+        images.check_labels()
+        found += _teacher_forced(evaluator, some[1], _spread(labels, GAP_IMAGES), images.classes, line)
     return found
 
 
@@ -63,10 +66,12 @@ def _encoded_again(evaluator: Evaluator, tokenizer: Tokenizer, latents: Tensor) 
 
 
 def _teacher_forced(
-    evaluator: Evaluator, tokens: Tensor, labels: Tensor, line: Callable[..., Measurement]
+    evaluator: Evaluator, tokens: Tensor, labels: Tensor, classes: list[str], line: Callable[..., Measurement]
 ) -> list[Measurement]:
-    """How well the generator predicts the tokens (N, L) of real images with these labels (N,)."""
-    generator = load_generator(evaluator.run.samples.generator).to(evaluator.device)
+    """How well the generator predicts the tokens (N, L) of real images with these labels (N,) of these classes."""
+    path = evaluator.run.samples.generator
+    generator = load_generator(path).to(evaluator.device)
+    check_same_classes(read_header(path).get("class_names"), classes, str(path), "the images")
     k, scores = min(BEST, generator.codebook_size), []
     for indices in evaluator.own(len(tokens)):
         real = tokens[indices].to(evaluator.device)

@@ -1,6 +1,6 @@
 """Samples against real images: latents through one or more decoders, and finished images of any program."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,13 @@ import numpy as np
 import torch
 
 from robustok.data.dataset import ImageDataset
-from robustok.data.latent_cache import LatentCache, check_cache
+from robustok.data.latent_cache import LatentCache, check_cache, check_free_samples, check_independent
 from robustok.data.pixels import to_pixels
 from robustok.data.sources import data_at
 from robustok.errors import UserError
 from robustok.evaluation.evaluator import Evaluator
 from robustok.evaluation.latents import gap
+from robustok.evaluation.pairing import partners
 from robustok.evaluation.pixels import pair_lines, pair_values
 from robustok.metrics.comparison import Score
 from robustok.metrics.frechet import mean_and_standard_error
@@ -26,9 +27,13 @@ from robustok.types import Measurement
 def decoded_samples(evaluator: Evaluator, latents: list[Path], decoders: Mapping[str, Path]) -> list[Measurement]:
     """The metrics of each decoder on the same latents, differences of gFID, and the gap of the latents themselves."""
     sets = [LatentCache(path) for path in latents]
-    evaluator.check_count("samples", min(len(cache) for cache in sets))
+    for cache in sets:
+        check_free_samples(cache)
+    check_independent(sets)
+    evaluator.check_count("samples", len(sets[0]))
     samples, labels = sum(len(cache) for cache in sets), np.concatenate([cache.labels for cache in sets])
-    shared = {"sets": len(sets), "samples_per_set": len(sets[0])} | _sampling_details(sets) | _balance(labels)
+    shared = {"sets": len(sets), "samples_per_set": len(sets[0])}
+    shared |= _sampling_details(sets[0]) | _balance(labels, sets[0].manifest.classes)
     found: list[Measurement] = []
     gfids: list[dict[str, list[float]]] = [{} for _ in evaluator.extractors]  # of each decoder's sets
     for name, path in decoders.items():
@@ -65,37 +70,43 @@ def finished_images(evaluator: Evaluator, name: str, path: Path, paired: bool = 
     """Finished images, as they are, against the reference; image by image too where they are paired."""
     images = evaluator.open(data_at(path), None, "train")
     evaluator.check_count("samples", len(images))
-    details = {"images": name, "source": images.describe()} | _balance(images.labels, images.classes)
-    batches = ((batch.indices, to_pixels(batch.images).to(evaluator.device)) for batch in evaluator.batches(images))
+    real = None if evaluator.given_statistics else evaluator.real_images(images.shape)
+    indices = partners(images, real) if paired else torch.arange(len(images))
+    details = {"images": name} | _balance(images.labels, max(len(images.classes), len(real.classes) if real else 0))
     found: list[Measurement] = []
     if paired and evaluator.wanted_of("pairs"):
-        found += _pairs(evaluator, images, details)
+        found += _pairs(evaluator, images, real, indices, details)
     if evaluator.wanted_of("samples"):
-        for space, scores in enumerate(evaluator.compare_set(batches, len(images), images.shape, paired)):
+        batches = (
+            (indices[batch.indices], to_pixels(batch.images).to(evaluator.device))
+            for batch in evaluator.batches(images)
+        )
+        compared = evaluator.compare_set(batches, len(images), images.shape, paired)
+        count = len(images) - len(images.broken)  # broken ones are known once all are read
+        for space, scores in enumerate(compared):
             line = partial(
-                evaluator.measurement, samples=len(images), reference=evaluator.reference_name(images.shape, space),
-                space=space, uint8="as stored", **details,
+                evaluator.measurement, samples=count, reference=evaluator.reference_name(images.shape, space),
+                space=space, uint8="as stored", source=images.describe(), **details,
             )  # fmt: skip
             found += _over_sets([scores], line)
     return found
 
 
-def _pairs(evaluator: Evaluator, images: ImageDataset, details: dict[str, Any]) -> list[Measurement]:
-    """PSNR, SSIM and LPIPS of images and their originals."""
-    originals = evaluator.real_images(images.shape)
-    if len(originals) != len(images):
-        raise UserError(
-            f"paired_images: {images.describe()} against {originals.describe()}; expected as many images on both sides"
-        )
+def _pairs(
+    evaluator: Evaluator, images: ImageDataset, originals: ImageDataset, indices: torch.Tensor, details: dict[str, Any]
+) -> list[Measurement]:
+    """PSNR, SSIM and LPIPS of images and their originals, whose ``indices`` (N,) int64 are given."""
     values = []
     for batch in evaluator.batches(images):
-        real = originals.read(batch.indices)
-        if not torch.equal(real.indices, batch.indices):
+        real = originals.read(indices[batch.indices])
+        if not torch.equal(real.indices, indices[batch.indices]):
             raise UserError(f"{originals.describe()} has broken images, so that pairs are missing; repair them")
         pair = (to_pixels(side.images).to(evaluator.device) for side in (batch, real))
         values.append((batch.indices, pair_values(evaluator, *pair)))
-    line = partial(evaluator.measurement, samples=len(images), reference=originals.describe(), **details)
-    return pair_lines(evaluator, evaluator.processes.in_order(values), line)
+    values = evaluator.processes.in_order(values)
+    details = {"source": images.describe()} | details
+    line = partial(evaluator.measurement, samples=len(values), reference=originals.describe(), **details)
+    return pair_lines(evaluator, values, line)
 
 
 def _over_sets(sets: Sequence[dict[str, Score]], line: Callable[..., Measurement]) -> list[Measurement]:
@@ -110,11 +121,11 @@ def _over_sets(sets: Sequence[dict[str, Score]], line: Callable[..., Measurement
     return found
 
 
-def _balance(labels: np.ndarray, classes: Collection[str] = ("", "")) -> dict[str, str]:
-    """How many samples each class has, for sets with classes."""
-    if len(classes) < 2 or not len(labels):
+def _balance(labels: np.ndarray, classes: int) -> dict[str, str]:
+    """How many samples each class has, of a set or a reference with several classes; nothing without labels."""
+    if classes < 2 or not len(labels) or labels.min() < 0:
         return {}
-    counts = np.unique(labels, return_counts=True)[1]
+    counts = np.bincount(labels, minlength=classes)
     low, high = int(counts.min()), int(counts.max())
     return {"balance": f"{low} of each class" if low == high else f"{low} to {high} of each class"}
 
@@ -125,8 +136,7 @@ def _post_training_details(path: Path) -> dict[str, Any]:
     return {key: found[key] for key in ("sigma", "mode", "steps", "delta", "delta_scale") if key in found}
 
 
-def _sampling_details(sets: list[LatentCache]) -> dict[str, Any]:
-    """How the latents were drawn, if all sets agree."""
-    settings = sets[0].manifest.source.get("sampling")
-    same = all(cache.manifest.source.get("sampling") == settings for cache in sets)
-    return {key: value for key, value in settings.items() if key != "name"} if same and settings else {}
+def _sampling_details(cache: LatentCache) -> dict[str, Any]:
+    """How the latents were drawn."""
+    settings = cache.manifest.source.get("sampling") or {}
+    return {key: value for key, value in settings.items() if key != "name"}

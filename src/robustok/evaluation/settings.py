@@ -106,6 +106,12 @@ class EvaluateRun(Config):
     paired_images: dict[str, Path] = Field(
         {}, description="the same, where image i was made from image i of the reference: also psnr, ssim, lpips"
     )
+    adm_reference: int | None = Field(
+        None,
+        ge=1,
+        description="size in pixels: also write out/reference.npz, the real images of this size for ADM's evaluator, "
+        "with statistics if extractor.name=inception",
+    )
     metrics: MetricNames = Field(
         ["rfid", "psnr", "codebook", "pfid", "gfid", "kid"],
         description=f"those of {', '.join(METRICS)}, or all; measured where they apply",
@@ -131,16 +137,18 @@ class EvaluateRun(Config):
         """Names of the metrics; of ``all``, those that the feature space allows."""
         if self.metrics != "all":
             return set(self.metrics)
-        return {name for name, metric in METRICS.items() if self._inception or not metric.needs_inception}
+        return {name for name, metric in METRICS.items() if self.inception or not metric.needs_inception}
 
     @property
-    def _inception(self) -> bool:
+    def inception(self) -> bool:
+        """Whether the feature space is that of the Inception network."""
         return self.extractor is not None and self.extractor.name == "inception"
 
     @model_validator(mode="after")
     def _something_to_do(self) -> "EvaluateRun":
         undecoded = self.samples is not None and not self.samples.decoders and self.tokenizer is None
-        if undecoded or not (self.tokenizer or self.samples or self.images or self.paired_images):
+        something = self.tokenizer or self.samples or self.images or self.paired_images or self.adm_reference
+        if undecoded or not something:
             raise ValueError(
                 "nothing to evaluate; give tokenizer=PATH, samples.latents=[PATH] or samples.generator=PATH with "
                 "samples.decoders.NAME=PATH, or images.NAME=PATH"
@@ -151,7 +159,7 @@ class EvaluateRun(Config):
                 "no real images to compare with; give data.name=... data.path=..., or reference=PATH for samples"
             )
         for name in sorted(self.wanted):
-            if METRICS[name].needs_inception and not self._inception:
+            if METRICS[name].needs_inception and not self.inception:
                 raise ValueError(f"{name} needs extractor.name=inception, the network that defines it")
             if METRICS[name].needs_extractor and self.extractor is None:
                 folder = "extractor.path, the folder of a saved classifier"

@@ -30,7 +30,7 @@ class DiTConfig(ContinuousConfig):
     settings: dict[str, Any] = Field(
         {}, description="its config.json under the names of diffusers, without the sizes of latents and classes"
     )
-    timesteps: int = Field(1000, ge=2, description="T, timesteps of the chain that training follows")
+    timesteps: int = Field(1000, ge=2, le=10**6, description="T, timesteps of the chain that training follows")
     beta_start: float = Field(1e-4, gt=0, lt=1, description="variance of the noise that its first step adds")
     beta_end: float = Field(0.02, gt=0, lt=1, description="of its last step")
     beta_schedule: Literal["linear", "scaled_linear"] = Field("linear", description="variances of the steps in between")

@@ -34,7 +34,7 @@ class DiffusionSampling(ContinuousSampling):
     sampler: Literal["euler", "heun", "euler_maruyama"] = Field(
         "euler", description="euler and heun solve the ODE; euler_maruyama the SDE, which adds noise on the way"
     )
-    steps: int = Field(50, ge=1, description="steps of the sampler from noise to data")
+    steps: int = Field(50, ge=1, le=10**6, description="steps of the sampler from noise to data")
     last_step: float = Field(0.04, gt=0, lt=1, description="noise level from which the last step of the SDE jumps to 0")
     guidance_interval: tuple[float, float] = Field(
         (0.0, 1.0), description="first and last time that is guided, in the family's own time, both included"

@@ -26,6 +26,7 @@ from robustok.metrics.kernel import kernel_distance
 from robustok.metrics.manifold import DistanceDtype, PrecisionRecall, precision_recall
 from robustok.metrics.reference import Reference
 from robustok.metrics.small_samples import frechet_error, frechet_infinity
+from robustok.randomness import seeded
 
 REFERENCE_IMAGES = 10_000  # of the reference, evenly spread, for metrics that need single features; ADM's number
 INFINITY_IMAGES = 10_000  # the fewest that gfid_infinity takes
@@ -71,7 +72,7 @@ class Comparison:
 
     def rng(self) -> torch.Generator:
         """A random generator, seeded anew for each metric."""
-        return torch.Generator().manual_seed(self.seed)
+        return seeded(self.seed)
 
     @cached_property
     def some_real(self) -> Tensor:

@@ -118,6 +118,19 @@ class GaussianStatistics:
             raise UserError(f"got features of {self.count} images, need at least {count}; evaluate more images")
 
 
+def check_varied(statistics: GaussianStatistics, what: str = "the reference") -> None:
+    """Refuse a reference whose features are all alike, in which every set of images would be perfect.
+
+    Raises:
+        UserError: no feature varies.
+    """
+    if not statistics.covariance.diagonal().max() > 0:
+        raise UserError(
+            f"all images of {what} have the same features, so that nothing can be measured; give an extractor with "
+            "trained weights, and images that differ"
+        )
+
+
 def covariance_factor(statistics: GaussianStatistics) -> Tensor:
     """A (F, r) float64 with A A^T the covariance, of rank r: what :func:`frechet_distance` can keep of a reference.
 

@@ -1,7 +1,7 @@
 """Sets of images in a feature space, and their statistics on disk.
 
-One .npz file without pickles. ``mu``, ``sigma``, ``mu_s`` and ``sigma_s`` are the keys of ADM's reference batches, so
-either evaluator reads the other's files. ``name``, ``data`` and ``count`` are ours.
+One .npz file without pickles. ``mu``, ``sigma``, ``mu_s`` and ``sigma_s`` are the keys of ADM's reference batches,
+which can be given too. ``name``, ``data``, ``count`` and ``stamp`` are ours.
 """
 
 import re
@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robustok.console import note
 from robustok.errors import UserError
-from robustok.files import atomic_file, bytes_digest, one_line
+from robustok.files import atomic_file, bytes_digest, one_line, regular_file
 from robustok.metrics.frechet import GaussianStatistics, covariance_factor
 
 # Raised by numpy and zipfile for damaged files and files of other formats.
@@ -41,6 +42,7 @@ class Reference:
             of them (ADM's takes 10,000); None where they were not kept.
         spatial: statistics of the spatial features, for sFID; None where they were not computed.
         logits: (N, classes), for the Inception Score; never saved.
+        stamp: of the images' files; empty where it is unknown.
     """
 
     statistics: GaussianStatistics
@@ -49,6 +51,7 @@ class Reference:
     features: Tensor | None = None
     spatial: GaussianStatistics | None = None
     logits: Tensor | None = None
+    stamp: str = ""
 
     @property
     def count(self) -> int | None:
@@ -89,13 +92,13 @@ def save_reference(reference: Reference, path: str | Path) -> None:
     Raises:
         UserError: the folder cannot be written, or the disk is full.
     """
-    arrays = _moments(reference.statistics, "")
+    arrays = moments(reference.statistics, "")
     if reference.spatial is not None:
-        arrays |= _moments(reference.spatial, "_s")
+        arrays |= moments(reference.spatial, "_s")
     if reference.features is not None:
         arrays["features"] = reference.features.detach().float().cpu().numpy()
-    origin = {"name": reference.name, "data": reference.data, "count": reference.count}
-    arrays |= {key: np.array(value) for key, value in origin.items() if value is not None}
+    origin = {"name": reference.name, "data": reference.data, "count": reference.count, "stamp": reference.stamp}
+    arrays |= {key: np.array(value) for key, value in origin.items() if value not in (None, "")}
     with atomic_file(path, shared=True) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
 
@@ -137,6 +140,7 @@ def load_reference(
         origin["data"] or Path(path).name,
         None if features is None else torch.from_numpy(features),
         spatial,
+        stamp=_origin(path, arrays, "stamp", None, str) or "",
     )
 
 
@@ -148,6 +152,7 @@ def cached_reference(
     make: Callable[[], Reference],
     needs: Collection[Part] = (),
     write: bool = True,
+    stamp: str = "",
 ) -> Reference:
     """The reference of these images in this feature space: from the folder, or made and put there.
 
@@ -165,6 +170,8 @@ def cached_reference(
         make: computes the reference; its ``name`` and ``data`` are filled in.
         needs: parts that have to be there; a file without them is made again, and keeps what it had.
         write: whether to put what was made into the folder.
+        stamp: changes when the images' files are replaced, such as ``ImageDataset.stamp``; a file in the folder with
+            another one is made again. Files of earlier versions have none and are used.
 
     Raises:
         UserError: the file in the folder is damaged or belongs to something else, it cannot be written, or what was
@@ -172,9 +179,12 @@ def cached_reference(
     """
     path = reference_path(folder, name, data, count)
     old = load_reference(path, name, data, count) if path.exists() else None
+    if old is not None and old.stamp not in ("", stamp):
+        note(f"{path}: files of {data} were replaced since, so it is computed again")
+        old = None
     if old is not None and all(getattr(old, part) is not None for part in needs):
         return old
-    made = replace(make(), name=name, data=data)
+    made = replace(make(), name=name, data=data, stamp=stamp)
     if made.count != count:
         found = f"computed a reference of {made.count} images, expected {count}"
         raise UserError(f"{found} of {data}; look for broken ones")
@@ -193,9 +203,10 @@ def reference_path(folder: str | Path, name: str, data: str, count: int) -> Path
     return Path(folder) / f"{readable}-{count}-{digest}.npz"
 
 
-def _moments(statistics: GaussianStatistics, suffix: str) -> dict[str, np.ndarray]:
-    moments = {"mu": statistics.mean, "sigma": statistics.covariance}
-    return {key + suffix: moment.cpu().numpy() for key, moment in moments.items()}
+def moments(statistics: GaussianStatistics, suffix: str) -> dict[str, np.ndarray]:
+    """Mean and covariance as ``mu`` and ``sigma`` with a suffix, the keys of ADM's files."""
+    found = {"mu": statistics.mean, "sigma": statistics.covariance}
+    return {key + suffix: moment.cpu().numpy() for key, moment in found.items()}
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
@@ -203,6 +214,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     what = "give an .npz file with the keys mu and sigma"
     if path.is_dir() or not path.exists():
         raise UserError(f"{path} is {'a folder' if path.is_dir() else 'not there'}; {what}")
+    path = regular_file(path)
     try:
         with open(path, "rb") as stream:
             zipped = stream.read(2) == b"PK"
@@ -215,7 +227,9 @@ def _read(path: Path) -> dict[str, np.ndarray]:
                 remedy = "give it as images, not as statistics" if "arr_0" in found else "compute it again"
                 holds = ", ".join(sorted(found)) or "nothing"
                 raise UserError(f"{path} holds {holds} and lacks {', '.join(missing)}; {remedy}")
-            return {key: _array(path, file, key) for key in (*NUMBERS, "name", "data", "count") if key in found}
+            return {
+                key: _array(path, file, key) for key in (*NUMBERS, "name", "data", "count", "stamp") if key in found
+            }
     except UNREADABLE as error:
         raise UserError(f"{path} is cut off or damaged ({one_line(error)}); copy or compute it again") from None
 

@@ -27,7 +27,7 @@ class ViTConfig(Config):
     """Size of a vision transformer; the defaults are ViT-B."""
 
     width: int = Field(768, ge=1, description="width of the residual stream")
-    depth: int = Field(12, ge=1, description="number of blocks")
+    depth: int = Field(12, ge=1, le=10_000, description="number of blocks")
     heads: Heads = 12
     mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the MLPs, in widths")
     layer_scale: float | None = Field(

@@ -26,7 +26,7 @@ from robustok.losses.discriminators import (
 )
 from robustok.randomness import step_rng
 from robustok.snapshots import check_finite_weights, read_weights
-from robustok.training.common import TrainingConfig, check_finite, learning_rate, set_learning_rate
+from robustok.training.common import TrainingConfig, adversary_learning_rate, check_finite, made, set_learning_rate
 from robustok.training.prepared import differentiated
 
 
@@ -56,7 +56,7 @@ class Adversary:
     ) -> None:
         self.run, self.config, self.settings, self.accelerator = run, config, discriminator, accelerator
         self.backbone = frozen_features(discriminator, accelerator.device)
-        network = DISCRIMINATORS[discriminator.name][0](discriminator)
+        network = made(lambda: DISCRIMINATORS[discriminator.name][0](discriminator), "the settings discriminator.*")
         if weights is not None:
             trained = read_weights(weights)
             check_finite_weights(trained, weights)
@@ -135,7 +135,8 @@ class Adversary:
         Raises:
             UserError: the loss is not finite.
         """
-        set_learning_rate(self.optimizer, self._learning_rate(step) if step >= 0 else self.config.learning_rate)
+        rate = adversary_learning_rate(self.run, self.config, step) if step >= 0 else self.config.learning_rate
+        set_learning_rate(self.optimizer, rate)
         real = self.features(images, step, "real")
         with autocast(images.device, self.run.precision):
             real, fake = self.prepared(real, fake.detach()).float().chunk(2)  # logits (N, positions) each
@@ -151,13 +152,6 @@ class Adversary:
         self.accelerator.backward(total)
         self.optimizer.step()
         return {**terms, "d_real": means[0], "d_fake": means[1]}
-
-    def _learning_rate(self, step: int) -> float:
-        """The run's schedule with the discriminator's peak; with ``warmup_steps`` one that begins at its start."""
-        if self.config.warmup_steps is None:
-            return learning_rate(self.run, step, self.config.learning_rate)
-        own = {"steps": self.run.steps - self.config.start, "warmup_steps": self.config.warmup_steps}
-        return learning_rate(self.run.model_copy(update=own), step - self.config.start, self.config.learning_rate)
 
     def state(self) -> dict[str, Any]:
         """Everything that resume needs."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from robustok.data.pixels import from_pixels
 from robustok.metrics.features.classifier import ClassifierConfig, Convolution, SmallClassifier, check_images
+from robustok.randomness import seeded
 
 
 def fit_classifier(
@@ -36,12 +37,12 @@ def fit_classifier(
     """
     check_images(pixels, labels)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seeded(seed).initial_seed())
         model = SmallClassifier(config, int(labels.max()) + 1, batch_norm=True)
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=config.steps + 1)
-    rng = torch.Generator().manual_seed(seed)
+    rng = seeded(seed)
     order = torch.empty(0, dtype=torch.int64)
     with torch.enable_grad():
         for step in range(config.steps):

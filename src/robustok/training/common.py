@@ -2,7 +2,8 @@
 
 import copy
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,9 @@ from torch.distributed.tensor import DTensor
 
 from robustok.config import Config
 from robustok.errors import UserError
+from robustok.losses.adversarial import AdversarialConfig
 from robustok.losses.semantic import TeacherConfig, contrastive_loss
+from robustok.snapshots import outline_of
 from robustok.tokenizers.quantizer import QuantizerConfig
 from robustok.types import TokenizerOutput
 
@@ -47,7 +50,7 @@ class TrainingConfig(Config):
     compile: bool = Field(False, description="compile the transformer blocks with torch.compile; a slower start")
     fsdp: bool = Field(False, description="shard the blocks' weights and optimiser among the processes (FSDP2)")
     workers: int = Field(
-        0, ge=0, description="data loader processes for each training process; 0 reads in the process itself"
+        0, ge=0, le=1024, description="data loader processes for each training process; 0 reads in the process itself"
     )
     log_every: int = Field(50, ge=1, description="steps between lines of log.jsonl")
     state_every: int = Field(1000, ge=1, description="steps between states for resume; the two newest are kept")
@@ -56,6 +59,11 @@ class TrainingConfig(Config):
     def due(self, every: int, done: int) -> bool:
         """Whether what happens every so many steps (0: never) and after the last one happens after ``done`` steps."""
         return done == self.steps or (every > 0 and done % every == 0)
+
+    def schedule(self, step: int) -> tuple[float, ...]:
+        """Everything in a step that depends on ``steps``: where it stays the same, ``steps`` may change on resume."""
+        adversarial = getattr(self, "adversarial", None)
+        return learning_rate(self, step), adversary_learning_rate(self, adversarial, step) if adversarial else 0.0
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> "TrainingConfig":
@@ -72,6 +80,30 @@ def learning_rate(run: TrainingConfig, step: int, peak: float | None = None) -> 
     low = min(run.min_learning_rate, peak)
     progress = (step - run.warmup_steps) / max(1, run.steps - run.warmup_steps)
     return low + (peak - low) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def adversary_learning_rate(run: TrainingConfig, config: AdversarialConfig, step: int) -> float:
+    """The discriminator's: the run's schedule with its own peak; with ``warmup_steps`` one that begins at its start."""
+    if config.warmup_steps is None:
+        return learning_rate(run, step, config.learning_rate)
+    own = {"steps": run.steps - config.start, "warmup_steps": config.warmup_steps}
+    return learning_rate(run.model_copy(update=own), step - config.start, config.learning_rate)
+
+
+def made(make: Callable[[], nn.Module], settings: str) -> nn.Module:
+    """A model with fresh weights, if it fits into the memory of this machine.
+
+    Args:
+        make: makes it.
+        settings: its settings, for the error.
+
+    Raises:
+        UserError: it does not fit; nothing was allocated.
+    """
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**63
+    limit = f"this machine's memory of {memory / 1e9:.3g} GB; lower its sizes"
+    outline_of(make, 10**5, memory // 4, f"{settings} ask for", limit)
+    return make()
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
@@ -123,7 +155,7 @@ def check_finite(loss: Tensor, terms: Mapping[str, Tensor], step: int, out: Path
         raise UserError(
             f"the loss is not finite at step {step} ({', '.join(broken) or loss.item()}); "
             f"{f'the last good state, {states[-1]}, is kept' if states else 'no state was saved before'}; "
-            "lower learning_rate, set clip_norm, or precision=float32, in a new run folder"
+            "lower learning_rate, set clip_norm, or precision=float32, in a new run folder, from step 0"
         )
 
 

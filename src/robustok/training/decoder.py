@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from robustok.config import load, plain
 from robustok.console import note
 from robustok.data.dataset import ImageDataset, open_images
-from robustok.data.latent_cache import LatentCache, LatentRecords, check_cache, training_latents
+from robustok.data.labels import sorted_as_text
+from robustok.data.latent_cache import LatentCache, LatentRecords, check_cache, check_indices, training_latents
 from robustok.data.sources import Data
 from robustok.devices import autocast, start_accelerator
 from robustok.errors import UserError
@@ -35,6 +36,7 @@ from robustok.tokenizers import encoder_digest, load_tokenizer
 from robustok.training.adversary import Adversary, last_layer
 from robustok.training.authors import AuthorsStep
 from robustok.training.common import TrainingConfig, average_copy
+from robustok.training.inputs import input_digests, may_change
 from robustok.training.prepared import PreparedInParts
 from robustok.training.state import TrainingState, optimise
 from robustok.types import Tokenizer
@@ -144,7 +146,7 @@ def train_decoder(run: DecoderTrainingRun) -> Path:
     data = _open_images(run, bare, pairs)
     reconstruction_terms = ReconstructionTerms(run.reconstruction, device)
     score = _held_out_score(run, bare, data, device) if run.held_out and accelerator.is_main_process else None
-    folder = RunFolder(run, accelerator.is_main_process)
+    folder = RunFolder(run, accelerator.is_main_process, later=may_change(run))
 
     authors = run.trainable == "authors"
     bare.latent_space = before if authors else None  # the digest of the latents it decodes, though its weights change
@@ -158,11 +160,15 @@ def train_decoder(run: DecoderTrainingRun) -> Path:
     adversary = _adversary(run, accelerator)
     snapshots = Snapshots(run, folder, average, adversary, pairs, score)
     state = TrainingState("tokenizer", bare, average, optimizer, adversary, extra=snapshots)
-    first = folder.restore(state)
+    first = folder.restore(state, input_digests(run, data))
     fresh = first == 0
     if fresh and run.continue_from is not None:
         first, previous = _previous_state(run.continue_from)
         state.load(previous | snapshots.state())
+    if _digest(bare, frozen) != original:
+        raise UserError(
+            f"the state in {run.continue_from if fresh else run.out} is of another tokenizer; give that one"
+        )
     records = training_latents(pairs, run.batch_size, run.seed, first, run.steps - first, rank, world)
     folder.start()
     if fresh:
@@ -203,7 +209,7 @@ def train_decoder(run: DecoderTrainingRun) -> Path:
             accelerator.wait_for_everyone()
     if any(_digest(model, frozen) != original for model in (bare, average)):
         raise RuntimeError("frozen weights changed during post-training: this is a bug, please report it")
-    return snapshots.chosen()
+    return snapshots.chosen(folder.last_snapshot(snapshots.write_again, accelerator))
 
 
 class Snapshots:
@@ -246,19 +252,29 @@ class Snapshots:
         self.best.setdefault("first", {"step": step, "value": value})
         if value < self.best["value"]:
             self.best.update(step=step, value=value)
-            self._write("best", header | {"held_out": {"distance": value, "at_the_start": self.best["first"]["value"]}})
+            self._write_best(header)
 
-    def chosen(self) -> Path:
+    def chosen(self, last: Path) -> Path:
         """The folder of the best snapshot with ``held_out``, else of the last one."""
+        best = self.folder.path / "snapshot" / "best"
         if self.run.held_out is None:
-            return self.folder.path / "snapshot" / f"{self.run.steps:08d}"
-        if self.folder.main and self.best["step"] == self.best["first"]["step"]:
+            return last
+        if not (best / "model.safetensors").exists():
+            note(f"{best} was removed and cannot be made again; the last one is {last}", "yellow")
+            return last
+        if self.folder.main and self.best["step"] == self.best.get("first", {}).get("step"):
             note(
                 "no snapshot was better on the held-out samples than the decoder it started from: "
                 f"{self.folder.path} keeps that one",
                 "yellow",
             )
-        return self.folder.path / "snapshot" / "best"
+        return best
+
+    def write_again(self, step: int) -> None:
+        """Write the snapshot of the last step, which is removed, and the best one if it is the same."""
+        self._write(f"{step:08d}", self._header(step))
+        if self.best["step"] == step and "first" in self.best:
+            self._write_best(self._header(step))
 
     def state(self) -> dict[str, Any]:
         """The best score so far."""
@@ -294,6 +310,10 @@ class Snapshots:
             header.pop(outdated, None)
         return header if self.adversary is None else header | {"discriminator": plain(self.adversary.settings)}
 
+    def _write_best(self, header: dict[str, Any]) -> None:
+        scores = {"distance": self.best["value"], "at_the_start": self.best["first"]["value"]}
+        self._write("best", header | {"held_out": scores})
+
     def _write(self, name: str, header: dict[str, Any]) -> None:
         extra = {} if self.adversary is None else {"discriminator": self.adversary.network.state_dict()}
         extra |= read_extra(self.run.tokenizer, "released")  # for the export to the pretrained layout
@@ -305,7 +325,9 @@ def _open_images(run: DecoderTrainingRun, tokenizer: Tokenizer, pairs: LatentCac
     if pairs.manifest.data != data.fingerprint:
         raise UserError(
             f"{run.pairs} pairs latents with other images than {data.describe()}; give the data they were encoded from"
+            f"{sorted_as_text(data.classes, pairs.manifest.class_names)}"
         )
+    check_indices(pairs, len(data))
     return data
 
 
@@ -402,4 +424,4 @@ def _previous_state(path: Path) -> tuple[int, dict[str, Any]]:
     found = RunFolder(load(DecoderTrainingRun, path / "config.yaml", [f"out={path}"]), main=False).load_state()
     if found is None:
         raise UserError(f"{path} holds no state to continue from; give the folder of a post-training run")
-    return found
+    return found[:2]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +26,8 @@ from robustok.generators.rar import RARConfig, draw_orders, drop_labels, random_
 from robustok.randomness import seed_step, step_rng
 from robustok.runs import RunFolder
 from robustok.snapshots import write_snapshot
-from robustok.training.common import Meter, TrainingConfig, average_copy
+from robustok.training.common import Meter, TrainingConfig, average_copy, made
+from robustok.training.inputs import input_digests, may_change
 from robustok.training.prepared import Prepared
 from robustok.training.state import TrainingState, optimise
 from robustok.types import GeneratorOutput
@@ -60,6 +62,16 @@ class GeneratorTrainingRun(TrainingConfig):
         None, description="sampling settings stored with the generator; null: the family's defaults, without guidance"
     )
 
+    def schedule(self, step: int) -> tuple[float, ...]:
+        """Also the share of random orders."""
+        share = random_order_share(self, step) if isinstance(self.generator, RARConfig) else 0.0
+        return *super().schedule(step), share
+
+
+def random_order_share(run: GeneratorTrainingRun, step: int) -> float:
+    """Share of the sequences that RAR has in a random order at a step."""
+    return random_share(step, int(run.random_until * run.steps), int(run.raster_from * run.steps))
+
 
 def train_generator(run: GeneratorTrainingRun) -> Path:
     """Train a generator; resume if the run folder holds a state.
@@ -77,10 +89,11 @@ def train_generator(run: GeneratorTrainingRun) -> Path:
     manifest = cache.manifest
     check_kind(run.generator.name, manifest.kind, str(run.latents))
     check_sampling(run.generator.name, run.sampling or default_sampling(run.generator.name))
-    folder = RunFolder(run, accelerator.is_main_process)
+    folder = RunFolder(run, accelerator.is_main_process, later=may_change(run))
 
     seed_step(run.seed, step=0, rank=0)  # the same initial weights in every process
-    bare = build_generator(run.generator, manifest.latent_shape, manifest.classes, manifest.codebook_size).to(device)
+    sizes = manifest.latent_shape, manifest.classes, manifest.codebook_size
+    bare = made(lambda: build_generator(run.generator, *sizes), "the settings generator.*").to(device)
     if manifest.kind == "continuous" and bare.latent_mean is None:
         bare.set_latent_statistics(*latent_statistics(cache), run.generator.latent_multiplier)
     objective = bare.objective if manifest.kind == "continuous" else None
@@ -88,8 +101,9 @@ def train_generator(run: GeneratorTrainingRun) -> Path:
     generator = Prepared(bare, run, accelerator)
     optimizer = generator.optimizer(parameter_groups(bare, run.weight_decay))
     state = TrainingState("generator", bare, average, optimizer)
-    first = folder.restore(state)
+    first = folder.restore(state, input_digests(run))
     records = training_latents(cache, run.batch_size, run.seed, first, run.steps - first, rank, world)
+    write = partial(_write_snapshot, folder, run, average, cache)
     folder.start()
 
     for step in folder.steps(range(first, run.steps), state, run.state_every, accelerator):
@@ -109,9 +123,9 @@ def train_generator(run: GeneratorTrainingRun) -> Path:
             folder.log(done, state.meter.means(accelerator))
         if run.due(run.snapshot_every, done):
             if accelerator.is_main_process:
-                _write_snapshot(folder, run, done, average, cache)
+                write(done)
             accelerator.wait_for_everyone()
-    return folder.path / "snapshot" / f"{run.steps:08d}"
+    return folder.last_snapshot(write, accelerator)
 
 
 def _losses(
@@ -179,7 +193,7 @@ def draw_step(run: GeneratorTrainingRun, latent_shape: tuple[int, int], step: in
     else:
         rng = step_rng(run.seed, step, "order")
     if isinstance(run.generator, RARConfig):
-        share = random_share(step, int(run.random_until * run.steps), int(run.raster_from * run.steps))
+        share = random_order_share(run, step)
         inputs, statistics = (draw_orders(run.batch_size, latent_shape[0], share, rng),), {"random_order": share}
     zeros = torch.zeros(run.batch_size, dtype=torch.long)
     dropped = drop_labels(zeros, run.generator.label_dropout, 1, rng).bool()
@@ -203,7 +217,7 @@ def latent_statistics(cache: LatentCache, rows: int = 4096) -> tuple[list[float]
 
 
 def _write_snapshot(
-    folder: RunFolder, run: GeneratorTrainingRun, step: int, average: nn.Module, cache: LatentCache
+    folder: RunFolder, run: GeneratorTrainingRun, average: nn.Module, cache: LatentCache, step: int
 ) -> None:
     """Write the averaged weights with the settings that sampling needs."""
     manifest = cache.manifest
@@ -213,6 +227,7 @@ def _write_snapshot(
         "codebook_size": manifest.codebook_size,
         "latent_shape": list(manifest.latent_shape),
         "classes": manifest.classes,
+        **({"class_names": manifest.class_names} if manifest.class_names else {}),
         "latent_space": manifest.tokenizer,
         "sampling": plain(run.sampling or default_sampling(run.generator.name)),
         "step": step,

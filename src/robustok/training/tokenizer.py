@@ -1,6 +1,7 @@
 """Main training of a tokenizer, with latent perturbation."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from robustok.tokenizers.maetok import AutoencoderOutput
 from robustok.tokenizers.perturbation import PerturbationConfig, draw_perturbation
 from robustok.tokenizers.robustok import RobusTokConfig, load_pretrained_backbones
 from robustok.training.adversary import Adversary, last_layer
-from robustok.training.common import TrainingConfig, average_copy, quantizer_terms
+from robustok.training.common import TrainingConfig, average_copy, made, quantizer_terms
+from robustok.training.inputs import input_digests, may_change
 from robustok.training.prepared import PreparedInParts
 from robustok.training.state import TrainingState, optimise
 from robustok.types import Tokenizer, TokenizerOutput
@@ -101,7 +103,7 @@ def train_tokenizer(run: TokenizerTrainingRun) -> Path:
     data = open_images(run.data, run.tokenizer.image_size, split="train", augment=run.augmentation)
     reconstruction_terms = ReconstructionTerms(run.reconstruction, device)
     teacher = _teacher(run, device)
-    folder = RunFolder(run, accelerator.is_main_process)
+    folder = RunFolder(run, accelerator.is_main_process, later=may_change(run))
 
     seed_step(run.seed, step=0, rank=0)  # the same initial weights in every process
     bare = _build(run, teacher).to(device)
@@ -111,8 +113,9 @@ def train_tokenizer(run: TokenizerTrainingRun) -> Path:
     adversary = Adversary(run, run.adversarial, run.discriminator, accelerator) if run.adversarial.weight else None
     codes = CodeCounts(run, accelerator)
     state = TrainingState("tokenizer", bare, average, optimizer, adversary, extra=codes)
-    first = folder.restore(state)
+    first = folder.restore(state, input_digests(run, data))
     batches = training_batches(data, run.batch_size, run.seed, first, run.steps - first, rank, world, run.workers)
+    write = partial(_write_snapshot, folder, run, average, adversary, data.describe())
     folder.start()
 
     for step in folder.steps(range(first, run.steps), state, run.state_every, accelerator):
@@ -151,9 +154,9 @@ def train_tokenizer(run: TokenizerTrainingRun) -> Path:
             _picture(folder.path / "samples" / f"{done:08d}.png", images[:8], average)
         if run.due(run.snapshot_every, done):
             if accelerator.is_main_process:
-                _write_snapshot(folder, run, done, average, adversary, data.describe())
+                write(done)
             accelerator.wait_for_everyone()
-    return folder.path / "snapshot" / f"{run.steps:08d}"
+    return folder.last_snapshot(write, accelerator)
 
 
 class ContinuousPass(nn.Module):
@@ -292,7 +295,7 @@ def _build(run: TokenizerTrainingRun, teacher: Teacher | None) -> nn.Module:
     own = config.encoder.width if config.name == "robustok" else None
     if teacher is not None and teacher.width != own:
         config = config.model_copy(update={"teacher_width": teacher.width})
-    tokenizer = family(config)
+    tokenizer = made(lambda: family(config), "the settings tokenizer.*")
     if config.name == "robustok":
         load_pretrained_backbones(tokenizer)
     return tokenizer
@@ -305,7 +308,7 @@ def _picture(path: Path, images: Tensor, average: nn.Module) -> None:
 
 
 def _write_snapshot(
-    folder: RunFolder, run: TokenizerTrainingRun, step: int, average: nn.Module, adversary: Adversary | None, data: str
+    folder: RunFolder, run: TokenizerTrainingRun, average: nn.Module, adversary: Adversary | None, data: str, step: int
 ) -> None:
     """Write the averaged weights, and the discriminator for post-training."""
     header = {

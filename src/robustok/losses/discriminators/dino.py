@@ -35,7 +35,7 @@ class DinoConfig(Config):
     image_size: int = Field(224, ge=1, description="height and width of the backbone's input in pixels")
     patch_size: int = Field(16, ge=1, description="height and width of the backbone's patches in pixels")
     width: int = Field(384, ge=1, description="width of the backbone and of the heads")
-    depth: int = Field(12, ge=1, description="number of the backbone's blocks")
+    depth: int = Field(12, ge=1, le=10_000, description="number of the backbone's blocks")
     heads: Heads = 6
     mlp_ratio: float = Field(4.0, gt=0, description="width of the backbone's MLPs as a multiple of its own")
     gelu: Literal["tanh", "exact"] = Field(
