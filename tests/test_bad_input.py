@@ -177,7 +177,8 @@ def test_one_truncated_image_is_named_and_skipped(capsys, photos, tmp_path):
     capsys.readouterr()
     assert main(["main-train", *MODEL, f"out={tmp_path / 'run'}", *data]) == 0
     err = capsys.readouterr().err
-    assert err.count("\n") == 1
+    assert err.count("\n") == 2
+    assert "data: photos train: 24 images, 2 classes (a, b); classes from folders\n" in err
     assert err.startswith("robustok: note: skipping an image")
     assert name in err
     assert "23 images" in yaml.safe_load((tmp_path / "run/snapshot/00000003/config.yaml").read_text())["trained_on"]

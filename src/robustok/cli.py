@@ -89,6 +89,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     add_completion=False,
     no_args_is_help=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
 )
 
 
@@ -203,11 +204,11 @@ def _run(name: str, words: list[str], dry_run: bool, as_json: bool) -> int:
     from robustok.environment import ignore_leftovers
     from robustok.errors import UserError
 
-    files = list(takewhile(lambda word: word.endswith((".yaml", ".yml")) and "=" not in word, words))
+    files = list(takewhile(_is_file, words))
     try:
         ignore_leftovers()
-        refuse_repeats(words[len(files) :])
         function, config = COMMANDS[name].load()
+        refuse_repeats(config, words[len(files) :])
         run = load(config, files, words[len(files) :], command=name)
         if dry_run:
             from robustok.commands.dry_run import estimate, show
@@ -225,6 +226,11 @@ def _run(name: str, words: list[str], dry_run: bool, as_json: bool) -> int:
     except KeyboardInterrupt:
         return _complain(INTERRUPTED, code=130)
     return _print(text) if _first_process() else 0
+
+
+def _is_file(word: str) -> bool:
+    """Whether a word is a YAML file, perhaps with = in its path."""
+    return word.endswith((".yaml", ".yml")) and ("=" not in word or os.path.exists(word))
 
 
 def _say(text: str, error: bool = False) -> None:
@@ -311,10 +317,14 @@ def _usage(message: str, words: list[str]) -> str:
     """A usage error with the remedy: the nearest command, how settings are written, where help is."""
     name = next((word for word in words if not word.startswith("-")), None)
     if name is not None and name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the commands are {', '.join(COMMANDS)}"
-        return f"no command {name!r}; {hint}"
-    return f"{message.rstrip('.')}; settings are written KEY=VALUE, see robustok {name or 'COMMAND'} --help"
+        near = [known for known in COMMANDS if name in known] or difflib.get_close_matches(name[:50], COMMANDS, n=1)
+        hint = (
+            f"did you mean {' or '.join(map(repr, near))}?"
+            if name and near
+            else f"the commands are {', '.join(COMMANDS)}"
+        )
+        return f"no command {name[:200]!r}; {hint}; robustok --help says more"
+    return f"{message.rstrip('.')}; settings are KEY=VALUE, without hyphens, see robustok {name or 'COMMAND'} --help"
 
 
 def _complain(message: str, code: int = 2) -> int:

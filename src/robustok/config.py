@@ -105,12 +105,14 @@ def load(
     return validate(model, settings, source=" + ".join(map(str, files)) or "the settings")
 
 
-def refuse_repeats(words: Sequence[str]) -> None:
+def refuse_repeats(model: type[Config], words: Sequence[str]) -> None:
     """Refuse words of which one would undo another, in a command that somebody typed.
 
     Raises:
         UserError: a key is there twice, or a word is no ``KEY=VALUE``.
     """
+    if wrong := next((word for word in words if "=" not in word), None):
+        raise UserError(_no_setting(model, wrong))
     given: dict[str, str] = {}
     for key, text in sorted(map(_split, words), key=lambda item: item[0].count(".")):
         if key in given:
@@ -119,6 +121,18 @@ def refuse_repeats(words: Sequence[str]) -> None:
         if group := next((p for p in parents if p in given and not given[p].startswith("{")), None):
             raise UserError(f"{group}={shown(given[group])} and {shown(key)} exclude each other; drop one")
         given[key] = text
+
+
+def _no_setting(model: type[Config], word: str) -> str:
+    """What is said of a word without ``=``."""
+    name = word.lstrip("-\u2010\u2011\u2012\u2013\u2014\u2015\u2212")  # hyphens and dashes
+    if name != word or name in ("dry-run", "json", "help"):
+        return f"got the word {shown(word)}; options are written with two hyphens: --dry-run, --json or --help"
+    if word.endswith((".yaml", ".yml")):
+        return f"got the word {shown(word)}, but files come before KEY=VALUE; put it first"
+    key = next((key for key in model.model_fields if word.startswith(key)), None)
+    example = f"{key}=..." if key else "KEY=VALUE such as steps=200 (lists: seeds=[0,1])"
+    return f"got the word {shown(word)}, expected {example}, without spaces around the ="
 
 
 def _split(word: str) -> tuple[str, str]:

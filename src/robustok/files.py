@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, digests, and errors on one line."""
+"""Files of other people, files and folders that are written whole or not at all, digests, and errors on one line."""
 
 import errno
 import hashlib

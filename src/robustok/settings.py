@@ -119,7 +119,8 @@ def explain(model: type[BaseModel], error: ValidationError, settings: dict[str, 
         key = f"{key}.name"
         return f"{source}: {key!r} is missing; {next(s.description for s in listed if s.key == key)}"
     if kind == "missing":
-        return f"{source}: {key!r} is missing; {known.get(key) or 'it has no default'}"
+        about = [s.description for s in listed if s.key == key and {*s.variants} & {*first["loc"]}]  # of this variant
+        return f"{source}: {key!r} is missing; {(about or [known.get(key)])[0] or 'it has no default'}"
     if kind == "union_tag_invalid":
         tag, expected = first["ctx"]["tag"], first["ctx"]["expected_tags"]
         return f"{source}: {key}.name = {shown(tag)}: expected one of {expected}"
@@ -129,7 +130,7 @@ def explain(model: type[BaseModel], error: ValidationError, settings: dict[str, 
         write = f"{key}.name={value}" if value in names else f"{key}.KEY=VALUE, such as {example}=..."
         return f"{source}: {key} = {shown(value)}: a group of settings; write {write}"
     # All that is accepted, where there are alternatives
-    messages = [e["msg"].removeprefix("Value error, ") for e in errors if _dotted(e["loc"], settings, False) == key]
+    messages = [_said(e["msg"]) for e in errors if _dotted(e["loc"], settings, False) == key]
     message = "; or ".join(dict.fromkeys(messages))
     if kind in ("list_type", "tuple_type") and isinstance(value, str | int | float):
         message += f"; write {key}=[{str(value)[:100]}]"
@@ -139,6 +140,11 @@ def explain(model: type[BaseModel], error: ValidationError, settings: dict[str, 
         return f"{source}: {f'{key}: ' if key else ''}{message}"
     empty = "; it is empty, give a value" if value in (None, "") else ""
     return f"{source}: {key} = {shown(value)}: {message}{empty}"
+
+
+def _said(message: str) -> str:
+    """What pydantic says, without its own names of types."""
+    return message.removeprefix("Value error, ").removesuffix(" for <class 'pathlib.Path'>")
 
 
 def _dotted(location: Sequence[str | int], settings: Any, missing: bool) -> str:

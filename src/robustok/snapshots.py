@@ -29,7 +29,7 @@ from torch.nn.modules.module import (
 )
 
 from robustok.config import Config, read_yaml, validate
-from robustok.errors import UserError
+from robustok.errors import UserError, printable
 from robustok.files import atomic_folder, load_tensors, one_line, regular_file
 from robustok.model_card import model_card
 
@@ -114,7 +114,7 @@ def write_snapshot(
         check_finite_weights(tensors, f"{path}/{name}.safetensors", remedy)
     with atomic_folder(path) as folder:
         (folder / "config.yaml").write_text(yaml.safe_dump(header, sort_keys=False))
-        (folder / "README.md").write_text(model_card(header), "utf-8", "replace")
+        (folder / "README.md").write_text(printable(model_card(header)), "utf-8")
         for name, tensors in {"model": weights, **extra}.items():
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / f"{name}.safetensors")
 

@@ -318,7 +318,7 @@ def test_links_in_a_circle_are_followed_once(tmp_path):
     with warnings.catch_warnings(record=True) as noted:
         warnings.simplefilter("always")
         dataset = open_images(Folder(path=tmp_path, holdout=0), 8)
-    left_out, broken = (str(warning.message) for warning in noted)
+    broken, left_out = (str(warning.message) for warning in noted)
     assert "2 links in a circle (all, up); 1 files of other kinds (self)" in left_out
     assert re.search(r"self\.png: .*symbolic links", broken)
     assert (len(dataset), list(dataset.broken)) == (7, [6])
@@ -391,7 +391,9 @@ def test_a_fifo_among_the_images_is_no_image(tmp_path):
     assert list(dataset.broken) == [2]
 
 
-@pytest.mark.parametrize(("name", "message"), [("set.zip", "is an archive: unpack it"), ("set.txt", "is no folder")])
+@pytest.mark.parametrize(
+    ("name", "message"), [("set.zip", "no folder .*an archive: unpack it"), ("set.txt", "no folder")]
+)
 def test_a_file_instead_of_a_folder(tmp_path, name, message):
     (tmp_path / name).write_bytes(b"PK\3\4")
     with pytest.raises(UserError, match=message):

@@ -13,7 +13,7 @@ from robustok.config import Config, validate
 from robustok.data.dataset import open_images
 from robustok.data.loader import batches_in_order
 from robustok.data.pixels import to_pixels
-from robustok.data.sources import Cifar10, Data, Digits, Folder, Npz, Parquet, data_at
+from robustok.data.sources import DATASETS, Cifar10, Data, Digits, Folder, Npz, Parquet, data_at
 from robustok.errors import UserError
 from robustok.files import IMAGE_FORMATS, IMAGE_SUFFIXES
 from tiny_images import encoded, picture, postscript, save_tree, truncate, watch_postscript
@@ -93,6 +93,22 @@ def test_parquet_file_glob_and_other_column(tmp_path):
     one = open_images(Parquet(path=tmp_path / "latest-2.parquet", holdout=0), 8)
     assert len(one) == 6
     assert one.classes == ["0", "1"]
+
+
+def test_brackets_in_a_name_that_exists_are_no_glob(tmp_path):
+    folder = tmp_path / "set [cfg=1.5]"
+    for name in ("part [0]", "deep/er/part-1"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        save_parquet(folder / f"{name}.parquet")
+    for path, count in (("part [0].parquet", 12), ("part*.parquet", 12), ("**/part*.parquet", 24), ("", 24)):
+        source = DATASETS["parquet"](Parquet(path=folder / path), "train")
+        assert len(source.labels) == count, path
+    np.savez(folder / "samples [cfg=1.5].npz", arr_0=np.zeros((3, 8, 8, 3), np.uint8))
+    assert data_at(folder / "samples [cfg=1.5].npz").name == "npz"
+    assert data_at(folder / "part [0].parquet").path.is_file()
+    assert data_at(folder).name == "parquet"
+    with pytest.raises(UserError, match="is no glob"):
+        DATASETS["parquet"](Parquet(path=folder / "a**/x.parquet"), "train")
 
 
 def test_cifar10_in_either_folder(tmp_path, monkeypatch):

@@ -9,10 +9,11 @@ this small gain nothing from more threads.
 """
 
 import json
+import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from robustok.commands.encode import EncodeRun, encode
 from robustok.commands.evaluate import evaluate
@@ -25,6 +26,7 @@ from robustok.commands.train_classifier import TrainClassifierRun, train_classif
 from robustok.config import C, Config, read_yaml, recipe, validate
 from robustok.console import note
 from robustok.data.sources import Data, Digits
+from robustok.errors import UserError
 from robustok.evaluation.settings import EvaluateRun, MetricNames
 from robustok.files import inside, write_file
 from robustok.metrics.features import ExtractorConfig
@@ -47,11 +49,16 @@ RECIPES: dict[type[Config], str] = {
 }
 
 
+TIMES = ("steps", "warmup_steps", "start", "anneal_start", "anneal_end")  # settings in steps
+
+
 class DemoRun(Config):
     """All stages of the method. The defaults take a few minutes on two cores."""
 
     out: Path = Field(Path("runs/demo"), description="run folder")
-    seeds: list[int] = Field([0], min_length=1, description="seeds; all stages run once for each")
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(
+        [0], min_length=1, description="seeds; all stages run once for each"
+    )
     recipes: Path = Field(
         Path("digits"), description="folder with classifier.yaml, tokenizer.yaml, generator.yaml and post.yaml"
     )
@@ -68,6 +75,12 @@ class DemoRun(Config):
         1.0, gt=0, description="multiplies the numbers of training steps; 0.1 is a quick trial of all stages"
     )
 
+    @model_validator(mode="after")
+    def _seeds_differ(self) -> "DemoRun":
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds {self.seeds} hold the same seed twice; keep one")
+        return self
+
 
 def demo(run: DemoRun) -> list[Measurement]:
     """Run all stages for every seed; write metrics.jsonl, pictures and report.html.
@@ -76,8 +89,10 @@ def demo(run: DemoRun) -> list[Measurement]:
         All measurements, as in metrics.jsonl.
 
     Raises:
-        UserError: as the stages raise it.
+        UserError: as the stages raise it; or a launcher has started several processes.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("demo starts its own processes; run it without torchrun or accelerate launch")
     inside(run.out)
     for seed in run.seeds:
         stages = Stages(run, seed)
@@ -226,6 +241,6 @@ def _scaled(settings: dict[str, Any], scale: float) -> dict[str, Any]:
     for key, value in settings.items():
         if isinstance(value, dict):
             found[key] = _scaled(value, scale)
-        elif key in ("steps", "warmup_steps", "start", "anneal_start", "anneal_end") or key.endswith("_every"):
+        elif isinstance(value, int) and (key in TIMES or key.endswith("_every")):
             found[key] = max(1, round(value * scale)) if value else 0
     return found

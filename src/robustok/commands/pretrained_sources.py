@@ -24,7 +24,7 @@ from robustok.data.dataset import open_images
 from robustok.data.labels import check_same_classes, sorted_as_text
 from robustok.data.latent_cache import LatentCache, check_cache, check_center_crops
 from robustok.data.sources import Data
-from robustok.errors import UserError
+from robustok.errors import UserError, printable
 from robustok.files import regular_file, write_file
 from robustok.generators import check_kind
 from robustok.hub import download, is_remote
@@ -254,7 +254,7 @@ def export_decoder(snapshot: Path, source: Path | PretrainedTokenizer, out: Path
     if not target.exists():
         convert(ConvertRun(family=family, to="export", weights=snapshot, original=original, out=target))
     use = _use(origin["part"] if origin else "flat state dict", file, target, family)
-    write_file(out / "README.md", model_card(read_header(snapshot), use=use))
+    write_file(out / "README.md", printable(model_card(read_header(snapshot), use=use)))
     if original is not None:  # the authors' loader, and ours, may need the configuration beside it
         config = file_beside(download(original) if is_remote(original) else original)
         if config is not None:

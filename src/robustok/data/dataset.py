@@ -75,8 +75,9 @@ def open_images(
         raise UserError(
             f"{source.name} has {len(labels)} images and none for the {split} split; add images or set data.holdout=0"
         )
+    images = ImageDataset(source, rows, data, split, image_size, augment or Augmentation())
     _say_what_was_found(source, split, len(rows))
-    return ImageDataset(source, rows, data, split, image_size, augment or Augmentation())
+    return images
 
 
 def _say_what_was_found(source: Source, split: Split, count: int) -> None:

@@ -179,8 +179,10 @@ def _cifar10(data: Cifar10, split: Split) -> Source:
 def _folder(data: Folder, split: Split) -> Source:
     root = data.path
     if not os.path.isdir(root):
-        kind = "an archive: unpack it" if root.suffix in ARCHIVES else "no folder"
-        raise UserError(f"{root} is {kind}; data.path must be a folder of images as CLASS/FILE or train/CLASS/FILE")
+        unpack = " (an archive: unpack it)" if root.suffix in ARCHIVES else ""
+        raise UserError(
+            f"no folder {root}{unpack}; data.path must be a folder of images as CLASS/FILE or train/CLASS/FILE"
+        )
     found = find_images(root, split, data.labels, data.label)
     opener, where = partial(_open_file, found.paths), partial(getitem, found.paths)
     names = [os.path.splitext(os.path.relpath(path, root))[0] for path in found.paths]

@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -21,6 +21,8 @@ from robustok.snapshots import outline_of
 from robustok.tokenizers.quantizer import QuantizerConfig
 from robustok.types import TokenizerOutput
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
 
 class TrainingConfig(Config):
     """Settings of all three trainings. Time is in steps."""
@@ -33,7 +35,7 @@ class TrainingConfig(Config):
     min_learning_rate: float = Field(0.0, ge=0, description="learning rate at the last step of the cosine")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up from 0")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW betas")
     clip_norm: float = Field(0.0, ge=0, description="clip the gradient norm to this; 0 is off")
     ema_decay: float = Field(
         0.9999, ge=0, lt=1, description="decay of the averaged weights, which snapshots hold; 0 keeps the last"
