@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from hostile.world import Valid
 from robustok.cli import COMMANDS
-from robustok.config import list_settings
+from robustok.settings import list_settings
 from tiny_images import postscript
 
 NOT_ROOT = 65534

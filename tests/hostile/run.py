@@ -158,7 +158,7 @@ def _wrong_end(t: Try, code: int, text: str) -> list[str]:
     allowed = {0, 2} | ({130} if t.signal and t.signal[0] == signal.SIGINT else set())
     problems = [] if code in allowed else [f"EXIT CODE {code}"]
     complaints = [line for line in text.splitlines() if line.startswith("robustok: ") and "robustok: note: " not in line]
-    others = [line for line in text.splitlines() if not line.startswith("robustok: ")]
+    others = [line for line in text.splitlines() if not line.startswith(("robustok: ", "data: "))]
     if code == 2 and not t.limits and len(complaints) != 1:  # with them, the text may be cut off
         problems.append(f"{len(complaints)} LINES of error")
     if code == 2 and others and not t.limits:
