@@ -134,6 +134,8 @@ def settings_words(t: Try) -> None:
     if key.rpartition(".")[2].endswith(WORK) and value in NUMBERS:
         t.words.append("--dry-run")
     word = key if t.rng.random() < 0.03 else f"{key}={value}"
+    if t.rng.random() < 0.95:
+        t.words = [old for old in t.words if old.partition("=")[0] != key]
     t.words.append(word)
     t.notes.append(word)
     t.again = True

@@ -107,7 +107,7 @@ def valid_words() -> list[list[str]]:
     return [
         *pipeline,
         ["demo", *DATA, "out=out", "--dry-run"],
-        [*words("main-train", Path("in"), "out"), *FOLDER, "data.holdout=0"],
+        [word for word in words("main-train", Path("in"), "out") if word not in DATA] + [*FOLDER, "data.holdout=0"],
         [*words("evaluate", Path("in"), "out"), *fast],
         [*words("generate", Path("in"), "out"), "tokenizer=in/delta@0.5", "images=npz"],
         [*classifier, *FOLDER],
