@@ -98,7 +98,9 @@ class Try:
         return word.partition("=")[2].replace("@", " ").translate(str.maketrans("[]{},", "     ")).split()
 
     def _read(self, patterns: tuple[str, ...]) -> list[Path]:
-        found = {p for root in self.inputs() for pattern in patterns for p in (root, *root.rglob("*")) if p.match(pattern)}
+        found = {
+            p for root in self.inputs() for pattern in patterns for p in (root, *root.rglob("*")) if p.match(pattern)
+        }
         return sorted(found)
 
     def _pick(self, paths: list[Path]) -> Path:
@@ -111,12 +113,55 @@ class Try:
 
 NUMBERS = ["nan", ".nan", ".inf", "-.inf", "-1", "0", "-0.0", "1e400", "1e-400", "0.5", "010", "0x10", "1_000", "1e3"]
 NUMBERS += [str(2**31), str(2**63), str(2**64), "9" * 30, "9" * 5000, "²", "0.1.2", "12:30:45", "1e99"]
-TEXTS = ["", " ", "null", "no", "yes", "true", "2024-05-01", "2024-02-31", "é", "\x1b[31m", "a\x00b", "\udcff", "\u202e"]
+TEXTS = [
+    "",
+    " ",
+    "null",
+    "no",
+    "yes",
+    "true",
+    "2024-05-01",
+    "2024-02-31",
+    "é",
+    "\x1b[31m",
+    "a\x00b",
+    "\udcff",
+    "\u202e",
+]
 TEXTS += ["a" * 300, "a" * 5000, "..", ".", "~", "~nosuchuser", "*", "**", "&a", "*a", "%s{0}", "in", "in/none", "name"]
 TEXTS += ["# x", "'", '"', "\n", "a\nb", "in/photos/*", "in/tokenizer@nan", "guard/secret.txt", "in/classifier", "a #2"]
-TREES = ["[]", "{}", "[1,2", "{a: b}", "[[[[]]]]", "[nan]", "[null]", "{name: null}", "{name: []}", "{name: {}}", "[0,-1]"]
-TREES += ["!!python/object/apply:os.system [touch guard/pwned]", "!!binary x", "[" * 2000, "{a: 1, a: 2}", "<<: 1", "? x"]
-TREES += ["&a [*a]", "{1: 2}", "{null: 1}", "[[1, 2], [3]]", "- - 1", "{name: folder}", "[a, a]", "!!set {a}", "{? [a]: b}"]
+TREES = [
+    "[]",
+    "{}",
+    "[1,2",
+    "{a: b}",
+    "[[[[]]]]",
+    "[nan]",
+    "[null]",
+    "{name: null}",
+    "{name: []}",
+    "{name: {}}",
+    "[0,-1]",
+]
+TREES += [
+    "!!python/object/apply:os.system [touch guard/pwned]",
+    "!!binary x",
+    "[" * 2000,
+    "{a: 1, a: 2}",
+    "<<: 1",
+    "? x",
+]
+TREES += [
+    "&a [*a]",
+    "{1: 2}",
+    "{null: 1}",
+    "[[1, 2], [3]]",
+    "- - 1",
+    "{name: folder}",
+    "[a, a]",
+    "!!set {a}",
+    "{? [a]: b}",
+]
 WORK = ("steps", "count", "samples", "sets", "seeds", "scale", "blocks", "depth")  # more of these is more work, rightly
 
 
@@ -127,7 +172,9 @@ def settings_words(t: Try) -> None:
     if t.rng.random() < 0.4:
         key = t.rng.choice([w.partition("=")[0] for w in t.valid.words[1:] if "=" in w])  # one that matters here
     if t.rng.random() < 0.1:
-        key = t.rng.choice(["", ".", "a..b", f"{key}.", f"{key}.x", "__class__", "a." * 1000 + "a", "\x1b[2J", "é", key[1:]])
+        key = t.rng.choice(
+            ["", ".", "a..b", f"{key}.", f"{key}.x", "__class__", "a." * 1000 + "a", "\x1b[2J", "é", key[1:]]
+        )
     if key.split(".")[0] in ("out", "cache") and value.strip() in ("", "..", "~", "in", ".", "in/classifier", "**"):
         value = "guard/secret.txt"
     t.free_out = key in ("out", "cache")
@@ -152,13 +199,20 @@ def yaml_files(t: Try) -> None:
     ])  # fmt: skip
     content = text.encode()
     if t.rng.random() < 0.3:
-        content = t.rng.choice([b"\xff\xfe" + content, b"\xef\xbb\xbf" + content, content.decode().encode("utf-16"), b"\x00" * 9])
+        content = t.rng.choice(
+            [b"\xff\xfe" + content, b"\xef\xbb\xbf" + content, content.decode().encode("utf-16"), b"\x00" * 9]
+        )
     name = t.rng.choice(["in/x.yaml", "in/x.yml", "in/x [1].yaml", "in/é.yaml"])
     Path(name).write_bytes(content)
     t.notes.append(f"{name}: {content[:60]!r}")
     t.words.insert(1, name)
     if t.rng.random() < 0.1:
-        t.words.insert(1, t.rng.choice(["guard/none.yaml", "in.yaml", "guard", "digits/tokenizer.yaml", ".yaml", "a" * 300 + ".yaml"]))
+        t.words.insert(
+            1,
+            t.rng.choice(
+                ["guard/none.yaml", "in.yaml", "guard", "digits/tokenizer.yaml", ".yaml", "a" * 300 + ".yaml"]
+            ),
+        )
 
 
 def bytes_of_files(t: Try) -> None:
@@ -183,7 +237,23 @@ def bytes_of_files(t: Try) -> None:
 
 
 ODD: list[Any] = [None, True, -1, 0, 2**31, 2**63, 10**30, 1.5, float("nan"), float("inf"), "", "x", "²", "a" * 5000]
-ODD += [[], {}, [1], [[1]], {"a": 1}, ["a"], "../guard", "\x1b[31m", f"</script>{SCRIPT}", f"{SCRIPT}</script>", [2**40, 2**40], [-1, 4], "nan", [None], {"__tensor__": "x"}]
+ODD += [
+    [],
+    {},
+    [1],
+    [[1]],
+    {"a": 1},
+    ["a"],
+    "../guard",
+    "\x1b[31m",
+    f"</script>{SCRIPT}",
+    f"{SCRIPT}</script>",
+    [2**40, 2**40],
+    [-1, 4],
+    "nan",
+    [None],
+    {"__tensor__": "x"},
+]
 
 
 def headers(t: Try) -> None:
@@ -230,7 +300,9 @@ def safetensors(t: Try) -> None:
             else:
                 tensors[name].view(-1)[0] = t.rng.choice([-1, 100, torch.iinfo(tensors[name].dtype).max])
         elif how == "type":
-            tensors[name] = tensors[name].to(t.rng.choice([torch.float64, torch.float16, torch.int64, torch.bool, torch.uint8]))
+            tensors[name] = tensors[name].to(
+                t.rng.choice([torch.float64, torch.float16, torch.int64, torch.bool, torch.uint8])
+            )
         elif how == "shape":
             tensors[name] = tensors[name].flatten()[None]
         elif how == "drop":
@@ -253,7 +325,11 @@ def safetensors(t: Try) -> None:
         entry["data_offsets"] = t.rng.choice([[0, 2**62], [5, 1], [-1, 3], [0], None, [0, 0], ["a", "b"]])
     elif how == "metadata":
         header["__metadata__"] = t.rng.choice([1, {"a": 1}, {"format": "x" * 10**5}, {"\x1b[31m": "y"}, []])
-    packed = t.rng.choice([b"[]", b"{}", b"null", b'{"a":1}', b"\xff", b"{" * 9999]) if how == "json" else json.dumps(header).encode()
+    packed = (
+        t.rng.choice([b"[]", b"{}", b"null", b'{"a":1}', b"\xff", b"{" * 9999])
+        if how == "json"
+        else json.dumps(header).encode()
+    )
     if how == "nested":
         packed = b'{"a":' + b"[" * 50000 + b"]" * 50000 + b"}"
     length = t.rng.choice([0, 1, 2**63, 2**64 - 1, 10**9]) if how == "size" else len(packed)
@@ -266,7 +342,9 @@ def npz_members(t: Try) -> None:
     file = t.file("*.npz")
     with np.load(file) as arrays:
         content = dict(arrays)
-    how = t.rng.choice(["object", "dtype", "shape", "missing", "crc", "header", "path", "many", "nan", "fortran", "encrypted", "npy"])
+    how = t.rng.choice(
+        ["object", "dtype", "shape", "missing", "crc", "header", "path", "many", "nan", "fortran", "encrypted", "npy"]
+    )
     pixels = content["arr_0"]
     if how == "object":
         content["arr_0"] = np.array([Evil(), None], dtype=object)
@@ -274,7 +352,9 @@ def npz_members(t: Try) -> None:
     elif how == "dtype":
         content["arr_0"] = pixels.astype(t.rng.choice(["f4", "f8", "i8", "u2", "c8", "S3", "U2", "M8[s]", ">u2", "?"]))
     elif how == "shape":
-        content["arr_0"] = t.rng.choice([pixels[0], pixels[:0], pixels[..., :1], pixels[None], pixels[:1], pixels.ravel(), pixels[:, :1, :1]])
+        content["arr_0"] = t.rng.choice(
+            [pixels[0], pixels[:0], pixels[..., :1], pixels[None], pixels[:1], pixels.ravel(), pixels[:, :1, :1]]
+        )
     elif how == "missing":
         content = {t.rng.choice(["arr_1", "x", "mu", "", "a/b"]): pixels}
     elif how == "nan":
@@ -292,7 +372,9 @@ def npz_members(t: Try) -> None:
         t.refused = True
     elif how == "header" and at > 0:
         old = bytes(whole[at + 10 : at + 128])
-        shape = t.rng.choice([b"(99999999999, 16, 16, 3)", b"(-1, 16, 16, 3)", b"__import__('os')", b"((((", b"'x'", b"(1e9,)"])
+        shape = t.rng.choice(
+            [b"(99999999999, 16, 16, 3)", b"(-1, 16, 16, 3)", b"__import__('os')", b"((((", b"'x'", b"(1e9,)"]
+        )
         new = b"{'descr': '|u1', 'fortran_order': False, 'shape': " + shape + b", }"
         whole[at + 10 : at + 128] = new.ljust(len(old) - 1) + b"\n"
     elif how == "encrypted":
@@ -339,7 +421,11 @@ def pickles(t: Try) -> None:
         with zipfile.ZipFile(stream, "w") as archive:
             archive.writestr("../../guard/pwned", "x")
     else:
-        stream.write(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n" if how == "pointer" else b"<!DOCTYPE html>")
+        stream.write(
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+            if how == "pointer"
+            else b"<!DOCTYPE html>"
+        )
     file.write_bytes(stream.getvalue())
     t.refused = "pt" in file.suffix and how not in ("zip", "legacy")
     t.notes.append(f"{how} {type(content).__name__}")
@@ -350,29 +436,45 @@ def links(t: Try) -> None:
     path = t.path()
     target = t.rng.choice(["moved", "circle", "dangling", "secret", "guard", "parent", "long"])
     shutil.move(path, "moved")
-    there = {"moved": Path("moved"), "circle": path, "secret": Path("guard/secret.txt"), "guard": Path("guard"), "parent": path.parent}
+    there = {
+        "moved": Path("moved"),
+        "circle": path,
+        "secret": Path("guard/secret.txt"),
+        "guard": Path("guard"),
+        "parent": path.parent,
+    }
     link = there.get(target, Path("none" if target == "dangling" else "x/" * 500)).absolute()
     path.symlink_to(link)
     t.notes.append(f"link to {target}")
 
 
 def links_of_out(t: Try) -> None:
-    """A folder ``out`` that is a link, or holds links, of somebody else."""
+    """Links of somebody else in the folder ``out``, or in place of the file ``out``. The folder may be a link."""
     t.planted = True
-    out, target = Path(t.valid.words[-1] if t.valid.words[-1].startswith("out=") else "out=out").name.removeprefix("out="), None
-    inner = t.rng.choice(["", "config.yaml", "log.jsonl", "metrics.jsonl", "snapshot", "state", "manifest.json", "pictures", "x"])
-    inner = t.rng.choice([inner, inner, f".{inner}.tmp", f"{inner}.tmp", "shard-00000.safetensors", "shard-00000.tmp", ".lock"])
+    out = Path(next(word for word in t.words if word.startswith("out=")).removeprefix("out="))
+    names = [
+        "config.yaml",
+        "log.jsonl",
+        "metrics.jsonl",
+        "snapshot",
+        "state",
+        "manifest.json",
+        "pictures",
+        "samples.npz",
+        "x",
+    ]
+    name = t.rng.choice([*names, "shard-00000.safetensors", "README.md", ".lock"])
+    name = t.rng.choice([name, name, f".{name}.tmp", f"{name}.tmp", f".{name}.old"])
     target = t.rng.choice(["secret.txt", "config.yaml", "photos", "none", "..", "../in", "../out"])
-    if t.rng.random() < 0.4:
-        source = next((p for p in t.inputs() if (p / "config.yaml").exists() or (p / "manifest.json").exists()), None)
-        shutil.copytree(source, out) if source else Path(out).mkdir()
-    at = Path(out, inner) if t.rng.random() < 0.8 and "." not in out else Path(out)
-    at.parent.mkdir(exist_ok=True)
-    if at.is_dir():
-        shutil.rmtree(at)
-    at.unlink(missing_ok=True)
-    at.symlink_to(Path("guard", target).absolute())
-    t.notes.append(f"{at} is a link to guard/{target}")
+    if t.rng.random() < 0.5 and t.valid.begun:
+        shutil.copytree(t.valid.begun, out)
+    link = out if out.suffix else out / name
+    link.parent.mkdir(exist_ok=True)
+    if link.is_dir():
+        shutil.rmtree(link)
+    link.unlink(missing_ok=True)
+    link.symlink_to(Path("guard", target).absolute())
+    t.notes.append(f"{link} is a link to guard/{target}")
 
 
 def special_files(t: Try) -> None:
@@ -405,13 +507,35 @@ def removed(t: Try) -> None:
 def images(t: Try) -> None:
     """Folders of images as they occur, and images that are odd."""
     folder = t._pick([p for p in Path("in").rglob("*") if p.is_dir() and "photos" in p.parts or p.name == "flat"])
-    names = ["caf\udce9.png", "\x1b[31m.png", "a\nb.png", "é" * 80 + ".png", ".hidden.png", "x.PNG", "x.jpeg", "a b.png", "#.png", "x.tga"]
+    names = [
+        "caf\udce9.png",
+        "\x1b[31m.png",
+        "a\nb.png",
+        "é" * 80 + ".png",
+        ".hidden.png",
+        "x.PNG",
+        "x.jpeg",
+        "a b.png",
+        "#.png",
+        "x.tga",
+    ]
     file = folder / t.rng.choice([*names, "x.txt", "metadata.jsonl", "metadata.csv", "Thumbs.db", "x.tar"])
-    picture = Image.new(t.rng.choice(["RGB", "L", "1", "P", "RGBA", "LA", "I;16", "F", "CMYK", "I"]), t.rng.choice([(16, 16), (1, 1), (2000, 1), (17, 9)]))
+    picture = Image.new(
+        t.rng.choice(["RGB", "L", "1", "P", "RGBA", "LA", "I;16", "F", "CMYK", "I"]),
+        t.rng.choice([(16, 16), (1, 1), (2000, 1), (17, 9)]),
+    )
     form = {"RGB": "PNG", "CMYK": "JPEG", "F": "TIFF", "I": "TIFF"}.get(picture.mode, "PNG")
     stream = io.BytesIO()
     picture.save(stream, form)
-    kinds = [stream.getvalue(), stream.getvalue()[:40], b"", postscript(), b"GIF89a\xff\xff\xff\xff", b"BM" + b"\xff" * 60, b"P6 99999 99999 255 "]
+    kinds = [
+        stream.getvalue(),
+        stream.getvalue()[:40],
+        b"",
+        postscript(),
+        b"GIF89a\xff\xff\xff\xff",
+        b"BM" + b"\xff" * 60,
+        b"P6 99999 99999 255 ",
+    ]
     file.write_bytes(t.rng.choice([kinds[0], kinds[0], *kinds]))
     beside = folder / t.rng.choice(["__MACOSX", "empty", "val", "test", "Train", "10", ".git", "logs", "\udcff"])
     beside.mkdir(exist_ok=True)
@@ -504,6 +628,7 @@ def resumed(t: Try) -> None:
         content = bytearray(file.read_bytes())
         content[t.rng.randrange(len(content))] ^= 1 << t.rng.randrange(8)
         file.write_bytes(content)
+        t.equal = "state" in file.parts  # states have a digest, shards do not
     elif how == "cut":
         file.write_bytes(file.read_bytes()[: t.rng.randrange(file.stat().st_size)])
     elif how == "remove":
@@ -511,24 +636,58 @@ def resumed(t: Try) -> None:
         shutil.rmtree(file) if file.is_dir() else file.unlink()
     elif how == "log":
         for log in Path("out").glob("*.jsonl"):
-            log.write_bytes(log.read_bytes() + t.rng.choice([b'{"step": 2, "lo', b"\xff\xfe", b"{}", b"null\n", b"\n\n", b"\0" * 50]))
+            log.write_bytes(
+                log.read_bytes()
+                + t.rng.choice([b'{"step": 2, "lo', b"\xff\xfe", b"{}", b"null\n", b"\n\n", b"\0" * 50])
+            )
     elif how == "input":
         file = t.file("*.png", "shard-00000.safetensors", "*/snapshot/*/model.safetensors")
         if file.suffix == ".png":
             Image.eval(Image.open(file), lambda value: 255 - value).save(file)
         else:
-            save_file({name: -value if value.is_floating_point() else value.flip(0) for name, value in load_file(file).items()}, file)
-        t.refused, t.equal = (Path("out/state").is_dir() or Path("out/manifest.json").exists()), False
+            save_file(
+                {
+                    name: -value if value.is_floating_point() else value.flip(0)
+                    for name, value in load_file(file).items()
+                },
+                file,
+            )
+        t.refused, t.equal = Path("out/state").is_dir() or any(Path("out").glob("shard-*")), False
     elif how == "temporary":
-        for name in (".config.yaml.tmp", "state/.00000003.tmp", "snapshot/.00000003.tmp", ".manifest.json.tmp", "snapshot/.best.old"):
+        for name in (
+            ".config.yaml.tmp",
+            "state/.00000003.tmp",
+            "snapshot/.00000003.tmp",
+            ".manifest.json.tmp",
+            "snapshot/.best.old",
+        ):
             if Path("out", name).parent.is_dir():
                 Path("out", name).mkdir() if t.rng.random() < 0.5 else Path("out", name).write_text("x")
     t.notes.append(how)
     t.notes[0] += f" {how} {file.name}"
 
 
-PATHS = ["classifier", "tokenizer", "latents", "generator", "samples", "pairs", "post", "delta", "photos", "flat", "flat.npz", "release.pt"]
-NEVER = ["samples.latents=[in/latents]", "samples.latents=[in/pairs]", "pairs=in/latents", "pairs=in/samples", "latents=in/pairs"]
+PATHS = [
+    "classifier",
+    "tokenizer",
+    "latents",
+    "generator",
+    "samples",
+    "pairs",
+    "post",
+    "delta",
+    "photos",
+    "flat",
+    "flat.npz",
+    "release.pt",
+]
+NEVER = [
+    "samples.latents=[in/latents]",
+    "samples.latents=[in/pairs]",
+    "pairs=in/latents",
+    "pairs=in/samples",
+    "latents=in/pairs",
+]
 NEVER += ["latents=in/samples", "tokenizer=in/generator", "generator=in/tokenizer", "extractor.path=in/tokenizer"]
 
 

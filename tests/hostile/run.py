@@ -67,7 +67,9 @@ def run_try(n: int, seed: int, base: Path, valid: list[Valid], folder: Path) -> 
     problems = [*_wrong_end(t, code, text), *_wrong_writes(t, work, before, out), *_wrong_result(t, code)]
     if t.again and code != 0 and not problems:
         problems += _wrong_afterwards(t, base, folder)
-    words, notes = (" ".join(part if len(part) < 200 else f"{part[:99]}...({len(part)})" for part in p) for p in (t.words, t.notes))
+    words, notes = (
+        " ".join(part if len(part) < 200 else f"{part[:99]}...({len(part)})" for part in p) for p in (t.words, t.notes)
+    )
     about = f"    #{n} {words!r}\n      {notes!r}\n      exit {code}: {text[-700:]!r}"
     return [f"{problem}\n{about}" for problem in problems]
 
@@ -157,8 +159,12 @@ def _wrong_end(t: Try, code: int, text: str) -> list[str]:
         return []
     allowed = {0, 2} | ({130} if t.signal and t.signal[0] == signal.SIGINT else set())
     problems = [] if code in allowed else [f"EXIT CODE {code}"]
-    complaints = [line for line in text.splitlines() if line.startswith("robustok: ") and "robustok: note: " not in line]
-    others = [line for line in text.splitlines() if not line.startswith(("robustok: ", "data: "))]
+    complaints = [
+        line for line in text.splitlines() if line.startswith("robustok: ") and "robustok: note: " not in line
+    ]
+    others = [
+        line for line in text.splitlines() if not line.startswith(("robustok: ", "data: ", "skipping the state "))
+    ]
     if code == 2 and not t.limits and len(complaints) != 1:  # with them, the text may be cut off
         problems.append(f"{len(complaints)} LINES of error")
     if code == 2 and others and not t.limits:
@@ -196,7 +202,11 @@ def _wrong_result(t: Try, code: int) -> list[str]:
             problems.append(f"ANOTHER result: {t.notes[0]}")
         if t.equal and t.valid.values and not t.valid.values.items() <= values.items():
             problems.append(f"ANOTHER value: {t.notes[0]}")
-    made = [p for p in (out, *out.rglob("*"), Path("out.html"), Path("out.safetensors")) if p.exists() and not p.is_symlink()]
+    made = [
+        p
+        for p in (out, *out.rglob("*"), Path("out.html"), Path("out.safetensors"))
+        if p.exists() and not p.is_symlink()
+    ]
     if any(not p.stat().st_mode & 0o044 for p in made) and t.user is None:
         problems.append("MODE: others cannot read what is written")
     if not t.signal and not t.planted and (left := [p.name for p in made if p.suffix in (".tmp", ".old", ".lock")]):

@@ -88,7 +88,7 @@ def build_world(folder: Path) -> list[Valid]:
 def _begun(folder: Path, number: int) -> Path | None:
     """Keep ``out`` without its end: the last state and the snapshot of a training, the last shard of a cache."""
     last = [*(folder / "out").glob("state/00000003"), *(folder / "out").glob("snapshot")]
-    last = last if len(last) == 2 else sorted((folder / "out").glob("shard-*.safetensors"))[-1:]
+    last = last if len(last) == 2 else sorted((folder / "out").glob("shard-*.safetensors"))[1:][-1:]
     if not last and not (folder / "out" / "metrics.jsonl").is_file():
         return None
     begun = folder / "begun" / str(number)
@@ -109,7 +109,7 @@ def valid_words() -> list[list[str]]:
         ["demo", *DATA, "out=out", "--dry-run"],
         [word for word in words("main-train", Path("in"), "out") if word not in DATA] + [*FOLDER, "data.holdout=0"],
         [*words("evaluate", Path("in"), "out"), *fast],
-        [*words("generate", Path("in"), "out"), "tokenizer=in/delta@0.5", "images=npz"],
+        [*words("generate", Path("in"), "out"), "tokenizer=in/delta@0.5", "images=npz", "cache.shard_size=20"],
         [*classifier, *FOLDER],
         [*classifier, "data.name=parquet", "data.path=in/photos.parquet"],
         [*classifier, "data.name=npz", "data.path=in/photos.npz"],
@@ -147,7 +147,11 @@ def measured_values(folder: Path) -> dict[str, float]:
     """The last value of each metric in metrics.jsonl."""
     file = folder / "metrics.jsonl"
     lines = json_lines(file.read_text(errors="replace"))[0] if file.is_file() else []
-    return {f"{line['metric']} {line['decoder']}": line["value"] for line in lines if {"metric", "value", "decoder"} <= line.keys()}
+    return {
+        f"{line['metric']} {line['decoder']}": line["value"]
+        for line in lines
+        if {"metric", "value", "decoder"} <= line.keys()
+    }
 
 
 def listing(folder: Path, leave_out: set[str]) -> dict[str, tuple[int, str]]:
