@@ -5,7 +5,6 @@ that losses fall, and that tokens, samples and decoders differ.
 """
 
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -100,7 +99,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def words(command: str, home: Path, out: str) -> list[str]:
-    """The words of a command with tiny settings and its inputs in ``home``; see ``once`` for words appended to them."""
+    """The words of a command with tiny settings and its inputs in ``home``."""
     at = {name: f"{home / name}" for name in PIPELINE}
     settings = {
         "train-classifier": [
@@ -125,11 +124,6 @@ def words(command: str, home: Path, out: str) -> list[str]:
         ],
     }
     return [command, *settings[command], f"out={out}"]
-
-
-def once(arguments: Iterable[str]) -> list[str]:
-    """The arguments with only the last word of each key: tests append what differs, the command line refuses that."""
-    return list({word.partition("=")[0]: word for word in arguments}.values())
 
 
 PIPELINE = {

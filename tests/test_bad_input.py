@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from conftest import LOSSES, MAIN_TRAIN, PIPELINE, TOKENIZER, TRAINING, VIT, once, words
+from conftest import LOSSES, MAIN_TRAIN, PIPELINE, TOKENIZER, TRAINING, VIT, words
 from robustok.cli import main
 from robustok.tokenizers import load_tokenizer
 
@@ -33,7 +33,7 @@ def refused(capsys, tmp_path):
     def check(*arguments: str, said: tuple[str, ...], notes: int = 0, writes: bool = False) -> str:
         before = contents(tmp_path)
         capsys.readouterr()
-        code = main(once(arguments))
+        code = main(arguments)
         out, err = capsys.readouterr()
         lines = err.splitlines()
         assert (code, out) == (2, ""), err
@@ -100,7 +100,9 @@ def test_a_process_of_its_own_says_one_line_too(tmp_path):
         "-m",
         "robustok",
         "main-train",
-        *once([*MAIN_TRAIN, f"out={tmp_path / 'run'}", "batch_size=500"]),
+        *MAIN_TRAIN,
+        f"out={tmp_path / 'run'}",
+        "batch_size=500",
     ]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (answer.returncode, answer.stdout) == (2, "")
@@ -310,10 +312,7 @@ def other(pipeline, tmp_path_factory) -> Path:
     """The miniature with another tokenizer: seed 1."""
     home = tmp_path_factory.mktemp("other")
     for name in ("tokenizer", "latents", "generator", "pairs", "samples"):
-        assert (
-            main(once([*words(PIPELINE[name], home, str(home / name)), *(["seed=1"] if name == "tokenizer" else [])]))
-            == 0
-        )
+        assert main([*words(PIPELINE[name], home, str(home / name)), *(["seed=1"] if name == "tokenizer" else [])]) == 0
     return home
 
 
@@ -412,8 +411,8 @@ def test_after_a_broken_loss_the_run_goes_on_from_the_last_good_state(refused, p
     monkeypatch.setattr(reconstruction, "pixel_loss", break_down)
     refused(*arguments, said=("not finite at step 4 (pixel = nan", "00000004, is kept"), writes=True)
     monkeypatch.setattr(reconstruction, "pixel_loss", real)
-    assert main(once(arguments)) == 0
-    assert main(once([*arguments, f"out={tmp_path / 'whole'}"])) == 0
+    assert main(arguments) == 0
+    assert main([*arguments, f"out={tmp_path / 'whole'}"]) == 0
     snapshots = [tmp_path / run / "snapshot" / "00000006" for run in ("run", "whole")]
     assert same(*map(weights, snapshots))
 
@@ -456,8 +455,8 @@ def test_a_disk_that_fills_up_while_a_state_is_saved(refused, pipeline, tmp_path
     refused(*arguments, said=said, writes=True)
     assert sorted(p.name for p in (tmp_path / "run" / "state").iterdir()) == ["00000002", "00000003"]
     monkeypatch.setattr(states, "save_file", real)
-    assert main(once(arguments)) == 0
-    assert main(once([*arguments, f"out={tmp_path / 'whole'}"])) == 0
+    assert main(arguments) == 0
+    assert main([*arguments, f"out={tmp_path / 'whole'}"]) == 0
     snapshots = [tmp_path / run / "snapshot" / "00000006" for run in ("run", "whole")]
     assert same(*map(weights, snapshots))
 
@@ -468,7 +467,7 @@ def test_a_disk_that_fills_up_while_a_cache_is_written(refused, pipeline, tmp_pa
     arguments = words(command, pipeline, str(out))
     with file_size_limit(900):
         refused(*arguments, said=("cannot write", "same command again"), writes=True)
-    assert main(once(arguments)) == 0
+    assert main(arguments) == 0
     original = pipeline / {"encode": "latents", "generate": "samples", "make-pairs": "pairs"}[command]
     assert {f.name: f.read_bytes() for f in out.iterdir()} == {f.name: f.read_bytes() for f in original.iterdir()}
 
@@ -489,7 +488,7 @@ def test_a_disk_that_is_full_for_other_files(refused, pipeline, tmp_path, argume
         assert main(words(command, pipeline, str(out))) == 0
     with file_size_limit(limit):
         refused(*words(command, pipeline, str(out)), *more, *tokenizer, said=("cannot write", "space"), writes=True)
-    assert main(once([*words(command, pipeline, str(out)), *more, *tokenizer])) == 0
+    assert main([*words(command, pipeline, str(out)), *more, *tokenizer]) == 0
 
 
 def test_a_disk_that_is_full_for_pictures(refused, pipeline, tmp_path, monkeypatch):
@@ -511,3 +510,27 @@ def test_a_state_that_was_cut_is_passed_over(capsys, pipeline, tmp_path):
     assert "skipping the state" in capsys.readouterr().err
     assert same(weights(tmp_path / "run/snapshot/00000003"), weights(pipeline / "tokenizer/snapshot/00000003"))
     assert load_tokenizer(tmp_path / "run").latent_shape == (4, 4)
+
+
+# Counts far too large
+
+
+@pytest.mark.parametrize(
+    ("command", "word", "said"),
+    [
+        ("generate", "count=10000000000000", "free some space, choose another out=FOLDER, or lower count"),
+        ("train-generator", "generator.depth=10000000000000", "ask for a model larger than this machine's memory"),
+        ("train-generator", "generator.width=10000000000000", "ask for a model larger than this machine's memory"),
+        ("main-train", "tokenizer.quantizer.size=10000000000000", "ask for a model larger than"),
+        ("main-train", "batch_size=10000000000000", "set a batch of 1 to 48"),
+        ("train-classifier", "classifier.batch_size=10000000000000", "less than or equal to 1000000"),
+        ("evaluate", "pfid.seeds=10000000000000", "less than or equal to 1000"),
+        ("evaluate", "comparison.halves=10000000000000", "less than or equal to 1000"),
+        ("encode", f"seed={2**64}", "the largest is 2^64 - 1"),
+    ],
+)
+def test_counts_far_too_large_leave_nothing_behind(capsys, pipeline, tmp_path, command, word, said):
+    capsys.readouterr()
+    assert main(once([*words(command, pipeline, str(tmp_path / "out")), word])) == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []

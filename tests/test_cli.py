@@ -10,16 +10,18 @@ import pytest
 import yaml
 
 import robustok
-from conftest import MAIN_TRAIN, PIPELINE, once, words
+from conftest import MAIN_TRAIN, PIPELINE, words
 from robustok import cli
 from robustok.cli import COMMANDS, main
+from robustok.commands.train_classifier import TrainClassifierRun
+from robustok.config import load
 from robustok.errors import UserError
 
 
 def run(capsys, *arguments):
     """Exit code, stdout and stderr of the command line, called in this process."""
     capsys.readouterr()
-    code = main(once(arguments))
+    code = main(arguments)
     out, err = capsys.readouterr()
     return code, out, err
 
@@ -114,7 +116,7 @@ def test_every_description_is_there(command):
         (["main-train", "out=x", "steps=1", "batch_size=1", "learning_rate=1", "betas=[0.9,1]"], ["betas.1 = 1"]),
         (["train"], ["'main-train' or 'train-generator'"]),
         (["x" * 5000], ["the commands are"]),
-        (["encode", "out", "x"], ["got the word 'out', expected out=..., without spaces"]),
+        (["encode", "out", "x"], ["got the word 'out', expected KEY=VALUE as out=..., without spaces"]),
         (["encode", "\u2013-dry-run"], ["two hyphens"]),
         (["encode", "x.yaml", "out=x", "y.yaml"], ["'y.yaml', but files come before KEY=VALUE"]),
         (["encode", "out=x", "data=digits", "data.limit=3"], ["data='digits' and 'data.limit' exclude each other"]),
@@ -129,9 +131,13 @@ def test_usage_errors_are_one_line_and_code_2(capsys, tmp_path, monkeypatch, arg
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_key_that_is_there_twice(capsys):
-    assert main(["encode", "out=x", "seed=1", "out=y"]) == 2
-    assert one_line(capsys.readouterr().err) == "robustok: 'out' is there twice; keep one\n"
+def test_a_later_word_wins_and_the_earlier_one_is_named(capsys, tmp_path):
+    """Scripts put their own words after common ones."""
+    words = ["data.limit=4", "data.name=digits", "seed=1", "seed=2", f"out={tmp_path}"]
+    code, _, err = run(capsys, "train-classifier", *words, "--dry-run", "--json")
+    assert (code, err) == (0, "seed=1 was replaced by a later word\n")
+    assert load(TrainClassifierRun, None, words).seed == 2
+    assert load(TrainClassifierRun, None, words).data.limit == 4  # though the name came later
 
 
 @pytest.fixture
@@ -301,7 +307,7 @@ def test_processes_that_have_not_met_let_the_first_one_print(capsys, command_tha
 
 def test_processes_of_a_launcher_print_one_error(tmp_path):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "robustok"]
-    answer = python(*launch, *once(["main-train", *MAIN_TRAIN, f"out={tmp_path / 'run'}", "batch_size=500"]))
+    answer = python(*launch, *["main-train", *MAIN_TRAIN, f"out={tmp_path / 'run'}", "batch_size=500"])
     assert answer.returncode != 0
     assert answer.stderr.count("robustok: the global batch is 500") == 1
 

@@ -4,9 +4,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from robustok.config import validate
 from robustok.generators import GENERATORS, build_generator
+from robustok.metrics.features.cifar_resnet import CifarResNet
 from robustok.pretrained.export import export_weights
 from robustok.pretrained.families import FAMILIES
 from robustok.randomness import image_rngs
@@ -83,6 +85,19 @@ def tiny_tokenizer(name, **settings):
     family, config = TOKENIZERS[name]
     torch.manual_seed(0)
     return shaken(family(validate(config, {"name": name, "image_size": 8} | TINY_TOKENIZERS[name] | settings)))
+
+
+def save_resnet20(path):
+    """A file of a ResNet-20 with random weights, without the counters of batches, as the public files have it."""
+    torch.manual_seed(0)
+    network = CifarResNet(20)
+    for name, tensor in network.state_dict().items():
+        if "running_var" in name:
+            tensor.uniform_(0.5, 2)
+        elif "running_mean" in name:
+            tensor.normal_()
+    save_file({name: tensor for name, tensor in network.state_dict().items() if "num_batches" not in name}, path)
+    return path
 
 
 def tiny_generator(name, **settings):

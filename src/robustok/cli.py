@@ -119,8 +119,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if getattr(error, "errno", None) in ORDINARY:
                 return _failed(error)
             if _out_of_memory(error):
-                about = "lower batch_size or the sizes of the model, or close other programs"
-                return _complain(f"not enough memory ({str(error)[:300]}); {about}")
+                found = str(error).partition("\n")[0][:200] or type(error).__name__
+                about = "lower batch_size or the sizes of the model or images, or close other programs"
+                return _complain(f"not enough memory ({found}); {about}")
             _say(traceback.format_exc(), error=True)
             return 1
 
@@ -200,7 +201,7 @@ for _name, _command in COMMANDS.items():
 
 def _run(name: str, words: list[str], dry_run: bool, as_json: bool) -> int:
     """Read the settings, call the function, print the result; returns the exit code."""
-    from robustok.config import load, refuse_repeats
+    from robustok.config import load, repeated
     from robustok.environment import ignore_leftovers
     from robustok.errors import UserError
 
@@ -208,7 +209,7 @@ def _run(name: str, words: list[str], dry_run: bool, as_json: bool) -> int:
     try:
         ignore_leftovers()
         function, config = COMMANDS[name].load()
-        refuse_repeats(config, words[len(files) :])
+        replaced = repeated(config, words[len(files) :])
         run = load(config, files, words[len(files) :], command=name)
         if dry_run:
             from robustok.commands.dry_run import estimate, show
@@ -225,7 +226,11 @@ def _run(name: str, words: list[str], dry_run: bool, as_json: bool) -> int:
         return _complain(str(error))
     except KeyboardInterrupt:
         return _complain(INTERRUPTED, code=130)
-    return _print(text) if _first_process() else 0
+    if not _first_process():
+        return 0
+    for word in replaced:  # not before the work: a line of error is then alone
+        _say(f"{word} was replaced by a later word", error=True)
+    return _print(text)
 
 
 def _is_file(word: str) -> bool:

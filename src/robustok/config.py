@@ -99,28 +99,39 @@ def load(
     settings: dict[str, Any] = {}
     for file in files:
         _merge(settings, read_settings(model, file, command))
-    # Groups before their keys, the name of a variant before the rest: otherwise a later word would undo an earlier one.
-    for key, text in sorted(map(_split, words), key=lambda item: (item[0].count("."), not item[0].endswith(".name"))):
+    for key, text in _in_order(words):
         _set(settings, key.split("."), _word(text, _accepted(model, key.split("."))))
     return validate(model, settings, source=" + ".join(map(str, files)) or "the settings")
 
 
-def refuse_repeats(model: type[Config], words: Sequence[str]) -> None:
-    """Refuse words of which one would undo another, in a command that somebody typed.
+def repeated(model: type[Config], words: Sequence[str]) -> list[str]:
+    """The words that a later one replaces, in a command that somebody typed.
 
     Raises:
-        UserError: a key is there twice, or a word is no ``KEY=VALUE``.
+        UserError: a word is no ``KEY=VALUE``, or belongs to a group to which an earlier word gives a plain value.
     """
     if wrong := next((word for word in words if "=" not in word), None):
         raise UserError(_no_setting(model, wrong))
     given: dict[str, str] = {}
-    for key, text in sorted(map(_split, words), key=lambda item: item[0].count(".")):
-        if key in given:
-            raise UserError(f"{shown(key)} is there twice; keep one")
+    replaced = []
+    for key, text in map(_split, words):
+        if given.get(key, text) != text:
+            replaced.append(f"{key}={given[key]}")
         parents = (key.rsplit(".", i)[0] for i in range(1, key.count(".") + 1))
         if group := next((p for p in parents if p in given and not given[p].startswith("{")), None):
             raise UserError(f"{group}={shown(given[group])} and {shown(key)} exclude each other; drop one")
         given[key] = text
+    return replaced
+
+
+def _in_order(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Keys and texts of words, the name of a variant before its settings, which another name drops."""
+    found: list[tuple[str, str]] = []
+    for key, text in map(_split, words):
+        group = key.removesuffix("name") if key.endswith(".name") else None
+        settings = [i for i, (other, _) in enumerate(found) if group and other.startswith(group) and other != key]
+        found.insert(settings[0] if settings else len(found), (key, text))
+    return found
 
 
 def _no_setting(model: type[Config], word: str) -> str:
@@ -131,8 +142,8 @@ def _no_setting(model: type[Config], word: str) -> str:
     if word.endswith((".yaml", ".yml")):
         return f"got the word {shown(word)}, but files come before KEY=VALUE; put it first"
     key = next((key for key in model.model_fields if word.startswith(key)), None)
-    example = f"{key}=..." if key else "KEY=VALUE such as steps=200 (lists: seeds=[0,1])"
-    return f"got the word {shown(word)}, expected {example}, without spaces around the ="
+    example = f"as {key}=..." if key else "such as steps=200 (lists: seeds=[0,1])"
+    return f"got the word {shown(word)}, expected KEY=VALUE {example}, without spaces around the ="
 
 
 def _split(word: str) -> tuple[str, str]:

@@ -62,6 +62,13 @@ def _post_training(header: dict[str, Any]) -> list[str]:
         "The decoder was fine-tuned to reconstruct real images from latents in which a generator replaced a share of "
         "the real ones; sigma is the share that was kept. Encoder and latents are those of the original tokenizer."
     )
+    if "objective" in settings:
+        text = (
+            "The decoder was fine-tuned on latents of several kinds, by weight. paired: real ones of which a generator "
+            "replaced a share; free: samples of a generator, with an adversary and consistency with the original "
+            "decoder; noise: real ones with noise; clean: real ones. Encoder and latents are those of the original "
+            "tokenizer."
+        )
     if settings.get("trainable", "decoder") != "decoder":
         text = "All but the encoder's transformer was trained, as in the authors' code."
     rows = ((key, value) for key, value in settings.items() if value is not None)

@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from robustok.losses.discriminators import PatchConfig, PatchDiscriminator, augment, augmentation_draw
+from robustok.losses.discriminators.resnet import ResNetConfig, ResNetFeatures, ResNetHeads
+from tiny_models import save_resnet20
 
 
 def some_images(count=4, size=16, seed=0):
@@ -37,6 +39,34 @@ def test_spectral_norm_bounds_every_layer():
     for layer in discriminator.layers[:-1]:
         if hasattr(layer, "weight"):
             assert torch.linalg.matrix_norm(layer.weight.flatten(1), ord=2).item() == pytest.approx(1, abs=0.02)
+
+
+# On a public classifier
+
+
+def test_the_heads_see_every_stage_of_the_classifier(tmp_path):
+    weights = save_resnet20(tmp_path / "resnet20.safetensors")
+    features = ResNetFeatures(ResNetConfig(weights=weights))
+    images = some_images(2, 32)
+    first, second, third = features.network.feature_maps(images)
+    maps = features(images)
+    assert maps.shape == (2, 448, 8, 8)
+    assert torch.equal(maps[0, 3 * 16 + 4 * 1 + 2], first[0, 3, 1::4, 2::4])  # channel 3, row 1 and column 2 of a block
+    assert torch.equal(maps[1, 256 + 5 * 4 + 2 * 1 + 0], second[1, 5, 1::2, 0::2])
+    assert torch.equal(maps[:, 384:], third)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_each_head_has_logits_of_its_own_stage(tmp_path, stage):
+    torch.manual_seed(0)
+    heads = ResNetHeads(ResNetConfig(weights="unused", width=8)).eval()
+    maps = torch.rand(2, 448, 4, 4)
+    other = maps.clone()
+    other[:, [0, 256, 384][stage] : [256, 384, 448][stage]] += 1
+    a, b = (heads(x).unflatten(1, (3, 16)) for x in (maps, other))
+    changed = (a != b).any(-1).all(0).tolist()
+    assert changed == [i == stage for i in range(3)]
+    assert torch.equal(heads(maps, other), torch.cat([heads(maps), heads(other)]))
 
 
 # Augmentation

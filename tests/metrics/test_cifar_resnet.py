@@ -8,21 +8,12 @@ from robustok.data.pixels import from_pixels
 from robustok.errors import UserError
 from robustok.metrics.features import ExtractorConfig, load_extractor
 from robustok.metrics.features.cifar_resnet import Block, CifarResNet, CifarResNetExtractor, load_cifar_resnet
+from tiny_models import save_resnet20
 
 
 @pytest.fixture
 def weights(tmp_path):
-    """A file of a ResNet-20 with random weights, without the counters of batches, as the public files have it."""
-    torch.manual_seed(0)
-    network = CifarResNet(20)
-    for name, tensor in network.state_dict().items():
-        if "running_var" in name:
-            tensor.uniform_(0.5, 2)
-        elif "running_mean" in name:
-            tensor.normal_()
-    state = {name: tensor for name, tensor in network.state_dict().items() if "num_batches" not in name}
-    save_file(state, tmp_path / "resnet20.safetensors")
-    return tmp_path / "resnet20.safetensors"
+    return save_resnet20(tmp_path / "resnet20.safetensors")
 
 
 def test_sizes_are_those_of_the_paper():

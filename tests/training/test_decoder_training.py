@@ -14,6 +14,7 @@ from robustok.errors import UserError
 from robustok.tokenizers import encoder_digest, frozen_weights, load_tokenizer
 from robustok.training import decoder as post_training
 from robustok.training.decoder import LatentDecoder, train_decoder
+from robustok.training.objectives import real_images
 from robustok.training.tokenizer import train_tokenizer
 
 ADVERSARY = tiny.ADVERSARY[:2]  # the carried discriminator brings its own settings
@@ -123,7 +124,7 @@ def test_the_targets_are_the_images_that_were_encoded(tokenizer, tmp_path, gener
     latents = encode(tiny.tokens_run(tmp_path / "flipped", tokenizer, "crops=center-flip"))
     cache = LatentCache(make_pairs(tiny.pairs_run(tmp_path / "pairs", generator, latents, "sigma=1")))
     data, records = open_images(Digits(limit=128), 16), cache.read(slice(None))
-    targets = post_training._targets(data, records)
+    targets = real_images(data, records)
     assert len(cache) == 256
     assert records.flips.sum() == 128
     assert torch.equal(load_tokenizer(tokenizer).encode(targets), records.latents)  # sigma 1: nothing but real tokens

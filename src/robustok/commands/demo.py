@@ -67,7 +67,7 @@ class DemoRun(Config):
     sets: int = Field(6, ge=2, description="independent sets of samples behind each gFID, for its standard error")
     samples: int = Field(1348, ge=20, description="samples in a set; the default is the number of training digits")
     grid: PerturbedGrid = Field(RelativeGrid(), description="cells of pFID")
-    perturbation_seeds: int = Field(2, ge=1, description="repetitions of pFID, for its standard error")
+    perturbation_seeds: int = Field(2, ge=1, le=1000, description="repetitions of pFID, for its standard error")
     metrics: MetricNames = Field(
         ["rfid", "psnr", "codebook", "pfid", "gfid", "kid", "gap"], description="what is measured"
     )

@@ -32,7 +32,7 @@ from robustok.devices import has_fast_bf16
 from robustok.generators import build_generator, check_kind, load_generator
 from robustok.generators.continuous import ContinuousConfig
 from robustok.hub import is_remote
-from robustok.losses.discriminators import DISCRIMINATORS
+from robustok.losses.discriminators import DISCRIMINATORS, frozen_features
 from robustok.losses.discriminators.dino import DinoBackbone
 from robustok.losses.perceptual import LPIPSLoss
 from robustok.losses.semantic import TeacherConfig
@@ -42,6 +42,7 @@ from robustok.tokenizers import TOKENIZERS, load_tokenizer
 from robustok.training.common import TrainingConfig
 from robustok.training.decoder import DecoderTrainingRun, LatentDecoder
 from robustok.training.generator import GeneratorTrainingRun
+from robustok.training.objectives import needed_caches
 from robustok.training.prepared import adapt_blocks, blocks_of
 from robustok.training.tokenizer import ContinuousPass, TokenizerTrainingRun
 from robustok.types import Generator, Tokenizer
@@ -158,7 +159,10 @@ def _post_training(run: DecoderTrainingRun | PostTrainRun) -> Estimates:
         model, (length, width) = LatentDecoder(tokenizer), tokenizer.latent_shape
         inputs = _zeros(run, length).long() if tokenizer.kind == "discrete" else _zeros(run, length, width)
     found = {"tokenizer_parameters": size, "trained_parameters": _count(model, trainable=True)}
-    found |= _pairs(run, tokenizer) if run.pairs is None else {"pairs": len(LatentCache(run.pairs))}
+    caches = {name: getattr(run, name) for name in needed_caches(run.objective)}
+    found |= {name: len(LatentCache(path)) for name, path in caches.items() if path is not None}
+    if None in caches.values():
+        found |= _to_make(run, tokenizer)
     given = [source.weights for source in sources.values() if isinstance(source, Pretrained)]
     if given and not any(map(is_remote, given)):  # remote files have no size before they are downloaded
         files = [file for path in given for file in (path, *path.rglob("*")) if file.is_file()]
@@ -166,13 +170,17 @@ def _post_training(run: DecoderTrainingRun | PostTrainRun) -> Estimates:
     return found | _training(run, model, (inputs,), _loss_networks(run, tokenizer.image_size), frozen)
 
 
-def _pairs(run: PostTrainRun, tokenizer: Tokenizer) -> Estimates:
-    """What is made before the training: latents, if there are none, and pairs of each sigma that is tried."""
+def _to_make(run: PostTrainRun, tokenizer: Tokenizer) -> Estimates:
+    """What is made before the training: latents, free samples, and pairs of each sigma that is tried."""
     record, found = _latent_bytes(tokenizer, run.cache.dtype) + RECORD, {}
     count = run.pairs_used()
-    if run.latents is None:
+    if "samples" in needed_caches(run.objective) and run.samples is None:
+        found |= {"samples": count, "samples_bytes": count * record}
+    if run.needs_latents and run.latents is None:
         count = min(count, len(open_images(run.data, tokenizer.image_size, "train")))
         found["latents_bytes"] = count * record
+    if not run.makes_pairs:
+        return found
     records = count
     if run.sigma == "auto":
         steps, tried = run.candidate_steps, len(run.candidates(tokenizer.config.name))
@@ -245,7 +253,9 @@ def _loss_networks(run: TokenizerTrainingRun | DecoderTrainingRun, image_size: i
         discriminator = _count(networks[0])
         if run.discriminator.name == "dino":
             networks.insert(0, _meta(lambda: DinoBackbone(run.discriminator)))
-            frozen += _count(networks[0])
+        elif run.discriminator.name == "cifar-resnet":
+            networks.insert(0, frozen_features(run.discriminator, torch.device("meta")))
+        frozen += sum(map(_count, networks[:-1]))
         saved += saved_bytes(nn.Sequential(*networks).requires_grad_(False), images)
     return discriminator, frozen, saved
 

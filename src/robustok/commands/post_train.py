@@ -1,15 +1,16 @@
-"""The command `post-train`: with given pairs, with pairs of a generator at a given sigma, or at the best sigma.
+"""The command `post-train`: with given pairs, with pairs of a generator at a given or the best sigma, or without pairs.
 
     robustok post-train pairs/llamagen.yaml tokenizer.weights=vq_ds16_c2i.pt generator.weights=c2i_L_256.pt ...
     robustok post-train tokenizer=runs/tok pairs=runs/pairs ...
     robustok post-train tokenizer=runs/tok generator=runs/gen latents=runs/latents sigma=0.9 ...
     robustok post-train tokenizer=runs/tok generator=runs/gen latents=runs/latents sigma=auto held_out.extractor... ...
+    robustok post-train tokenizer=runs/tok generator=runs/gen objective=free adversarial.adaptive=false ...
 
-The training loop is ``training/decoder.py``; conversion of pretrained weights is ``pretrained_sources.py``. Where pairs
-are made, pairs and trainings have folders inside the run folder, and the best decoder is copied to ``snapshot/best``,
-which users load:
+The training loop is ``training/decoder.py``; objectives beside pairs are in ``training/objectives.py``; conversion of
+pretrained weights is ``pretrained_sources.py``. Where caches are made, they and the trainings have folders inside the
+run folder, and the best decoder is copied to ``snapshot/best``, which users load:
 
-    runs/post/  latents/  pairs/  held-out/  candidate-0.8/  candidate-0.9/  post-0.9/  snapshot/best/  metrics.jsonl
+    runs/post/  latents/  samples/  pairs/  held-out/  candidate-0.8/  post-0.8/  snapshot/best/  metrics.jsonl
 """
 
 import shutil
@@ -45,7 +46,9 @@ from robustok.randomness import step_rng
 from robustok.runs import RunFolder
 from robustok.snapshots import read_extra, read_header, write_snapshot
 from robustok.tokenizers import load_tokenizer
-from robustok.training.decoder import DecoderTrainingRun, check_networks, train_decoder
+from robustok.training.decoder import check_networks, train_decoder
+from robustok.training.decoder_settings import DecoderTrainingRun, check_objective
+from robustok.training.objectives import needed_caches
 
 
 class Mixture(Config):
@@ -76,32 +79,50 @@ class PostTrainRun(DecoderTrainingRun):
     """Everything about post-training, and about the pairs where they are not given."""
 
     tokenizer: TokenizerSource = Field(description="tokenizer snapshot or run folder; or pretrained weights, as below")
-    pairs: Path | None = Field(None, description="cache of pairs, made by `robustok make-pairs`; null makes them")
+    pairs: Path | None = Field(
+        None, description="paired: cache of pairs, made by `robustok make-pairs`; null makes them"
+    )
+    samples: Path | None = Field(
+        None, description="free: cache of free samples, made by `robustok generate`; null makes them"
+    )
     generator: GeneratorSource | None = Field(
         None,
-        description="generator whose samples are mixed with real latents, where pairs is null: a path, or pretrained "
-        "weights",
+        description="generator whose samples are mixed with real latents, or free, where pairs or samples are null: a "
+        "path, or pretrained weights",
     )
     latents: Path | None = Field(
-        None, description="cache of the real images' latents, where pairs is null; null encodes as many as pairs need"
+        None,
+        description="cache of the real images' latents, for noise, clean, and for pairs where they are null; null "
+        "encodes as many as are needed",
     )
     sigma: float | Literal["auto"] | None = Field(
-        None, description="share of the real latents that is kept; auto tries a few; only where pairs is null"
+        None, description="share of the real latents that is kept; auto tries a few; only where pairs are made"
     )
     mixture: Mixture = Mixture()
     cache: SampleCacheSettings = SampleCacheSettings()
     sweep: Sweep = Sweep()
 
     @model_validator(mode="after")
-    def _pairs_or_their_makers(self) -> "PostTrainRun":
-        makers = {"generator": self.generator, "latents": self.latents, "sigma": self.sigma}
-        given = [name for name, value in makers.items() if value is not None]
-        if self.pairs is not None and given:
-            raise ValueError(
-                f"pairs are given, and so is {given[0]}, which would make them; drop one ({given[0]}=null drops it)"
-            )
-        if self.pairs is None and (missing := [name for name in ("generator", "sigma") if name not in given]):
+    def _caches_fit(self) -> "PostTrainRun":
+        check_objective(self)
+        uses = {
+            "pairs": "paired" in self.objective,
+            "samples": "free" in self.objective,
+            "generator": self.makes_pairs or ("free" in self.objective and self.samples is None),
+            "latents": self.needs_latents,
+            "sigma": self.makes_pairs,
+        }
+        for name in (name for name, used in uses.items() if not used and getattr(self, name) is not None):
+            if self.pairs is not None and name != "samples" and uses["pairs"]:
+                raise ValueError(
+                    f"pairs are given, and so is {name}, which would make them; drop one ({name}=null drops it)"
+                )
+            raise ValueError(f"objective {' and '.join(self.objective)} does not use {name}; drop it ({name}=null)")
+        missing = [name for name in ("generator", "sigma") if uses[name] and getattr(self, name) is None]
+        if missing and self.makes_pairs:
             raise ValueError(f"no pairs: give pairs=PATH, or generator and sigma ({', '.join(missing)} missing)")
+        if missing:
+            raise ValueError("objective free has no samples: give samples=PATH, or generator")
         if isinstance(self.sigma, float) and not 0 <= self.sigma <= 1:
             raise ValueError(f"sigma {self.sigma} is to be a share from 0 to 1, or auto")
         if self.sigma == "auto" and self.held_out is None:
@@ -110,6 +131,22 @@ class PostTrainRun(DecoderTrainingRun):
                 "classifier, or held_out.extractor.name=inception"
             )
         return self
+
+    @property
+    def makes_pairs(self) -> bool:
+        """Whether pairs are needed and not given."""
+        return "paired" in self.objective and self.pairs is None
+
+    @property
+    def needs_latents(self) -> bool:
+        """Whether latents of the real images are needed."""
+        return self.makes_pairs or "latents" in needed_caches(self.objective)
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing has to be made before the training."""
+        caches = (getattr(self, name) for name in needed_caches(self.objective))
+        return None not in caches and not isinstance(self.tokenizer, Pretrained)
 
     @property
     def candidate_steps(self) -> int:
@@ -128,7 +165,8 @@ class PostTrainRun(DecoderTrainingRun):
 
     def training(self, **changes: Any) -> DecoderTrainingRun:
         """The settings of a training alone, with changes."""
-        own = {name: value for name, value in self if name in DecoderTrainingRun.model_fields}
+        made_from = {"pairs", "samples", "latents"} - {*needed_caches(self.objective)}
+        own = {name: value for name, value in self if name in DecoderTrainingRun.model_fields.keys() - made_from}
         return DecoderTrainingRun(**own | changes)
 
 
@@ -147,16 +185,16 @@ def post_train(run: PostTrainRun) -> Path:
             ``make_pairs`` and the training raise it.
     """
     accelerator = start_accelerator(run.batch_size)
-    if run.pairs is not None and not isinstance(run.tokenizer, Pretrained):
+    if run.complete:
         best = train_decoder(run.training())
     else:
         ready = _prepare(run, accelerator)
         if run.sigma == "auto":
             best = _search_sigma(ready, accelerator)
         else:
-            pairs = run.pairs or _pairs(ready, run.sigma, run.steps)
-            out = run.out / ("post" if run.pairs else f"post-{run.sigma:g}")
-            best = _publish(run, accelerator, train_decoder(ready.training(out=out, pairs=pairs)), {})
+            out = run.out / (f"post-{run.sigma:g}" if run.makes_pairs else "post")
+            made = {"pairs": _pairs(ready, run.sigma, run.steps)} if run.makes_pairs else {}
+            best = _publish(run, accelerator, train_decoder(ready.training(out=out, **made)), {})
     if accelerator.is_main_process and (file := export_decoder(best, run.tokenizer, run.out / "export")):
         note(f"in the authors' layout: {file}")
     accelerator.wait_for_everyone()
@@ -164,7 +202,7 @@ def post_train(run: PostTrainRun) -> Path:
 
 
 def _prepare(run: PostTrainRun, accelerator: Accelerator) -> PostTrainRun:
-    """Convert pretrained weights and encode images; returns the run with the paths of both.
+    """Convert pretrained weights, encode images and draw free samples; returns the run with the paths of all.
 
     The run folder is created once nothing is missing.
     """
@@ -177,12 +215,16 @@ def _prepare(run: PostTrainRun, accelerator: Accelerator) -> PostTrainRun:
             folder.start()
             paths = convert_sources(sources, run.out)
             available = check_together(paths, run.latents, run.data)
-            check_networks(run.training(tokenizer=paths["tokenizer"], pairs=run.pairs or run.out / "pairs"))
-            if run.pairs is None:
+            caches = {name: getattr(run, name) or run.out / name for name in needed_caches(run.objective)}
+            check_networks(run.training(tokenizer=paths["tokenizer"], **caches))
+            if run.makes_pairs:
                 batch_indices(min(run.pairs_used(), available), run.batch_size, run.seed, 0)  # refuses too few pairs
     accelerator.wait_for_everyone()
     ready = run.model_copy(update=convert_sources(sources, run.out))
-    if run.pairs is not None or run.latents is not None:
+    if "free" in run.objective and run.samples is None:
+        samples = _free_samples(ready, run.out / "samples", run.pairs_used(), "free samples")
+        ready = ready.model_copy(update={"samples": samples})
+    if not run.needs_latents or run.latents is not None:
         return ready
     latents = EncodeRun(
         out=run.out / "latents",
@@ -218,22 +260,29 @@ def _search_sigma(run: PostTrainRun, accelerator: Accelerator) -> Path:
 
 
 def _start_search(run: PostTrainRun, accelerator: Accelerator) -> SigmaSearch:
-    """The search, with held-out samples of a seed that no user will choose, so that no result reuses them."""
+    """The search, with its held-out samples."""
     held_out, sweep = run.held_out, run.sweep
     if held_out.latents is None:
-        samples = GenerateRun(
-            out=run.out / "held-out",
-            generator=run.generator,
-            count=sweep.sets * sweep.samples,
-            sampling=run.mixture.sampling,
-            seed=step_rng(run.seed, 0, "held-out samples").initial_seed(),
-            cache=run.cache,
-        )
-        held_out = held_out.model_copy(update={"latents": generate(samples)})
+        samples = _free_samples(run, run.out / "held-out", sweep.sets * sweep.samples, "held-out samples")
+        held_out = held_out.model_copy(update={"latents": samples})
     tokenizer = load_tokenizer(run.tokenizer)
     data = open_images(run.data, tokenizer.image_size, split="train")
     make_score = lambda: HeldOutScore(held_out, tokenizer, data, accelerator.device, sweep.sets)  # noqa: E731
     return SigmaSearch(run.out, make_score, accelerator, run.seed, data.describe())
+
+
+def _free_samples(run: PostTrainRun, out: Path, count: int, purpose: str) -> Path:
+    """Free samples, of a seed that no user will choose, so that no result reuses them."""
+    return generate(
+        GenerateRun(
+            out=out,
+            generator=run.generator,
+            count=count,
+            sampling=run.mixture.sampling,
+            seed=step_rng(run.seed, 0, purpose).initial_seed(),
+            cache=run.cache,
+        )
+    )
 
 
 def _train_candidate(run: PostTrainRun, sigma: float, steps: int) -> Path:

@@ -75,21 +75,9 @@ def open_images(
         raise UserError(
             f"{source.name} has {len(labels)} images and none for the {split} split; add images or set data.holdout=0"
         )
-    images = ImageDataset(source, rows, data, split, image_size, augment or Augmentation())
-    _say_what_was_found(source, split, len(rows))
-    return images
-
-
-def _say_what_was_found(source: Source, split: Split, count: int) -> None:
-    """Print the images and classes of a split where files and folders say them, and note what is left out."""
-    classes = source.classes
-    shown = ", ".join(classes) if len(classes) < 8 else f"{', '.join(classes[:3])}, ..., {classes[-1]}"
-    names = f"{len(classes):,} classes ({shown})" if len(classes) > 1 else "one class"
-    of_all = f" of {len(source.labels):,}" if count < len(source.labels) else ""
-    if source.about:
-        _print_once(f"data: {source.name} {split}: {count:,}{of_all} images, {names}; {source.about}")
     if source.left_out:
-        warnings.warn(f"left out of {source.name} {split}: {source.left_out}", stacklevel=3)
+        warnings.warn(f"left out of {source.name} {split}: {source.left_out}", stacklevel=2)
+    return ImageDataset(source, rows, data, split, image_size, augment or Augmentation())
 
 
 @cache
@@ -285,6 +273,13 @@ class ImageDataset:
         for index, reason in new.items():
             warnings.warn(f"skipping an image that cannot be read: {self._where(index)}: {reason}", stacklevel=3)
 
+    def _found(self) -> str:
+        """Name, split, number of images and classes."""
+        count, total, names = len(self), len(self._source.labels), self.classes
+        shown = ", ".join(names) if len(names) < 8 else f"{', '.join(names[:3])}, ..., {names[-1]}"
+        classes = f"{len(names):,} classes ({shown})" if len(names) > 1 else "one class"
+        return f"{self.name} {self.split}: {count:,}{f' of {total:,}' if count < total else ''} images, {classes}"
+
     def _where(self, index: int) -> str:
         return self._source.where(int(self._rows[index]))
 
@@ -295,6 +290,8 @@ class ImageDataset:
             UserError: more images are broken than ``max_broken`` allows.
         """
         self._note(read.broken)
+        if self._source.about:  # at the first batch, so that what is refused before is one line
+            _print_once(f"data: {self._found()}; {self._source.about}")
         return Batch(from_pixels(read.pixels), torch.from_numpy(self.labels)[read.indices], read.indices)
 
 

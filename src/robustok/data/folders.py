@@ -9,6 +9,7 @@ import re
 import stat
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from robustok.data.labels import METADATA, LabelList, number_labels, sort_classes
-from robustok.errors import UserError, printable
+from robustok.errors import UserError
 from robustok.files import IMAGE_SUFFIXES, bytes_digest, reason
 
 Split = Literal["train", "test"]
@@ -145,6 +146,9 @@ def has_suffix(entry: os.DirEntry, suffixes: Collection[str], left: LeftOut | No
 
 def has_images(folder: str | Path) -> bool:
     """Whether there is an image in a folder or in one inside it."""
+    with suppress(OSError), os.scandir(folder) as found:  # at once, where the first file is one
+        if any(has_suffix(e, IMAGE_SUFFIXES) and not e.name.startswith(".") and e.is_file() for e in found):
+            return True
     return any(True for _ in walk(folder, IMAGE_SUFFIXES))
 
 
@@ -209,14 +213,19 @@ def find_images(root: Path, split: Split, labels: Path | None = None, column: st
         raise UserError(f"{folder} has classes that {base} lacks: {', '.join(unknown[:5])}; give both the same")
     if labels is not None and groups and (whole or split == "test"):
         raise UserError(f"{folder} has class folders, so it needs no list of labels; leave data.labels out")
-    listed = None if groups and len(classes) > 1 else LabelList.find([folder, root], labels, column)
+    # Class folders give the labels, unless there is one only or a column is asked for.
+    by_folder = bool(groups) and (labels is not None or (len(classes) > 1 and column is None))
+    listed = None if by_folder else LabelList.find([folder, root], labels, column)
     found = _listed(listed, loose or [*chain(*groups.values())], root, labels is not None, left) if listed else []
+    if column is not None and not (found or by_folder):
+        raise UserError(
+            f"data.label={column}: no {' or '.join(METADATA)} in {folder} has it; give a list in data.labels"
+        )
     digest, unlabelled = "", ""
     if found:
-        known = classes if len(classes) > 1 else None
+        known = classes if len(classes) > 1 and not groups else None
         if known is None and not whole and split == "test":
-            trained = find_images(root, "train", labels, column)
-            known = trained.classes or None
+            known = find_images(root, "train", labels, column).classes or None
         files, values = zip(*found, strict=True)
         numbers, classes = number_labels(values, str(listed.file), known)
         about, digest = f"labels from {listed.describe()}", listed.digest
@@ -240,8 +249,8 @@ def find_images(root: Path, split: Split, labels: Path | None = None, column: st
         )
     lines = [f"{os.path.relpath(entry.path, folder)} {_size(entry)}" for entry in files] + [digest] * bool(digest)
     identity = bytes_digest("\n".join(lines).encode("utf-8", "surrogateescape"))
-    names = [printable(name) for name in classes]  # a name that is not UTF-8 could not be written into snapshots
-    return Found([e.path for e in files], np.array(numbers, np.int64), names, identity, whole, about, unlabelled, left)
+    paths = [entry.path for entry in files]
+    return Found(paths, np.array(numbers, np.int64), classes, identity, whole, about, unlabelled, left)
 
 
 def _splits(root: Path, left: LeftOut) -> dict[Split, Path]:

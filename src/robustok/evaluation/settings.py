@@ -80,7 +80,7 @@ class PFIDConfig(Config):
     grid: PerturbedGrid = Field(RelativeGrid(), description="cells of pFID")
     include_self: bool = Field(True, description="whether a token is among its own neighbours, as in the paper")
     noise: NoiseGrid = Field(NoiseGrid(), description="cells of noise_fd")
-    seeds: int = Field(1, ge=1, description="repetitions, for the standard error")
+    seeds: int = Field(1, ge=1, le=1000, description="repetitions, for the standard error")
 
 
 class EvaluateRun(Config):

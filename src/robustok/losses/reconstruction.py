@@ -11,7 +11,14 @@ from torch import Tensor
 from robustok.config import Config
 from robustok.errors import UserError
 from robustok.losses.perceptual import LPIPSLoss, perceptual_loss
+from robustok.metrics.features.cifar_resnet import load_cifar_resnet
 from robustok.metrics.features.classifier import load_classifier
+
+# Classifiers whose feature maps are a perceptual space: how to load them, and from what.
+CLASSIFIERS = {
+    "classifier": (load_classifier, "the folder of a saved classifier"),
+    "cifar-resnet": (load_cifar_resnet, "a file of akamaster/pytorch_resnet_cifar10"),
+}
 
 
 class ReconstructionConfig(Config):
@@ -19,13 +26,16 @@ class ReconstructionConfig(Config):
 
     pixel: Literal["l1", "l2"] = Field("l2", description="pixel loss, mean over all elements")
     pixel_weight: float = Field(1.0, ge=0, description="weight of the pixel loss")
-    perceptual: Literal["none", "lpips", "classifier"] = Field(
+    perceptual: Literal["none", "lpips", "classifier", "cifar-resnet"] = Field(
         "lpips",
-        description="lpips: VGG features, needs the extra robustok[lpips]; classifier: a small one trained on the data",
+        description="lpips: VGG features, needs the extra robustok[lpips]; classifier: a small one trained on the "
+        "data; cifar-resnet: a public classifier of CIFAR-10",
     )
     perceptual_weight: float = Field(1.0, ge=0, description="weight of the perceptual loss")
     perceptual_weights: str | None = Field(
-        None, description="local file of VGG weights for lpips, or folder of a saved classifier"
+        None,
+        description="lpips: local file of VGG weights; classifier: folder of a saved one; cifar-resnet: file of "
+        "akamaster/pytorch_resnet_cifar10",
     )
 
 
@@ -47,13 +57,13 @@ class ReconstructionTerms:
         self.perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
         if config.perceptual == "lpips" and config.perceptual_weight:
             self.perceptual = LPIPSLoss(config.perceptual_weights).to(device)
-        elif config.perceptual == "classifier" and config.perceptual_weight:
+        elif config.perceptual != "none" and config.perceptual_weight:
+            load, what = CLASSIFIERS[config.perceptual]
             if config.perceptual_weights is None:
                 raise UserError(
-                    "reconstruction.perceptual=classifier needs reconstruction.perceptual_weights, "
-                    "the folder of a saved classifier"
+                    f"reconstruction.perceptual={config.perceptual} needs reconstruction.perceptual_weights, {what}"
                 )
-            classifier = load_classifier(Path(config.perceptual_weights)).to(device).eval().requires_grad_(False)
+            classifier = load(Path(config.perceptual_weights)).to(device).eval().requires_grad_(False)
             self.perceptual = lambda a, b: perceptual_loss(classifier.feature_maps, a, b)
 
     def __call__(self, images: Tensor, reconstructions: Tensor) -> dict[str, Tensor]:

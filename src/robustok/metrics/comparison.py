@@ -36,7 +36,10 @@ class ComparisonConfig(Config):
     """Choices in how sets of images are compared."""
 
     halves: int = Field(
-        0, ge=0, description="random halves for the standard errors of rFID and of gFID of one set; 10 are enough"
+        0,
+        ge=0,
+        le=1000,
+        description="random halves for the standard errors of rFID and of one set's gFID; 10 suffice",
     )
     distance_dtype: DistanceDtype = Field("float64", description="distances of precision and recall; float16 is ADM's")
     shuffle: bool = Field(True, description="shuffle images before the splits of the Inception Score; ADM does not")

@@ -1,33 +1,29 @@
 """Post-training: the decoder is fine-tuned on latents that a generator made.
 
-Latents come from a cache of pairs: real latents mixed with samples of the generator. Each is decoded and compared with
-its real image, with the losses and the discriminator of main training. Encoder and quantiser are frozen and in eval
-mode; a digest of their weights before and after checks it.
+In the paper, latents come from a cache of pairs: real latents mixed with samples of the generator. Each is decoded and
+compared with its real image, with the losses and the discriminator of main training. Other objectives, and mixtures of
+them, are in ``objectives.py``. Encoder and quantiser are frozen and in eval mode; a digest of their weights before and
+after checks it.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from robustok.config import load, plain
 from robustok.console import note
 from robustok.data.dataset import ImageDataset, open_images
 from robustok.data.labels import sorted_as_text
-from robustok.data.latent_cache import LatentCache, LatentRecords, check_cache, check_indices, training_latents
-from robustok.data.sources import Data
+from robustok.data.latent_cache import LatentCache, check_indices
 from robustok.devices import autocast, start_accelerator
 from robustok.errors import UserError
-from robustok.evaluation.held_out import HeldOut, HeldOutScore
+from robustok.evaluation.held_out import HeldOutScore
 from robustok.files import tensor_digest
-from robustok.losses.adversarial import AdversarialConfig
-from robustok.losses.discriminators import DiscriminatorConfig, PatchConfig, carried_config, frozen_features
-from robustok.losses.reconstruction import ReconstructionConfig, ReconstructionTerms
-from robustok.losses.semantic import TeacherConfig
+from robustok.losses.discriminators import DiscriminatorConfig, carried_config, frozen_features
+from robustok.losses.reconstruction import ReconstructionTerms
 from robustok.metrics.features import load_extractor
 from robustok.randomness import seed_step
 from robustok.runs import RunFolder
@@ -35,54 +31,16 @@ from robustok.snapshots import read_extra, read_header, resolve, write_snapshot
 from robustok.tokenizers import encoder_digest, load_tokenizer
 from robustok.training.adversary import Adversary, last_layer
 from robustok.training.authors import AuthorsStep
-from robustok.training.common import TrainingConfig, average_copy
+from robustok.training.common import average_copy
+from robustok.training.decoder_settings import DecoderTrainingRun, adversary_policy
 from robustok.training.inputs import input_digests, may_change
+from robustok.training.objectives import Examples, Material, Steps, mixture, needed_caches, open_caches
 from robustok.training.prepared import PreparedInParts
 from robustok.training.state import TrainingState, optimise
 from robustok.types import Tokenizer
 
-# Settings of the pairs that the model card names.
+# Settings of the pairs, or of the samples, that the model card names.
 PAIR_SETTINGS = ("strategy", "noise_level", "sampler_steps", "guided_share", "generator", "sampling", "seed")
-
-
-class DecoderTrainingRun(TrainingConfig):
-    """Settings of the training of a decoder on pairs; the defaults are the paper's, in steps."""
-
-    steps: int = Field(7_800, ge=1, description="number of training steps")
-    batch_size: int = Field(1024, ge=1, description="pairs in the global batch, all processes together")
-    learning_rate: float = Field(5e-5, gt=0, description="peak learning rate")
-    min_learning_rate: float = Field(1e-5, ge=0, description="learning rate at the last step of the cosine")
-    tokenizer: Path = Field(description="tokenizer snapshot, or run folder of main training")
-    pairs: Path = Field(description="cache of pairs, made by `robustok make-pairs`")
-    data: Data = Field(description="images of the pairs")
-    reconstruction: ReconstructionConfig = ReconstructionConfig()
-    adversarial: AdversarialConfig = AdversarialConfig(learning_rate=5e-5)
-    adversary: Literal["auto", "carried", "fresh", "reinit_warmup", "none"] = Field(
-        "auto",
-        description="carried: the discriminator in the tokenizer's snapshot; fresh: a new one (the authors' code); "
-        "reinit_warmup: a new one, first trained on images of the original decoder; none: no adversarial term; "
-        "auto: carried if the snapshot has one, else reinit_warmup",
-    )
-    adversary_warmup: int = Field(
-        500, ge=1, description="steps for which reinit_warmup trains the new discriminator alone"
-    )
-    trainable: Literal["decoder", "authors"] = Field(
-        "decoder",
-        description="decoder: the paper; authors: the authors' code, which encodes images again and freezes only the "
-        "encoder's transformer",
-    )
-    teacher: TeacherConfig = TeacherConfig()  # of trainable=authors
-    discriminator: DiscriminatorConfig = Field(
-        PatchConfig(), description="a new discriminator; a carried one has its own settings, but the path of weights"
-    )
-    held_out: HeldOut | None = Field(
-        None, description="choose the best snapshot, or the original decoder, on held-out samples; null: the last one"
-    )
-    continue_from: Path | None = Field(
-        None,
-        description="post-training run whose weights, averages, optimiser, discriminator and step this run starts "
-        "from, with its own settings (other pairs, more steps)",
-    )
 
 
 class LatentDecoder(nn.Module):
@@ -139,18 +97,18 @@ def train_decoder(run: DecoderTrainingRun) -> Path:
         UserError: tokenizer, pairs, data, configuration or run folder do not fit; the loss is not finite.
     """
     accelerator = start_accelerator(run.batch_size, run.gradient_accumulation)
-    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    device, rank = accelerator.device, accelerator.process_index
     bare = load_tokenizer(run.tokenizer).to(device)
-    before, pairs = encoder_digest(bare), LatentCache(run.pairs)
-    check_cache(pairs, before)
-    data = _open_images(run, bare, pairs)
+    before = encoder_digest(bare)
+    caches = open_caches({name: getattr(run, name) for name in needed_caches(run.objective)}, before)
+    data = _open_images(run, bare, caches)
     reconstruction_terms = ReconstructionTerms(run.reconstruction, device)
     score = _held_out_score(run, bare, data, device) if run.held_out and accelerator.is_main_process else None
     folder = RunFolder(run, accelerator.is_main_process, later=may_change(run))
 
     authors = run.trainable == "authors"
     bare.latent_space = before if authors else None  # the digest of the latents it decodes, though its weights change
-    procedure = AuthorsStep(run, bare, pairs.manifest.source.get("mode")) if authors else DecoderStep(bare)
+    procedure = AuthorsStep(run, bare, caches["pairs"].manifest.source.get("mode")) if authors else DecoderStep(bare)
     frozen = {name for name, p in bare.named_parameters() if not p.requires_grad}
     original = _digest(bare, frozen)
     average, layer = average_copy(bare), last_layer(bare)
@@ -158,7 +116,9 @@ def train_decoder(run: DecoderTrainingRun) -> Path:
     optimizer = decoder.optimizer()
     seed_step(run.seed, step=0, rank=0)  # the same initial weights of a new discriminator in every process
     adversary = _adversary(run, accelerator)
-    snapshots = Snapshots(run, folder, average, adversary, pairs, score)
+    untouched = average_copy(average) if "free" in run.objective else average  # copied before a state is loaded
+    material = Material(untouched, data, caches, run.noise, run.precision)
+    snapshots = Snapshots(run, folder, average, adversary, caches, score)
     state = TrainingState("tokenizer", bare, average, optimizer, adversary, extra=snapshots)
     first = folder.restore(state, input_digests(run, data))
     fresh = first == 0
@@ -169,25 +129,24 @@ def train_decoder(run: DecoderTrainingRun) -> Path:
         raise UserError(
             f"the state in {run.continue_from if fresh else run.out} is of another tokenizer; give that one"
         )
-    records = training_latents(pairs, run.batch_size, run.seed, first, run.steps - first, rank, world)
+    batches = _batches(run, material, first, run.steps - first, accelerator)
     folder.start()
     if fresh:
-        if first == 0 and adversary is not None and _policy(run) == "reinit_warmup":
-            warmup = training_latents(pairs, run.batch_size, run.seed, 0, run.adversary_warmup, rank, world)
-            folder.log(0, _warm_up(adversary, average, data, warmup, run))
+        if first == 0 and adversary is not None and adversary_policy(run) == "reinit_warmup":
+            warmup = _batches(run, material, 0, run.adversary_warmup, accelerator)
+            folder.log(0, _warm_up(adversary, average, warmup, run))
         snapshots.write(first)
         accelerator.wait_for_everyone()
 
     for step in folder.steps(range(first, run.steps), state, run.state_every, accelerator):
-        batch = next(records)
-        images = _targets(data, batch).to(device)  # (N, 3, H, W)
+        batch = next(batches)
         seed_step(run.seed, step, rank)
         decoder.train()
 
-        # 1. Decode the latents; compare the images with the real ones.
-        output = decoder(*procedure.inputs(batch.latents.to(device)))
+        # 1. Decode the latents; compare the images with their targets.
+        output = decoder(*procedure.inputs(batch.latents))
         decoded = procedure.reconstructions(output)  # (N, 3, H, W)
-        terms = decoder.means(reconstruction_terms, images, decoded)
+        terms = _compare(decoder, reconstruction_terms, batch, decoded)
         reconstruction_loss = sum(terms.values())
         terms |= procedure.terms(output)
 
@@ -198,7 +157,7 @@ def train_decoder(run: DecoderTrainingRun) -> Path:
             state.meter.add({"adaptive_weight": weight})
         optimise(decoder, state, [terms], step)
         if adversary is not None and adversary.started(step):
-            state.meter.add(adversary.step(images, fake, step, run.out))
+            state.meter.add(adversary.step(batch.real, fake, step, run.out))
 
         # 3. Log; snapshot with its score.
         done = step + 1
@@ -220,7 +179,7 @@ class Snapshots:
         folder: run folder.
         average: the averaged weights.
         adversary: its discriminator is saved too.
-        pairs: named in the model card.
+        caches: of latents, named in the model card.
         score: Fréchet distance of a decoder's images to real ones, in the first process; None: no score.
     """
 
@@ -230,11 +189,11 @@ class Snapshots:
         folder: RunFolder,
         average: Tokenizer,
         adversary: Adversary | None,
-        pairs: LatentCache,
+        caches: Mapping[str, LatentCache],
         score: Callable[[Callable], float] | None,
     ) -> None:
         self.run, self.folder, self.average, self.adversary = run, folder, average, adversary
-        self.pairs, self.score = pairs, score
+        self.caches, self.score = caches, score
         # Step and score of the best snapshot; under "first" those at the start.
         self.best: dict[str, Any] = {"step": 0, "value": float("inf")}
 
@@ -286,7 +245,10 @@ class Snapshots:
 
     def _header(self, step: int) -> dict[str, Any]:
         """The header of the tokenizer's snapshot, with how its decoder was post-trained."""
-        run, source, policy = self.run, self.pairs.manifest.source, _policy(self.run)
+        run, policy = self.run, adversary_policy(self.run)
+        counts = {name: cache.manifest.count for name, cache in self.caches.items()}
+        pairs = self.caches["pairs"].manifest.source if "pairs" in self.caches else {}
+        source = next(iter(self.caches.values())).manifest.source
         header = read_header(run.tokenizer)
         if licence := header.get("licence") or self.average.licence:
             header["licence"] = licence
@@ -294,9 +256,9 @@ class Snapshots:
             "latent_space": encoder_digest(self.average),
             "post_trained": {
                 "steps": step,
-                "pairs": self.pairs.manifest.count,
-                "sigma": source.get("sigma"),
-                "mode": source.get("mode"),
+                **counts,
+                **({"sigma": pairs.get("sigma"), "mode": pairs.get("mode")} if "pairs" in counts else {}),
+                **({"objective": dict(run.objective)} if set(run.objective) != {"paired"} else {}),
                 **({"trainable": run.trainable} if run.trainable != "decoder" else {}),
             },
             "protocol": {
@@ -320,28 +282,42 @@ class Snapshots:
         write_snapshot(self.folder.path / "snapshot" / name, header, self.average.state_dict(), extra)
 
 
-def _open_images(run: DecoderTrainingRun, tokenizer: Tokenizer, pairs: LatentCache) -> ImageDataset:
+def _open_images(run: DecoderTrainingRun, tokenizer: Tokenizer, caches: Mapping[str, LatentCache]) -> ImageDataset:
     data = open_images(run.data, tokenizer.image_size, split="train")
-    if pairs.manifest.data != data.fingerprint:
-        raise UserError(
-            f"{run.pairs} pairs latents with other images than {data.describe()}; give the data they were encoded from"
-            f"{sorted_as_text(data.classes, pairs.manifest.class_names)}"
-        )
-    check_indices(pairs, len(data))
+    for name, cache in caches.items():
+        if name == "samples":
+            continue
+        if cache.manifest.data != data.fingerprint:
+            raise UserError(
+                f"{cache.path} pairs latents with other images than {data.describe()}; give the data they were encoded "
+                f"from{sorted_as_text(data.classes, cache.manifest.class_names)}"
+            )
+        check_indices(cache, len(data))
     return data
+
+
+def _batches(
+    run: DecoderTrainingRun, material: Material, first: int, count: int, accelerator: Any
+) -> Iterator[Examples]:
+    """What this process learns from in ``count`` steps from ``first`` on."""
+    steps = Steps(run.batch_size, run.seed, first, count, accelerator.process_index, accelerator.num_processes)
+    return mixture(material, run.objective, run.consistency, steps, run.gradient_accumulation)
+
+
+def _compare(
+    decoder: PreparedInParts, terms: ReconstructionTerms, batch: Examples, decoded: Tensor
+) -> dict[str, Tensor]:
+    """Terms between decoded images (N, 3, H, W) and their targets: of each objective, if there are several."""
+    found = {}
+    for part in batch.parts:
+        prefix = f"{part.name}_" if len(batch.parts) > 1 else ""
+        means = decoder.means(terms, batch.targets[part.rows], decoded[part.rows])
+        found |= {prefix + name: part.weight * value for name, value in means.items()}
+    return found
 
 
 def _digest(tokenizer: nn.Module, names: set[str]) -> str:
     return tensor_digest({name: p for name, p in tokenizer.named_parameters() if name in names})
-
-
-def _targets(data: ImageDataset, records: LatentRecords) -> Tensor:
-    """The real images (N, 3, H, W) of pairs, mirrored if they were encoded mirrored.
-
-    A broken image is replaced by the next readable one, as at encoding.
-    """
-    images = data.read(records.indices, seeds=np.zeros(len(records.indices), dtype=np.int64)).images
-    return torch.where(records.flips.bool()[:, None, None, None], images.flip(-1), images)
 
 
 def _held_out_score(
@@ -352,15 +328,6 @@ def _held_out_score(
     return lambda decode: score(decode)[0]
 
 
-def _policy(run: DecoderTrainingRun) -> str:
-    """Where the discriminator comes from: ``run.adversary`` with ``auto`` resolved."""
-    if not run.adversarial.weight:
-        return "none"
-    if run.adversary == "auto":
-        return "carried" if "discriminator" in read_header(run.tokenizer) else "reinit_warmup"
-    return run.adversary
-
-
 def check_networks(run: DecoderTrainingRun) -> None:
     """Load the networks of the losses and the held-out score once: errors come before the hours that pairs take.
 
@@ -369,7 +336,7 @@ def check_networks(run: DecoderTrainingRun) -> None:
     """
     device = torch.device("cpu")
     ReconstructionTerms(run.reconstruction, device)
-    if _policy(run) != "none":
+    if adversary_policy(run) != "none":
         frozen_features(_discriminator(run)[0], device)
     if run.held_out is not None:
         load_extractor(run.held_out.extractor, device)
@@ -377,7 +344,7 @@ def check_networks(run: DecoderTrainingRun) -> None:
 
 def _adversary(run: DecoderTrainingRun, accelerator: Any) -> Adversary | None:
     """The discriminator of the tokenizer's snapshot, or a new one, or none."""
-    if _policy(run) == "none":
+    if adversary_policy(run) == "none":
         return None
     config, weights = _discriminator(run)
     return Adversary(run, run.adversarial, config, accelerator, weights)
@@ -385,7 +352,7 @@ def _adversary(run: DecoderTrainingRun, accelerator: Any) -> Adversary | None:
 
 def _discriminator(run: DecoderTrainingRun) -> tuple[DiscriminatorConfig, Path | None]:
     """Its settings, and the file of its weights if it is carried over."""
-    if _policy(run) != "carried":
+    if adversary_policy(run) != "carried":
         return run.discriminator, None
     folder, header = resolve(run.tokenizer), read_header(run.tokenizer)
     if "discriminator" not in header:
@@ -395,11 +362,7 @@ def _discriminator(run: DecoderTrainingRun) -> tuple[DiscriminatorConfig, Path |
 
 
 def _warm_up(
-    adversary: Adversary,
-    original: Tokenizer,
-    data: ImageDataset,
-    records: Iterable[LatentRecords],
-    run: DecoderTrainingRun,
+    adversary: Adversary, original: Tokenizer, batches: Iterable[Examples], run: DecoderTrainingRun
 ) -> dict[str, float]:
     """Train a new discriminator on the original decoder's images: untrained it would damage the decoder.
 
@@ -407,11 +370,10 @@ def _warm_up(
         Values for the log: the discriminator's terms at the last step.
     """
     device = adversary.accelerator.device
-    for step, batch in enumerate(records, start=-run.adversary_warmup):
-        images = _targets(data, batch).to(device)  # (N, 3, H, W)
+    for step, batch in enumerate(batches, start=-run.adversary_warmup):
         with torch.no_grad(), autocast(device, run.precision):
-            decoded = original.decode(batch.latents.to(device))
-        last = adversary.step(images, adversary.features(decoded, step, "fake"), step, run.out)
+            decoded = original.decode(batch.latents)
+        last = adversary.step(batch.real, adversary.features(decoded, step, "fake"), step, run.out)
     return {"adversary_warmup": run.adversary_warmup} | {name: value.item() for name, value in last.items()}
 
 

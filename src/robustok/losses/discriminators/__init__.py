@@ -1,4 +1,4 @@
-"""Discriminators of images: a trainable network, which for ``dino`` takes features of a frozen one.
+"""Discriminators of images: a trainable network, which but for ``patch`` takes features of a frozen one.
 
 One family a file; a new one adds a line to ``DISCRIMINATORS``.
 """
@@ -15,6 +15,7 @@ from robustok.errors import UserError
 from robustok.losses.discriminators.augmentation import augment, augmentation_draw
 from robustok.losses.discriminators.dino import DinoConfig, DinoHeads, load_backbone, load_heads
 from robustok.losses.discriminators.patch import PatchConfig, PatchDiscriminator
+from robustok.losses.discriminators.resnet import ResNetConfig, ResNetFeatures, ResNetHeads
 
 __all__ = [
     "DISCRIMINATORS",
@@ -23,6 +24,8 @@ __all__ = [
     "DiscriminatorConfig",
     "PatchConfig",
     "PatchDiscriminator",
+    "ResNetConfig",
+    "ResNetHeads",
     "augment",
     "augmentation_draw",
     "carried_config",
@@ -30,12 +33,16 @@ __all__ = [
     "load_heads",
 ]
 
-DISCRIMINATORS = {"patch": (PatchDiscriminator, PatchConfig), "dino": (DinoHeads, DinoConfig)}
-DiscriminatorConfig = Annotated[PatchConfig | DinoConfig, Field(discriminator="name")]
+DISCRIMINATORS = {
+    "patch": (PatchDiscriminator, PatchConfig),
+    "dino": (DinoHeads, DinoConfig),
+    "cifar-resnet": (ResNetHeads, ResNetConfig),
+}
+DiscriminatorConfig = Annotated[PatchConfig | DinoConfig | ResNetConfig, Field(discriminator="name")]
 
 
 def frozen_features(
-    config: PatchConfig | DinoConfig, device: torch.device
+    config: PatchConfig | DinoConfig | ResNetConfig, device: torch.device
 ) -> Callable[[Tensor, torch.Generator], Tensor]:
     """The frozen part: function of images (N, 3, H, W) and the random numbers of its crop to the network's input.
 
@@ -46,10 +53,14 @@ def frozen_features(
     """
     if config.name == "dino":
         return load_backbone(config).to(device)
+    if config.name == "cifar-resnet":
+        return ResNetFeatures(config).to(device)
     return lambda images, rng: images
 
 
-def carried_config(settings: dict[str, Any], fresh: PatchConfig | DinoConfig, source: str) -> PatchConfig | DinoConfig:
+def carried_config(
+    settings: dict[str, Any], fresh: PatchConfig | DinoConfig | ResNetConfig, source: str
+) -> PatchConfig | DinoConfig | ResNetConfig:
     """Settings of the discriminator that a snapshot holds.
 
     Args:
@@ -63,6 +74,6 @@ def carried_config(settings: dict[str, Any], fresh: PatchConfig | DinoConfig, so
     if settings.get("name") not in DISCRIMINATORS:
         raise UserError(f"{source}: unknown discriminator {settings.get('name')!r}; known: {', '.join(DISCRIMINATORS)}")
     config = validate(DISCRIMINATORS[settings["name"]][1], settings, source=source)
-    if config.name == fresh.name == "dino" and fresh.weights is not None:
+    if config.name == fresh.name != "patch" and fresh.weights is not None:
         config = config.model_copy(update={"weights": fresh.weights})
     return config

@@ -29,7 +29,7 @@ class ClassifierConfig(Config):
     width: int = Field(16, ge=8, multiple_of=8, description="channels of the first stage; each stage doubles them")
     features: int = Field(64, ge=8, multiple_of=8, description="length of the feature vector before the last layer")
     steps: int = Field(200, ge=1, description="training steps")
-    batch_size: int = Field(128, ge=1, description="images in a step")
+    batch_size: int = Field(128, ge=1, le=1_000_000, description="images in a step")
     learning_rate: float = Field(3e-3, gt=0, description="peak of the one-cycle schedule")
     weight_decay: float = Field(0.05, ge=0, description="decoupled weight decay of AdamW")
     shift: float = Field(0.0625, ge=0, lt=0.5, description="largest shift in training, as a share of the image size")
