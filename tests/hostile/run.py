@@ -28,13 +28,38 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ |= {"ROBUSTOK_PROGRESS": "0", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
-from hostile.mutations import KINDS, SCRIPT, NotHere, Try  # noqa: E402
-from hostile.world import SECRET, Valid, build_world, digests, listing, measured_values, remove  # noqa: E402
-from robustok.cli import COMMANDS, main  # noqa: E402
+from hostile import contents, lines, places
+from hostile.contents import SCRIPT
+from hostile.tries import NotHereError, Try
+from hostile.world import SECRET, Valid, build_world, digests, listing, measured_values
+from robustok.cli import COMMANDS, main
 
+KINDS = {  # of mutations, and how often each is tried
+    lines.settings_words: 16,
+    lines.yaml_files: 6,
+    lines.environment: 5,
+    lines.killed: 6,
+    lines.full_disk: 5,
+    lines.permissions: 4,
+    contents.file_bytes: 14,
+    contents.headers: 14,
+    contents.tensors: 5,
+    contents.tensor_headers: 5,
+    contents.npz_members: 4,
+    contents.parquet: 3,
+    contents.pickles: 5,
+    contents.pictures: 5,
+    contents.other_content: 3,
+    places.links: 5,
+    places.links_of_out: 6,
+    places.special_files: 6,
+    places.removed: 3,
+    places.swapped: 4,
+    places.resumed: 9,
+}
 SECONDS = 30  # after which a try hangs; the valid ones take less than one
 MEMORY = 4 << 30  # bytes that a try may allocate
-LENGTH = 1500  # characters of an error
+LENGTH = 2000  # characters of an error
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f\u202e]")
 
 
@@ -48,7 +73,7 @@ def choose(n: int, seed: int, valid: list[Valid]) -> Try:
         t = Try(line, rng, list(line.words), [kind.__name__])
         try:
             kind(t)
-        except NotHere:
+        except NotHereError:
             continue
         return t
 
@@ -59,7 +84,6 @@ def run_try(n: int, seed: int, base: Path, valid: list[Valid], folder: Path) -> 
     (work / "tmp").mkdir(parents=True)
     os.chdir(work)
     _copy_world(base)
-    shutil.copytree(base / "begun", "../begun", symlinks=True)
     t = choose(n, seed, valid)
     out = {} if t.free_out else {"out", "out.html", "out.safetensors"}
     before = listing(work, {"tmp", *out})
@@ -86,14 +110,17 @@ def run(words: list[str], folder: Path, t: Try | None = None) -> tuple[int, str]
     if t and t.user is not None:
         for path in (folder, *(p for p in folder.rglob("*") if not p.is_symlink())):
             os.chown(path, t.user, t.user)
+    printed.unlink(missing_ok=True)
     if not (child := os.fork()):
         _in_child(words, printed, t)
-    started, sent, status = time.monotonic(), False, 0
+    while not printed.exists():
+        time.sleep(0.001)
+    started, sent = time.monotonic(), False
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
-        passed = time.monotonic() - started
         if done:
             break
+        passed = time.monotonic() - started
         if t and t.signal and not sent and passed > t.signal[1]:
             os.kill(child, t.signal[0])
             sent = True
@@ -186,13 +213,14 @@ def _wrong_writes(t: Try, work: Path, before: dict, out: set[str]) -> list[str]:
     new = [p for p in new if not (t.free_out and len(p.parts) >= 1 and p.parts[0] not in ("in", "guard"))]
     new = [p for p in new if not (t.signal and re.search(r"\.out.*\.(tmp|old)$", p.parts[0]))]
     problems += [f"NEW {p}" for p in new]
-    pages = [p for name in out for p in (work / name, *(work / name).rglob("*")) if p.is_file() and not p.is_symlink()]
+    written = [work / name for name in out if not (work / name).is_symlink()]
+    pages = [p for path in written for p in (path, *path.rglob("*")) if p.is_file() and not p.is_symlink()]
     problems += [f"SECRET in {p.name}" for p in pages if SECRET.encode() in p.read_bytes()]
     return problems
 
 
 def _wrong_result(t: Try, code: int) -> list[str]:
-    """What is wrong in ``out``: equal numbers for unequal inputs, another result, rights, leftovers, foreign scripts."""
+    """What is wrong in ``out``: unchanged numbers, another result, rights, leftovers, foreign scripts."""
     out, problems = Path("out"), []
     values = measured_values(out)
     if code == 0:

@@ -21,12 +21,13 @@ from conftest import DATA, PIPELINE, words
 from robustok.cli import COMMANDS, main
 from robustok.files import bytes_digest, json_lines
 from tiny_images import encoded, picture
-from tiny_models import released
+from tiny_models import released, tiny_tokenizer
 
 SECRET = "the content of a file that is none of our business"
 FOLDER = ("data.name=folder", "data.path=in/photos")
 CLASSIFIER = ("classifier.steps=2", "classifier.width=8", "classifier.features=8", "classifier.batch_size=4")
-EXTRACTOR = "extractor.path=in/classifier"
+IMAGES = ("evaluate", "extractor.path=in/classifier", "metrics=[gfid,psnr]")
+LLAMAGEN = ("family=llamagen_tokenizer", "config.norm_groups=4", "config.image_size=8")
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,15 @@ def build_world(folder: Path) -> list[Valid]:
         assert main(words(command, Path("in"), f"in/{name}")) == 0, command
     assert main(["make-delta", "tokenizer=in/tokenizer", "post_trained=in/post", "out=in/delta"]) == 0
     _save_images(inputs)
-    weights, model = released("rar")
-    torch.save(weights, inputs / "release.pt")
+    weights, _ = released("rar")
+    torch.save({"model": weights, "step": 3}, inputs / "release.pt")
     save_file(weights, inputs / "release.safetensors")
-    for file in inputs.rglob("state/00000002/*"):
-        file.unlink()  # a newest state is enough
+    torch.save({"ema": released("llamagen_tokenizer")[0]}, inputs / "tokenizer.ckpt")
+    tiny_tokenizer("diffusers_kl").vae.save_pretrained(inputs / "vae")
+    assert main([*IMAGES, "cache=in/cache", "images.mine=in/flat", "reference=in/flat", "out=out"]) == 0
+    remove(Path("out"))
+    for state in inputs.rglob("state/00000002"):
+        shutil.rmtree(state)  # the newest is enough
     measured = {"metric": "rfid", "value": 1.5, "standard_error": 0.1, "samples": 48, "seed": 0, "extractor": "tiny"}
     for name in ("tokenizer", "post"):
         shutil.copytree(inputs / name, inputs / "runs" / name, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -95,7 +100,7 @@ def _begun(folder: Path, number: int) -> Path | None:
     shutil.copytree(folder / "out", begun)
     for path in last:
         shutil.rmtree(begun / path.relative_to(folder / "out")) if path.is_dir() else (begun / path.name).unlink()
-    return Path("..", "begun", str(number))
+    return begun
 
 
 def valid_words() -> list[list[str]]:
@@ -103,7 +108,11 @@ def valid_words() -> list[list[str]]:
     pipeline = [words(command, Path("in"), "out") for command in dict.fromkeys(PIPELINE.values())]
     classifier = ["train-classifier", *CLASSIFIER, "image_size=16", "out=out"]
     fast = ["metrics=[rfid,psnr,gfid,kid]", "pfid.grid.name=explicit", "pfid.grid.rates=[0.5]", "pfid.grid.codes=[2]"]
-    images = ["evaluate", EXTRACTOR, "metrics=[gfid,psnr]", "out=out"]
+    images = [*IMAGES, "out=out"]
+    made = ["tokenizer=in/tokenizer", "generator=in/generator", "latents=in/latents", "sigma=0.5", "mixture.count=24"]
+    post = [word for word in words("post-train", Path("in"), "out") if not word.startswith(("tokenizer=", "pairs="))]
+    generated = ["samples.generator=in/generator", "tokenizer=in/tokenizer", "samples.count=20", "samples.sets=2"]
+    statistics = sorted(Path("in/cache").iterdir())[0]
     return [
         *pipeline,
         ["demo", *DATA, "out=out", "--dry-run"],
@@ -115,10 +124,16 @@ def valid_words() -> list[list[str]]:
         [*classifier, "data.name=npz", "data.path=in/photos.npz"],
         [*images, "images.mine=in/flat", "reference=in/flat.npz"],
         [*images, "paired_images.mine=in/flat.npz", "reference=in/flat"],
+        [*images, "images.mine=in/photos", f"reference={statistics}"],
+        [*images, *DATA, *generated],
+        [*post, *made],
+        [*classifier, "data.name=folder", "data.path=in/listed", "data.holdout=0.2"],
         ["make-delta", "tokenizer=in/tokenizer", "post_trained=in/post", "rank=2", "out=out"],
         ["report", "path=in/runs", "out=out.html"],
         ["convert", "family=rar", "weights=in/release.pt", "out=out"],
         ["convert", "family=rar", "weights=in/release.safetensors", "out=out"],
+        ["convert", *LLAMAGEN, "weights=in/tokenizer.ckpt", "out=out"],
+        ["convert", "family=diffusers", "weights=in/vae", "out=out"],
         ["convert", "family=robustok", "to=export", "weights=in/post", "out=out.safetensors"],
     ]
 
@@ -133,6 +148,9 @@ def _save_images(inputs: Path) -> None:
     pixels = np.stack([np.asarray(image) for image in pictures])
     np.savez(inputs / "photos.npz", arr_0=pixels, arr_1=np.array(labels))
     np.savez(inputs / "flat.npz", arr_0=pixels)
+    shutil.copytree(inputs / "flat", inputs / "listed")
+    rows = [json.dumps({"file_name": f"{i:02d}.png", "label": label}) for i, label in enumerate(labels)]
+    (inputs / "listed" / "metadata.jsonl").write_text("\n".join(rows))
     cells = [{"bytes": encoded(image), "path": None} for image in pictures]
     pyarrow.parquet.write_table(pyarrow.table({"image": cells, "label": labels}), inputs / "photos.parquet")
 
