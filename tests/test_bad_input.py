@@ -531,6 +531,6 @@ def test_a_state_that_was_cut_is_passed_over(capsys, pipeline, tmp_path):
 )
 def test_counts_far_too_large_leave_nothing_behind(capsys, pipeline, tmp_path, command, word, said):
     capsys.readouterr()
-    assert main(once([*words(command, pipeline, str(tmp_path / "out")), word])) == 2
+    assert main([*words(command, pipeline, str(tmp_path / "out")), word]) == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []

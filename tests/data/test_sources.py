@@ -107,7 +107,7 @@ def test_brackets_in_a_name_that_exists_are_no_glob(tmp_path):
     assert data_at(folder / "samples [cfg=1.5].npz").name == "npz"
     assert data_at(folder / "part [0].parquet").path.is_file()
     assert data_at(folder).name == "parquet"
-    with pytest.raises(UserError, match="is no glob"):
+    with pytest.raises(UserError, match="no parquet files"):
         DATASETS["parquet"](Parquet(path=folder / "a**/x.parquet"), "train")
 
 
