@@ -89,7 +89,7 @@ def resumed(t: Try) -> None:
         content, at = bytearray(file.read_bytes()), t.rng.randrange(file.stat().st_size)
         content[at] ^= 1 << t.rng.randrange(8)
         file.write_bytes(content if how == "byte" else content[:at])
-        t.equal = "state" in file.parts  # states have a digest, shards and samples do not
+        t.equal = how == "cut" or "state" in file.parts  # states have a digest, shards and samples do not
     elif how == "remove":
         remove(t.one([p for p in inside if p.name not in ("metrics.jsonl", "manifest.json")]))
     elif how == "log":

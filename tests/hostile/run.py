@@ -74,6 +74,7 @@ def choose(n: int, seed: int, valid: list[Valid]) -> Try:
         try:
             kind(t)
         except NotHereError:
+            shutil.rmtree("out", ignore_errors=True)
             continue
         return t
 
