@@ -61,8 +61,18 @@ def prefixed(prefix, given):
         ({"state_dict": weights(3), "callbacks": Arguments()}, "state_dict", 3),
         ({"module": prefixed("module.", weights(4))}, "module", 4),
         ({"model": {"state_dict": prefixed("module._orig_mod.", weights(5))}}, "state_dict of model", 5),
+        ({"model_state_dict": weights(6), "optimizer_state_dict": {"state": {0: weights(7)}}}, "model_state_dict", 6),
+        (training_file(weights(1), ema_model=prefixed("_orig_mod.module.", weights(6))), "ema_model", 6),
+        (training_file(weights(1), model_ema=weights(7)), "model_ema", 7),
+        ({"params": weights(1), "params_ema": weights(8)}, "params_ema", 8),
+        ({"net": prefixed("module.", weights(9)), "net_d": weights(1), "net_e": weights(2)}, "net", 9),
+        ({"generator": weights(1), "critic": weights(2)}, "generator", 1),
+        ({"state_dict": prefixed("model.", weights(2))}, "state_dict", 2),
+        ({"epoch": 3, "weights_of_the_autoencoder": weights(3)}, "weights_of_the_autoencoder", 3),
+        (training_file(weights(4), ema={}), "model", 4),
+        (training_file(weights(5), ema={"decay": 0.99}), "model", 5),
+        (dict.fromkeys(("model", "ema"), weights(6)), "ema", 6),
     ],
-    ids=["ema", "model", "flat", "lightning", "distributed", "nested"],
 )
 def test_the_weights_are_found_in_training_files(tmp_path, zipped, content, part, seed):
     torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
@@ -70,6 +80,11 @@ def test_the_weights_are_found_in_training_files(tmp_path, zipped, content, part
     assert found.part == part
     assert same(found.weights, weights(seed))
     assert (found.config, found.discriminator) == ({}, None)
+
+
+def test_of_several_mappings_with_other_names_none_is_guessed():
+    with pytest.raises(UserError, match="several state dicts: first, second; save the model's as 'model'"):
+        choose_weights({"first": weights(), "second": weights(1)}, "the file")
 
 
 def test_a_prefix_of_some_names_is_part_of_them():
@@ -256,7 +271,7 @@ def program(file):
 BROKEN = {  # change to a.pt, error message
     "truncated": (cut_off, "is cut off"),
     "damaged": (damage, "cannot be read as a PyTorch checkpoint"),
-    "gone": (lambda file: file.unlink(), "is no file"),
+    "gone": (lambda file: file.unlink(), "No such file"),
     "text": (lambda file: file.write_text("<html>404</html>"), "neither a PyTorch file"),
     "empty": (lambda file: file.write_bytes(b""), "is cut off"),
     "program": (program, "TorchScript program"),
@@ -264,6 +279,9 @@ BROKEN = {  # change to a.pt, error message
     "nothing": (lambda file: torch.save({}, file), "holds no state dict"),
     "a number": (lambda file: torch.save(weights() | {"epoch": 3}, file), "'epoch' is a int"),
     "no name": (lambda file: torch.save({0: torch.ones(1)}, file), "0 is a Tensor"),
+    "a pointer": (lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\noid "), "git-lfs pointer"),
+    "a pipe": (lambda file: (file.unlink(), os.mkfifo(file)), "it is a FIFO"),
+    "very deep": (lambda file: save_opcodes(file, b"}" + b"X\1\0\0\0a}" * 10**5 + b"s" * 10**5, True), "no state dict"),
     "itself": (lambda file: torch.save(_cycle(), file), "holds no state dict|is a dict"),
 }
 

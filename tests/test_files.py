@@ -299,3 +299,12 @@ def test_a_file_without_permission_is_not_called_missing(tmp_path):
 def test_foreign_text_cannot_steer_a_terminal():
     assert printable("a\x1b[2J\x07\x9b\u202eb\udcff\tµ\n") == "a\\x1b[2J\\x07\\x9b\\u202eb\\udcff\tµ\n"
     assert str(UserError("file \x1b]0;title\x07")) == "file \\x1b]0;title\\x07"
+
+
+def test_a_pointer_of_git_lfs_is_called_that(tmp_path):
+    """As in a repository that was cloned without git-lfs."""
+    (tmp_path / "a.png").write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 3\n")
+    with pytest.raises(FileError, match=r"it is a git-lfs pointer without the content, which `git lfs pull`"):
+        regular_file(tmp_path / "a.png")
+    (tmp_path / "b.txt").write_text("version of something else")
+    assert regular_file(tmp_path / "b.txt") == tmp_path / "b.txt"

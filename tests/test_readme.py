@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from conftest import words
 from robustok.cli import COMMANDS
@@ -95,3 +96,15 @@ def test_links_between_the_pages_lead_somewhere():
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_lines_that_wrap_an_exported_file_make_what_the_authors_read(tmp_path, monkeypatch):
+    """Their loader takes ``model``, else ``ema``."""
+    lines = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs/imagenet.md").read_text(), flags=re.DOTALL | re.MULTILINE
+    )
+    monkeypatch.chdir(tmp_path)
+    save_file({"decoder.mask_token": torch.ones(2)}, "post-train.safetensors")
+    exec(lines[-1])
+    found = torch.load("post-train.pt", weights_only=True)
+    assert torch.equal(found["model"]["decoder.mask_token"], found["ema"]["decoder.mask_token"])

@@ -12,6 +12,7 @@ from torch import nn
 from robustok import files, snapshots
 from robustok.errors import UserError
 from robustok.files import atomic_folder, tensor_digest
+from robustok.model_card import add_licence, licence_fields
 from robustok.snapshots import (
     build,
     check_finite_weights,
@@ -78,6 +79,31 @@ def test_the_card_has_the_licence_and_the_origin_for_the_hub(tmp_path, licence, 
     assert ModelCard(card).data.license == named
     write(tmp_path / "b", source={"file": "theirs.pt", "part": "ema", "family": "vq"})
     assert "base_model" not in (tmp_path / "b" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("old", "added", "together", "use"),
+    [
+        ("MIT", "MIT", "MIT", None),
+        ("MIT", None, "MIT", None),
+        (None, "MIT", "several: MIT (generator)", None),
+        ("MIT", "CC-BY-NC-4.0", "several: MIT (tokenizer); CC-BY-NC-4.0 (generator)", "NOT PERMITTED"),
+        ("several: MIT (tokenizer); X (generator)", "X", "several: MIT (tokenizer); X (generator)", None),
+        (
+            "several: MIT (tokenizer); X (generator)",
+            "Y",
+            "several: MIT (tokenizer); X (generator); Y (generator)",
+            None,
+        ),
+        ("CC-BY-NC-4.0", "none", "several: CC-BY-NC-4.0 (tokenizer); none (generator)", "NOT PERMITTED"),
+        ("MIT", "none", "several: MIT (tokenizer); none (generator)", "UNCLEAR"),
+    ],
+)
+def test_what_is_made_of_several_weights_has_all_their_licences(old, added, together, use):
+    header = {"kind": "tokenizer"} | (licence_fields(old) if old else {})
+    add_licence(header, added, "generator")
+    assert header["licence"] == together
+    assert header.get("commercial_use", "None").startswith(str(use))
 
 
 def test_an_exception_leaves_the_old_one(tmp_path):

@@ -17,6 +17,7 @@ _SOURCES = {
     "load_generator": "robustok.generators",
     "load_pretrained": "robustok.pretrained.load",
     "export_weights": "robustok.pretrained.export",
+    "export_folder": "robustok.pretrained.export",
     "open_images": "robustok.data.dataset",
     "to_pixels": "robustok.data.pixels",
     "from_pixels": "robustok.data.pixels",
@@ -47,6 +48,8 @@ _SOURCES = {
     "write_report": "robustok.report",
     "convert": "robustok.commands.convert",
     "ConvertRun": "robustok.commands.convert",
+    "convert_latents": "robustok.commands.convert_latents",
+    "ConvertLatentsRun": "robustok.commands.convert_latents",
 }
 
 _OLD_NAMES = {"load_released": "load_pretrained", "to_released": "export_weights"}

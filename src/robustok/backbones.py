@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from robustok.checkpoints import read_checkpoint
 from robustok.errors import UserError
 from robustok.files import one_line
+from robustok.snapshots import check_finite_weights
 
 
 class ImageNetRange(nn.Module):
@@ -47,10 +48,14 @@ def pretrained_backbone(name: str, weights: str | Path | None, role: str, settin
     """
     try:
         overlay = {"state_dict": read_checkpoint(weights).weights} if weights else None
+        if overlay is not None:
+            check_finite_weights(overlay["state_dict"], weights)
         model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, **sizes)
     except Exception as error:  # timm and huggingface_hub raise many types
         reason = one_line(error).split("; ")[0].split(". ")[0]  # the rest is advice for other settings
-        raise UserError(f"cannot load {role} {name}: {reason[:200]}; give a local file as {setting}") from None
+        config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+        where = f", such as {config.url}" if config and config.url else ""
+        raise UserError(f"cannot load {role} {name}: {reason[:200]}; give a local file as {setting}{where}") from None
     model.pretrained_cfg.pop("state_dict", None)  # timm keeps a copy of all weights there
     return model
 

@@ -7,6 +7,7 @@ arguments and optimiser states beside the weights need none of the project's pac
 import io
 import json
 import pickle
+import re
 import tarfile
 import types
 import zipfile
@@ -22,12 +23,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from robustok.errors import UserError
-from robustok.files import atomic_file, one_line
+from robustok.files import atomic_file, one_line, regular_file
 from robustok.hub import HUB_STEMS, download, is_remote
 from robustok.snapshots import read_weights
 
-WRAPPERS = ("ema", "model", "module", "state_dict")  # keys of the state dict in a checkpoint; the first is preferred
-PREFIXES = ("module.", "_orig_mod.")  # which DistributedDataParallel and torch.compile put before every name
+# Keys of the state dict in a checkpoint. The first is preferred, but before all of them one with the word "ema" in it.
+WRAPPERS = ("ema", "model", "module", "state_dict", "model_state_dict", "net", "generator", "params", "network")
+OTHERS = re.compile("disc|critic|optim|sched|scaler", re.IGNORECASE)  # in keys of what is no model
+# What DistributedDataParallel, torch.compile and classes around the model put before every name.
+PREFIXES = ("module.", "_orig_mod.", "model.", "ema_model.", "net.", "generator.")
 ARCHIVE, OLD_FILE = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # first bytes of PyTorch files
 
 
@@ -40,12 +44,14 @@ class Checkpoint:
         part: which part of the file they are, such as "ema", "model" or "flat state dict".
         config: configuration of the model, from the file or a JSON file beside it; empty if there is none.
         discriminator: tensors by name of a discriminator in the file; None if there is none.
+        source: the file, for errors.
     """
 
     weights: dict[str, Tensor]
     part: str
     config: dict[str, Any] = field(default_factory=dict)
     discriminator: dict[str, Tensor] | None = None
+    source: str = "the weights"
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -61,9 +67,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
         UserError: missing, damaged, of another format, or without tensors by name.
     """
-    path = download(path) if is_remote(path) else Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} is no file; give the original .pt, .bin or .safetensors file")
+    path = regular_file(download(path) if is_remote(path) else path)
     safe = path.suffix == ".safetensors"
     checkpoint = choose_weights(read_weights(path) if safe else _read_pickle(path), str(path))
     keys, config = _metadata(path) if safe else (None, None)
@@ -151,26 +155,53 @@ def choose_weights(content: Any, source: str) -> Checkpoint:
     """The state dict in the content of a checkpoint: averaged weights, else the model's, else all of it.
 
     Raises:
-        UserError: no mapping of names to tensors.
+        UserError: no mapping of names to tensors, or several with names that do not say which is the model's.
     """
-    parts, discriminator = [], None
-    if isinstance(content, Mapping):
-        discriminator = _tensors_of(content.get("discriminator"))
-    for _ in range(len(WRAPPERS)):  # a wrapper may hold another, but not itself
-        key = next((k for k in WRAPPERS if isinstance(content, Mapping) and isinstance(content.get(k), Mapping)), None)
-        if key is None:
-            break
-        parts.append(key)
-        content = content[key]
-    if not isinstance(content, Mapping) or not content:
+    discriminator = _tensors_of(content.get("discriminator")) if isinstance(content, Mapping) else None
+    try:
+        found = _find(content, source, {})
+    except RecursionError:  # thousands of mappings in each other
+        found = None
+    if found is None:
         raise UserError(
             f"{source} holds no state dict; expected tensors by name, or such a mapping as 'ema' or 'model'"
         )
-    for name, value in content.items():
+    parts, weights = found
+    for name, value in weights.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise UserError(f"{source}: {name!r} is a {type(value).__name__}, expected tensors by name")
-    weights, part = _bare_names(content), " of ".join(reversed(parts)) or "flat state dict"
-    return Checkpoint(weights, part, discriminator=discriminator)
+    part = " of ".join(reversed(parts)) or "flat state dict"
+    return Checkpoint(_bare_names(weights), part, discriminator=discriminator, source=source)
+
+
+def _find(content: Any, source: str, seen: dict[int, Any]) -> tuple[list[str], Mapping[Any, Any]] | None:
+    """The keys that lead to the model's state dict, outermost first, and what is there; None if there is none.
+
+    Args:
+        content: a checkpoint or a part of it.
+        source: named in the error.
+        seen: what was found in parts by their ``id``: one may hold itself, or be there many times.
+    """
+    if not isinstance(content, Mapping) or id(content) in seen:
+        return seen.get(id(content))
+    seen[id(content)] = None
+    inside = {
+        key: found
+        for key, value in content.items()
+        if isinstance(key, str) and not OTHERS.search(key) and (found := _find(value, source, seen))
+    }
+    averaged = [key for key in inside if "ema" in re.split("[^a-z]+", key.lower())]
+    ranked = [key for key in (WRAPPERS[0], *averaged, *WRAPPERS[1:]) if key in inside]
+    if not ranked and any(isinstance(value, Tensor) for value in content.values()):
+        seen[id(content)] = [], content
+    elif ranked or len(inside) == 1:
+        key = next(iter(ranked or inside))
+        seen[id(content)] = [key, *inside[key][0]], inside[key][1]
+    elif inside:
+        raise UserError(
+            f"{source} holds several state dicts: {', '.join(sorted(inside)[:5])}; save the model's as 'model'"
+        )
+    return seen[id(content)]
 
 
 def _tensors_of(content: Any) -> dict[str, Tensor] | None:
@@ -183,10 +214,9 @@ def _tensors_of(content: Any) -> dict[str, Tensor] | None:
 
 
 def _bare_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names without the prefixes of module wrappers, in any order of wrapping."""
-    for prefix in PREFIXES * 2:
-        if all(name.startswith(prefix) for name in weights):
-            weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+    """Names without what wrappers of the model put before all of them, in any order of wrapping."""
+    while prefix := next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in weights)), None):
+        weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
     return dict(weights)
 
 

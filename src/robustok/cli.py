@@ -77,6 +77,9 @@ COMMANDS = {
     "evaluate": Command("measure rFID, pFID, gFID and others", "commands.evaluate:evaluate", "EvaluateRun"),
     "report": Command("make one HTML page of run folders", "commands.report:report", "ReportRun"),
     "convert": Command("convert pretrained weights to our layout, and back", "commands.convert:convert", "ConvertRun"),
+    "convert-latents": Command(
+        "convert latents of other projects, and back", "commands.convert_latents:convert_latents", "ConvertLatentsRun"
+    ),
 }
 
 KEY_WIDTH, ABOUT_WIDTH = 36, 40  # columns of help texts

@@ -23,6 +23,7 @@ IMAGE_SUFFIXES |= {".jp2": "JPEG2000", ".avif": "AVIF", ".tga": "TGA"}  # suffix
 # For Image.open, which otherwise goes by the content and, say, starts Ghostscript for PostScript in a file x.png.
 IMAGE_FORMATS = tuple(dict.fromkeys(IMAGE_SUFFIXES.values()))
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how a file begins where git-lfs keeps its content elsewhere
 LOCK = ".lock"  # name of the file in a folder that is being written
 
 # Digests
@@ -96,12 +97,15 @@ def unreadable(path: str | Path) -> str:
     """Why this is no file that can be read, such as "it is a FIFO"; "" if it is one."""
     try:
         path = Path(path).expanduser()
-        mode = path.stat().st_mode
+        mode, size = path.stat().st_mode, path.stat().st_size
     except (OSError, ValueError, RuntimeError) as error:  # ValueError: a zero byte; RuntimeError: ~nosuchuser
         return reason(error)
     if not stat.S_ISREG(mode):
         return f"it is a {kind(mode)}"
-    return "" if os.access(path, os.R_OK) else os.strerror(errno.EACCES)
+    if not os.access(path, os.R_OK):
+        return os.strerror(errno.EACCES)
+    pointer = size < 1024 and path.read_bytes().startswith(LFS_POINTER)
+    return "it is a git-lfs pointer without the content, which `git lfs pull` in its folder fetches" if pointer else ""
 
 
 def load_tensors(file: str | Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import yaml
 from robustok.hub import is_remote, repository_of
 
 OWN_SECTION = ("config", "kind", "licence", "post_trained", "protocol", "held_out", "sweep", "delta", "discriminator")
+SEVERAL = "several: "  # begins the licence of what was made from several weights
 HUB_LICENCES = ("mit", "apache-2.0", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0")
 
 
@@ -38,11 +39,39 @@ def model_card(header: dict[str, Any], use: str | None = None) -> str:
         *(_delta(header["delta"]) if "delta" in header else ()),
         *(_post_training(header) if "post_trained" in header else ()),
         *(_held_out(header) if "held_out" in header else ()),
-        *(["## Licence", f"Of the original weights: {header['licence']}."] if "licence" in header else ()),
+        *(["## Licence", _licence(header["licence"])] if "licence" in header else ()),
         f"## Use\n\n{use or loading}",
         f"```yaml\n{yaml.safe_dump(config, sort_keys=False)}```",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def licence_fields(licence: str) -> dict[str, str]:
+    """``licence`` of a header, and ``commercial_use`` where it restricts that."""
+    if re.search(r"\bnc\b|non-?commercial", licence, re.IGNORECASE):
+        use = "NOT PERMITTED by this licence, nor of decoders trained from these weights"
+    elif re.search(r"\bnone\b|without a licence|no licence", licence, re.IGNORECASE):
+        use = "UNCLEAR, as some of the weights or code came without a licence; ask the authors"
+    else:
+        return {"licence": licence}
+    return {"licence": licence, "commercial_use": use}
+
+
+def add_licence(header: dict[str, Any], licence: str | None, part: str) -> None:
+    """Add the licence of further weights that a model was made from, such as those of the "generator", to its header.
+
+    Licences that the header has already are not repeated.
+    """
+    old = header.get("licence") or ""
+    if licence and licence not in old:
+        both = [old if not old or old.startswith(SEVERAL) else f"{SEVERAL}{old} ({header['kind']})"]
+        text = "; ".join([*filter(None, both), f"{licence} ({part})"])
+        header |= licence_fields(text if text.startswith(SEVERAL) else SEVERAL + text)
+
+
+def _licence(text: str) -> str:
+    whose = "Of all the weights that it was made from" if text.startswith(SEVERAL) else "Of the original weights"
+    return f"{whose}: {text.removeprefix(SEVERAL)}."
 
 
 def _hub_licence(text: str | None) -> dict[str, str]:

@@ -319,11 +319,16 @@ ABUSE = {  # family, what happens to the weights, what happens to the file, what
     "other positions": ("sit", lambda w: w["pos_embed"].zero_(), None, "pos_embed has other values"),
     "integers": ("rar", lambda w: w.update(cls_token=w["cls_token"].long()), None, "cls_token is torch.int64"),
     "not a tensor": ("rar", lambda w: w.update(cls_token=3), None, "'cls_token' is a int"),
-    "no numbers": ("vavae", lambda w: w["quant_conv.bias"].fill_(float("nan")), None, "the file is damaged"),
+    "no numbers": (
+        "vavae",
+        lambda w: w["quant_conv.bias"].fill_(float("nan")),
+        None,
+        "weights.pt: quant_conv.bias holds NaN",
+    ),
     "dead codes": ("maskgit_vqgan", lambda w: w["quantize.embedding.weight"].zero_(), None, "codes are zero"),
     "nothing": ("rar", lambda w: w.clear(), None, "holds no state dict"),
     "truncated": ("rar", None, cut_off, "is cut off"),
-    "gone": ("rar", None, lambda file: file.unlink(), "is no file"),
+    "gone": ("rar", None, lambda file: file.unlink(), "No such file"),
 }
 
 

@@ -176,6 +176,64 @@ def test_weights_of_before_safetensors_are_the_same_weights(capsys, tmp_path):
     assert [*tmp_path.glob("old/*/*.safetensors")] == []
 
 
+# As scripts/convert and users' uploads leave them: half precision alone, in pickles, in several files, with an index.
+KEPT = {
+    "fp16": {"variant": "fp16"},
+    "fp16 in pickles": {"variant": "fp16", "safe_serialization": False},
+    "several files": {"max_shard_size": "3KB"},
+    "several pickles": {"max_shard_size": "3KB", "safe_serialization": False},
+    "several of fp16": {"max_shard_size": "3KB", "variant": "fp16"},
+    "several pickles of fp16": {"max_shard_size": "3KB", "variant": "fp16", "safe_serialization": False},
+}
+
+
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("index", [True, False])
+def test_weights_are_found_under_the_names_that_the_library_writes(tmp_path, kept, index):
+    vae = diffusers.AutoencoderKL(**VAE)
+    vae = vae.half() if "fp16" in kept else vae
+    vae.save_pretrained(tmp_path, **KEPT[kept])
+    files = [file for file in tmp_path.iterdir() if file.suffix != ".json"]
+    assert (len(files) > 2) == ("several" in kept)
+    for file in () if index else tmp_path.glob("*.index*"):
+        file.unlink()
+    found = robustok.load_pretrained("diffusers_kl", tmp_path)
+    assert same(found.vae.state_dict(), vae.float().state_dict())
+    assert found.vae.dtype == torch.float32
+    if "several" in kept:
+        max(files).unlink()
+        with pytest.raises(UserError, match=rf"lacks {max(files).name}, one of its {len(files)} files .*copy it, too"):
+            robustok.load_pretrained("diffusers_kl", tmp_path)
+
+
+def test_of_several_weights_those_of_full_precision_are_taken(tmp_path):
+    vae = diffusers.AutoencoderKL(**VAE)
+    vae.save_pretrained(tmp_path, safe_serialization=False)
+    for variant in ("fp16", "other"):
+        diffusers.AutoencoderKL(**VAE).save_pretrained(tmp_path, variant=variant)
+    assert same(robustok.load_pretrained("diffusers_kl", tmp_path).vae.state_dict(), vae.state_dict())
+    (tmp_path / PICKLED).unlink()
+    with pytest.raises(UserError, match="variants fp16 and other; keep one"):
+        robustok.load_pretrained("diffusers_kl", tmp_path)
+
+
+def test_an_index_leads_nowhere_else(tmp_path):
+    vae = diffusers.AutoencoderKL(**VAE)
+    vae.save_pretrained(tmp_path / "a", max_shard_size="3KB")
+    index = tmp_path / "a" / f"{WEIGHTS}.index.json"
+    for names in ({"x": "../b.safetensors"}, {"x": "/etc/hostname"}, {}, [], {"x": 3}):
+        edit(index, weight_map=names)
+        with pytest.raises(UserError, match=r"lists no files beside it|lacks 3"):
+            robustok.load_pretrained("diffusers_kl", tmp_path / "a")
+
+
+def test_a_pointer_of_git_lfs_is_called_that(capsys, tmp_path):
+    pipeline(tmp_path / "DiT")
+    (tmp_path / "DiT" / "vae" / WEIGHTS).write_text(POINTER)
+    words = ["family=diffusers", f"weights={tmp_path}/DiT", f"out={tmp_path}/out"]
+    assert "is a git-lfs pointer without the content" in refused(capsys, tmp_path, *words)
+
+
 def test_a_folder_comes_from_the_hub_with_no_more_of_it_than_needed(capsys, tmp_path, monkeypatch):
     there, cache, asked = pipeline(tmp_path / "there"), tmp_path / "cache", []
     pickled(there / "transformer")
@@ -208,6 +266,12 @@ def test_a_folder_comes_from_the_hub_with_no_more_of_it_than_needed(capsys, tmp_
     alone = robustok.load_pretrained("diffusers_kl", "hf://facebook/DiT-XL-2-256/vae")
     assert same(alone.state_dict(), load_tokenizer(tmp_path / "snapshot" / "tokenizer").state_dict())
     assert not (cache / "transformer").exists()
+    for file in there.glob("vae/*.*"):
+        if file.suffix != ".json":
+            file.unlink()
+    diffusers.AutoencoderKL(**VAE).half().save_pretrained(there / "vae", variant="fp16")
+    shutil.rmtree(cache)
+    assert robustok.load_pretrained("diffusers_kl", "hf://facebook/DiT-XL-2-256/vae").vae.dtype == torch.float32
 
 
 # Abuse
@@ -237,13 +301,14 @@ def poison(folder, write):
         write(weights, file)
 
 
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 334643276\n"
 WEIGHTS, PICKLED = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
 ABUSE = {  # what happens to the folder, other words, what is said
     "no such folder": (shutil.rmtree, [], "no config.json"),
     "an empty one": (lambda p: [shutil.rmtree(p), p.mkdir()], [], "no config.json"),
     "no weights of the autoencoder": (lambda p: (p / "vae" / WEIGHTS).unlink(), [], "vae has no weights; it needs"),
     "no weights": (lambda p: (p / "transformer" / WEIGHTS).unlink(), [], "transformer has no weights; it needs"),
-    "cut off": (lambda p: cut_off(p / "transformer" / WEIGHTS), [], "cannot be loaded"),
+    "cut off": (lambda p: cut_off(p / "transformer" / WEIGHTS), [], "cannot be read as safetensors"),
     "a pickle that runs a command": (lambda p: poison(p / "vae", torch.save), [], "'payload' is a"),
     "a bare pickle": (lambda p: poison(p / "vae", pickle.dump), [], "neither a PyTorch file"),
     "a pickle of other weights": (lambda p: pickled(p / "vae", lambda name: f"x.{name}"), [], "the weights do not fit"),
@@ -263,6 +328,28 @@ ABUSE = {  # what happens to the folder, other words, what is said
     "another size": (lambda p: None, ["config.image_size=16"], "has latents of shape (64, 4), the generator (16, 4)"),
     "an impossible size": (lambda p: None, ["config.image_size=9"], "not divisible by 2"),
     "no size": (lambda p: None, ["config.image_size=big"], "image_size"),
+    "wrong types": (lambda p: edit(p / "vae" / "config.json", block_out_channels=3), [], "cannot be made"),
+    "a wrong size": (lambda p: edit(p / "transformer" / "config.json", sample_size="4x4"), [], "sample_size"),
+    "a giant autoencoder": (
+        lambda p: edit(p / "vae" / "config.json", block_out_channels=[2**20] * 2),
+        [],
+        "larger than",
+    ),
+    "a deep autoencoder": (lambda p: edit(p / "vae" / "config.json", layers_per_block=10**7), [], "larger than"),
+    "a deep transformer": (lambda p: edit(p / "transformer" / "config.json", num_layers=10**7), [], "larger than"),
+    "a wide transformer": (
+        lambda p: edit(p / "transformer" / "config.json", num_attention_heads=10**6),
+        [],
+        "larger than",
+    ),
+    "a large grid": (lambda p: edit(p / "transformer" / "config.json", sample_size=10**6), [], "sample_size"),
+    "many classes": (lambda p: edit(p / "transformer" / "config.json", num_embeds_ada_norm=10**9), [], "larger than"),
+    "an unknown spacing": (
+        lambda p: edit(p / "scheduler" / "scheduler_config.json", timestep_spacing=[1]),
+        [],
+        "the scheduler beside",
+    ),
+    "nested settings": (lambda p: (p / "vae" / "config.json").write_text("[" * 10**5), [], "is no JSON"),
     "an unknown setting": (lambda p: None, ["config.heads=2"], "config.heads is not known"),
     "two sources of statistics": (
         lambda p: None,
@@ -272,7 +359,7 @@ ABUSE = {  # what happens to the folder, other words, what is said
     "not a number": (
         lambda p: broken(p / "transformer"),
         [],
-        "holds infinite values",
+        "proj_out_2.bias holds NaN or infinite numbers",
     ),
 }
 
@@ -305,6 +392,8 @@ def test_wrong_words(capsys, tmp_path):
     assert "expected AutoencoderKL" in refuse("family=diffusers_kl", f"weights={tmp_path}/DiT/transformer")
     assert "holds a KL, which is no diffusers" in refuse("family=diffusers", "to=export", f"weights={tmp_path}/kl")
     assert "drop it" in refuse("family=diffusers", "to=export", f"weights={tmp_path}/kl", "original=a.pt")
+    with pytest.raises(UserError, match="write it with export_folder"):
+        robustok.export_weights(robustok.load_pretrained("dit", tmp_path / "DiT"))
     with pytest.raises(UserError, match="name one of them"):
         robustok.load_pretrained("diffusers", tmp_path / "DiT")
     with pytest.raises(UserError, match="give its path"):

@@ -11,6 +11,9 @@ from robustok.cli import main
 from robustok.data.dataset import open_images
 from robustok.data.latent_cache import LatentCache
 from robustok.data.sources import Digits
+from robustok.generators.dit import DiT
+from robustok.model_card import add_licence
+from robustok.tokenizers.diffusers import DiffusersKL
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -73,6 +76,16 @@ def test_a_pipeline_is_post_trained(tmp_path, sigma, classifier):
         return
     assert header["post_trained"]["sigma"] == 0.8
     assert header["protocol"]["noise_level"] == pytest.approx(pairs[0]["noise_level"])
+    # The licence of the generator binds the decoder, too, in a delta as well, and in the one after that.
+    delta = command("make-delta", tmp_path / "delta", tokenizer, f"post_trained={post}")
+    for folder in (post / "snapshot" / "best", post / "export", delta):
+        card = (folder / "README.md").read_text()
+        assert f"{DiffusersKL.licence} (tokenizer); {DiT.licence} (generator)." in card
+        assert "- commercial_use: NOT PERMITTED" in card
+        assert "license: other" in card
+    again = dict(header)
+    add_licence(again, pairs[0]["licence"], "generator")
+    assert again == header
 
     samples = command("generate", tmp_path / "samples", generator, "count=20", "sampling.name=ddpm", "sampling.steps=3")
     scored = [f"extractor.path={classifier}", "metrics=[gfid]"]
@@ -133,7 +146,9 @@ def test_one_command_turns_a_pipeline_into_a_folder_of_its_autoencoder(tmp_path)
     after = diffusers.AutoencoderKL.from_pretrained(post / "export" / "vae").state_dict()
     changed = {name.split(".")[0] for name, weight in after.items() if not torch.equal(weight, before[name])}
     assert changed == {"decoder", "post_quant_conv"}
-    assert "CC-BY-NC" not in (post / "export" / "README.md").read_text()  # that is DiT's, not its autoencoder's
+    card = (post / "export" / "README.md").read_text()
+    assert f"{DiT.licence} (generator)" in card  # of the samples that it was trained on
+    assert "- commercial_use: NOT PERMITTED" in card
 
     snapshots = [f"{name}={post / name}" for name in SOURCES]
     again = command("post-train", tmp_path / "again", *snapshots, *words[2:])

@@ -1,11 +1,14 @@
 """One command from released files to a released file whose decoder alone is another."""
 
 import json
+import re
 import shutil
 import sys
+from urllib.error import URLError
 
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from PIL import Image
@@ -13,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from robustok.cli import main
 from robustok.commands import pretrained_sources
+from robustok.commands.convert import ConvertRun, convert
 from robustok.commands.pretrained_sources import PretrainedTokenizer, export_decoder, origin_of
 from robustok.config import plain
 from robustok.data.latent_cache import LatentCache
@@ -111,12 +115,71 @@ def test_only_the_decoder_changes_in_the_exported_file(capsys, tmp_path, images,
     (pairs,) = (LatentCache(path) for path in (out / "pairs").iterdir())
     assert pairs.manifest.tokenizer == encoder_digest(model)
 
-    card, licence = (out / "export" / "README.md").read_text(), FAMILIES[family].model.licence
+    card = (out / "export" / "README.md").read_text()
+    licence, other = (FAMILIES[name].model.licence for name in PAIRS[pair])
     assert f"| sigma | {pairs.manifest.source['sigma']} |" in card
     assert "| adversary | reinit_warmup, 1 steps |" in card
-    assert f"Of the original weights: {licence}." in card
-    assert 'torch.save({"ema": load_file("tokenizer.safetensors")}, "tokenizer.pt")' in card
+    if licence == other:
+        assert f"Of the original weights: {licence}." in card
+    else:
+        assert f"Of all the weights that it was made from: {licence} (tokenizer); {other} (generator)." in card
     assert "path/to/this/folder" not in card
+
+
+def code_of(card):
+    """The lines of Python on a card."""
+    return re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+
+
+# How the loader of each project finds the weights in the file (shared/docs/ADAPTERS.md), for a file under these keys.
+LOADERS = {
+    "robustok": (("ema", "model"), lambda file: file["model"] if "model" in file else file["ema"]),
+    "llamagen_tokenizer": (("model",), lambda file: file["model"]),
+    "llamagen_tokenizer, reconstructions": (
+        ("model",),
+        lambda file: file["ema"] if "ema" in file else file["model"] if "model" in file else file["state_dict"],
+    ),
+    "gigatok_tokenizer": (
+        ("ema", "model", "discriminator"),
+        lambda file: file["ema"] if "ema" in file else file["model"] if "model" in file else file["state_dict"],
+    ),
+    "maskgit_vqgan": ((), lambda file: file),
+    "vavae": (("state_dict",), lambda file: file.get("state_dict", file)),
+}
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_the_lines_on_the_card_make_a_file_that_the_project_s_loader_reads(tmp_path, monkeypatch, loader):
+    family, (keys, load) = loader.partition(",")[0], LOADERS[loader]
+    weights, config = released(family)[0], RELEASES[family][1]
+    file = tmp_path / 'their "best".pt'
+    torch.save(dict.fromkeys(keys, weights) if keys else weights, file)
+    source = PretrainedTokenizer(family=family, weights=file, config=config, discriminator=False)
+    settings = {key: value for key, value in source if key != "published"}
+    snapshot = convert(ConvertRun(out=tmp_path / "snapshot", **settings))
+    exported = export_decoder(snapshot, source, tmp_path / "export")
+    monkeypatch.chdir(tmp_path / "export")
+    exec(code_of((tmp_path / "export" / "README.md").read_text()))
+    found = load(torch.load(file.name, weights_only=True))
+    assert not changed(found, weights)
+    assert not changed(load_pretrained(family, exported, config).state_dict(), load_tokenizer(snapshot).state_dict())
+
+
+def test_a_snapshot_of_a_file_with_more_is_told_how_to_export(capsys, tmp_path):
+    weights = released("robustok")[0] | {"semantic_model.norm.weight": torch.ones(3)}
+    torch.save({"model": weights}, tmp_path / "main-train.pt")
+    words = ["convert", "family=robustok", f"weights={tmp_path}/main-train.pt", f"out={tmp_path}/ours"]
+    run(capsys, [*words, "config.num_heads=2"])
+    assert export_decoder(tmp_path / "ours", tmp_path / "ours", tmp_path / "export") is None
+    assert "convert to=export family=robustok" in (said := capsys.readouterr().err)
+    assert "original=main-train.pt" in said
+    words = ["convert", "to=export", "family=robustok", f"weights={tmp_path}/ours"]
+    _, said = run(capsys, [*words, f"out={tmp_path}/a.safetensors"])
+    assert "has no semantic_model.*" in said
+    assert "original=FILE of the original weights adds them" in said
+    _, said = run(capsys, [*words, f"out={tmp_path}/b.safetensors", f"original={tmp_path}/main-train.pt"])
+    assert said == ""
+    assert not changed(load_file(tmp_path / "b.safetensors"), weights)
 
 
 def test_the_same_command_again_does_nothing_again(capsys, tmp_path, images, monkeypatch):
@@ -191,6 +254,32 @@ def test_a_carried_discriminator_goes_on_and_the_card_says_so(capsys, tmp_path, 
 
     run(capsys, [*words, fresh, "tokenizer.discriminator=false", f"out={tmp_path}/fresh"])
     assert best(tmp_path / "fresh")["protocol"]["adversary"] == "reinit_warmup, 1 steps"
+
+
+def test_without_a_network_all_files_that_are_needed_are_named_before_anything_is_made(
+    capsys, tmp_path, images, monkeypatch
+):
+    pytest.importorskip("lpips", reason="the extra robustok[lpips] is not installed")
+
+    def offline(*_, **__):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    words = [word for word in command("robustok", tmp_path, images) if not word.startswith("reconstruction.perc")]
+    heads = shaken(DinoHeads(DinoConfig(image_size=32, width=8, heads=2, depth=3, read_after=(0, 2), kernel_size=3)))
+    torch.save({"ema": released("robustok")[0], "discriminator": heads.state_dict()}, tmp_path / "tokenizer.pt")
+    settings = {"num_heads": 2, "depth": 3, "key_depths": [0, 2], "input_size": 32, "patch_size": 16}
+    words = [*words, f"tokenizer.config.discriminator={json.dumps(settings)}", "reconstruction.perceptual=lpips"]
+    line = refuse(capsys, tmp_path, words)
+    for part in (
+        "vgg16-397923af.pth",
+        "reconstruction.perceptual_weights=FILE",
+        "; and cannot load the discriminator's",
+    ):
+        assert part in line
+    assert "discriminator.weights with discriminator.name=dino, such as https://" in line
 
 
 def test_sigma_can_be_chosen_too(capsys, tmp_path, images, classifier):

@@ -70,6 +70,13 @@ def test_other_names_are_paired_in_order_and_named(folder):
         check(ours, theirs)
 
 
+def test_images_without_a_partner_are_named(folder):
+    """Each side lacks another image: in order, all between the two would be paired with their neighbours."""
+    ours, theirs = ({f"{i:05d}.png": i for i in range(10) if i != lacking} for lacking in (3, 7))
+    with pytest.raises(UserError, match=r"8 of 9 names are on both sides, 00007 has no partner \(00003 has none"):
+        partners(folder("ours", ours), folder("theirs", theirs))
+
+
 def test_as_many_on_both_sides(folder):
     with pytest.raises(UserError, match="expected as many images on both sides"):
         partners(folder("ours", [0, 1]), folder("theirs", [0]))

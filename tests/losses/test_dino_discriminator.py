@@ -263,7 +263,9 @@ def test_the_backbone_from_local_files(tmp_path, backbone_file):
         UserError, match=r"backbone vit_small_patch16_224\.dino: .*; give a local file as discriminator\.w"
     ):
         frozen_features(config.model_copy(update={"depth": 2}), torch.device("cpu"))
-    with pytest.raises(UserError, match=r"cannot load the discriminator's backbone .* is no file; give a local file"):
+    with pytest.raises(
+        UserError, match=r"cannot load the discriminator's .*none\.pth: No such file or directory; give a local"
+    ):
         frozen_features(config.model_copy(update={"weights": tmp_path / "none.pth"}), torch.device("cpu"))
 
 
@@ -356,7 +358,7 @@ def test_post_training_carries_the_heads_over_and_finds_the_backbone(tmp_path, b
     assert saved.keys() == carried.network.state_dict().keys()  # no weight of the backbone
     assert all(torch.equal(value, saved[name]) for name, value in carried.network.state_dict().items())
     without = tiny.post_run(tmp_path / "post", tmp_path / "run", tmp_path / "pairs", "adversarial.weight=0.1")
-    with pytest.raises(UserError, match=r"moved\.pth is no file; give a local file as discriminator\.weights"):
+    with pytest.raises(UserError, match=r"moved\.pth: No such file or directory; give a local file as discrim"):
         post_training._adversary(without, start_accelerator(16))
     with pytest.raises(UserError, match="unknown discriminator 'parrot'; known: patch, dino"):
         carried_config({"name": "parrot"}, run.discriminator, source="there")

@@ -1,3 +1,4 @@
+import os
 import sys
 from urllib.error import URLError
 
@@ -143,3 +144,24 @@ def test_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)
     with pytest.raises(UserError, match=r"pip install 'robustok\[lpips\]'"):
         LPIPS()
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0"
+BROKEN = {"features.0.bias": torch.full((64,), torch.nan)}
+REFUSED = {  # what the file is, what is said
+    "an object": (lambda file, state: torch.save(state | {"features.0.bias": {1, 2}}, file), "'features.0.bias' is a"),
+    "not finite": (lambda file, state: torch.save(state | BROKEN, file), "it: features.0.bias holds NaN"),
+    "a pointer": (lambda file, _: file.write_text(POINTER), "git-lfs pointer"),
+    "a pipe": (lambda file, _: os.mkfifo(file), "it is a FIFO"),
+    "a folder": (lambda file, _: file.mkdir(), "it is a folder"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_file_that_is_refused_is_one_line_without_advice_to_trust_it(tmp_path, state, case):
+    make, said = REFUSED[case]
+    make(tmp_path / "alexnet.pth", state)
+    with pytest.raises(UserError, match=said) as error:
+        LPIPS("alex", tmp_path / "alexnet.pth")
+    assert "weights_only" not in str(error.value)
+    assert "\n" not in str(error.value)

@@ -324,3 +324,34 @@ def test_sizes_and_forms_that_nothing_published_has(family, model, config):
 def test_the_number_of_heads_matters(every):
     one = load_pretrained("robustok", every["robustok"], {"heads": 1})
     assert not torch.allclose(one.features(images()), tiny_tokenizer("robustok").features(images()))
+
+
+# Values that no model can have
+
+IMPOSSIBLE = ("x", [], 10**12, 2**31 - 1, -1, 0.5, float("nan"), [10**9] * 3)
+IN_NO_SHAPE = {"robustok": "num_heads", "llamagen_gpt": "block_size", "sit": "num_heads"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_settings_of_wrong_type_or_size_are_one_line_before_anything_is_made(every, family):
+    """A setting that is in no shape, or one whose value no file can have."""
+    key, refused = IN_NO_SHAPE.get(family, "codebook_size"), []
+    for value in IMPOSSIBLE:
+        try:
+            loaded = load_pretrained(family, every[family], {**(RELEASES[family][1] or {}), key: value})
+        except UserError as error:
+            refused.append(str(error))
+        else:  # of some families this setting is none, and ignored
+            assert same(export_weights(loaded), every[family])
+    assert len(refused) in (0, len(IMPOSSIBLE))
+    assert not any("\n" in line for line in refused)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(family, value):
+    weights = released(family)[0]
+    name = next(name for name, tensor in reversed(weights.items()) if tensor.is_floating_point())
+    weights[name].view(-1)[-1] = value
+    with pytest.raises(UserError, match=f"weights: {name} holds NaN or infinite|has other values than"):
+        load_pretrained(family, weights, RELEASES[family][1])

@@ -21,11 +21,13 @@ from torch import Tensor, nn
 
 from robustok.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 from robustok.config import Config, plain
+from robustok.console import note
 from robustok.errors import UserError
 from robustok.files import atomic_folder
 from robustok.generators import load_generator
 from robustok.hub import is_remote
 from robustok.losses.discriminators import DinoHeads, load_heads
+from robustok.model_card import licence_fields
 from robustok.pretrained.diffusers_folders import fetch
 from robustok.pretrained.export import export_folder, export_weights
 from robustok.pretrained.families import FAMILIES, FOLDERS, choose_family, families_in, families_named
@@ -177,11 +179,7 @@ def _header(run: ConvertRun, name: str, model: nn.Module, part: str, tokenizer: 
         raise UserError(f"{run.weights}: {problems[0]}")
     file = re.sub("^hf:/+", "hf://", run.weights.as_posix()) if is_remote(run.weights) else run.weights.name
     header["source"] = {"file": file, "part": part, "family": name}
-    header |= {"trained_on": f"converted from {file}, {part}", "licence": run.licence or family.model.licence}
-    if re.search(r"\bnc\b|non-?commercial", header["licence"], re.IGNORECASE):
-        header["commercial_use"] = "NOT PERMITTED by this licence, nor of decoders trained from these weights"
-    elif re.search(r"\bnone\b|without a licence|no licence", header["licence"], re.IGNORECASE):
-        header["commercial_use"] = "UNCLEAR, as some of the weights or code came without a licence; ask the authors"
+    header |= {"trained_on": f"converted from {file}, {part}"} | licence_fields(run.licence or family.model.licence)
     return header
 
 
@@ -270,4 +268,10 @@ def _export(run: ConvertRun, names: tuple[str, ...]) -> Path:
         check_all({key: v for key, v in official.items() if not key.startswith(family.dropped)}, weights, name)
         own = {family.export_name(key) for key in model.state_dict()}
         weights |= {key: tensor for key, tensor in official.items() if key not in own}
+    elif family.dropped:
+        left_out = " and ".join(f"{prefix}*" for prefix in family.dropped)
+        note(
+            f"{run.out} has no {left_out}, which {run.family} needs for training only, but loaders of its authors may "
+            "require; original=FILE of the original weights adds them"
+        )
     return write_checkpoint(run.out, weights)

@@ -96,6 +96,7 @@ def generate(run: GenerateRun) -> Path:
         "precision": run.cache.precision,
         "generator": tensor_digest(generator.state_dict()),
         "classes": run.classes,
+        **licence_of(run.generator),
     }
     names = read_header(run.generator).get("class_names")
     manifest = manifest_of(generator, run.cache, run.count, None, source, names)
@@ -103,6 +104,12 @@ def generate(run: GenerateRun) -> Path:
     if tokenizer is not None:
         write_images(run.out, tokenizer, run.images, run.cache.batch_size, accelerator)
     return run.out
+
+
+def licence_of(generator: Path) -> dict[str, str]:
+    """Of a generator's latents, the part of the source on its licence, which decoders trained on them inherit."""
+    licence = read_header(generator).get("licence")
+    return {"licence": licence} if licence else {}
 
 
 def load_for_sampling(path: str | Path, settings: SampleCacheSettings, device: torch.device) -> Generator:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from robustok.commands.encode import fill_cache, random_subset
-from robustok.commands.generate import SampleCacheSettings, load_for_sampling, manifest_of, record_fields
+from robustok.commands.generate import SampleCacheSettings, licence_of, load_for_sampling, manifest_of, record_fields
 from robustok.config import Config, plain
 from robustok.data.labels import check_same_classes
 from robustok.data.latent_cache import LatentCache, check_cache, check_center_crops, check_real_latents
@@ -104,6 +104,7 @@ def make_pairs(run: MakePairsRun) -> Path:
         "split": cache.manifest.source.get("data"),
         "latents": latent_digest(cache),
         **generator.mixture_details(sampling, run.sigma),
+        **licence_of(run.generator),
     }
     if generator.kind == "continuous":
         for problem in generator.check(cache.read(rows[:CHECKED]).latents):

@@ -186,6 +186,7 @@ def post_train(run: PostTrainRun) -> Path:
     """
     accelerator = start_accelerator(run.batch_size)
     if run.complete:
+        check_networks(run.training())
         best = train_decoder(run.training())
     else:
         ready = _prepare(run, accelerator)

@@ -8,6 +8,7 @@ After: the decoder is written in the layout of the original file, with a model c
     runs/post/  tokenizer/  generator/  latents/  ...  snapshot/best/  export/  README.md  vq_ds16_c2i.safetensors
 """
 
+import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from pydantic import Discriminator, Field, Tag
 from robustok.checkpoints import file_beside
 from robustok.commands.convert import ConvertRun, convert
 from robustok.config import Config
+from robustok.console import note
 from robustok.data.dataset import open_images
 from robustok.data.labels import check_same_classes, sorted_as_text
 from robustok.data.latent_cache import LatentCache, check_cache, check_center_crops
@@ -247,13 +249,19 @@ def export_decoder(snapshot: Path, source: Path | PretrainedTokenizer, out: Path
         original = None if families_named(family)[0] in FOLDERS else file
     else:
         found = origin_of(read_header(source))
-        if found is None or (found["family"] in FAMILIES and FAMILIES[found["family"]].dropped):
+        if found is None:
+            return None
+        if found["family"] in FAMILIES and FAMILIES[found["family"]].dropped:
+            note(
+                f"for the layout of {found['file']}, which holds more than {source}: robustok convert to=export "
+                f"family={found['family']} weights={snapshot} original={found['file']} out=FILE.safetensors"
+            )
             return None
         family, file = found["family"], Path(Path(found["file"]).name)
     target = out / (f"{file.stem}.safetensors" if file.suffix in SUFFIXES else _folder_name(file))
     if not target.exists():
         convert(ConvertRun(family=family, to="export", weights=snapshot, original=original, out=target))
-    use = _use(origin["part"] if origin else "flat state dict", file, target, family)
+    use = _use(origin or {"family": family, "part": "flat state dict"}, file, target)
     write_file(out / "README.md", printable(model_card(read_header(snapshot), use=use)))
     if original is not None:  # the authors' loader, and ours, may need the configuration beside it
         config = file_beside(download(original) if is_remote(original) else original)
@@ -283,25 +291,28 @@ def _folder_name(source: Path) -> str:
     return next((part for part in AUTOENCODERS if (folder / part).is_dir()), name)
 
 
-def _use(part: str, file: Path, target: Path, family: str) -> str:
+def _use(origin: Mapping[str, str], file: Path, target: Path) -> str:
     """How the weights are used in the project that they came from, in Markdown.
 
     Args:
-        part: of the original file that the weights were in, such as "ema".
+        origin: ``family``, and the ``part`` of the original file that the weights were in, such as "ema".
         file: the original.
         target: what was written.
-        family: its layout.
     """
     if target.is_dir():
         folder = f"the folder `{target.name}` of `{file.name}`" if target.name != file.name else f"`{file.name}`"
         return f"Replace {folder} by `{target.name}`, and load it as before."
     if file.suffix == ".safetensors":
         return f"Replace the original `{file.name}` by `{target.name}`."
-    content = f'load_file("{target.name}")'
-    for wrapper in part.split(" of ") if part != "flat state dict" else ():
-        content = f'{{"{wrapper}": {content}}}'
+    new, old = (json.dumps(path.name, ensure_ascii=False) for path in (target, file))
+    content, family = "weights", FAMILIES.get(origin["family"])
+    if family is not None and family.read_under:
+        content = "{" + ", ".join(f'"{key}": weights' for key in family.read_under) + "}"
+    else:
+        for wrapper in origin["part"].split(" of ") if origin["part"] != "flat state dict" else ():
+            content = f"{{{json.dumps(wrapper)}: {content}}}"
     return (
         f"To replace the original `{file.name}`:\n\n```python\nimport torch\nfrom safetensors.torch import "
-        f'load_file\ntorch.save({content}, "{file.name}")\n```\n\n'
-        f'In robustok: `robustok.load_pretrained("{family}", "{target.name}")`.'
+        f"load_file\n\nweights = load_file({new})\ntorch.save({content}, {old})\n```\n\n"
+        f'In robustok: `robustok.load_pretrained("{origin["family"]}", {new})`.'
     )

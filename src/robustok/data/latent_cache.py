@@ -148,12 +148,12 @@ def create_cache(path: str | Path, manifest: Manifest) -> None:
 
 
 def _identity(manifest: Manifest, other: Manifest | None = None) -> dict[str, Any]:
-    """The manifest without the words that describe the images: their folder may move, ``data`` is their digest.
+    """The manifest without words such as the path of the images: their folder may move, ``data`` is their digest.
 
     Also without the digests of inputs that the other one, of an earlier version, lacks.
     """
     whole = {key: value for key, value in manifest.plain().items() if key != "class_names"}
-    dropped = {"data", "split"}
+    dropped = {"data", "split", "licence"}
     dropped |= set() if other is None else {"images", "latents"} - other.source.keys()
     return whole | {"source": {key: value for key, value in whole["source"].items() if key not in dropped}}
 

@@ -20,7 +20,7 @@ def partners(images: ImageDataset, originals: ImageDataset) -> Tensor:
     the names (2.png before 10.png).
 
     Raises:
-        UserError: there are not as many on both sides.
+        UserError: there are not as many on both sides, or only some of the names are on both sides.
     """
     if len(originals) != len(images):
         raise UserError(
@@ -30,6 +30,7 @@ def partners(images: ImageDataset, originals: ImageDataset) -> Tensor:
         for key in (str, os.path.basename, _number):
             if (found := _by(key, images.names, originals.names)) is not None:
                 return found
+        _refuse_missing_partners(images.names, originals.names)
     first, second = _order(images), _order(originals)
     if images.names is not None and originals.names is not None:
         warnings.warn(
@@ -49,6 +50,16 @@ def _by(key: Callable[[str], object], names: list[str], others: list[str]) -> Te
     if None in rows or len(rows) < len(others) or set(keys) != rows.keys():
         return None
     return torch.tensor([rows[key] for key in keys])
+
+
+def _refuse_missing_partners(names: list[str], others: list[str]) -> None:
+    shared = set(names) & set(others)
+    if shared and len(set(names)) == len(names):
+        lacking, instead = (sort_names(set(side) - shared)[:1] or ["nothing"] for side in (names, others))
+        raise UserError(
+            f"paired_images: {len(shared)} of {len(names)} names are on both sides, {lacking[0]} has no partner "
+            f"({instead[0]} has none either); give both the same names"
+        )
 
 
 def _number(name: str) -> int | None:

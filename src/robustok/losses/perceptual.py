@@ -39,7 +39,7 @@ class LPIPSLoss(nn.Module):
 
     def __init__(self, weights: str | None = None) -> None:
         super().__init__()
-        self.network, _ = load_lpips("vgg", weights, setting="perceptual_weights")
+        self.network, _ = load_lpips("vgg", weights, setting="reconstruction.perceptual_weights")
         self.eval()
 
     def forward(self, images: Tensor, reconstructions: Tensor) -> Tensor:

@@ -7,27 +7,39 @@ executed.
 """
 
 import json
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from robustok.backbones import silent_diffusers
 from robustok.checkpoints import read_checkpoint, write_checkpoint
 from robustok.errors import UserError
-from robustok.files import atomic_folder, one_line
+from robustok.files import atomic_folder, one_line, regular_file
 from robustok.hub import download_folder, is_remote
+from robustok.snapshots import check_finite_weights, outline_of, read_weights
+
+Model = TypeVar("Model", bound=nn.Module)
 
 AUTOENCODERS = ("vae", "vqvae", "movq")  # parts of a pipeline that may be a tokenizer
 PARTS = (*AUTOENCODERS, "transformer")  # or a generator
 STEM = "diffusion_pytorch_model"  # of the names of weight files
-FILES = ("config.json", f"{STEM}.safetensors", f"{STEM}-*.safetensors", f"{STEM}.safetensors.index.json")
+NAMES = re.compile(  # such as STEM.bin, STEM.fp16.safetensors, STEM-00001-of-00002.fp16.bin, STEM.bin.index.fp16.json
+    rf"{STEM}(\.(?P<before>\w+))?(-\d+-of-(?P<of>\d+))?(\.(?P<after>\w+))?\.(?P<suffix>safetensors|bin)"
+    r"(?P<index>\.index(\.(?P<last>\w+))?\.json)?"
+)
+MOST_PARTS = 1000  # files of weights
+DOWNLOADS = (  # patterns of names, tried one after the other
+    ("config.json", f"{STEM}.safetensors", f"{STEM}-*.safetensors", f"{STEM}.safetensors.index.json"),
+    (f"{STEM}.bin", f"{STEM}-*.bin", f"{STEM}.bin.index.json"),
+    (f"{STEM}*",),
+)
 
 
 @dataclass(frozen=True)
@@ -53,13 +65,14 @@ def fetch(path: str | Path) -> Path:
     """
     if not is_remote(path):
         return Path(path)
-    subfolders = ("", *(f"{part}/" for part in PARTS))
-    folder = download_folder(
-        path, ["scheduler/scheduler_config.json", *(p + file for p in subfolders for file in FILES)]
-    )
-    held = [part for part in subfolders if (folder / part / "config.json").is_file()]
-    if pickled := [f"{part}{STEM}.bin" for part in held if not [*(folder / part).glob("*.safetensors")]]:
-        folder = download_folder(path, pickled)
+    lacking = ["", *(f"{part}/" for part in PARTS)]
+    wanted = ["scheduler/scheduler_config.json"]
+    for patterns in DOWNLOADS:
+        folder = download_folder(path, [*wanted, *(part + pattern for part in lacking for pattern in patterns)])
+        held = [part for part in lacking if (folder / part / "config.json").is_file()]
+        lacking, wanted = [part for part in held if not _weight_sets(folder / part)], []
+        if not lacking:
+            break
     return folder
 
 
@@ -107,30 +120,42 @@ def read_json(file: Path) -> dict[str, Any]:
     """The content of a JSON file.
 
     Raises:
-        UserError: it is missing, or no JSON object.
+        UserError: it is missing, cannot be read, or is no JSON object.
     """
+    if not file.exists():
+        raise UserError(f"{file} is missing; copy the whole folder")
     try:
-        content = json.loads(file.read_text())
-    except OSError:
-        raise UserError(f"{file} is missing; copy the whole folder") from None
-    except ValueError as error:
+        content = json.loads(regular_file(file).read_text())
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is no JSON ({one_line(error, 200)}); copy it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{file} holds no JSON object; copy it again")
     return content
 
 
-def load_network(network: nn.Module, found: Component) -> None:
-    """Fill a model with the weights of its folder, all of them and none besides.
+def load_model(make: Callable[[], Model], network: str, found: Component) -> Model:
+    """Make a model of ours and fill its network with the weights of a folder, all of them and none besides.
+
+    Args:
+        make: makes the model from the folder's settings. It is first made without memory, for a comparison with the
+            size of the weights: a configuration that asks for a giant is refused before anything is allocated.
+        network: the model's attribute with the network of the library.
+        found: the folder.
 
     Raises:
-        UserError: weights are missing, cannot be read, or do not fit.
+        UserError: weights are missing, cannot be read, are not finite, or do not fit; no model can be made.
     """
     folder = found.folder
     with _safetensors(found) as safe:
+        weights = read_weights(safe / f"{STEM}.safetensors")
+        check_finite_weights(weights, folder)
+        numbers = sum(tensor.numel() for tensor in weights.values())
+        limits = 4 * len(weights) + 1000, 4 * numbers + 10**6  # some are made only to be replaced
+        outline_of(make, *limits, f"{folder}/config.json asks for", f"the {numbers:,} numbers in its weights")
+        model = make()
         try:
             with silent_diffusers():  # its warnings are errors here
-                loaded, report = type(network).from_pretrained(
+                loaded, report = type(getattr(model, network)).from_pretrained(
                     safe, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
                 )
         except Exception as error:  # of many types, all of which the user can act on
@@ -139,28 +164,76 @@ def load_network(network: nn.Module, found: Component) -> None:
     problems = [f"{kind.removesuffix('_keys')} {name}" for kind, names in report.items() for name in names]
     if problems:
         raise UserError(f"{folder}: the weights do not fit its config.json: {'; '.join(problems[:3])}; copy it again")
-    weights = loaded.state_dict()
-    if broken := [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]:
-        raise UserError(f"{folder}: {broken[0]} holds infinite values or no numbers; copy it again")
-    network.load_state_dict(weights)
+    getattr(model, network).load_state_dict(loaded.state_dict())
+    return model.eval().requires_grad_(False)
 
 
 @contextmanager
 def _safetensors(found: Component) -> Iterator[Path]:
-    """A folder with the model as safetensors: its own, or a temporary one if it holds a pickle."""
-    folder, pickled = found.folder, found.folder / f"{STEM}.bin"
-    if [*folder.glob("*.safetensors")]:
-        yield folder
+    """A folder with the model in one safetensors file: its own, or a temporary one that holds the same."""
+    files = weight_files(found)
+    if files == [found.folder / f"{STEM}.safetensors"]:
+        yield found.folder
         return
-    if not pickled.is_file():
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        weights |= read_checkpoint(file).weights
+    with tempfile.TemporaryDirectory() as temporary:
+        write_checkpoint(Path(temporary) / f"{STEM}.safetensors", weights)
+        shutil.copy(found.folder / "config.json", temporary)
+        yield Path(temporary)
+
+
+def weight_files(found: Component) -> list[Path]:
+    """The files that together hold the weights.
+
+    Full precision is preferred to a variant such as ``fp16``, which is taken if it is the only one; and safetensors to
+    pickles.
+
+    Raises:
+        UserError: there are none, only several variants, or not all files that belong together.
+    """
+    folder, sets = found.folder, _weight_sets(found.folder)
+    best = min(((variant != "", suffix != "safetensors") for variant, suffix in sets), default=None)
+    chosen = [key for key in sets if (key[0] != "", key[1] != "safetensors") == best]
+    if not chosen:
         raise UserError(
             f"{folder} has no weights; it needs {STEM}.safetensors or .bin, as {found.class_name}.save_pretrained of "
             "diffusers writes them"
         )
-    with tempfile.TemporaryDirectory() as temporary:
-        write_checkpoint(Path(temporary) / f"{STEM}.safetensors", read_checkpoint(pickled).weights)
-        shutil.copy(folder / "config.json", temporary)
-        yield Path(temporary)
+    if len(chosen) > 1:
+        variants = " and ".join(sorted(variant for variant, _ in chosen))
+        raise UserError(f"{folder} has weights of the variants {variants}; keep one of them in a copy of the folder")
+    names = sets[chosen[0]]
+    if missing := [name for name in names if not (folder / name).exists()]:
+        raise UserError(f"{folder} lacks {missing[0]}, one of its {len(names)} files of weights; copy it, too")
+    return [folder / name for name in names]
+
+
+def _weight_sets(folder: Path) -> dict[tuple[str, str], list[str]]:
+    """Variant, or "", and suffix to the names of the files that belong together, whether they exist or not."""
+    sets: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for path in sorted(folder.glob(f"{STEM}*")):
+        if named := NAMES.fullmatch(path.name):
+            variant = named["before"] or named["after"] or named["last"] or ""
+            forms = sets.setdefault((variant, named["suffix"]), {})
+            if named["index"]:
+                forms["index"] = _indexed(path)
+            elif named["of"]:
+                parts = re.sub(r"\d+(-of-\d+)", r"{:05}\1", path.name)
+                forms["parts"] = [parts.format(k + 1) for k in range(min(int(named["of"]), MOST_PARTS))]
+            else:
+                forms["whole"] = [path.name]
+    return {key: next(forms[k] for k in ("index", "whole", "parts") if k in forms) for key, forms in sets.items()}
+
+
+def _indexed(file: Path) -> list[str]:
+    """The names of files that an index lists."""
+    names = read_json(file).get("weight_map")
+    names = sorted(set(map(str, names.values()))) if isinstance(names, dict) else []
+    if not names or any(Path(name).name != name for name in names):
+        raise UserError(f"{file} lists no files beside it under weight_map; copy it again")
+    return names
 
 
 def write_network(network: nn.Module, path: Path) -> Path:

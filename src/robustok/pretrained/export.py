@@ -19,6 +19,8 @@ def export_weights(model: nn.Module) -> dict[str, Tensor]:
         UserError: a model, or a variant of it, that no layout has.
     """
     family = next((family for family in FAMILIES.values() if type(model) is family.model), None)
+    if any(type(model) is folder.model for folder in FOLDERS.values()):
+        raise UserError(f"a {type(model).__name__} is a model of the diffusers library; write it with export_folder")
     if family is None:
         raise UserError(
             f"a {type(model).__name__} has no layout to export to; "

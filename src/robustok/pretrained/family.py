@@ -20,6 +20,7 @@ class Family:
         export_name: our name of a weight to the authors' name.
         complete: our model and its renamed weights to the authors' layout.
         dropped: prefixes of tensors that our model does not use.
+        read_under: keys of a file under which one or another of the authors' loaders expects the state dict.
         discriminator: tensors and configuration of the discriminator in a training checkpoint to its settings here.
     """
 
@@ -31,6 +32,7 @@ class Family:
     export_name: Callable[[str], str] = lambda name: name
     complete: Callable[[Any, dict[str, Tensor]], dict[str, Tensor]] = lambda model, weights: weights
     dropped: tuple[str, ...] = ()
+    read_under: tuple[str, ...] = ()
     discriminator: Callable[[Mapping[str, Tensor], dict[str, Any]], dict[str, Any]] | None = None
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from robustok.pretrained.diffusers_folders import fetch
 from robustok.pretrained.export import export_weights
 from robustok.pretrained.families import FAMILIES, FOLDERS, choose_family, families_in, families_named, recognise
 from robustok.pretrained.shapes import flatten_config
+from robustok.snapshots import check_finite_weights, outline_of
 
 
 def load_pretrained(
@@ -40,12 +42,12 @@ def load_pretrained(
 
     Raises:
         UserError: unknown family; an unreadable file; missing, unexpected or misshapen tensors, or those of another
-            family; a configuration that is incomplete or contradicts them.
+            family, or that are not finite; a configuration that is incomplete or contradicts them.
     """
     if isinstance(config, str):
         try:
             config = json.loads(config)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UserError(f"config is text but no JSON: {config[:40]!r}; give a mapping") from None
     if (names := families_named(family))[0] in FOLDERS:
         if isinstance(weights, Mapping):
@@ -71,8 +73,14 @@ def load_checkpoint(name: str, checkpoint: Checkpoint, config: Mapping[str, Any]
     """:func:`load_pretrained` for one of the ``FAMILIES``, from a checkpoint that was read already."""
     family = FAMILIES[name]
     tensors = {key: tensor for key, tensor in checkpoint.weights.items() if not key.startswith(family.dropped)}
+    numbers = sum(tensor.numel() for tensor in tensors.values())
     try:
-        model = family.build(tensors, dict(flatten_config(checkpoint.config if config is None else config)))
+        given = dict(flatten_config(checkpoint.config if config is None else config))
+        make = partial(family.build, tensors, given)
+        limits = 4 * len(tensors) + 1000, 4 * numbers + 10**6  # some are made only to be replaced
+        outline_of(make, *limits, "config asks for", f"the {numbers:,} numbers in the weights")
+        model = make()
+        check_finite_weights(tensors, checkpoint.source)
         check_all(tensors, export_weights(model), name)
     except UserError as error:
         reason = str(error) if str(error).endswith("?") else f"{error}."

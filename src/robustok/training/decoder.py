@@ -25,6 +25,7 @@ from robustok.files import tensor_digest
 from robustok.losses.discriminators import DiscriminatorConfig, carried_config, frozen_features
 from robustok.losses.reconstruction import ReconstructionTerms
 from robustok.metrics.features import load_extractor
+from robustok.model_card import add_licence, licence_fields
 from robustok.randomness import seed_step
 from robustok.runs import RunFolder
 from robustok.snapshots import read_extra, read_header, resolve, write_snapshot
@@ -251,7 +252,9 @@ class Snapshots:
         source = next(iter(self.caches.values())).manifest.source
         header = read_header(run.tokenizer)
         if licence := header.get("licence") or self.average.licence:
-            header["licence"] = licence
+            header |= licence_fields(licence)
+        for cache in self.caches.values():
+            add_licence(header, cache.manifest.source.get("licence"), "generator")
         header |= {
             "latent_space": encoder_digest(self.average),
             "post_trained": {
@@ -332,14 +335,23 @@ def check_networks(run: DecoderTrainingRun) -> None:
     """Load the networks of the losses and the held-out score once: errors come before the hours that pairs take.
 
     Raises:
-        UserError: a perceptual network, a discriminator or an extractor is missing or unusable.
+        UserError: perceptual networks, discriminators or extractors are missing or unusable; names all of them, since
+            without a network all their files have to be brought.
     """
     device = torch.device("cpu")
-    ReconstructionTerms(run.reconstruction, device)
+    needed: list[Callable[[], Any]] = [lambda: ReconstructionTerms(run.reconstruction, device)]
     if adversary_policy(run) != "none":
-        frozen_features(_discriminator(run)[0], device)
+        needed.append(lambda: frozen_features(_discriminator(run)[0], device))
     if run.held_out is not None:
-        load_extractor(run.held_out.extractor, device)
+        needed.append(lambda: load_extractor(run.held_out.extractor, device))
+    problems = []
+    for load_network in needed:
+        try:
+            load_network()
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("; and ".join(problems))
 
 
 def _adversary(run: DecoderTrainingRun, accelerator: Any) -> Adversary | None:

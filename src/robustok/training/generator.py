@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from robustok.config import plain
+from robustok.console import note
 from robustok.data.latent_cache import LatentCache, training_latents
 from robustok.devices import rank_rows, start_accelerator
 from robustok.generators import (
@@ -87,6 +88,8 @@ def train_generator(run: GeneratorTrainingRun) -> Path:
     rows = rank_rows(run.batch_size, rank, world)  # of the global batch
     cache = LatentCache(run.latents)
     manifest = cache.manifest
+    if manifest.source.get("sigma") is not None:
+        note(f"{run.latents} holds samples of a generator, or mixtures with them: the generator learns these", "yellow")
     check_kind(run.generator.name, manifest.kind, str(run.latents))
     check_sampling(run.generator.name, run.sampling or default_sampling(run.generator.name))
     folder = RunFolder(run, accelerator.is_main_process, later=may_change(run))
@@ -203,8 +206,11 @@ def draw_step(run: GeneratorTrainingRun, latent_shape: tuple[int, int], step: in
 def latent_statistics(cache: LatentCache, rows: int = 4096) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel over a cache of continuous latents, read ``rows`` at a time.
 
-    The standard deviation of a constant channel is given as 1.
+    The standard deviation of a constant channel is given as 1. Those that came with the latents of another project are
+    kept.
     """
+    if "latent_mean" in cache.manifest.source:
+        return cache.manifest.source["latent_mean"], cache.manifest.source["latent_std"]
     count, total, squares = 0, 0.0, 0.0
     shift = cache.read(slice(0, 1)).latents.double().mean(dim=(0, 1))  # near the mean, for precise squares
     for start in range(0, len(cache), rows):

@@ -21,6 +21,7 @@ from robustok.backbones import ImageNetRange, pretrained_backbone
 from robustok.config import Config, Heads, validate
 from robustok.errors import UserError
 from robustok.files import one_line
+from robustok.snapshots import check_finite_weights
 
 
 class DinoConfig(Config):
@@ -249,7 +250,7 @@ def load_backbone(config: DinoConfig) -> DinoBackbone:
         config.model,
         config.weights,
         role="the discriminator's backbone",
-        setting="discriminator.weights",
+        setting="discriminator.weights with discriminator.name=dino",
         img_size=config.image_size,
         patch_size=config.patch_size,
         embed_dim=config.width,
@@ -268,9 +269,10 @@ def load_heads(settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Di
         weights: ``heads.0.0.0.weight_orig`` and so on.
 
     Raises:
-        UserError: settings that are not accepted; missing, unexpected or misshapen tensors.
+        UserError: settings that are not accepted; tensors that are missing, unexpected, misshapen or not finite.
     """
     config = validate(DinoConfig, settings, source="config")
+    check_finite_weights(weights, "the discriminator")
     count = len({name.split(".")[1] for name in weights if name.startswith("heads.")})
     if len(config.read_after) + 1 != count:
         raise UserError(

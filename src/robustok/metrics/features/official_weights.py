@@ -9,8 +9,10 @@ from urllib.parse import urlparse
 import torch
 from torch import Tensor
 
+from robustok.checkpoints import read_checkpoint
 from robustok.errors import UserError
-from robustok.files import one_line
+from robustok.files import one_line, unreadable
+from robustok.snapshots import check_finite_weights
 
 
 @dataclass(frozen=True)
@@ -42,35 +44,31 @@ def load_weights(url: str, path: str | Path | None, what: str, setting: str) -> 
         setting: names the setting that takes a path, such as "extractor.path".
 
     Raises:
-        UserError: the file is missing and did not arrive, cannot be read, is no state dict, or is in the cache
-            under the official name with other content.
+        UserError: the file is missing and did not arrive, cannot be read, is no state dict, holds weights that are not
+            finite, or is in the cache under the official name with other content.
     """
     name = Path(urlparse(url).path).name
     expected = re.fullmatch(r".*-([0-9a-f]{8,})\.pth", name)[1]
     source = Path(path) if path is not None else _cached(url, name, what, setting)
+    if problem := unreadable(source):
+        raise UserError(f"cannot read the {what} weights {source}: {problem}; give the file {name} as {setting}")
+    source = source.expanduser()
+    with source.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[: len(expected)]
+    if path is None and digest != expected:
+        found = f"{source} has the SHA-256 {digest}..., expected {expected}..."
+        raise UserError(f"{found}; delete it to download it again, or give {setting}=FILE")
     try:
-        with source.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()[: len(expected)]
-            file.seek(0)
-            if path is None and digest != expected:
-                found = f"{source} has the SHA-256 {digest}..., expected {expected}..."
-                raise UserError(f"{found}; delete it to download it again, or give {setting}=FILE")
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError as error:
-        reason = f"cannot read the {what} weights {source}: {error.strerror or error}"
-        raise UserError(f"{reason}; give the file {name} as {setting}") from None
-    except UserError:
-        raise
-    except Exception as error:  # a damaged pickle can raise anything
+        state = read_checkpoint(source).weights
+        check_finite_weights(state, "it")
+    except UserError as error:
         raise unfit(source, what, error, name) from None
-    if not isinstance(state, dict):
-        raise unfit(source, what, TypeError(f"it is a {type(state).__name__}"), name)
     return OfficialWeights(state, digest, digest == expected, source)
 
 
 def unfit(source: Path, what: str, error: Exception, name: str) -> UserError:
     """The error for a file with other content."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    reason = one_line(error).removeprefix(f"{source} ").partition("; ")[0]  # the rest is advice for other files
     return UserError(f"{source} holds no {what} weights ({reason}); expected the state dict of {name}")
 
 

@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 
 from robustok.config import validate
-from robustok.pretrained.diffusers_folders import component, latent_side, load_network
+from robustok.pretrained.diffusers_folders import component, latent_side, load_model
 from robustok.pretrained.family import FolderFamily
 from robustok.tokenizers.diffusers import DiffusersConfig, DiffusersDC, DiffusersKL, DiffusersTokenizer, DiffusersVQ
 
@@ -24,13 +24,15 @@ def from_folder(name: str, path: str | Path, image_size: int | None = None) -> D
         UserError: no such folder, another class, or weights that do not fit.
     """
     found = component(path, MODELS[name].class_name)
-    size, side = found.settings.get("sample_size") or 256, latent_side(path)
-    if side is not None:
-        size = side * MODELS[name].factor_of(found.settings)
-    settings = {"name": name, "image_size": image_size or size, "settings": found.settings}
-    model = MODELS[name](validate(DiffusersConfig, settings, source=str(found.folder)))
-    load_network(model.vae, found)
-    return model.eval().requires_grad_(False)
+
+    def make() -> DiffusersTokenizer:
+        size, side = found.settings.get("sample_size") or 256, latent_side(path)
+        if side is not None:
+            size = side * MODELS[name].factor_of(found.settings)
+        settings = {"name": name, "image_size": image_size or size, "settings": found.settings}
+        return MODELS[name](validate(DiffusersConfig, settings, source=str(found.folder)))
+
+    return load_model(make, "vae", found)
 
 
 FAMILIES = {

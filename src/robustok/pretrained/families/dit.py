@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from robustok.config import validate
+from pydantic import ConfigDict, Field
+
+from robustok.config import Config, validate
 from robustok.errors import UserError
 from robustok.generators.ddpm import DDPMSampling
 from robustok.generators.dit import DiT, DiTConfig
-from robustok.pretrained.diffusers_folders import component, load_network, read_json
+from robustok.pretrained.diffusers_folders import component, load_model, read_json
 from robustok.pretrained.family import FolderFamily
 
 CLASS_NAME = "DiTTransformer2DModel"
@@ -15,6 +17,16 @@ PUBLISHED = DDPMSampling(
     sampler="ancestral", steps=250, spacing="linspace", variance="learned", guidance_scale=1.5, guided_channels=3
 )
 XL = {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72}
+
+
+class Sizes(Config):
+    """Sizes of the library's transformer that DiT has, too."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    sample_size: int = Field(32, ge=1, le=1024, description="height and width of the latents")
+    in_channels: int = Field(4, ge=1, description="channels of a latent")
+    num_embeds_ada_norm: int = Field(1000, ge=1, description="number of classes")
 
 
 def from_folder(path: str | Path, **statistics: Any) -> DiT:
@@ -31,22 +43,20 @@ def from_folder(path: str | Path, **statistics: Any) -> DiT:
         UserError: no such folder, another class, weights that do not fit, or a noise schedule that is not supported.
     """
     found = component(path, CLASS_NAME)
-    settings = dict(found.settings)
-    try:
-        side, channels = int(settings.pop("sample_size", 32)), int(settings.pop("in_channels", 4))
-        classes = int(settings.pop("num_embeds_ada_norm", 1000))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{found.folder}/config.json: {error}; copy it again") from None
+    sizes = validate(Sizes, found.settings, f"{found.folder}/config.json")
+    settings = {key: value for key, value in found.settings.items() if key not in Sizes.model_fields}
     file = found.folder.parent / "scheduler" / "scheduler_config.json"
     scheduler = read_json(file) if file.exists() or found.folder != Path(path) else {}
     fields = _noise_schedule(scheduler, found.folder) | statistics | {"settings": settings}
-    model = DiT(validate(DiTConfig, fields, str(found.folder)), (side**2, channels), classes)
-    load_network(model.transformer, found)
+    shape = (sizes.sample_size**2, sizes.in_channels)
+    config = validate(DiTConfig, fields, str(found.folder))
+    model = load_model(lambda: DiT(config, shape, sizes.num_embeds_ada_norm), "transformer", found)
     if model.learned_variance and all(settings.get(key, value) == value for key, value in XL.items()):
         model.sampling = PUBLISHED
     else:
-        model.sampling = DDPMSampling(spacing=scheduler.get("timestep_spacing", "leading"))
-    return model.eval().requires_grad_(False)
+        spacing = {"spacing": scheduler.get("timestep_spacing", "leading")}
+        model.sampling = validate(DDPMSampling, spacing, f"the scheduler beside {found.folder}")
+    return model
 
 
 def _noise_schedule(scheduler: dict[str, Any], folder: Path) -> dict[str, Any]:

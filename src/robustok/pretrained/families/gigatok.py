@@ -103,4 +103,5 @@ FAMILY = Family(
     has=("s2to1encoder.ln_pre.weight",),
     export_name=lambda name: rename(name, NAMES),
     complete=complete,
+    read_under=("ema", "model"),
 )

@@ -35,6 +35,7 @@ CONFIG_NAMES = {  # the authors', ours
     "codebook_embed_dim": "codebook_dim",
 }
 DEFAULTS = {"norm_epsilon": 1e-5, "label_dropout": 0.1, "codebook_dim": 8}
+LONGEST = 2**16  # tokens of an image
 LLAMAGEN_SCALES = {768: 2.0, 1024: 2.0, 1280: 1.75, 1536: 1.75, 3200: 1.65}  # by width: the documented commands
 
 
@@ -51,8 +52,8 @@ def build_llamagen(weights: Mapping[str, Tensor], config: dict[str, Any]) -> GPT
     settings = merge_settings(measured, config, CONFIG_NAMES, **DEFAULTS, rotary_base=10_000.0)
     if "length" not in settings:
         raise UserError("config lacks block_size, the tokens per image; give 256 for 256-pixel models, 576 for 384")
-    if not isinstance(length := settings["length"], int | float) or length != int(length):
-        raise UserError(f"config gives block_size = {length!r}, expected a whole number of tokens")
+    if not isinstance(length := settings["length"], int | float) or length not in range(1, LONGEST + 1):
+        raise UserError(f"config gives block_size = {length!r}, expected a whole number of tokens, at most {LONGEST}")
     settings["length"] = int(length)
     scale = LLAMAGEN_SCALES.get(measured["width"], 1.5)
     return _model(weights, settings, "rotary", Sampling(guidance_scale=scale, guidance_power=0))

@@ -88,4 +88,5 @@ FAMILY = Family(
     lacks=("s2to1encoder.ln_pre.weight",),
     export_name=lambda name: rename(name, NAMES),
     complete=complete,
+    read_under=("model", "ema"),
 )

@@ -148,4 +148,5 @@ FAMILY = Family(
     complete=complete,
     dropped=("semantic_model.",),  # the frozen teacher, which encoding and decoding do not use
     discriminator=discriminator_settings,
+    read_under=("model", "ema"),
 )
