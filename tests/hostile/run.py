@@ -90,7 +90,7 @@ def run_try(n: int, seed: int, base: Path, valid: list[Valid], folder: Path) -> 
     before = listing(work, {"tmp", *out})
     code, text = run(t.words, folder, t)
     problems = [*_wrong_end(t, code, text), *_wrong_writes(t, work, before, out), *_wrong_result(t, code)]
-    if t.again and code != 0 and not problems:
+    if code != 0 and not problems and (t.signal or t.limits or (t.again and t.rng.random() < 0.4)):
         problems += _wrong_afterwards(t, base, folder)
     words, notes = (
         " ".join(part if len(part) < 200 else f"{part[:99]}...({len(part)})" for part in p) for p in (t.words, t.notes)
@@ -231,14 +231,12 @@ def _wrong_result(t: Try, code: int) -> list[str]:
             problems.append(f"ANOTHER result: {t.notes[0]}")
         if t.equal and t.valid.values and not t.valid.values.items() <= values.items():
             problems.append(f"ANOTHER value: {t.notes[0]}")
-    made = [
-        p
-        for p in (out, *out.rglob("*"), Path("out.html"), Path("out.safetensors"))
-        if p.exists() and not p.is_symlink()
-    ]
-    if any(not p.stat().st_mode & 0o044 for p in made) and t.user is None:
+    made = [p for p in (out, *out.rglob("*"), Path("out.html"), Path("out.safetensors")) if p.exists()]
+    made = [p for p in made if not p.is_symlink()]
+    left = [p.name for p in made if p.suffix in (".tmp", ".old") or p.name == ".lock"]
+    if any(not p.stat().st_mode & 0o044 and p.name not in left for p in made) and t.user is None:
         problems.append("MODE: others cannot read what is written")
-    if not t.signal and not t.planted and (left := [p.name for p in made if p.suffix in (".tmp", ".old", ".lock")]):
+    if left and not t.signal and not t.planted:
         problems.append(f"LEFTOVER {left[0]}")
     if Path("out.html").is_file() and SCRIPT in Path("out.html").read_text(errors="replace"):
         problems.append("SCRIPT on the page")

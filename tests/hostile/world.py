@@ -71,9 +71,11 @@ def build_world(folder: Path) -> list[Valid]:
     for state in inputs.rglob("state/00000002"):
         shutil.rmtree(state)  # the newest is enough
     measured = {"metric": "rfid", "value": 1.5, "standard_error": 0.1, "samples": 48, "seed": 0, "extractor": "tiny"}
-    for name in ("tokenizer", "post"):
-        shutil.copytree(inputs / name, inputs / "runs" / name, ignore=shutil.ignore_patterns("*.safetensors"))
-        (inputs / "runs" / name / "metrics.jsonl").write_text(json.dumps(measured) + "\n")
+    shutil.copytree(
+        inputs / "post", inputs / "runs" / "post", ignore=shutil.ignore_patterns("*.safetensors", "log.jsonl")
+    )
+    (inputs / "runs" / "post" / "metrics.jsonl").write_text(json.dumps(measured) + "\n")
+    (inputs / "runs" / "post" / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
     (folder / "guard").mkdir()
     (folder / "guard" / "secret.txt").write_text(SECRET)
     (folder / "guard" / "config.yaml").write_text(f"title: {SECRET}\n")
