@@ -31,7 +31,7 @@ os.environ |= {"ROBUSTOK_PROGRESS": "0", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE
 from hostile import contents, lines, places
 from hostile.contents import SCRIPT
 from hostile.tries import NotHereError, Try
-from hostile.world import SECRET, Valid, build_world, digests, listing, measured_values
+from hostile.world import OUT, SECRET, Valid, build_world, digests, listing, measured_values
 from robustok.cli import COMMANDS, main
 
 KINDS = {  # of mutations, and how often each is tried
@@ -86,7 +86,7 @@ def run_try(n: int, seed: int, base: Path, valid: list[Valid], folder: Path) -> 
     os.chdir(work)
     _copy_world(base)
     t = choose(n, seed, valid)
-    out = {} if t.free_out else {"out", "out.html", "out.safetensors"}
+    out = set() if t.free_out else OUT
     before = listing(work, {"tmp", *out})
     code, text = run(t.words, folder, t)
     problems = [*_wrong_end(t, code, text), *_wrong_writes(t, work, before, out), *_wrong_result(t, code)]
@@ -231,7 +231,7 @@ def _wrong_result(t: Try, code: int) -> list[str]:
             problems.append(f"ANOTHER result: {t.notes[0]}")
         if t.equal and t.valid.values and not t.valid.values.items() <= values.items():
             problems.append(f"ANOTHER value: {t.notes[0]}")
-    made = [p for p in (out, *out.rglob("*"), Path("out.html"), Path("out.safetensors")) if p.exists()]
+    made = [p for p in (*map(Path, OUT), *out.rglob("*")) if p.exists()]
     made = [p for p in made if not p.is_symlink()]
     left = [p.name for p in made if p.suffix in (".tmp", ".old") or p.name == ".lock"]
     if any(not p.stat().st_mode & 0o044 and p.name not in left for p in made) and t.user is None:

@@ -17,12 +17,13 @@ import pyarrow.parquet
 import torch
 from safetensors.torch import save_file
 
-from conftest import DATA, PIPELINE, words
+from conftest import DATA, GENERATOR, PIPELINE, TRAINING, words
 from robustok.cli import COMMANDS, main
 from robustok.files import bytes_digest, json_lines
 from tiny_images import encoded, picture
 from tiny_models import released, tiny_tokenizer
 
+OUT = {"out", "out.html", "out.jsonl", "out.safetensors"}  # where results are written
 SECRET = "the content of a file that is none of our business"
 FOLDER = ("data.name=folder", "data.path=in/photos")
 CLASSIFIER = ("classifier.steps=2", "classifier.width=8", "classifier.features=8", "classifier.batch_size=4")
@@ -65,7 +66,14 @@ def build_world(folder: Path) -> list[Valid]:
     torch.save({"model": weights, "step": 3}, inputs / "release.pt")
     save_file(weights, inputs / "release.safetensors")
     torch.save({"ema": released("llamagen_tokenizer")[0]}, inputs / "tokenizer.ckpt")
-    tiny_tokenizer("diffusers_kl").vae.save_pretrained(inputs / "vae")
+    vae = tiny_tokenizer("diffusers_kl").vae
+    vae.register_to_config(sample_size=8)
+    vae.save_pretrained(inputs / "vae")
+    assert main(["convert", "family=diffusers", "weights=in/vae", "out=in/kl"]) == 0
+    assert main(["convert-latents", "layout=rar", "to=export", "path=in/latents", "out=in/tokens.jsonl"]) == 0
+    _save_features(inputs / "features")
+    features = ["layout=lightningdit", "path=in/features", "tokenizer=in/kl", "classes=2", "out=in/continuous"]
+    assert main(["convert-latents", *features]) == 0
     assert main([*IMAGES, "cache=in/cache", "images.mine=in/flat", "reference=in/flat", "out=out"]) == 0
     remove(Path("out"))
     for state in inputs.rglob("state/00000002"):
@@ -121,6 +129,7 @@ def valid_words() -> list[list[str]]:
         [word for word in words("main-train", Path("in"), "out") if word not in DATA] + [*FOLDER, "data.holdout=0"],
         [*words("evaluate", Path("in"), "out"), *fast],
         [*words("generate", Path("in"), "out"), "tokenizer=in/delta@0.5", "images=npz", "cache.shard_size=20"],
+        ["train-generator", *TRAINING, *GENERATOR, "generator.name=sit", "latents=in/continuous", "out=out"],
         [*classifier, *FOLDER],
         [*classifier, "data.name=parquet", "data.path=in/photos.parquet"],
         [*classifier, "data.name=npz", "data.path=in/photos.npz"],
@@ -134,6 +143,9 @@ def valid_words() -> list[list[str]]:
         ["report", "path=in/runs", "out=out.html"],
         ["convert", "family=rar", "weights=in/release.pt", "out=out"],
         ["convert", "family=rar", "weights=in/release.safetensors", "out=out"],
+        ["convert-latents", "layout=rar", "path=in/tokens.jsonl", "tokenizer=in/tokenizer", "shard_size=20", "out=out"],
+        ["convert-latents", "layout=lightningdit", "path=in/features", "tokenizer=in/kl", "classes=2", "out=out"],
+        ["convert-latents", "layout=rar", "to=export", "path=in/latents", "out=out.jsonl"],
         ["convert", *LLAMAGEN, "weights=in/tokenizer.ckpt", "out=out"],
         ["convert", "family=diffusers", "weights=in/vae", "out=out"],
         ["convert", "family=robustok", "to=export", "weights=in/post", "out=out.safetensors"],
@@ -155,6 +167,14 @@ def _save_images(inputs: Path) -> None:
     (inputs / "listed" / "metadata.jsonl").write_text("\n".join(rows))
     cells = [{"bytes": encoded(image), "path": None} for image in pictures]
     pyarrow.parquet.write_table(pyarrow.table({"image": cells, "label": labels}), inputs / "photos.parquet")
+
+
+def _save_features(folder: Path) -> None:
+    """Latents as LightningDiT stores them."""
+    folder.mkdir()
+    latents = torch.randn(24, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    arrays = {"latents": latents, "latents_flip": latents.flip(3), "labels": torch.arange(24) % 2}
+    save_file(arrays, folder / "latents_rank00_shard000.safetensors")
 
 
 def digests(folder: Path) -> dict[str, str]:
