@@ -36,8 +36,8 @@ def settings_words(t: Try) -> None:
         key = t.one([word.partition("=")[0] for word in t.valid.words[1:] if "=" in word])  # one that matters here
     if t.rng.random() < 0.1:
         key = t.one(["", ".", "a..b", f"{key}.", f"{key}.x", "__class__", "a." * 1000 + "a", "\x1b[2J", "é", key[1:]])
-    if key.split(".")[0] in ("out", "cache") and value.strip() in ("", "..", "~", "in", ".", "in/classifier", "**"):
-        value = "guard/secret.txt"
+    if key.split(".")[0] in ("out", "cache") and (value.strip() in ("", ".", "..", "~", "in") or "/" in value):
+        value = "x/y"
     t.free_out = key in ("out", "cache")
     if key.endswith(WORK) and value in NUMBERS:
         t.words.append("--dry-run")
@@ -80,6 +80,7 @@ ENVIRONMENT = {  # names to values
     "ACCELERATE_USE_CPU ACCELERATE_DISPATCH_BATCHES ACCELERATE_DEBUG_MODE": "false 1 x",
     "HOME TMPDIR HF_HOME XDG_CACHE_HOME": "/nonexistent",
     "LANG LC_ALL TERM COLUMNS ROBUSTOK_PROGRESS NO_COLOR FORCE_COLOR": "C xx dumb 0 1",
+    "PYTHONIOENCODING": "ascii latin-1 utf-16",
     "CUDA_VISIBLE_DEVICES OMP_NUM_THREADS": "x 1",
 }
 

@@ -12,6 +12,7 @@ from hostile.tries import NotHereError, Try
 def links(t: Try) -> None:
     """Links in the inputs: to the same content, in circles, to nothing, to a file that is none of our business."""
     path = t.one(t.inputs())
+    remove(Path("moved"))
     shutil.move(path, "moved")
     path.symlink_to(
         Path(t.one(["moved", path, "none", "guard/secret.txt", "guard", path.parent, "x/" * 500])).absolute()
@@ -23,7 +24,7 @@ def links_of_out(t: Try) -> None:
     names = "config.yaml log.jsonl metrics.jsonl snapshot state manifest.json pictures samples.npz x README.md .lock"
     name = t.rng.choice([*names.split(), "shard-00000.safetensors"])
     name = t.one([name, name, f".{name}.tmp", f"{name}.tmp", f".{name}.old"])
-    if t.rng.random() < 0.5 and t.valid.begun:
+    if t.rng.random() < 0.5 and t.valid.begun and not t.out.exists():
         shutil.copytree(t.valid.begun, t.out)
     link = t.out if t.out.suffix else t.out / name
     link.parent.mkdir(exist_ok=True)
@@ -79,11 +80,14 @@ def swapped(t: Try) -> None:
 
 def resumed(t: Try) -> None:
     """A command that goes on after it was killed, while something in ``out`` or in its inputs has changed."""
-    if t.valid.begun is None:
+    if t.valid.begun is None or Path("out").exists():
         raise NotHereError
+    how = t.one("byte byte cut remove log input temporary")
+    if how == "input":  # before anything is changed, for there may be none
+        negative(t.file("*.png", "shard-00000.safetensors", "*/snapshot/*/model.safetensors"))
     shutil.copytree(t.valid.begun, "out")
     t.planted = t.equal = True
-    how, inside = t.one("byte byte cut remove log input temporary"), sorted(Path("out").rglob("*"))
+    inside = sorted(Path("out").rglob("*"))
     if how in ("byte", "cut"):
         file = t.one([p for p in inside if p.is_file() and p.name not in ("metrics.jsonl", "log.jsonl")])
         content, at = bytearray(file.read_bytes()), t.rng.randrange(file.stat().st_size)
@@ -98,7 +102,6 @@ def resumed(t: Try) -> None:
                 log.read_bytes() + t.one([b'{"step": 2, "lo', b"\xff\xfe", b"{}", b"null\n", b"\n\n", b"\0" * 50])
             )
     elif how == "input":
-        negative(t.file("*.png", "shard-00000.safetensors", "*/snapshot/*/model.safetensors"))
         t.refused, t.equal = Path("out/state").is_dir() or any(Path("out").glob("shard-*")), False
     else:
         for name in (".config.yaml.tmp", "state/.00000003.tmp", "snapshot/.best.old", ".manifest.json.tmp"):

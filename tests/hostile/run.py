@@ -23,6 +23,7 @@ import tempfile
 import time
 import traceback
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -64,19 +65,25 @@ CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f\u202e]")
 
 
 def choose(n: int, seed: int, valid: list[Valid]) -> Try:
-    """Try number ``n``, whose mutation is applied to the files in the working folder."""
+    """Try number ``n``, whose mutations are applied to the files in the working folder."""
     rng = random.Random(f"{seed}/{n}")
     command = list(COMMANDS)[n % len(COMMANDS)]
+    line = rng.choice([v for v in valid if v.command == command])
+    t = Try(line, rng, list(line.words))
+    _mutate(t)
+    if rng.random() < 0.2:  # what is claimed of one mutation may not hold with two
+        t.refused, t.equal, t.again, t.changed = False, False, False, ()
+        _mutate(t) if rng.random() < 0.5 else t.words.append(t.one(["--dry-run", "--json"]))
+        t.refused, t.equal, t.again, t.changed = False, False, False, ()
+    return t
+
+
+def _mutate(t: Try) -> None:
     while True:
-        line = rng.choice([v for v in valid if v.command == command])
-        kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
-        t = Try(line, rng, list(line.words), [kind.__name__])
-        try:
-            kind(t)
-        except NotHereError:
-            shutil.rmtree("out", ignore_errors=True)
-            continue
-        return t
+        kind = t.rng.choices(list(KINDS), list(KINDS.values()))[0]
+        with suppress(NotHereError):
+            t.notes.append(kind.__name__)
+            return kind(t)
 
 
 def run_try(n: int, seed: int, base: Path, valid: list[Valid], folder: Path) -> list[str]:
@@ -144,7 +151,8 @@ def _in_child(words: list[str], printed: Path, t: Try | None) -> None:
         gc.disable()
         if t:
             _limit(t)
-        sys.stdout, sys.stderr = (open(at, "w", errors="surrogateescape") for at in (1, 2))  # noqa: SIM115
+        encoding = t.env.get("PYTHONIOENCODING", "utf-8") if t else "utf-8"
+        sys.stdout, sys.stderr = (open(at, "w", encoding=encoding) for at in (1, 2))  # noqa: SIM115
         code = main(words)
     except SystemExit as end:
         code = end.code or 0
