@@ -10,7 +10,7 @@ a KL autoencoder + LightningDiT (continuous). Then decoders are post-trained, in
 2. objectives: with the adversarial loss that was best for the control, and with no adversary, on both pairs.
 
 ResNet-20 guides (perceptual term, discriminator's backbone). ResNet-56, ResNet-44 and a small classifier that is
-trained here judge; the ResNets are of one trainer, and only the small one shares neither architecture nor
+trained here evaluate; the ResNets are of one trainer, and only the small one shares neither architecture nor
 trainer with the guide. Losses are chosen on two sets of samples and reported on four others.
 
 Written as it arrives: ``OUT/objectives.jsonl``, a line for each decoder, and ``OUT/log.txt``; at the end
@@ -64,7 +64,7 @@ from robustok.training.generator import GeneratorTrainingRun
 from robustok.training.tokenizer import TokenizerTrainingRun
 
 SPACES = ("resnet56", "resnet44", "small", "resnet20")
-JUDGES = SPACES[:3]  # guided nothing
+INDEPENDENT = SPACES[:3]  # guided nothing
 GUIDE = 0.1  # weight of the perceptual term in main training; 1 gave the same perceptual and 1.6 times the pixel loss
 SETS, CHOOSING = (1, 2, 3, 4), (11, 12)  # seeds of the samples that are reported, and of those that choose losses
 
@@ -257,7 +257,7 @@ class Study:
     # The pairs
 
     def classifier(self) -> float:
-        """Train the small classifier that judges; returns its accuracy."""
+        """Train the small classifier that evaluates; returns its accuracy."""
         settings = read_yaml(recipe("cifar10/classifier.yaml"))
         settings["classifier"] |= {"steps": self.sizes.classifier_steps}
         run = validate(classifying.TrainClassifierRun, settings | {"out": self.folder("small"), "data": self.data})
@@ -366,7 +366,7 @@ class Study:
         decoding.train_decoder(validate(DecoderTrainingRun, settings))
         return {key: round(value, 5) for key, value in log_of(settings["out"])[-1].items()}
 
-    # Judging
+    # Evaluation
 
     @cache  # noqa: B019
     def extractor(self, space: str) -> Callable[[Tensor], Tensor]:
@@ -402,7 +402,9 @@ class Study:
             )
 
     @torch.no_grad()
-    def judge(self, pair: str, decoder: Path, references: dict[str, dict[str, GaussianStatistics]]) -> dict[str, Any]:
+    def evaluate(
+        self, pair: str, decoder: Path, references: dict[str, dict[str, GaussianStatistics]]
+    ) -> dict[str, Any]:
         """All figures of a decoder: gFD of each set in each space, rFD, PSNR."""
         tokenizer = load_tokenizer(decoder).to(self.device).eval()
         factors = {key: {s: covariance_factor(r) for s, r in by.items()} for key, by in references.items()}
@@ -474,7 +476,7 @@ def work(connection: Connection, settings: tuple) -> None:
 
 
 class Schedule:
-    """Starts tasks once what they need is done, judging first and else in order, until time is up.
+    """Starts tasks once what they need is done, evaluations first and else in order, until time is up.
 
     Args:
         settings: of :class:`Study`.
@@ -534,7 +536,7 @@ class Schedule:
         return result, seconds
 
     def _start(self) -> None:
-        for name in sorted(self.waiting, key=lambda name: not name.startswith("judge/")):
+        for name in sorted(self.waiting, key=lambda name: not name.startswith("evaluate/")):
             method, arguments, needs = self.waiting[name]
             if failed := [n for n in needs if isinstance(self.done.get(n), Exception)]:
                 self.done[name] = RuntimeError(f"needs {failed[0]}")
@@ -581,13 +583,13 @@ def line_of(name: str, before: dict[str, Any], after: dict[str, Any]) -> dict[st
 
 
 def score(before: dict[str, Any], after: dict[str, Any]) -> float:
-    """What chooses losses: the relative change of gFD on other sets than the reported ones, mean over the judges."""
-    old, new = ([np.mean([f["sets"][i]["train"][s] for i in CHOOSING]) for s in JUDGES] for f in (before, after))
+    """What chooses losses: the relative change of gFD on other sets than the reported ones, mean over the independent spaces."""
+    old, new = ([np.mean([f["sets"][i]["train"][s] for i in CHOOSING]) for s in INDEPENDENT] for f in (before, after))
     return float(np.mean([b / a - 1 for a, b in zip(old, new, strict=True)]))
 
 
 def report(lines: list[dict[str, Any]]) -> str:
-    """A table: changes of gFD in the judges' spaces, rFD, PSNR."""
+    """A table: changes of gFD in the independent spaces, rFD, PSNR."""
     rows = [f"{'decoder':<62}" + "".join(f"{s:>19}" for s in SPACES) + f"{'rFD56':>9}{'PSNR':>8}"]
     for line in lines:
         cells = "".join(f"{c['mean']:>+11.3f} ±{c['error']:.3f}" for c in line["gfd_change_train"].values())
@@ -601,7 +603,7 @@ class Plan:
     def __init__(self, schedule: Schedule, study: Study, out: Path) -> None:
         self.schedule, self.study, self.out = schedule, study, out
         self.lines: list[dict[str, Any]] = []
-        self.judged: dict[str, dict[str, Any]] = {}  # by decoder
+        self.evaluated: dict[str, dict[str, Any]] = {}  # by decoder
         self.chosen: Losses | None = None
         self.search = [Post("vq", ("clean",), losses) for losses in SEARCH[: study.sizes.searched]]
         for pair in PAIRS:
@@ -637,7 +639,7 @@ class Plan:
     def add_judge(self, pair: str, decoder: str, path: Path, *needs: str) -> None:
         """The figures of a decoder."""
         needs = ("references", *(f"{pair}/samples-{seed}" for seed in SETS + CHOOSING), *needs)
-        self.schedule.add(f"judge/{decoder}", "judge", pair, path, lambda done: done["references"], needs=needs)
+        self.schedule.add(f"evaluate/{decoder}", "evaluate", pair, path, lambda done: done["references"], needs=needs)
 
     def folder(self, decoder: str) -> Path:
         """Of a decoder."""
@@ -649,34 +651,36 @@ class Plan:
         )
 
     def finished(self, name: str, result: Any) -> None:
-        """Write the lines of decoders that are judged."""
+        """Write the lines of decoders that are evaluated."""
         kind, _, decoder = name.partition("/")
-        if kind != "judge":
+        if kind != "evaluate":
             return
-        self.judged[decoder] = result
-        before = self.judged.get(f"{decoder.partition('/')[0]}/before")
+        self.evaluated[decoder] = result
+        before = self.evaluated.get(f"{decoder.partition('/')[0]}/before")
         written = {line["decoder"] for line in self.lines}
-        for other in [d for d in self.judged if d.partition("/")[0] == decoder.partition("/")[0] and d not in written]:
+        for other in [
+            d for d in self.evaluated if d.partition("/")[0] == decoder.partition("/")[0] and d not in written
+        ]:
             if before is not None:
                 log = {"log": self.schedule.done.get(f"post/{other}")}
-                self.lines.append(line_of(other, before, self.judged[other]) | log)
+                self.lines.append(line_of(other, before, self.evaluated[other]) | log)
                 with (self.out / "objectives.jsonl").open("a") as file:
                     file.write(json.dumps(self.lines[-1]) + "\n")
         self.choose()
 
     def choose(self) -> None:
-        """Once the losses are judged, or most of the time is gone: the best adversary, and the objectives with it."""
-        found = {job.losses: self.judged[job.name] for job in self.search if job.name in self.judged}
+        """Once the losses are evaluated, or most of the time is gone: the best adversary, and the objectives with it."""
+        found = {job.losses: self.evaluated[job.name] for job in self.search if job.name in self.evaluated}
         late = time.monotonic() - self.schedule.started > 0.65 * self.study.limit
         adversaries = [losses for losses in found if losses.adversary in ("patch", "resnet")]
         if (
             self.chosen
-            or "vq/before" not in self.judged
+            or "vq/before" not in self.evaluated
             or not adversaries
             or (len(found) < len(self.search) and not late)
         ):
             return
-        scores = {losses: score(self.judged["vq/before"], result) for losses, result in found.items()}
+        scores = {losses: score(self.evaluated["vq/before"], result) for losses, result in found.items()}
         self.chosen = min(adversaries, key=scores.get)
         self.schedule.say("scores: " + ", ".join(f"{losses.name} {value:+.4f}" for losses, value in scores.items()))
         self.schedule.say(f"chosen: {self.chosen.name}")

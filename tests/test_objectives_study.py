@@ -69,10 +69,10 @@ def test_tasks_wait_for_what_they_need_and_judging_goes_first(script, tmp_path):
     schedule.add("b", "second", 7, needs=("a",))
     schedule.add("bad", "broken")
     schedule.add("never", "never", needs=("bad",))
-    schedule.add("judge/a", "third", lambda done: done["a"], needs=("a",))
+    schedule.add("evaluate/a", "third", lambda done: done["a"], needs=("a",))
     schedule.workers = [(type("Process", (), {"kill": lambda self: None})(), schedule)]
     schedule.run(lambda name, result: seen.append(name))
     assert [method for method, _ in started] == ["first", "third", "second", "broken"]
     assert started[1][1] == (1,)
-    assert seen == ["a", "judge/a", "b"]
+    assert seen == ["a", "evaluate/a", "b"]
     assert "needs bad" in str(schedule.done["never"])

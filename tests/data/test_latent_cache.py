@@ -12,9 +12,6 @@ from safetensors.torch import load_file, save_file
 from robustok.data.latent_cache import (
     LatentCache,
     Manifest,
-    check_cache,
-    check_center_crops,
-    check_indices,
     check_space,
     create_cache,
     missing_shards,
@@ -22,6 +19,7 @@ from robustok.data.latent_cache import (
     training_latents,
     write_shard,
 )
+from robustok.data.latent_checks import check_cache, check_center_crops, check_indices
 from robustok.errors import UserError
 
 

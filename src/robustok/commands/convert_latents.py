@@ -4,7 +4,7 @@
     robustok convert-latents layout=lightningdit path=imagenet_vavae tokenizer=runs/vavae out=runs/latents
     robustok convert-latents layout=rar to=export path=runs/latents out=tokens.jsonl
 
-Generators learn from such a cache as from one of `robustok encode`. It knows no images, so that pairs for post-training
+Generators learn from such a cache as from one of `robustok encode`. It is not linked to images, so pairs for post-training
 need one of `encode`.
 """
 

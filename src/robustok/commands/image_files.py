@@ -15,7 +15,8 @@ from torch import Tensor
 
 from robustok.config import differences
 from robustok.data.arrays import write_npz
-from robustok.data.latent_cache import LatentCache, check_cache
+from robustok.data.latent_cache import LatentCache
+from robustok.data.latent_checks import check_cache
 from robustok.data.pixels import to_pixels
 from robustok.errors import UserError
 from robustok.files import json_lines, regular_file, tensor_digest, write_file, writing

@@ -12,7 +12,8 @@ from robustok.commands.encode import fill_cache, random_subset
 from robustok.commands.generate import SampleCacheSettings, licence_of, load_for_sampling, manifest_of, record_fields
 from robustok.config import Config, plain
 from robustok.data.labels import check_same_classes
-from robustok.data.latent_cache import LatentCache, check_cache, check_center_crops, check_real_latents
+from robustok.data.latent_cache import LatentCache
+from robustok.data.latent_checks import check_cache, check_center_crops, check_real_latents
 from robustok.data.pixels import from_pixels, to_pixels
 from robustok.devices import autocast, start_accelerator
 from robustok.files import tensor_digest

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from robustok.data.dataset import open_images
-from robustok.data.latent_cache import LatentCache, check_cache
+from robustok.data.latent_cache import LatentCache
+from robustok.data.latent_checks import check_cache
 from robustok.data.loader import batches_in_order
 from robustok.data.pixels import to_pixels
 from robustok.data.sources import Data

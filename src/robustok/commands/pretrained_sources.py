@@ -24,7 +24,8 @@ from robustok.config import Config
 from robustok.console import note
 from robustok.data.dataset import open_images
 from robustok.data.labels import check_same_classes, sorted_as_text
-from robustok.data.latent_cache import LatentCache, check_cache, check_center_crops
+from robustok.data.latent_cache import LatentCache
+from robustok.data.latent_checks import check_cache, check_center_crops
 from robustok.data.sources import Data
 from robustok.errors import UserError, printable
 from robustok.files import regular_file, write_file

@@ -37,7 +37,7 @@ def sorted_as_text(classes: Sequence[str], cached: Sequence[str] | None) -> str:
 
 
 def check_same_classes(found: Sequence[str] | None, expected: Sequence[str] | None, where: str, other: str) -> None:
-    """Refuse a name of a class that has two numbers. Names that only one side knows say nothing; None is unknown.
+    """Refuse a name of a class that has two numbers. Names that only one side has say nothing; None is unknown.
 
     Raises:
         UserError: names the class and its numbers.

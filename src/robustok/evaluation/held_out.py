@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from robustok.config import Config
 from robustok.data.dataset import ImageDataset
-from robustok.data.latent_cache import LatentCache, check_cache, check_free_samples
+from robustok.data.latent_cache import LatentCache
+from robustok.data.latent_checks import check_cache, check_free_samples
 from robustok.data.loader import batches_in_order
 from robustok.data.pixels import to_pixels
 from robustok.errors import UserError

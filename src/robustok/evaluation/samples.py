@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from robustok.data.dataset import ImageDataset
-from robustok.data.latent_cache import LatentCache, check_cache, check_free_samples, check_independent
+from robustok.data.latent_cache import LatentCache
+from robustok.data.latent_checks import check_cache, check_free_samples, check_independent
 from robustok.data.pixels import to_pixels
 from robustok.data.sources import data_at
 from robustok.errors import UserError

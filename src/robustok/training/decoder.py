@@ -17,7 +17,8 @@ from robustok.config import load, plain
 from robustok.console import note
 from robustok.data.dataset import ImageDataset, open_images
 from robustok.data.labels import sorted_as_text
-from robustok.data.latent_cache import LatentCache, check_indices
+from robustok.data.latent_cache import LatentCache
+from robustok.data.latent_checks import check_indices
 from robustok.devices import autocast, start_accelerator
 from robustok.errors import UserError
 from robustok.evaluation.held_out import HeldOutScore

@@ -18,15 +18,8 @@ from torch import Tensor
 
 from robustok.config import Config
 from robustok.data.dataset import ImageDataset
-from robustok.data.latent_cache import (
-    LatentCache,
-    LatentRecords,
-    check_cache,
-    check_center_crops,
-    check_free_samples,
-    check_real_latents,
-    training_latents,
-)
+from robustok.data.latent_cache import LatentCache, LatentRecords, training_latents
+from robustok.data.latent_checks import check_cache, check_center_crops, check_free_samples, check_real_latents
 from robustok.data.loader import training_batches
 from robustok.devices import autocast, rank_rows
 from robustok.errors import UserError
