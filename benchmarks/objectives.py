@@ -583,7 +583,7 @@ def line_of(name: str, before: dict[str, Any], after: dict[str, Any]) -> dict[st
 
 
 def score(before: dict[str, Any], after: dict[str, Any]) -> float:
-    """What chooses losses: the relative change of gFD on other sets than the reported ones, mean over the independent spaces."""
+    """What chooses losses: relative change of gFD on sets that are not reported, mean over the independent spaces."""
     old, new = ([np.mean([f["sets"][i]["train"][s] for i in CHOOSING]) for s in INDEPENDENT] for f in (before, after))
     return float(np.mean([b / a - 1 for a, b in zip(old, new, strict=True)]))
 
@@ -615,7 +615,7 @@ class Plan:
             schedule.add(f"{pair.name}/generator", "generator", pair, 0.1 * study.limit, needs=needs)
         for pair in PAIRS:
             self.add_samples(pair)
-            self.add_judge(pair.name, f"{pair.name}/before", study.folder(pair.name, "tokenizer"))
+            self.add_evaluation(pair.name, f"{pair.name}/before", study.folder(pair.name, "tokenizer"))
         for i, job in enumerate(self.search):  # most of them later: the generators would wait for the GPU
             self.add_post(job, *(("vq/generator", "kl/generator") if i > 2 else ()))
 
@@ -634,9 +634,9 @@ class Plan:
         caches = {"paired": f"{job.pair}/pairs-{job.sigma}", "free": f"{job.pair}/free"}
         needs = (f"{job.pair}/tokenizer", *(caches[name] for name in job.objective if name in caches), *needs)
         self.schedule.add(f"post/{job.name}", "post", job, needs=needs)
-        self.add_judge(job.pair, job.name, self.folder(job.name), f"post/{job.name}")
+        self.add_evaluation(job.pair, job.name, self.folder(job.name), f"post/{job.name}")
 
-    def add_judge(self, pair: str, decoder: str, path: Path, *needs: str) -> None:
+    def add_evaluation(self, pair: str, decoder: str, path: Path, *needs: str) -> None:
         """The figures of a decoder."""
         needs = ("references", *(f"{pair}/samples-{seed}" for seed in SETS + CHOOSING), *needs)
         self.schedule.add(f"evaluate/{decoder}", "evaluate", pair, path, lambda done: done["references"], needs=needs)
@@ -669,7 +669,7 @@ class Plan:
         self.choose()
 
     def choose(self) -> None:
-        """Once the losses are evaluated, or most of the time is gone: the best adversary, and the objectives with it."""
+        """Once the losses are evaluated, or most of the time is over: the best adversary and the objectives with it."""
         found = {job.losses: self.evaluated[job.name] for job in self.search if job.name in self.evaluated}
         late = time.monotonic() - self.schedule.started > 0.65 * self.study.limit
         adversaries = [losses for losses in found if losses.adversary in ("patch", "resnet")]

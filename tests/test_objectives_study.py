@@ -49,7 +49,7 @@ def test_every_decoder_has_a_name_of_its_own(script):
     assert len(first) == 10
 
 
-def test_tasks_wait_for_what_they_need_and_judging_goes_first(script, tmp_path):
+def test_tasks_wait_for_what_they_need_and_evaluations_go_first(script, tmp_path):
     class Recorder(script.Schedule):
         def _worker(self):
             return None, self

@@ -4,8 +4,8 @@
     robustok convert-latents layout=lightningdit path=imagenet_vavae tokenizer=runs/vavae out=runs/latents
     robustok convert-latents layout=rar to=export path=runs/latents out=tokens.jsonl
 
-Generators learn from such a cache as from one of `robustok encode`. It is not linked to images, so pairs for post-training
-need one of `encode`.
+Generators learn from such a cache as from one of `robustok encode`. It is not linked to images, so pairs for
+post-training need one of `encode`.
 """
 
 from collections.abc import Iterator
