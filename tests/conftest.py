@@ -39,8 +39,10 @@ GENERATOR = ["generator.width=16", "generator.depth=1", "generator.heads=2"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add ``--golden``."""
+    """Add ``--golden``, ``--hostile`` and ``--hostile-seed``."""
     parser.addoption("--golden", type=Path, metavar="FOLDER", help="only compare with the reference outputs in FOLDER")
+    parser.addoption("--hostile", type=int, default=1000, metavar="N", help="how many hostile tries (1000)")
+    parser.addoption("--hostile-seed", type=int, default=0, metavar="SEED", help="of the hostile tries (0)")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -61,6 +63,7 @@ SLOW = {
     "generators/test_compiled_sampling.py",
     "generators/test_ddpm.py",
     "generators/test_dit.py",
+    "hostile/test_hostile.py",
     "losses/test_losses.py",
     "metrics/test_inception.py",
     "report/test_report.py",

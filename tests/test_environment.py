@@ -93,6 +93,12 @@ def test_accelerate_follows_the_settings_and_not_its_environment(environment):
     )
 
 
+def test_what_accelerate_cannot_read_is_put_aside(environment):
+    left, notes = environment({"ACCELERATE_USE_CPU": "x", "ACCELERATE_CPU_AFFINITY": "", "ACCELERATE_DEBUG_MODE": "1"})
+    assert left == {"ACCELERATE_DEBUG_MODE"}
+    assert [note.rpartition(": ")[2] for note in notes] == ["ACCELERATE_USE_CPU=x"]
+
+
 def test_the_accelerator_has_no_precision_or_accumulation_of_its_own(environment, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")

@@ -215,6 +215,16 @@ def test_what_a_killed_process_left_is_removed_or_named_again(tmp_path):
     assert [(tmp_path / name / "x").read_text() for name in ("best", "both")] == [".best.old", "both"]
 
 
+def test_a_link_is_never_named_again(tmp_path):
+    for name in ("elsewhere", "run"):
+        (tmp_path / name).mkdir()
+    for name in (".snapshot.old", ".best.tmp"):
+        (tmp_path / "run" / name).symlink_to(tmp_path / "elsewhere")
+    clean(tmp_path / "run")
+    assert os.listdir(tmp_path / "run") == []
+    assert (tmp_path / "elsewhere").is_dir()
+
+
 def test_one_process_writes_to_a_folder(tmp_path):
     code = "import sys, time; from robustok.files import locked"
     code += "\nwith locked(sys.argv[1]): print(flush=True); time.sleep(60)"

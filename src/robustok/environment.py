@@ -12,7 +12,8 @@ from robustok.errors import UserError
 GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _MPI = ("PMI_", "MPI_LOCAL", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_")
 _MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-_KEPT = ("ACCELERATE_USE_CPU", "ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE", "ACCELERATE_LOG_LEVEL")
+_KEPT = ("ACCELERATE_USE_CPU", "ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE")  # if accelerate can read them
+_TRUTH = ("0", "1", "n", "y", "f", "t", "no", "yes", "off", "on", "false", "true")
 _UNSET = ("", "0", "1", "no", "none", "false", "default", "auto")
 
 
@@ -42,7 +43,8 @@ def ignore_leftovers() -> None:
 
 def _ignore_accelerate() -> None:
     """Precision, accumulation, compilation and sharding are settings of a run, whatever accelerate is configured to."""
-    found = [name for name in os.environ if name.startswith("ACCELERATE_") and name not in _KEPT]
+    ours = [name for name in os.environ if name.startswith("ACCELERATE_") and name != "ACCELERATE_LOG_LEVEL"]
+    found = [name for name in ours if name not in _KEPT or os.environ[name].lower() not in _TRUTH]
     if asked := [f"{name}={os.environ[name][:40]}" for name in found if os.environ[name].lower() not in _UNSET]:
         warnings.warn(
             f"ignored, as these are settings of a run (precision, gradient_accumulation, compile, fsdp): "

@@ -180,11 +180,12 @@ def is_temporary(path: Path) -> bool:
 def clean(folder: Path) -> None:
     """Remove what a killed process left in a folder to which only this process writes.
 
-    A folder that was about to be replaced has its name again, if its successor did not get it.
+    A folder that was about to be replaced has its name again, if its successor did not get it. A link of such a name
+    is not ours, and is removed: it may lead out of the folder.
     """
     for path in folder.iterdir() if folder.is_dir() else ():
-        target = folder / path.name[1:].removesuffix(".old")
-        if path.suffix == ".old" and is_temporary(path) and not target.exists():
+        target, ours = folder / path.name[1:].removesuffix(".old"), path.is_dir() and not path.is_symlink()
+        if path.suffix == ".old" and is_temporary(path) and ours and not os.path.lexists(target):
             path.rename(target)
         elif path.name != LOCK and is_temporary(path):
             remove(path)

@@ -160,7 +160,12 @@ def test_images_of_another_decoder_are_refused(cache, tokenizer, kind, name):
     assert encoder_digest(other) == encoder_digest(tokenizer)  # as after post-training
     with pytest.raises(UserError, match=rf"{name} holds other images \(decoder: .* -> .*move"):
         write_images(cache, other, kind, BATCH, alone())
-    (cache / f"{name}.json").unlink()
+    note = cache / f"{name}.json"
+    for broken in (note.read_bytes()[:10], b"\xff", b"[]"):
+        note.write_bytes(broken)
+        with pytest.raises(UserError, match="holds other images"):
+            write_images(cache, tokenizer, kind, BATCH, alone())
+    note.unlink()
     with pytest.raises(UserError, match="holds other images"):
         write_images(cache, tokenizer, kind, BATCH, alone())
 

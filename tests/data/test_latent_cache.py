@@ -134,6 +134,19 @@ def test_ranks_share_the_shards_and_a_killed_run_goes_on(tmp_path):
     assert np.array_equal(LatentCache(tmp_path).read(slice(None)).seeds, whole["seeds"])
 
 
+def test_a_shard_that_was_cut_off_is_made_again(tmp_path, capsys):
+    m = manifest()
+    whole = records(m)
+    fill(tmp_path, m, whole)
+    file = tmp_path / "shard-00003.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    assert missing_shards(tmp_path, 0, 2) == []  # it belongs to rank 1
+    assert missing_shards(tmp_path) == [3]
+    assert f"{file.name} is damaged" in " ".join(capsys.readouterr().err.split())
+    fill(tmp_path, m, whole)
+    assert np.array_equal(LatentCache(tmp_path).read(slice(None)).seeds, whole["seeds"])
+
+
 def test_pairs_of_the_first_version_are_continued(tmp_path):
     fill(tmp_path, manifest(source={"mode": "generated"}))
     file = tmp_path / "manifest.json"

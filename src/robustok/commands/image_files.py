@@ -19,7 +19,7 @@ from robustok.data.latent_cache import LatentCache
 from robustok.data.latent_checks import check_cache
 from robustok.data.pixels import to_pixels
 from robustok.errors import UserError
-from robustok.files import tensor_digest, write_file, writing
+from robustok.files import json_lines, regular_file, tensor_digest, write_file, writing
 from robustok.tokenizers import encoder_digest
 from robustok.types import Tokenizer
 
@@ -60,7 +60,8 @@ def _claim(target: Path, facts: dict[str, Any]) -> None:
     note = target.with_name(f"{target.name}.json")
     found = facts
     if target.exists():
-        found = json.loads(note.read_text()) if note.exists() else {}
+        notes = json_lines(regular_file(note).read_text(errors="replace"))[0] if note.exists() else []
+        found = notes[0] if notes else {}
     if found != facts:
         raise UserError(
             f"{target} holds other images ({'; '.join(differences(found, facts))}); "

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -184,13 +184,23 @@ def check_space(path: Path, manifest: Manifest, made_by: str) -> None:
 
 
 def missing_shards(path: str | Path, rank: int = 0, world: int = 1) -> list[int]:
-    """The shards k with k % world == rank that are not yet written. Removes half-written files of a killed run."""
+    """The shards k with k % world == rank that are not yet written, or cut off. Removes what a killed run left."""
     path, manifest = Path(path), _read_manifest(path)
-    present = _present(path, manifest)
+    present = {k for k in _present(path, manifest) if k % world != rank or _whole(_shard_path(path, k))}
     missing = [k for k in range(rank, manifest.shards, world) if k not in present]
     for k in missing:  # of this rank only: another one may be writing
         temporary_path(_shard_path(path, k)).unlink(missing_ok=True)
     return missing
+
+
+def _whole(file: Path) -> bool:
+    """Whether a shard is as long as its header says; one that is not, as after an interrupted copy, is noted."""
+    try:
+        with safe_open(regular_file(file), "numpy"):
+            return True
+    except SafetensorError as error:
+        note(f"{file} is damaged ({one_line(error, 200)}) and made again", "yellow")
+        return False
 
 
 def shard_rows(manifest: Manifest, k: int) -> range:
