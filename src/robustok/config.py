@@ -101,7 +101,8 @@ def load(
         _merge(settings, read_settings(model, file, command))
     for key, text in _in_order(words):
         _set(settings, key.split("."), _word(text, _accepted(model, key.split("."))))
-    return validate(model, settings, source=" + ".join(map(str, files)) or "the settings")
+    sources = [*map(str, files), *(["the words after"] if files and words else [])]
+    return validate(model, settings, source=" + ".join(sources) or "the settings")
 
 
 def repeated(model: type[Config], words: Sequence[str]) -> list[str]:
@@ -141,8 +142,7 @@ def _no_setting(model: type[Config], word: str) -> str:
         return f"got the word {shown(word)}; options are written with two hyphens: --dry-run, --json or --help"
     if word.endswith((".yaml", ".yml")):
         return f"got the word {shown(word)}, but files come before KEY=VALUE; put it first"
-    key = next((key for key in model.model_fields if word.startswith(key)), None)
-    example = f"as {key}=..." if key else "such as steps=200 (lists: seeds=[0,1])"
+    example = f"as {word}=..." if word.split(".")[0] in model.model_fields else "such as steps=200 (lists: seeds=[0,1])"
     return f"got the word {shown(word)}, expected KEY=VALUE {example}, without spaces around the ="
 
 

@@ -71,12 +71,13 @@ def writing(path: str | Path) -> Iterator[None]:
     except UserError:
         raise
     except (OSError, SafetensorError) as error:  # safetensors wraps the errors of the operating system
-        denied = getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS)
-        remedy = "ask its owner to let you write there" if denied else "free some space"
-        raise UserError(
-            f"cannot write {path}: {reason(error)}; {remedy} or choose another out=PATH and run the same command again "
-            "(the last good state is kept)"
-        ) from None
+        code = getattr(error, "errno", None)
+        remedy = "choose another out=PATH and run the same command again (the last good state is kept)"
+        if code in (errno.EACCES, errno.EPERM, errno.EROFS):
+            remedy = f"ask its owner to let you write there or {remedy}"
+        elif code not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EISDIR):
+            remedy = f"free some space or {remedy}"
+        raise UserError(f"cannot write {path}: {reason(error)}; {remedy}") from None
 
 
 # Reading

@@ -25,7 +25,7 @@ from robustok.console import note
 from robustok.data.dataset import open_images
 from robustok.data.labels import check_same_classes, sorted_as_text
 from robustok.data.latent_cache import LatentCache
-from robustok.data.latent_checks import check_cache, check_center_crops
+from robustok.data.latent_checks import check_cache, check_center_crops, check_real_latents
 from robustok.data.sources import Data
 from robustok.errors import UserError, printable
 from robustok.files import regular_file, write_file
@@ -187,6 +187,7 @@ def check_together(paths: Mapping[str, Path], latents: Path | None, data: Data) 
     if latents is None:
         return len(images)
     cache = LatentCache(latents)
+    check_real_latents(cache)
     check_center_crops(cache)
     check_cache(cache, space)
     if cache.manifest.data != images.fingerprint:

@@ -1,5 +1,6 @@
 """The `train-classifier` command: a small classifier of labelled images, for metrics, perceptual loss or teacher."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +58,12 @@ def train_classifier(run: TrainClassifierRun) -> TrainedClassifier:
     folder = RunFolder(run, accelerator.is_main_process)
     held_out = open_images(run.data, run.image_size, "test")
     held_out.check_labels()
+    if len(held_out.classes) < 2:
+        warnings.warn(
+            f"{held_out.name} has one class, from which a classifier learns nothing: its accuracy of 1 is no success, "
+            "its features are nearly random; give images of two classes or more, as CLASS/FILE",
+            stacklevel=2,
+        )
     if not (path / "model.safetensors").exists():
         pixels, labels = _pixels(open_images(run.data, run.image_size, "train"))
         bar = iter(track(range(run.classifier.steps), f"train-classifier {run.out.name}", accelerator.is_main_process))

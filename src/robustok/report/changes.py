@@ -124,6 +124,7 @@ def headline(table: Table, found: Sequence[Change]) -> tuple[str, list[Card]]:
     subject = "Post-training" if post else f"{capital(what)} instead of {decoder_name(best.versus.decoder)}"
     sentence = f"{subject} {EFFECTS.get(best.verdict, 'has no comparable')} {name}"
     sentence += f" by {best.percent[1:]}" if best.verdict in ("lower", "higher") and best.percent else ""
+    sentence += " (one measurement, its error is unknown)" if not math.isfinite(best.difference.errors) else ""
     sentence += f"; it is {AGAINST.get(control.verdict, 'not comparable with')} the control" if control else ""
     many = f" Of {len(trained)} such comparisons, this one has the lowest difference." if len(trained) > 1 else ""
     return f"{sentence} ({describe(best.row)}).{many}", cards
