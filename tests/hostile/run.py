@@ -101,7 +101,8 @@ def run_try(n: int, seed: int, base: Path, valid: list[Valid], folder: Path) -> 
     before = listing(work, {"tmp", *out})
     code, text = run(t.words, folder, t)
     problems = [*_wrong_end(t, code, text), *_wrong_writes(t, work, before, out), *_wrong_result(t, code)]
-    if code != 0 and not problems and (t.signal or t.limits or (t.again and t.rng.random() < 0.4)):
+    again = t.signal or t.limits or (t.again and t.rng.random() < 0.4)
+    if again and code != 0 and not t.planted and not problems:
         problems += _wrong_afterwards(t, base, folder)
     words, notes = (
         " ".join(part if len(part) < 200 else f"{part[:99]}...({len(part)})" for part in p) for p in (t.words, t.notes)
@@ -202,12 +203,12 @@ def _wrong_end(t: Try, code: int, text: str) -> list[str]:
     complaints = [
         line for line in text.splitlines() if line.startswith("robustok: ") and "robustok: note: " not in line
     ]
-    others = [
+    others = [line for line in text.splitlines() if not line.startswith("robustok: ")]  # such as what data was found
         line for line in text.splitlines() if not line.startswith(("robustok: ", "data: ", "skipping the state "))
     ]
     if code == 2 and not t.limits and len(complaints) != 1:  # with them, the text may be cut off
         problems.append(f"{len(complaints)} LINES of error")
-    if code == 2 and others and not t.limits:
+    if code == 2 and len(others) > 5:
         problems.append(f"OTHER OUTPUT {others[0][:80]}")
     if long := [line for line in text.splitlines() if len(line) > LENGTH and line.startswith("robustok: ")]:
         problems.append(f"LONG error, {len(long[0])} characters")
