@@ -204,8 +204,6 @@ def _wrong_end(t: Try, code: int, text: str) -> list[str]:
         line for line in text.splitlines() if line.startswith("robustok: ") and "robustok: note: " not in line
     ]
     others = [line for line in text.splitlines() if not line.startswith("robustok: ")]  # such as what data was found
-        line for line in text.splitlines() if not line.startswith(("robustok: ", "data: ", "skipping the state "))
-    ]
     if code == 2 and not t.limits and len(complaints) != 1:  # with them, the text may be cut off
         problems.append(f"{len(complaints)} LINES of error")
     if code == 2 and len(others) > 5:
