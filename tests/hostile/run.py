@@ -206,7 +206,7 @@ def _wrong_end(t: Try, code: int, text: str) -> list[str]:
     others = [line for line in text.splitlines() if not line.startswith("robustok: ")]  # such as what data was found
     if code == 2 and not t.limits and len(complaints) != 1:  # with them, the text may be cut off
         problems.append(f"{len(complaints)} LINES of error")
-    if code == 2 and len(others) > 5:
+    if code == 2 and len(others) > 5 and not t.limits:
         problems.append(f"OTHER OUTPUT {others[0][:80]}")
     if long := [line for line in text.splitlines() if len(line) > LENGTH and line.startswith("robustok: ")]:
         problems.append(f"LONG error, {len(long[0])} characters")
