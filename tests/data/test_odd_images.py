@@ -6,6 +6,7 @@ with it once the image is as a viewer shows it.
 """
 
 import io
+import warnings
 
 import numpy as np
 import pytest
@@ -146,6 +147,16 @@ def test_16_bits_are_scaled_where_adm_clips(form):
     deep = Image.fromarray(grey.astype(np.uint16) * 257)
     assert np.array_equal(center_crop(reopened(deep, form), 32, "viewer"), adm(Image.fromarray(grey), 32))
     assert adm(reopened(deep, form), 32).min() > 250
+
+
+@pytest.mark.parametrize(("levels", "notes"), [(np.uint16(257), 1), (np.uint16(1), 0)])
+def test_16_bits_that_are_clipped_are_noted(levels, notes):
+    deep = reopened(Image.fromarray(np.asarray(noisy("L")).astype(np.uint16) * levels))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        to_rgb(deep)
+        to_rgb(deep, "viewer")
+    assert ["data.rgb=viewer" in str(note.message) for note in found] == [True] * notes
 
 
 @pytest.mark.parametrize("turned", range(2, 9))

@@ -73,7 +73,11 @@ def choose(n: int, seed: int, valid: list[Valid]) -> Try:
     _mutate(t)
     if rng.random() < 0.2:  # what is claimed of one mutation may not hold with two
         t.refused, t.equal, t.again, t.changed = False, False, False, ()
-        _mutate(t) if rng.random() < 0.5 else t.words.append(t.one(["--dry-run", "--json"]))
+        if rng.random() < 0.5:
+            t.words.append(t.one(["--dry-run", "--json"]))
+        else:
+            with suppress(Exception):  # the first may have left nothing that the second can read
+                _mutate(t)
         t.refused, t.equal, t.again, t.changed = False, False, False, ()
     return t
 
@@ -97,7 +101,8 @@ def run_try(n: int, seed: int, base: Path, valid: list[Valid], folder: Path) -> 
     before = listing(work, {"tmp", *out})
     code, text = run(t.words, folder, t)
     problems = [*_wrong_end(t, code, text), *_wrong_writes(t, work, before, out), *_wrong_result(t, code)]
-    if code != 0 and not problems and (t.signal or t.limits or (t.again and t.rng.random() < 0.4)):
+    again = t.signal or t.limits or (t.again and t.rng.random() < 0.4)
+    if again and code != 0 and not t.planted and not problems:
         problems += _wrong_afterwards(t, base, folder)
     words, notes = (
         " ".join(part if len(part) < 200 else f"{part[:99]}...({len(part)})" for part in p) for p in (t.words, t.notes)
@@ -198,12 +203,10 @@ def _wrong_end(t: Try, code: int, text: str) -> list[str]:
     complaints = [
         line for line in text.splitlines() if line.startswith("robustok: ") and "robustok: note: " not in line
     ]
-    others = [
-        line for line in text.splitlines() if not line.startswith(("robustok: ", "data: ", "skipping the state "))
-    ]
+    others = [line for line in text.splitlines() if not line.startswith("robustok: ")]  # such as what data was found
     if code == 2 and not t.limits and len(complaints) != 1:  # with them, the text may be cut off
         problems.append(f"{len(complaints)} LINES of error")
-    if code == 2 and others and not t.limits:
+    if code == 2 and len(others) > 5 and not t.limits:
         problems.append(f"OTHER OUTPUT {others[0][:80]}")
     if long := [line for line in text.splitlines() if len(line) > LENGTH and line.startswith("robustok: ")]:
         problems.append(f"LONG error, {len(long[0])} characters")

@@ -10,6 +10,7 @@ cases an image viewer shows something else, which ``rgb="viewer"`` gives:
 Float images are refused, and so are images so elongated that scaling up their shorter side would fill the memory.
 """
 
+import warnings
 from typing import Literal
 
 import numpy as np
@@ -100,6 +101,12 @@ def to_rgb(image: Image.Image, rgb: RGB = "adm") -> Image.Image:
     if image.mode == "F":
         raise ValueError("float images have no known range")
     if rgb == "adm":
+        if image.mode.startswith("I") and np.asarray(image).max() > 255:
+            warnings.warn(
+                "images with 16-bit levels become nearly white, as in ADM's evaluation; convert them to 8 bits, or set "
+                "data.rgb=viewer where data names them",
+                stacklevel=2,
+            )
         return image if image.mode == "RGB" else image.convert("RGB")
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
