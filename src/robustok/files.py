@@ -75,7 +75,7 @@ def writing(path: str | Path) -> Iterator[None]:
         remedy = "choose another out=PATH and run the same command again (the last good state is kept)"
         if code in (errno.EACCES, errno.EPERM, errno.EROFS):
             remedy = f"ask its owner to let you write there or {remedy}"
-        elif code not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EISDIR):
+        elif code not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EISDIR, errno.EEXIST):
             remedy = f"free some space or {remedy}"
         raise UserError(f"cannot write {path}: {reason(error)}; {remedy}") from None
 

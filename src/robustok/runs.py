@@ -211,6 +211,7 @@ class RunFolder:
                 "from step 0"
             )
         if before in done:
+            self._refuse({key: values for key, values in self.changed.items() if key != "steps"})
             note(f"{self.path} holds a run that is finished, without its state/: nothing is trained")
             return before
         if done or (self.path / "log.jsonl").exists():

@@ -75,3 +75,13 @@ def test_images_without_labels_are_refused_where_labels_count(tmp_path, tokenize
     cache = encoded(tmp_path / "latents", tokenizer, tmp_path / "set", "split=test", labels)
     assert LatentCache(cache).labels.tolist() == [1, 0, 0, 1]
     assert train_classifier(tiny.load(TrainClassifierRun, None, (*words, labels))).samples == 4
+
+
+def test_a_classifier_counts_the_images_that_it_saw(tmp_path):
+    save_tree(tmp_path / "set" / "train")
+    save_tree(tmp_path / "set" / "test", count=6)
+    (tmp_path / "set" / "test" / "cat" / "000.png").write_bytes(b"broken")
+    words = ("data.name=folder", f"data.path={tmp_path / 'set'}", f"out={tmp_path / 'c'}", "classifier.steps=2")
+    words += ("classifier.width=8", "classifier.batch_size=4", "image_size=16")
+    with pytest.warns(UserWarning, match="000.png"):
+        assert train_classifier(tiny.load(TrainClassifierRun, None, words)).samples == 11

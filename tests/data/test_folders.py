@@ -47,6 +47,7 @@ def save_flat(folder, count, start=0):
         ("train", "valid"), ("training", "testing"), ("Train", "Test"), ("TRAIN", "VAL"), ("train", "dev"),
         ("train", "eval"), ("Training", "Validation"), ("train", "evaluation"), ("train_set", "test_set"),
         ("train2017", "val2017"), ("imagenet-train", "imagenet-val"), ("trainset", "testset"), ("train", "val_images"),
+        ("01_train", "02_test"), ("seg_train/seg_train", "seg_test/seg_test"),
     ],
 )  # fmt: skip
 def test_folders_with_names_of_splits_are_splits(tmp_path, train, test):

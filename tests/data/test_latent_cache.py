@@ -467,3 +467,11 @@ def test_a_cache_of_before_licences_were_noted_goes_on(tmp_path):
     create_cache(tmp_path, manifest(source={"seed": 1, "data": "moved", "licence": "MIT"}))
     with pytest.raises(UserError, match="other latents"):
         create_cache(tmp_path, manifest(source={"seed": 2, "data": "images", "licence": "MIT"}))
+
+
+@pytest.mark.parametrize(
+    "change", [{"codebook_size": -1}, {"codebook_size": 0}, {"codebook_size": 10**13}, {"classes": 10**13}]
+)
+def test_sizes_that_no_model_can_have(change):
+    with pytest.raises(UserError, match=f"with {next(iter(change))} = .*; expected 1 to"):
+        manifest(**change)

@@ -207,7 +207,7 @@ def test_paths_inside_of_the_data_folder_are_read(tmp_path):
     [
         (
             b"version https://git-lfs.github.com/spec/v1\n",
-            ", it is a git-lfs pointer in place of the file: run git lfs",
+            "it is a git-lfs pointer without the content",
         ),
         (b"", "as parquet, it is empty"),
         (b"PAR1" * 100, "as parquet: "),

@@ -1,4 +1,6 @@
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -6,6 +8,7 @@ from robustok.data.dataset import open_images
 from robustok.data.sources import data_at
 from robustok.errors import UserError
 from robustok.evaluation.pairing import partners
+from tiny_images import encoded
 
 
 def grey(level):
@@ -62,6 +65,14 @@ def test_partners_have_the_same_name_or_number(folder, others, recwarn):
 def test_equal_names_in_class_folders_are_paired_by_class(folder):
     both = {"a/0.png": 3, "b/0.png": 4, "b/1.png": 5}
     check(folder("ours", both), folder("theirs", both))
+
+
+def test_parquet_has_the_names_beside_the_bytes(folder, tmp_path):
+    ours = {f"img_{i}.png": 20 * i for i in range(6)}
+    order = [3, 1, 2, 0, 5, 4]
+    stored = [{"bytes": encoded(Image.fromarray(grey(20 * i))), "path": f"img_{i}.png"} for i in order]
+    pq.write_table(pa.table({"image": stored}), tmp_path / "a.parquet")
+    check(open_images(data_at(tmp_path / "a.parquet"), None), folder("ours", ours))
 
 
 def test_other_names_are_paired_in_order_and_named(folder):

@@ -16,6 +16,7 @@ from robustok.losses.discriminators import DinoConfig, DinoHeads, carried_config
 from robustok.losses.discriminators.dino import DinoBackbone, LocalBatchNorm, SpectralConv1d, fit
 from robustok.training import adversary as adversaries
 from robustok.training import decoder as post_training
+from robustok.training.common import adversary_learning_rate
 from robustok.training.tokenizer import train_tokenizer
 
 SMALL = {"image_size": 32, "patch_size": 8, "width": 16, "depth": 3, "heads": 2, "read_after": (0, 2), "kernel_size": 3}
@@ -325,14 +326,14 @@ def test_the_state_holds_heads_power_iteration_and_averages(tmp_path, backbone_f
 def test_a_schedule_of_its_own_begins_at_its_start(tmp_path):
     run = tiny.main_run(tmp_path / "run", "steps=100", "learning_rate=1", "min_learning_rate=1e-3")
     settings = AdversarialConfig(start=40, learning_rate=0.1, warmup_steps=3)
-    trained = adversaries.Adversary(run, settings, run.discriminator, start_accelerator(16))
-    rates = [trained._learning_rate(step) for step in range(40, 100)]
+    rates = [adversary_learning_rate(run, settings, step) for step in range(40, 100)]
     assert rates[:4] == pytest.approx([0.025, 0.05, 0.075, 0.1])
     middle = 3 + (60 - 3) / 2
     assert (rates[math.floor(middle)] + rates[math.ceil(middle)]) / 2 == pytest.approx((0.1 + 1e-3) / 2, rel=1e-3)
     assert rates[-1] < 1.2e-3
-    plain = adversaries.Adversary(run, AdversarialConfig(start=40), run.discriminator, start_accelerator(16))
-    assert plain._learning_rate(50) == pytest.approx((8e-4 + 8e-4) / 2)  # the run's cosine, floored at its own peak
+    assert adversary_learning_rate(run, AdversarialConfig(start=40), 50) == pytest.approx(
+        (8e-4 + 8e-4) / 2
+    )  # the run's cosine, floored at its own peak
 
 
 def test_neither_backbone_nor_heads_run_before_the_start(tmp_path, backbone_file, monkeypatch):

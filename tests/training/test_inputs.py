@@ -287,6 +287,15 @@ def test_a_finished_run_without_its_state_trains_nothing(tmp_path, trainings, na
     assert files(tmp_path / "run") == whole
 
 
+def test_a_finished_run_without_its_state_goes_on_with_no_other_inputs(tmp_path, tokenizer, pairs):
+    train_decoder(tiny.post_run(tmp_path / "run", tokenizer, pairs, *HALF))
+    shutil.rmtree(tmp_path / "run" / "state")
+    whole = files(tmp_path / "run")
+    with pytest.raises(UserError, match="holds a run of another configuration: pairs: "):
+        train_decoder(tiny.post_run(tmp_path / "run", tokenizer, shutil.copytree(pairs, tmp_path / "moved"), *HALF))
+    assert files(tmp_path / "run") == whole
+
+
 def test_more_steps_need_the_state(tmp_path):
     train_tokenizer(tiny.main_run(tmp_path / "run", *HALF))
     shutil.rmtree(tmp_path / "run" / "state")

@@ -74,7 +74,7 @@ def train_classifier(run: TrainClassifierRun) -> TrainedClassifier:
             save_classifier(model, path)
         accelerator.wait_for_everyone()
     share = accuracy(load_classifier(path, accelerator.device), *_pixels(held_out))
-    return TrainedClassifier(path, share, len(held_out))
+    return TrainedClassifier(path, share, len(held_out) - len(held_out.broken))
 
 
 def _pixels(data: ImageDataset) -> tuple[Tensor, Tensor]:

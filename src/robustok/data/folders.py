@@ -51,12 +51,13 @@ class SplitName:
 
 def split_of(name: str) -> SplitName | None:
     """The split that the name of a file or folder says; None if it says none, or both."""
-    said = set(_SPLIT.findall(name.lower()))
+    name = re.sub("^[0-9]+[-_. ]+", "", name.lower())  # 01_train and 02_test are a pair
+    said = set(_SPLIT.findall(name))
     found = [(split, names) for split, names in SPLITS.items() if said & set(names)]
     if len(found) != 1:
         return None
     split, names = found[0]
-    return SplitName(_SPLIT.sub("", name.lower()), min(map(names.index, said)), split)
+    return SplitName(_SPLIT.sub("", name), min(map(names.index, said)), split)
 
 
 # Reading folders
@@ -270,7 +271,14 @@ def _splits(root: Path, left: LeftOut) -> dict[Split, Path]:
         folders, files = entries(root, left)
         left["folders beside the splits"].update(e.name for e in folders if e.name not in found.values())
         left["images beside the splits"].update(e.name for e in files if has_suffix(e, IMAGE_SUFFIXES, left))
-    return {split: root / found[split] for split in SPLITS if split in found}
+    return {split: _descend(root / found[split]) for split in SPLITS if split in found}
+
+
+def _descend(folder: Path) -> Path:
+    """The folder, or the only one inside it if that has the same name, as in seg_train/seg_train/CLASS/FILE."""
+    folders, files = entries(folder)
+    alone = [entry.name for entry in folders] == [folder.name]
+    return folder / folder.name if alone and not any(has_suffix(e, IMAGE_SUFFIXES) for e in files) else folder
 
 
 def _is_split(root: Path, split: Split, name: str, names: list[str]) -> bool:

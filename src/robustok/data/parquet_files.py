@@ -6,7 +6,7 @@ import os
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from operator import attrgetter
 from pathlib import Path
@@ -53,12 +53,14 @@ class Table:
         labels: of each row; 0 where there is no column of labels.
         column: of the labels; None without.
         names: names of the classes; None if the schema has none.
+        images: names of the images without suffix; empty if not all have one.
     """
 
     groups: list[RowGroup]
     labels: list[Any]
     column: str | None
     names: list[str] | None
+    images: list[str] = field(default_factory=list)
 
 
 def files_at(path: Path, left: LeftOut | None = None) -> tuple[Path, list[Path]]:
@@ -137,12 +139,24 @@ def read_table(files: list[Path], root: Path, column: str | None) -> Table:
         if table.groups and (label != table.column or (names and table.names and names != table.names)):
             raise UserError(f"{file} has other labels or names of classes than {files[0]}; read one of them alone")
         table.column, table.names = label, table.names or names
+        table.images += _image_names(parquet, image)
         first = 0
         for group in range(parquet.num_row_groups):
             table.groups.append(RowGroup(str(file), group, image, len(table.labels) + first, first, str(root)))
             first += parquet.metadata.row_group(group).num_rows
         table.labels += labels
+    if not all(table.images):
+        table.images = []
     return table
+
+
+def _image_names(parquet: Any, column: str) -> list[str]:
+    """The paths that Hugging Face stores beside the bytes of images, without suffix; "" where there is none."""
+    kind = parquet.schema_arrow.field(column).type
+    if not hasattr(kind, "get_field_index") or kind.get_field_index("path") < 0:
+        return [""] * parquet.metadata.num_rows
+    rows = parquet.read(columns=[f"{column}.path"])[column].to_pylist()
+    return [os.path.splitext(str((row or {}).get("path") or ""))[0] for row in rows]
 
 
 def _read_labels(file: Path, column: str | None) -> tuple[Any, str | None, list[Any]]:

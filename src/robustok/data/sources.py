@@ -120,7 +120,8 @@ class Source:
         whole: the source has one split only, from which the test images must be held out.
         shape: (H, W) of every image; None where files may differ.
         files: files whose content ``identity`` does not cover.
-        names: of image files, one for each row: path in the folder without suffix; empty for other sources.
+        names: of images, one for each row: path in the folder, or beside the bytes, without suffix; empty if they have
+            none.
         about: what gave the labels, for the line that says what was found; empty prints none.
         left_out: what was left out; empty if nothing was.
         unlabelled: why the labels are unknown and all -1, and what to do; empty if they are known.
@@ -212,7 +213,7 @@ def _parquet(data: Parquet, split: Split) -> Source:
     return Source(
         path.resolve().name, partial(open_row, table.groups), partial(where_row, table.groups), labels, classes,
         bytes_digest("\n".join(content).encode("utf-8", "surrogateescape")), whole,
-        files=files, about=f"labels from column {table.column}" if table.column else "no labels",
+        files=files, names=table.images, about=f"labels from column {table.column}" if table.column else "no labels",
         left_out=describe_left_out(left), unlabelled=_without_labels(labels, where),
     )  # fmt: skip
 

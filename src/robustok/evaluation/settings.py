@@ -54,7 +54,7 @@ class SamplesConfig(Config):
         None, description="sample from it first, into out/samples; also how well it predicts real tokens (gap)"
     )
     count: int = Field(50_000, ge=2, description="samples of the generator in a set; exactly as many of each class")
-    sets: int = Field(1, ge=1, description="independent sets of samples of the generator")
+    sets: int = Field(1, ge=1, le=1000, description="independent sets of samples of the generator")
     sampling: SamplingConfig | None = Field(None, description="null takes the settings stored with the generator")
     decoders: dict[str, Path] = Field(
         {}, description="names and tokenizers that decode the same latents, the first is the baseline; or tokenizer"

@@ -127,9 +127,11 @@ def load_classifier(path: str | Path, device: torch.device | str = "cpu") -> Sma
     """Load what :func:`save_classifier` wrote, in evaluation mode, its weights frozen.
 
     Raises:
-        UserError: there is no snapshot, it is of another kind, or its weights do not fit.
+        UserError: there is no snapshot, it is of another kind, or its weights do not fit or are all 0.
     """
     snapshot = read_snapshot(path, kind="classifier")
+    if not any(weight.any() for weight in snapshot.weights.values()):
+        raise UserError(f"{path}: all weights are 0, so that all images are alike; train the classifier again")
     settings, classes = snapshot.header.get("config"), snapshot.header.get("classes")
     if not isinstance(settings, dict) or not isinstance(classes, int):
         raise UserError(f"{path}: config.yaml lacks 'config' or 'classes'; give a folder written by save_classifier")
