@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hostile.contents import negative
 from hostile.tries import NotHereError, Try
+from hostile.world import copy_inputs
 
 
 def links(t: Try) -> None:
@@ -74,6 +75,7 @@ def swapped(t: Try) -> None:
     word = t.one([word for word in t.words if "=in/" in word or "=[in/" in word])
     key, path = word.partition("=")[0], f"in/{t.one(PATHS)}"
     other = f"{key}=[{path}]" if "=[" in word else f"{key}={path}"
+    copy_inputs(t.base, [path])
     t.words[t.words.index(word)] = other
     t.refused = other in NEVER.split() and t.valid.command != "train-generator"
 

@@ -23,6 +23,7 @@ import tempfile
 import time
 import traceback
 from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -32,7 +33,7 @@ os.environ |= {"ROBUSTOK_PROGRESS": "0", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE
 from hostile import contents, lines, places
 from hostile.contents import SCRIPT
 from hostile.tries import NotHereError, Try
-from hostile.world import OUT, SECRET, Valid, build_world, digests, listing, measured_values
+from hostile.world import OUT, SECRET, Valid, build_world, copy_inputs, digests, listing, measured_values
 from robustok.cli import COMMANDS, main
 
 KINDS = {  # of mutations, and how often each is tried
@@ -64,12 +65,13 @@ LENGTH = 2000  # characters of an error
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f\u202e]")
 
 
-def choose(n: int, seed: int, valid: list[Valid]) -> Try:
-    """Try number ``n``, whose mutations are applied to the files in the working folder."""
+def choose(n: int, seed: int, base: Path, valid: list[Valid]) -> Try:
+    """Try number ``n``, whose mutations are applied to the inputs in the working folder."""
     rng = random.Random(f"{seed}/{n}")
     command = list(COMMANDS)[n % len(COMMANDS)]
     line = rng.choice([v for v in valid if v.command == command])
-    t = Try(line, rng, list(line.words))
+    _copy_world(base, line.words)
+    t = Try(line, base, rng, list(line.words))
     _mutate(t)
     if rng.random() < 0.2:  # what is claimed of one mutation may not hold with two
         t.refused, t.equal, t.again, t.changed = False, False, False, ()
@@ -95,8 +97,7 @@ def run_try(n: int, seed: int, base: Path, valid: list[Valid], folder: Path) -> 
     work = folder / "work"
     (work / "tmp").mkdir(parents=True)
     os.chdir(work)
-    _copy_world(base)
-    t = choose(n, seed, valid)
+    t = choose(n, seed, base, valid)
     out = set() if t.free_out else OUT
     before = listing(work, {"tmp", *out})
     code, text = run(t.words, folder, t)
@@ -111,10 +112,12 @@ def run_try(n: int, seed: int, base: Path, valid: list[Valid], folder: Path) -> 
     return [f"{problem}\n{about}" for problem in problems]
 
 
-def _copy_world(base: Path) -> None:
+def _copy_world(base: Path, words: Sequence[str]) -> None:
     for name in ("in", "guard"):
         shutil.rmtree(name, ignore_errors=True)
-        shutil.copytree(base / name, name, symlinks=True)
+    shutil.copytree(base / "guard", "guard")
+    Path("in").mkdir()
+    copy_inputs(base, words)
 
 
 def run(words: list[str], folder: Path, t: Try | None = None) -> tuple[int, str]:
@@ -260,7 +263,7 @@ def _wrong_afterwards(t: Try, base: Path, folder: Path) -> list[str]:
     if not t.signal and not t.limits and Path("out/config.yaml").exists():
         return []  # a run with other settings has begun
     os.chmod(".", 0o755)
-    _copy_world(base)
+    _copy_world(base, t.valid.words)
     code, text = run(list(t.valid.words), folder)
     if code != 0:
         return [f"AFTERWARDS exit {code}: {text.strip()[-300:]}"]

@@ -21,6 +21,7 @@ class Try:
 
     Attributes:
         valid: what it is made from.
+        base: folder of the world, whose inputs are right.
         rng: of all its choices.
         words: the command line.
         notes: what was changed.
@@ -38,6 +39,7 @@ class Try:
     """
 
     valid: Valid
+    base: Path
     rng: random.Random
     words: list[str]
     notes: list[str] = field(default_factory=list)

@@ -6,8 +6,10 @@ may be read or written there.
 
 import json
 import os
+import re
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,6 +100,18 @@ def build_world(folder: Path) -> list[Valid]:
         remove(folder / "out")
     assert {valid.command for valid in found} | {"demo"} == set(COMMANDS)
     return found
+
+
+def copy_inputs(base: Path, words: Sequence[str]) -> None:
+    """Copy the inputs that these words name from the world in ``base``, unless they are there."""
+    names = set(re.findall(r"\bin/([\w.]+)", " ".join(words)))
+    for name in names | ({"tokenizer"} if "delta" in names else set()):  # a delta is read with its original
+        source, target = base / "in" / name, Path("in", name)
+        target.parent.mkdir(exist_ok=True)
+        if source.is_dir() and not os.path.lexists(target):
+            shutil.copytree(source, target)
+        elif source.is_file() and not os.path.lexists(target):
+            shutil.copy2(source, target)
 
 
 def _begun(folder: Path, number: int) -> Path | None:
