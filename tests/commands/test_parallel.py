@@ -57,18 +57,19 @@ def has_ended(process: int) -> bool:
 
 @pytest.mark.parametrize(("function", "said"), [(die, "second was killed by signal 9 .*resume"), (refuse, "not like")])
 def test_a_job_that_ends_badly_ends_the_others(tmp_path, function, said):
-    job = Job(out=tmp_path / "process")
+    job, handler = Job(out=tmp_path / "process"), signal.getsignal(signal.SIGINT)
     with pytest.raises(UserError, match=said):
         run_parallel({"first": (sleep, job), "second": (function, job)})
     assert not job.out.exists() or has_ended(int(job.out.read_text()))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) == handler
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes as on Linux")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGKILL"])
 def test_a_signal_ends_the_jobs_too(tmp_path, name):
     code = (
-        "import sys; from commands.test_parallel import Job, run_parallel, sleep\n"
+        "import signal, sys; from commands.test_parallel import Job, run_parallel, sleep\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler); signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "try: run_parallel({'a': (sleep, Job(out=sys.argv[1]))})\n"
         "except KeyboardInterrupt: print('interrupted'); sys.exit(130)"
     )
