@@ -10,6 +10,10 @@ def test_hostile_tries(request):
     tries, seed = (str(request.config.getoption(name)) for name in ("--hostile", "--hostile-seed"))
     script = Path(__file__).with_name("run.py")
     found = subprocess.run(
-        [sys.executable, script, "--tries", tries, "--seed", seed], capture_output=True, text=True, check=False
+        [sys.executable, script, "--tries", tries, "--seed", seed],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
     )
     assert found.returncode == 0, found.stdout + found.stderr
