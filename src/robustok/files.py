@@ -98,14 +98,14 @@ def unreadable(path: str | Path) -> str:
     """Why this is no file that can be read, such as "it is a FIFO"; "" if it is one."""
     try:
         path = Path(path).expanduser()
-        mode, size = path.stat().st_mode, path.stat().st_size
+        found = path.stat()
     except (OSError, ValueError, RuntimeError) as error:  # ValueError: a zero byte; RuntimeError: ~nosuchuser
         return reason(error)
-    if not stat.S_ISREG(mode):
-        return f"it is a {kind(mode)}"
+    if not stat.S_ISREG(found.st_mode):
+        return f"it is a {kind(found.st_mode)}"
     if not os.access(path, os.R_OK):
         return os.strerror(errno.EACCES)
-    pointer = size < 1024 and path.read_bytes().startswith(LFS_POINTER)
+    pointer = found.st_size < 1024 and path.read_bytes().startswith(LFS_POINTER)
     return "it is a git-lfs pointer without the content, which `git lfs pull` in its folder fetches" if pointer else ""
 
 

@@ -5,9 +5,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from robustok.files import IMAGE_FORMATS, regular_file
-
-LFS_POINTER = b"version https://git-lfs"
+from robustok.files import IMAGE_FORMATS, LFS_POINTER, regular_file
 
 
 def open_image(file: str | bytes) -> Image.Image:

@@ -76,8 +76,9 @@ class Manifest:
             if value < 1:
                 raise UserError(f"a latents cache with {name} = {value}; expected at least 1")
         for name, most in {"classes": 10**6, "codebook_size": 2**31}.items():
-            if not 1 <= (getattr(self, name) or 1) <= most or getattr(self, name) == 0:
-                raise UserError(f"a latents cache with {name} = {getattr(self, name)}; expected 1 to {most:,}")
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= most:
+                raise UserError(f"a latents cache with {name} = {value}; expected 1 to {most:,}")
 
     @property
     def shards(self) -> int:
