@@ -5,6 +5,7 @@ that losses fall, and that tokens, samples and decoders differ.
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,15 @@ def words(command: str, home: Path, out: str) -> list[str]:
         ],
     }
     return [command, *settings[command], f"out={out}"]
+
+
+def unchanged_by(path: Path, run: Callable[[], tuple[int, str, str]]) -> str:
+    """The one line that a command is refused with; it wrote nothing below the path."""
+    before = sorted(path.rglob("*"))
+    code, printed, err = run()
+    assert (code, printed, err.count("\n")) == (2, "", 1), err
+    assert sorted(path.rglob("*")) == before
+    return err
 
 
 PIPELINE = {

@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 import robustok
+from conftest import unchanged_by
 from robustok.cli import main
 from robustok.errors import UserError
 from robustok.generators import load_generator
@@ -53,11 +54,7 @@ def run(capsys, *words):
 
 def refused(capsys, path, *words):
     """The one line that a command is refused with; it wrote nothing."""
-    before = sorted(path.rglob("*"))
-    code, printed, err = run(capsys, *words)
-    assert (code, printed, err.count("\n")) == (2, "", 1), err
-    assert sorted(path.rglob("*")) == before
-    return err
+    return unchanged_by(path, lambda: run(capsys, *words))
 
 
 def same(a, b):

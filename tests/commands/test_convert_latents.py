@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from conftest import unchanged_by
 from robustok.cli import main
 from robustok.config import plain
 from robustok.data.latent_cache import LatentCache
@@ -36,11 +37,7 @@ def run(capsys, *words):
 
 
 def refused(capsys, path, *words):
-    before = sorted(path.rglob("*"))
-    code, printed, err = run(capsys, *words)
-    assert (code, printed, err.count("\n")) == (2, "", 1), err
-    assert sorted(path.rglob("*")) == before
-    return err
+    return unchanged_by(path, lambda: run(capsys, *words))
 
 
 def token_lines(count=23, length=16):
