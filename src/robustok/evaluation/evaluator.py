@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robustok.console import note
 from robustok.data.dataset import ImageDataset, described_shape, open_images
 from robustok.data.latent_cache import LatentCache
 from robustok.data.loader import batches_in_order
@@ -27,6 +28,7 @@ from robustok.metrics.frechet import Estimate, check_varied, frechet_distance
 from robustok.metrics.lpips import LPIPS
 from robustok.metrics.processes import ALONE, Processes
 from robustok.metrics.reference import Part, Reference, cached_reference, load_reference
+from robustok.snapshots import read_header
 from robustok.types import Batch, FeatureExtractor, Measurement, Tokenizer
 
 KID_BELOW = 10_000  # images: where FID is mostly bias, KID is measured too
@@ -56,6 +58,16 @@ class Evaluator:
         self.opened: dict[tuple[Any, ...], ImageDataset] = {}
         self.references: dict[tuple[str, int], Reference] = {}
         self.normalisers: dict[tuple[int | tuple[int, int], int], float] = {}  # of FDr-k, by size and space
+
+    def note_guides(self, decoder: Path) -> None:
+        """Say which of the feature spaces guided the training of a decoder."""
+        for extractor in self.extractors:
+            if extractor.name in read_header(decoder).get("guides", ()):
+                note(
+                    f"{decoder} was trained on the features of {extractor.name}, so distances measured in them flatter "
+                    "it; judge it in another feature space",
+                    "yellow",
+                )
 
     def wanted_of(self, applies_to: str, space: int = 0) -> list[str]:
         """The metrics to measure that apply to this, in the order of METRICS."""
