@@ -115,7 +115,7 @@ def test_measurements(worlds):
             measured.pop("normalisers", None)  # of fdr, whose value they are in
         for key in ("value", "standard_error", "bias"):
             value = line.pop(key, None) or 0.0
-            assert (other.pop(key, None) or 0.0) == pytest.approx(value, rel=1e-6, abs=1e-9), line["metric"]
+            assert (other.pop(key, None) or 0.0) == pytest.approx(value, rel=1e-6, abs=1e-8), line["metric"]
         assert other == line
     counts = {line["metric"]: line["samples"] for line in two}
     assert (
