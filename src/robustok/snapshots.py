@@ -69,6 +69,7 @@ class Header(Config):
     post_trained: dict[str, Any] | None = None
     protocol: dict[str, Any] = Field({})
     held_out: dict[str, FiniteFloat] = Field({})
+    guides: list[str] = Field([])
     discriminator: ModelHeader = ModelHeader()
     delta: DeltaHeader | None = None
     # Of generators.

@@ -64,6 +64,10 @@ class DiscreteTokenizer(Tokenizer, Protocol):
         """Tokens (N, L) int64 to code vectors (N, L, D) float32, as the decoder receives them."""
         ...
 
+    def decode_vectors(self, vectors: Tensor) -> Tensor:
+        """Code vectors (N, L, D), or others near them, to images (N, 3, H, W); ``decode`` does this of ``embed``."""
+        ...
+
 
 @dataclass(frozen=True)
 class TokenizerOutput:

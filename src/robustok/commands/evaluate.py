@@ -28,6 +28,9 @@ def evaluate(run: EvaluateRun) -> list[Measurement]:
     file = inside(run.out, "metrics.jsonl")
     check_appendable(file)
     evaluator = Evaluator(run, accelerator.device, _processes(accelerator))
+    decoders = [run.tokenizer, *(run.samples.decoders.values() if run.samples is not None else ())]
+    for path in dict.fromkeys(path for path in decoders if path is not None):
+        evaluator.note_guides(path)
     found: list[Measurement] = []
     if run.tokenizer is not None and run.data is not None:  # without data it decodes samples only
         found += reconstructions(evaluator, run.tokenizer)

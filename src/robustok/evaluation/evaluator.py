@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robustok.console import note
 from robustok.data.dataset import ImageDataset, described_shape, open_images
 from robustok.data.latent_cache import LatentCache
 from robustok.data.loader import batches_in_order
@@ -21,12 +22,13 @@ from robustok.evaluation.collector import FeatureCollector
 from robustok.evaluation.settings import EvaluateRun
 from robustok.files import regular_file
 from robustok.metrics import METRICS
-from robustok.metrics.comparison import REFERENCE_IMAGES, Comparison, Score
+from robustok.metrics.comparison import REFERENCE_IMAGES, Comparison, Score, frechet_ratio
 from robustok.metrics.features import load_extractor
-from robustok.metrics.frechet import Estimate, check_varied
+from robustok.metrics.frechet import Estimate, check_varied, frechet_distance
 from robustok.metrics.lpips import LPIPS
 from robustok.metrics.processes import ALONE, Processes
 from robustok.metrics.reference import Part, Reference, cached_reference, load_reference
+from robustok.snapshots import read_header
 from robustok.types import Batch, FeatureExtractor, Measurement, Tokenizer
 
 KID_BELOW = 10_000  # images: where FID is mostly bias, KID is measured too
@@ -55,6 +57,17 @@ class Evaluator:
             self.pair_metrics["lpips"] = LPIPS(run.lpips.net, run.lpips.weights, device)
         self.opened: dict[tuple[Any, ...], ImageDataset] = {}
         self.references: dict[tuple[str, int], Reference] = {}
+        self.normalisers: dict[tuple[int | tuple[int, int], int], float] = {}  # of FDr-k, by size and space
+
+    def note_guides(self, decoder: Path) -> None:
+        """Say which of the feature spaces guided the training of a decoder."""
+        for extractor in self.extractors:
+            if extractor.name in read_header(decoder).get("guides", ()):
+                note(
+                    f"{decoder} was trained on the features of {extractor.name}, so distances measured in them flatter "
+                    "it; judge it in another feature space",
+                    "yellow",
+                )
 
     def wanted_of(self, applies_to: str, space: int = 0) -> list[str]:
         """The metrics to measure that apply to this, in the order of METRICS."""
@@ -87,13 +100,52 @@ class Evaluator:
         for indices, pixels in batches:
             for collector in collectors:
                 collector.update(indices, pixels)
-        found = []
+        found, distances = [], []
         for space, (collector, names) in enumerate(zip(collectors, wanted, strict=True)):
             real = self.reference_of(shape, space, errors if paired else set())
             sets = self.comparison(collector.finish("samples", self.processes), real, space, paired)
-            scores = {name: METRICS[name].function(sets) for name in names}
+            if "gfid_validation" in names:
+                sets = replace(sets, validation=self.validation(shape, space))
+            scores = {name: METRICS[name].function(sets) for name in names if METRICS[name].function is not None}
             found.append({name: score for name, score in scores.items() if score is not None})
+            if "fdr" in names:
+                distances.append(sets.distance)
+        if distances:
+            found[0]["fdr"] = self._fdr(distances, shape)
         return found
+
+    def validation(self, shape: int | tuple[int, int], space: int) -> Reference:
+        """The images of data's test split, of the size of the samples, in a feature space.
+
+        Raises:
+            UserError: samples that are not square, as its crops are; features that are all alike.
+        """
+        images = self.open(self.run.data, _square(shape), "test")
+        found = self.real_features(images, space)
+        check_varied(found.statistics, found.describe())
+        return found
+
+    def _fdr(self, distances: list[float], shape: int | tuple[int, int]) -> Score:
+        """FDr-k of a set of samples from its distances in all feature spaces."""
+        names, given = [extractor.name for extractor in self.extractors], self.run.fdr.normalisers
+        if unknown := sorted(given.keys() - set(names)):
+            raise UserError(f"fdr.normalisers: {unknown[0]} is none of the feature spaces in use, {', '.join(names)}")
+        used = {name: given[name] if name in given else self._normaliser(shape, i) for i, name in enumerate(names)}
+        details = {"extractor": " + ".join(names), "normalisers": used, "normalisers_given": sorted(given)}
+        return Score(Estimate(frechet_ratio(distances, list(used.values()))), details)
+
+    def _normaliser(self, shape: int | tuple[int, int], space: int) -> float:
+        """The Frechet distance of the validation images to what samples are compared with."""
+        if (shape, space) not in self.normalisers:
+            if self.run.data is None:
+                name = self.extractors[space].name
+                raise UserError(f"fdr has no distance to divide by in {name}; give data, or fdr.normalisers.{name}=")
+            real, validation = self.reference_of(shape, space), self.validation(shape, space)
+            found = frechet_distance(validation.statistics, real.statistics, real.factor)
+            if not found > 0:
+                raise UserError(f"{validation.data} is the reference too, so that fdr would divide by 0; give another")
+            self.normalisers[shape, space] = found
+        return self.normalisers[shape, space]
 
     def comparison(self, fake: Reference, real: Reference, space: int, paired: bool) -> Comparison:
         """Two sets in a feature space, compared as the run says.
@@ -135,10 +187,7 @@ class Evaluator:
     def real_images(self, shape: int | tuple[int, int]) -> ImageDataset:
         """Real images of a size: those of the reference, or the train split."""
         if self.run.reference is None:
-            size = shape if isinstance(shape, int) else shape[0]
-            if not isinstance(shape, int) and shape[0] != shape[1]:
-                raise UserError(f"images of {shape[0]}x{shape[1]} are not square as data's crops; give reference=PATH")
-            return self.open(self.run.data, size, "train")
+            return self.open(self.run.data, _square(shape), "train")
         if isinstance(shape, int):
             return self.open(data_at(self.run.reference), shape, "train")
         images = self.open(data_at(self.run.reference), None, "train")
@@ -216,9 +265,20 @@ class Evaluator:
             )
 
     def measurement(
-        self, metric: str, estimate: Estimate, *, samples: int, reference: str, space: int | None = None, **details: Any
+        self,
+        metric: str,
+        estimate: Estimate,
+        *,
+        samples: int,
+        reference: str,
+        space: int | None = None,
+        extractor: str | None = None,
+        **details: Any,
     ) -> Measurement:
-        """A number with its protocol; @COUNT is added to the name where its published protocol has more images."""
+        """A number with its protocol; @COUNT is added to the name where its published protocol has more images.
+
+        ``extractor`` names the feature spaces of a metric of several; otherwise it is that of ``space``.
+        """
         versions = {name: importlib.metadata.version(name) for name in ("robustok", "torch")}
         for name in sorted(self.run.tags.keys() & details):
             warnings.warn(f"tags.{name} is left out of the lines in which {name} is measured", stacklevel=2)
@@ -227,10 +287,22 @@ class Evaluator:
         count = details.get("samples_per_set", samples)
         if space is not None and self.official[space] and base is not None and count < base.published:
             metric += f"@{count}"
-        name = self.extractors[space].name if space is not None else None
+        name = extractor or (self.extractors[space].name if space is not None else None)
         return Measurement(
             metric, estimate.value, estimate.standard_error, samples, self.run.seed, name, reference, details
         )
+
+
+def _square(shape: int | tuple[int, int]) -> int:
+    """The side of square images, which data's crops are.
+
+    Raises:
+        UserError: they are not square.
+    """
+    height, width = (shape, shape) if isinstance(shape, int) else shape
+    if height != width:
+        raise UserError(f"images of {height}x{width} are not square as data's crops; give reference=PATH")
+    return height
 
 
 def _keys(path: Path) -> list[str]:

@@ -11,6 +11,7 @@ from robustok.data.dataset import ImageDataset
 from robustok.data.pixels import from_pixels, to_pixels
 from robustok.evaluation.collector import FeatureCollector
 from robustok.evaluation.evaluator import Evaluator
+from robustok.evaluation.interpolations import interpolations
 from robustok.evaluation.pixels import over_images, pair_lines, pair_values
 from robustok.metrics import METRICS
 from robustok.metrics.comparison import REFERENCE_IMAGES
@@ -65,6 +66,8 @@ def reconstructions(evaluator: Evaluator, path: Path) -> list[Measurement]:
             found.append(line(name, score.estimate, space=space, **score.details))
     for space in range(len(evaluator.extractors)):
         found += _over_grids(evaluator, tokenizer, latents, images, space, partial(line, space=space))
+    if "ifid" in evaluator.wanted:
+        found += interpolations(evaluator, tokenizer, latents, images, line)
     return found
 
 

@@ -24,9 +24,11 @@ from robustok.snapshots import read_header
 from robustok.tokenizers import encoder_digest, load_tokenizer
 from robustok.types import Measurement
 
+DIFFERENCES = ("gfid", "gfid_validation", "fdr", "sliced_wasserstein")  # of which decoders are compared pair by pair
+
 
 def decoded_samples(evaluator: Evaluator, latents: list[Path], decoders: Mapping[str, Path]) -> list[Measurement]:
-    """The metrics of each decoder on the same latents, differences of gFID, and the gap of the latents themselves."""
+    """The metrics of each decoder on the same latents, their differences, and the gap of the latents themselves."""
     sets = [LatentCache(path) for path in latents]
     for cache in sets:
         check_free_samples(cache)
@@ -36,34 +38,26 @@ def decoded_samples(evaluator: Evaluator, latents: list[Path], decoders: Mapping
     shared = {"sets": len(sets), "samples_per_set": len(sets[0])}
     shared |= _sampling_details(sets[0]) | _balance(labels, sets[0].manifest.classes)
     found: list[Measurement] = []
-    gfids: list[dict[str, list[float]]] = [{} for _ in evaluator.extractors]  # of each decoder's sets
+    earlier: dict[str, list[Sequence[dict[str, Score]]]] = {}  # of each decoder and space, the scores of each set
     for name, path in decoders.items():
         tokenizer = load_tokenizer(path).to(evaluator.device)
         for cache in sets:
             check_cache(cache, encoder_digest(tokenizer))
         details = {"decoder": name} | _post_training_details(path) | shared
-        lines: list[Callable[..., Measurement]] = []  # of each feature space
         if evaluator.wanted_of("samples"):
             compared = [
                 evaluator.compare_set(evaluator.decoded(tokenizer, cache), len(cache), tokenizer.image_size)
                 for cache in sets
             ]
-            for space, scores in enumerate(zip(*compared, strict=True)):
+            spaces = list(zip(*compared, strict=True))
+            for space, scores in enumerate(spaces):
                 reference = evaluator.reference_name(tokenizer.image_size, space)
-                lines.append(
-                    partial(evaluator.measurement, samples=samples, reference=reference, space=space, **details)
-                )
-                found += _over_sets(scores, lines[space])
-                if "gfid" in evaluator.wanted:
-                    gfids[space][name] = [score["gfid"].estimate.value for score in scores]
+                line = partial(evaluator.measurement, samples=samples, reference=reference, space=space, **details)
+                found += _over_sets(scores, line)
+                found += _differences(scores, {other: before[space] for other, before in earlier.items()}, line)
+            earlier[name] = spaces
         if "gap" in evaluator.wanted and evaluator.run.data is not None and name == next(iter(decoders)):
             found += gap(evaluator, tokenizer, sets, details)
-        # The same latents decoded twice: the difference has far less noise than either value.
-        for line, by_decoder in zip(lines, gfids, strict=bool(lines)):
-            for other in list(by_decoder)[:-1]:
-                pairs = zip(by_decoder[name], by_decoder[other], strict=True)
-                change = mean_and_standard_error([a - b for a, b in pairs])
-                found.append(line("gfid_difference", change, versus=other))
     return found
 
 
@@ -119,6 +113,25 @@ def _over_sets(sets: Sequence[dict[str, Score]], line: Callable[..., Measurement
             estimate = mean_and_standard_error([scores[metric].estimate.value for scores in sets])
             details.pop("standard_error_from", None)
         found.append(line(metric, estimate, **details))
+    return found
+
+
+def _differences(
+    sets: Sequence[dict[str, Score]],
+    earlier: Mapping[str, Sequence[dict[str, Score]]],
+    line: Callable[..., Measurement],
+) -> list[Measurement]:
+    """One decoder's distances minus those of each earlier one.
+
+    The same latents decoded twice: the difference has far less noise than either value.
+    """
+    found = []
+    for other, before in earlier.items():
+        for metric in (metric for metric in DIFFERENCES if metric in sets[0]):
+            pairs = zip(sets, before, strict=True)
+            change = mean_and_standard_error([a[metric].estimate.value - b[metric].estimate.value for a, b in pairs])
+            kept = {key: v for key, v in sets[0][metric].details.items() if key in ("reference", "extractor")}
+            found.append(line(f"{metric}_difference", change, versus=other, **kept))
     return found
 
 

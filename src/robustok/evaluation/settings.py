@@ -21,6 +21,7 @@ from robustok.generators import SamplingConfig
 from robustok.metrics import METRICS
 from robustok.metrics.comparison import ComparisonConfig
 from robustok.metrics.features import ExtractorConfig
+from robustok.metrics.interpolation import InterpolationConfig
 from robustok.metrics.lpips import Backbone
 from robustok.metrics.noise import NoiseGrid
 from robustok.metrics.pfid import PerturbedGrid, RelativeGrid
@@ -83,6 +84,16 @@ class PFIDConfig(Config):
     seeds: int = Field(1, ge=1, le=1000, description="repetitions, for the standard error")
 
 
+class FDrConfig(Config):
+    """FDr-k, a mean over the feature spaces of ``extractor`` and ``more_extractors``."""
+
+    normalisers: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {},
+        description="distances to divide by, for feature spaces by their names in results; those not given are of the "
+        "test split to what samples are compared with",
+    )
+
+
 class EvaluateRun(Config):
     """What to measure. Numbers are appended to ``out``/metrics.jsonl and printed."""
 
@@ -121,6 +132,8 @@ class EvaluateRun(Config):
         [], description="further feature spaces, on the same images, such as [{name: dinov2}]"
     )
     pfid: PFIDConfig = PFIDConfig()
+    ifid: InterpolationConfig = InterpolationConfig()
+    fdr: FDrConfig = FDrConfig()
     lpips: LPIPSConfig = LPIPSConfig()
     comparison: ComparisonConfig = ComparisonConfig()
     allow_fewer: bool = Field(
@@ -134,10 +147,16 @@ class EvaluateRun(Config):
 
     @property
     def wanted(self) -> set[str]:
-        """Names of the metrics; of ``all``, those that the feature space allows."""
+        """Names of the metrics; of ``all``, those that feature space and data allow."""
         if self.metrics != "all":
             return set(self.metrics)
-        return {name for name, metric in METRICS.items() if self.inception or not metric.needs_inception}
+        possible = {name for name, metric in METRICS.items() if self.inception or not metric.needs_inception}
+        return possible - {name for name in self._of_data if self.data is None}
+
+    @property
+    def _of_data(self) -> list[str]:
+        """Metrics that take images of ``data`` whatever the reference is."""
+        return [name for name, m in METRICS.items() if m.needs_data and not (name == "fdr" and self.fdr.normalisers)]
 
     @property
     def inception(self) -> bool:
@@ -164,8 +183,8 @@ class EvaluateRun(Config):
             if METRICS[name].needs_extractor and self.extractor is None:
                 folder = "extractor.path, the folder of a saved classifier"
                 raise ValueError(f"{name} needs {folder}, or extractor.name=inception")
-        if "gap" in self.metrics and self.data is None:
-            raise ValueError("gap compares latents with those of real images; give data.name=... data.path=...")
+        if self.data is None and (lacking := [name for name in self._of_data if name in self.wanted]):
+            raise ValueError(f"{lacking[0]} takes real images beside the reference; give data.name=... data.path=...")
         if self.comparison.halves == 1:
             raise ValueError("comparison.halves=1 has no spread; give at least 2, or 0 for none")
         return self

@@ -33,6 +33,7 @@ class Metric:
             single images; ``spatial`` features or ``logits``, which only the Inception network has.
         reference_parts: the same of the reference.
         published: number of images behind published values; 0 where there is no such number.
+        needs_data: whether it takes real images beside the reference.
     """
 
     applies_to: Literal["pairs", "tokens", "reconstructions", "samples", "latents"]
@@ -41,6 +42,7 @@ class Metric:
     parts: tuple[Part, ...] = ()
     reference_parts: tuple[Part, ...] = ()
     published: int = 0
+    needs_data: bool = False
 
     @property
     def needs_inception(self) -> bool:
@@ -68,10 +70,20 @@ METRICS: dict[str, Metric] = {
     "rfid": Metric("reconstructions", "Frechet distance to the original images", comparison.rfid, published=50_000),
     "pfid": Metric("reconstructions", "rfid with perturbed tokens, mean over a grid", published=50_000),
     "noise_fd": Metric("reconstructions", "rfid with noised continuous latents, mean over levels", published=50_000),
+    "ifid": Metric("reconstructions", "rfid of latents half-way to a near training latent", published=50_000),
     "gfid": Metric("samples", "Frechet distance to real images", comparison.gfid, published=50_000),
+    "gfid_validation": Metric(
+        "samples", "gfid to the validation images", comparison.gfid_validation, published=50_000, needs_data=True
+    ),
+    "fdr": Metric(
+        "samples", "mean over feature spaces of gfid / gfid of validation images", published=50_000, needs_data=True
+    ),
     "gfid_infinity": Metric("samples", "gfid of infinitely many images", comparison.gfid_infinity, _FEATURES),
     "sfid": Metric("samples", "gfid on spatial features of Inception", comparison.sfid, _SPATIAL, _SPATIAL, 50_000),
     "kid": Metric("samples", "unbiased squared MMD, kernel (x.y / F + 1)^3", comparison.kid, _FEATURES, _FEATURES),
+    "sliced_wasserstein": Metric(
+        "samples", "squared Wasserstein distance over random directions", comparison.sliced, _FEATURES, _FEATURES
+    ),
     "precision": Metric(
         "samples", "share of samples in the real manifold", comparison.precision, _FEATURES, _FEATURES, 50_000
     ),
@@ -81,5 +93,7 @@ METRICS: dict[str, Metric] = {
     "inception_score": Metric(
         "samples", "exp KL of p(class | image) from p(class)", comparison.inception, ("logits",), published=50_000
     ),
-    "gap": Metric("latents", "generated latents against those of real images, see robustok.metrics.latent_gap"),
+    "gap": Metric(
+        "latents", "generated latents against those of real images, see robustok.metrics.latent_gap", needs_data=True
+    ),
 }

@@ -3,7 +3,8 @@
 Each metric is a function of a :class:`Comparison`; :data:`robustok.metrics.METRICS` lists them.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +26,7 @@ from robustok.metrics.inception_score import inception_score
 from robustok.metrics.kernel import kernel_distance
 from robustok.metrics.manifold import DistanceDtype, PrecisionRecall, precision_recall
 from robustok.metrics.reference import Reference
+from robustok.metrics.sliced_wasserstein import sliced_wasserstein
 from robustok.metrics.small_samples import frechet_error, frechet_infinity
 from robustok.randomness import seeded
 
@@ -43,6 +45,7 @@ class ComparisonConfig(Config):
     )
     distance_dtype: DistanceDtype = Field("float64", description="distances of precision and recall; float16 is ADM's")
     shuffle: bool = Field(True, description="shuffle images before the splits of the Inception Score; ADM does not")
+    projections: int = Field(1000, ge=1, description="random directions of sliced_wasserstein")
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Comparison:
         seed: of the halves and of the shuffle.
         inception: whether the features are Inception's, for which the bias of a small set is known.
         paired: whether image i of ``fake`` was made from image i of ``real``.
+        validation: real images that trained nothing, where a metric compares with them too.
     """
 
     fake: Reference
@@ -72,6 +76,7 @@ class Comparison:
     seed: int = 0
     inception: bool = False
     paired: bool = False
+    validation: Reference | None = None
 
     def rng(self) -> torch.Generator:
         """A random generator, seeded anew for each metric."""
@@ -86,8 +91,8 @@ class Comparison:
         """
         if self.real.features is None:
             raise UserError(
-                f"{self.real.describe()}: no features of single images, which kid, precision and recall need; give the "
-                "images themselves as reference, or leave these metrics out"
+                f"{self.real.describe()}: no features of single images, which kid, sliced_wasserstein, precision and "
+                "recall need; give the images themselves as reference, or leave these metrics out"
             )
         return self.real.features[:: -(-len(self.real.features) // REFERENCE_IMAGES)]
 
@@ -96,7 +101,7 @@ class Comparison:
         """Both at once, because they share their distances."""
         return precision_recall(real=self.some_real, fake=self.fake.features, distance_dtype=self.config.distance_dtype)
 
-    @property
+    @cached_property
     def distance(self) -> float:
         """Frechet distance."""
         return frechet_distance(self.fake.statistics, self.real.statistics, self.real.factor)
@@ -130,6 +135,22 @@ def gfid(sets: Comparison) -> Score:
     return Score(estimate, details | sets.bias(fake.statistics))
 
 
+def gfid_validation(sets: Comparison) -> Score:
+    """:func:`gfid` with the validation images as reference."""
+    found = gfid(replace(sets, real=sets.validation, paired=False))
+    return Score(found.estimate, found.details | {"reference": sets.validation.data})
+
+
+def frechet_ratio(distances: Sequence[float], normalisers: Sequence[float]) -> float:
+    """FDr-k: the mean over k feature spaces of the Frechet distance of samples, in units of that of validation images.
+
+    Args:
+        distances: of the samples to the reference in each space.
+        normalisers: the same of the validation images.
+    """
+    return sum(d / n for d, n in zip(distances, normalisers, strict=True)) / len(distances)
+
+
 def gfid_infinity(sets: Comparison) -> Score | None:
     """Frechet distance extrapolated to infinitely many images; None for fewer than 10,000."""
     if sets.fake.count < INFINITY_IMAGES:
@@ -150,6 +171,13 @@ def sfid(sets: Comparison) -> Score:
 def kid(sets: Comparison) -> Score:
     """Kernel distance. It is unbiased at every size and its cost is quadratic: a part of the reference is enough."""
     return Score(kernel_distance(sets.fake.features, sets.some_real), {"reference_samples": len(sets.some_real)})
+
+
+def sliced(sets: Comparison) -> Score:
+    """Sliced Wasserstein distance, of the features themselves: a part of the reference is enough, as for KID."""
+    value = sliced_wasserstein(sets.fake.features, sets.some_real, sets.rng(), sets.config.projections)
+    details = {"projections": sets.config.projections, "order": 2, "reference_samples": len(sets.some_real)}
+    return Score(Estimate(value), details)
 
 
 def precision(sets: Comparison) -> Score:

@@ -10,11 +10,12 @@ LABELS = {
     **{"rfid": "rFID", "gfid": "gFID", "pfid": "pFID", "fid": "FID", "sfid": "sFID", "kid": "KID"},
     **{"pfid_geometric_mean": "pFID (geometric mean)", "noise_fd": "FID under latent noise"},
     **{"gfid_infinity": "gFID, infinitely many images", "inception_score": "IS", "psnr": "PSNR (dB)", "ssim": "SSIM"},
+    **{"ifid": "iFID", "gfid_validation": "gFID (validation images)", "fdr": "FDr"},
     **{"lpips_alex": "LPIPS (AlexNet)", "lpips_vgg": "LPIPS (VGG)", "token_divergence": "Token divergence (bits)"},
     **{"generator_cross_entropy": "Generator cross entropy (nats)"},
 }
 DISTANCES = {name for name, text in LABELS.items() if "FID" in text or "KID" in text}
-LOWER = {*DISTANCES, "lpips_alex", "lpips_vgg", "token_divergence", "latent_distance"}
+LOWER = {*DISTANCES, "fdr", "sliced_wasserstein", "lpips_alex", "lpips_vgg", "token_divergence", "latent_distance"}
 HIGHER = {"psnr", "ssim", "inception_score", "precision", "recall", "accuracy", *LATENTS[:2]}
 
 

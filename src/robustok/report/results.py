@@ -21,7 +21,8 @@ LATENTS = (
 )
 ORDER = (  # of tokenizers, decoders and metrics; others follow by name
     *("plain", "perturbed", "original", "post_trained", "control"),
-    *("rfid", "pfid", "pfid_geometric_mean", "noise_fd", "gfid", "gfid_infinity", "kid", "sfid", "inception_score"),
+    *("rfid", "pfid", "pfid_geometric_mean", "noise_fd", "ifid", "gfid", "gfid_validation", "fdr", "gfid_infinity"),
+    *("kid", "sliced_wasserstein", "sfid", "inception_score"),
     *("precision", "recall", "psnr", "ssim", "lpips_alex", "lpips_vgg", *LATENTS),
 )
 

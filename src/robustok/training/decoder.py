@@ -24,6 +24,7 @@ from robustok.errors import UserError
 from robustok.evaluation.held_out import HeldOutScore
 from robustok.files import tensor_digest
 from robustok.losses.discriminators import DiscriminatorConfig, carried_config, frozen_features
+from robustok.losses.guides import guide_names
 from robustok.losses.reconstruction import ReconstructionTerms
 from robustok.metrics.features import load_extractor
 from robustok.model_card import add_licence, licence_fields
@@ -196,6 +197,7 @@ class Snapshots:
     ) -> None:
         self.run, self.folder, self.average, self.adversary = run, folder, average, adversary
         self.caches, self.score = caches, score
+        self.guides = guide_names(run.reconstruction, None if adversary is None else adversary.settings)
         # Step and score of the best snapshot; under "first" those at the start.
         self.best: dict[str, Any] = {"step": 0, "value": float("inf")}
 
@@ -272,6 +274,8 @@ class Snapshots:
                 **{key: source[key] for key in PAIR_SETTINGS if source.get(key) is not None},
             },
         }
+        if guides := sorted({*header.get("guides", ()), *self.guides}):
+            header["guides"] = guides
         for outdated in ("discriminator", "delta", "held_out"):
             header.pop(outdated, None)
         return header if self.adversary is None else header | {"discriminator": plain(self.adversary.settings)}

@@ -18,9 +18,11 @@ from robustok.data.sources import Data
 from robustok.devices import autocast, rank_rows, start_accelerator
 from robustok.losses.adversarial import AdversarialConfig
 from robustok.losses.discriminators import DiscriminatorConfig, PatchConfig
+from robustok.losses.guides import guide_names
 from robustok.losses.reconstruction import ReconstructionConfig, ReconstructionTerms
 from robustok.losses.semantic import Teacher, TeacherConfig
 from robustok.metrics.codebook import codebook_perplexity, codebook_usage
+from robustok.metrics.features import ExtractorConfig
 from robustok.randomness import seed_step, step_rng
 from robustok.runs import RunFolder
 from robustok.snapshots import write_snapshot
@@ -115,7 +117,7 @@ def train_tokenizer(run: TokenizerTrainingRun) -> Path:
     state = TrainingState("tokenizer", bare, average, optimizer, adversary, extra=codes)
     first = folder.restore(state, input_digests(run, data))
     batches = training_batches(data, run.batch_size, run.seed, first, run.steps - first, rank, world, run.workers)
-    write = partial(_write_snapshot, folder, run, average, adversary, data.describe())
+    write = partial(_write_snapshot, folder, run, average, adversary, data.describe(), _guides(run))
     folder.start()
 
     for step in folder.steps(range(first, run.steps), state, run.state_every, accelerator):
@@ -289,6 +291,12 @@ def _teacher(run: TokenizerTrainingRun, device: torch.device) -> Teacher | None:
     return Teacher(run.teacher, run.tokenizer.image_size, run.tokenizer.patch_size).to(device)
 
 
+def _guides(run: TokenizerTrainingRun) -> list[str]:
+    """Names of the feature spaces that guide the training."""
+    teacher = [ExtractorConfig(path=run.teacher.path)] if run.teacher.name == "classifier" else []
+    return guide_names(run.reconstruction, run.discriminator if run.adversarial.weight else None, teacher)
+
+
 def _build(run: TokenizerTrainingRun, teacher: Teacher | None) -> nn.Module:
     """The tokenizer, with a projection of the teacher's features where the teacher's width differs from its own."""
     config, family = run.tokenizer, TOKENIZERS[run.tokenizer.name][0]
@@ -308,7 +316,13 @@ def _picture(path: Path, images: Tensor, average: nn.Module) -> None:
 
 
 def _write_snapshot(
-    folder: RunFolder, run: TokenizerTrainingRun, average: nn.Module, adversary: Adversary | None, data: str, step: int
+    folder: RunFolder,
+    run: TokenizerTrainingRun,
+    average: nn.Module,
+    adversary: Adversary | None,
+    data: str,
+    guides: list[str],
+    step: int,
 ) -> None:
     """Write the averaged weights, and the discriminator for post-training."""
     header = {
@@ -317,6 +331,7 @@ def _write_snapshot(
         "step": step,
         "trained_on": data,
         "latent_space": encoder_digest(average),
+        **({"guides": guides} if guides else {}),
     }
     extra = {} if adversary is None else {"discriminator": adversary.network.state_dict()}
     if adversary is not None:
