@@ -22,7 +22,7 @@ from robustok.metrics import METRICS
 from robustok.metrics.comparison import ComparisonConfig
 from robustok.metrics.features import ExtractorConfig
 from robustok.metrics.lpips import Backbone
-from robustok.metrics.noise import NoiseGrid
+from robustok.metrics.noise import AnyNoiseGrid, NoiseGrid
 from robustok.metrics.pfid import PerturbedGrid, RelativeGrid
 from robustok.types import Measurement
 
@@ -79,8 +79,13 @@ class PFIDConfig(Config):
 
     grid: PerturbedGrid = Field(RelativeGrid(), description="cells of pFID")
     include_self: bool = Field(True, description="whether a token is among its own neighbours, as in the paper")
-    noise: NoiseGrid = Field(NoiseGrid(), description="cells of noise_fd")
+    noise: AnyNoiseGrid = Field(NoiseGrid(), description="cells of noise_fd")
     seeds: int = Field(1, ge=1, le=1000, description="repetitions, for the standard error")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether a generator's samples choose the cells."""
+        return "calibrated" in (self.grid.name, self.noise.name)
 
 
 class EvaluateRun(Config):
@@ -164,6 +169,11 @@ class EvaluateRun(Config):
             if METRICS[name].needs_extractor and self.extractor is None:
                 folder = "extractor.path, the folder of a saved classifier"
                 raise ValueError(f"{name} needs {folder}, or extractor.name=inception")
+        if self.pfid.calibrated and self.samples is None:
+            raise ValueError(
+                "a calibrated grid of pfid is chosen by a generator's samples; give samples.latents=[PATH] or "
+                "samples.generator=PATH"
+            )
         if "gap" in self.metrics and self.data is None:
             raise ValueError("gap compares latents with those of real images; give data.name=... data.path=...")
         if self.comparison.halves == 1:
