@@ -34,6 +34,7 @@ from robustok.tokenizers.perturbation import (
     perturb_latents,
 )
 from robustok.tokenizers.quantizer import QuantizerConfig, VectorQuantizer
+from robustok.tokenizers.quantizers import FSQConfig, LFQConfig, build_quantizer
 from robustok.training import state
 from robustok.training.decoder import train_decoder
 from robustok.training.generator import train_generator
@@ -142,6 +143,18 @@ def test_perturbation():
     assert (found.cpu()[tokens[draw.mask]] == perturbed.cpu()[draw.mask][:, None]).any(1).all()  # by a neighbour
     assert torch.equal(perturb_latents(*inputs)[1], perturbed)
     assert_close(vectors, codebook[perturbed.cpu()])
+
+
+@pytest.mark.parametrize("config", [FSQConfig(levels=(8, 5, 5)), LFQConfig(bits=18)], ids=lambda config: config.name)
+def test_codes_on_a_grid(config):
+    quantizer, features = build_quantizer(config), randn(8, 64, config.dim)
+    expected, found = quantizer(features), on_device(quantizer)(features.to(DEVICE))
+    assert (found.tokens.cpu() == expected.tokens).float().mean() > 0.999
+    assert_close(found.features, expected.features)
+    near = nearest_codes(quantizer.codebook, config.size // 50, levels=config.levels)
+    draw = draw_perturbation(8, 64, 0.5, 0.5, rng())
+    there = apply_draw(expected.tokens.to(DEVICE), near, draw.to(DEVICE))
+    assert torch.equal(there.cpu(), apply_draw(expected.tokens, near, draw))
 
 
 @pytest.mark.parametrize("name", MODELS)

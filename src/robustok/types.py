@@ -56,6 +56,9 @@ class DiscreteTokenizer(Tokenizer, Protocol):
 
     Attributes:
         codebook: (K, D), in the geometry that defines neighbours (unit rows for an l2-normalised quantiser).
+
+    Codes on a grid have ``code_levels`` too, the numbers of levels of their dimensions: then neighbours are counted in
+    levels.
     """
 
     codebook: Tensor
@@ -77,8 +80,9 @@ class TokenizerOutput:
         reconstructions: (N, 3, H, W), not clamped.
         tokens: (N, L) int64, before perturbation.
         features: (N, L, D), the encoder's features in the geometry of the codebook.
-        codebook_loss: scalar, unweighted.
+        codebook_loss: scalar, unweighted; None where the quantiser has none, as the next two.
         commitment_loss: scalar, unweighted.
+        entropy_loss: scalar, unweighted.
         semantic_latents: (N, D), mean over the latents, for the semantic loss.
         semantic_targets: (N, D), the teacher's features projected to latent width; None without a teacher.
     """
@@ -86,8 +90,9 @@ class TokenizerOutput:
     reconstructions: Tensor
     tokens: Tensor
     features: Tensor
-    codebook_loss: Tensor
-    commitment_loss: Tensor
+    codebook_loss: Tensor | None
+    commitment_loss: Tensor | None
+    entropy_loss: Tensor | None
     semantic_latents: Tensor
     semantic_targets: Tensor | None
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import tiny
+from robustok.commands.encode import encode
 from robustok.commands.evaluate import evaluate
+from robustok.commands.generate import generate
 from robustok.config import load
 from robustok.data.dataset import open_images
 from robustok.data.latent_cache import LatentCache
@@ -21,7 +23,8 @@ from robustok.metrics.kernel import kernel_distance
 from robustok.metrics.manifold import precision_recall
 from robustok.metrics.pixels import psnr
 from robustok.tokenizers import load_tokenizer
-from robustok.training.tokenizer import train_tokenizer
+from robustok.training.generator import train_generator
+from robustok.training.tokenizer import TokenizerTrainingRun, train_tokenizer
 from robustok.types import Measurement
 
 
@@ -113,6 +116,43 @@ def test_seeds_give_a_standard_error(tmp_path, tokenizer, classifier):
     assert three[0].standard_error == pytest.approx(values.std().item() / math.sqrt(3))
     assert alone[0].standard_error is None
     assert len(values.unique()) == 3
+
+
+CHOICE = ("pfid.grid.name=calibrated", "pfid.grid.rates=[0.2,0.8]", "pfid.grid.shares=[0.1,0.3]", "pfid.grid.keep=2")
+
+
+def test_a_generator_s_samples_choose_the_cells_of_pfid(tmp_path, tokenizer, samples, classifier):
+    words = (f"tokenizer={tokenizer}", "metrics=[pfid]", *CHOICE)
+    found = evaluate(run(tmp_path, classifier, *words, *decoded(samples)))
+    cells, mean = [m for m in found if m.metric == "pfid"], by_name(found)["pfid_mean"]
+    candidates = mean.details["mmd_candidates"]
+    assert [tuple(row[:2]) for row in candidates] == [(0.2, 3), (0.2, 10), (0.8, 3), (0.8, 10)]
+    best = sorted(candidates, key=lambda row: row[2])[:2]
+    assert {(m.details["rate"], m.details["strength"], m.details["mmd"]) for m in cells} == {(*b[:3],) for b in best}
+    assert (mean.details["protocol"], mean.details["cells"]) == ("calibrated-custom", 2)
+    assert mean.details["mmd_images"] == [80, 101]
+    assert mean.value == pytest.approx(sum(m.value for m in cells) / 2)
+    with pytest.raises(UserError, match=r"chosen by a generator's samples; give samples\.latents"):
+        run(tmp_path, classifier, *words)
+
+
+def test_a_codebook_of_levels_goes_all_the_way(tmp_path, classifier):
+    """FSQ: main training, tokens, a generator whose first loss is ln K, samples, and a pFID that these choose."""
+    sizes = [word for word in tiny.TOKENIZER if "quantizer" not in word]
+    sizes += ["tokenizer.quantizer.name=fsq", "tokenizer.quantizer.levels=[5,4,3]", "perturbation.strength=4"]
+    sizes += ["reconstruction.perceptual=none", "adversarial.weight=0", "learning_rate=1e-2", "min_learning_rate=1e-4"]
+    words = (f"out={tmp_path / 'tokenizer'}", *tiny.DATA, *tiny.TRAINING, *sizes)
+    tokenizer = train_tokenizer(load(TokenizerTrainingRun, None, words))
+    latents = encode(tiny.tokens_run(tmp_path / "latents", tokenizer))
+    assert LatentCache(latents).manifest.codebook_size == 60
+    generator = train_generator(tiny.generator_run(tmp_path / "generator", latents, "steps=1", "generator.name=gpt"))
+    assert tiny.log(tmp_path / "generator")[0]["cross_entropy"] == pytest.approx(math.log(60), abs=0.1)
+    samples = generate(tiny.samples_run(tmp_path / "samples", generator))
+    words = (f"tokenizer={tokenizer}", "metrics=[rfid,codebook,pfid]", *CHOICE)
+    found = evaluate(run(tmp_path / "chosen", classifier, *words, *decoded([samples])))
+    mean = by_name(found)["pfid_mean"]
+    assert (mean.details["levels"], mean.details["codebook_size"]) == ([5, 4, 3], 60)
+    assert mean.value != by_name(found)["rfid"].value  # as good as untrained, it need not suffer
 
 
 # Samples

@@ -8,6 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from robustok.errors import UserError
 from robustok.metrics.frechet import GaussianStatistics, frechet_distance
+from robustok.metrics.grid import decoded_statistics, geometric_mean
 from robustok.metrics.pfid import (
     PFID,
     PUBLISHED_STRENGTHS,
@@ -16,8 +17,6 @@ from robustok.metrics.pfid import (
     PublishedFastGrid,
     PublishedGrid,
     RelativeGrid,
-    decoded_statistics,
-    geometric_mean,
     perturbed_protocol,
     perturbed_tokens,
 )

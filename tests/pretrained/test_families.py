@@ -1,5 +1,7 @@
 """The contracts of tokenizers and generators, held against every family there is."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -18,9 +20,13 @@ def test_every_family_is_here():
     assert TINY_GENERATORS.keys() == GENERATORS.keys()
 
 
-@pytest.fixture(params=TINY_TOKENIZERS)
+GRIDS = ({"name": "fsq", "levels": [2] * 4}, {"name": "lfq", "bits": 4})  # quantisers without a learned codebook
+
+
+@pytest.fixture(params=[*TINY_TOKENIZERS, *product(("robustok", "llamagen"), GRIDS)], ids=str)
 def tokenizer(request):
-    return tiny_tokenizer(request.param)
+    name, quantizer = (request.param, None) if isinstance(request.param, str) else request.param
+    return tiny_tokenizer(name, **({} if quantizer is None else {"quantizer": quantizer}))
 
 
 @pytest.fixture(params=TINY_GENERATORS)

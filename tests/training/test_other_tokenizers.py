@@ -20,12 +20,17 @@ from robustok.training.tokenizer import ContinuousPass, TokenizerTrainingRun, dr
 CONV = {"width": 8, "multipliers": [1, 1, 2], "blocks": 1, "attention": [], "middle_attention": False, "groups": 4}
 CODES = {"size": 32, "dim": 4, "revive_every": 3}
 BETWEEN = {"width": 16, "depth": 1, "heads": 2}
+VIT = {"image_size": 16, "patch_size": 4, "encoder": BETWEEN, "decoder": BETWEEN}
 GRID = {"image_size": 16, "encoder": CONV, "decoder": CONV}
 FAMILIES = {
     "llamagen": GRID | {"z_channels": 8, "quantizer": CODES},
     "maskgit": GRID | {"quantizer": CODES | {"normalize": False}},
     "gigatok": GRID
     | {"z_channels": 8, "quantizer": CODES, "latents": 8, "grid_to_row": BETWEEN, "row_to_grid": BETWEEN},
+    "llamagen fsq": GRID | {"z_channels": 8, "quantizer": {"name": "fsq", "levels": [5, 4, 3]}},
+    "llamagen lfq": GRID | {"z_channels": 8, "quantizer": {"name": "lfq", "bits": 5}},
+    "robustok fsq": VIT | {"quantizer": {"name": "fsq", "levels": [5, 4, 3]}},
+    "robustok lfq": VIT | {"quantizer": {"name": "lfq", "bits": 5}},
     "kl": GRID | {"z_channels": 8, "dim": 4},
     "maetok": {
         "image_size": 16,
@@ -39,16 +44,18 @@ FAMILIES = {
         "init": "local",
     },
 }
-DISCRETE = [name for name in FAMILIES if TOKENIZERS[name][0].kind == "discrete"]
+DISCRETE = [name for name in FAMILIES if TOKENIZERS[name.split()[0]][0].kind == "discrete"]
 CONTINUOUS = [name for name in FAMILIES if name not in DISCRETE]
 TERMS = {"kl": {"pixel", "kl"}, "maetok": {"pixel"}} | {name: {"pixel", "codebook", "commitment"} for name in DISCRETE}
-LATENTS = {"llamagen": 16, "maskgit": 16, "gigatok": 8, "kl": 16, "maetok": 8}
+TERMS |= {name: {"pixel"} for name in DISCRETE if "fsq" in name}
+TERMS |= {name: {"pixel", "commitment", "entropy"} for name in DISCRETE if "lfq" in name}
+LATENTS = {"gigatok": 8, "maetok": 8}  # the others have a grid of 4 x 4
 RATES = ("learning_rate=1e-2", "min_learning_rate=1e-3")
 
 
 def run_of(out, family, *words):
     """A few steps on the digits, perturbed where there are tokens, without adversary."""
-    settings = json.dumps({"name": family} | FAMILIES[family])
+    settings = json.dumps({"name": family.split()[0]} | FAMILIES[family])
     terms = ("reconstruction.perceptual=none", "adversarial.weight=0", "perturbation.strength=4", *RATES)
     words = (f"tokenizer={settings}", *tiny.DATA, *tiny.TRAINING, *terms, *words)
     return load(TokenizerTrainingRun, None, (f"out={out}", *words))
@@ -69,7 +76,7 @@ def test_a_few_steps_make_a_tokenizer(tmp_path, family):
     header = yaml.safe_load((snapshot / "config.yaml").read_text())
     assert header["latent_space"] == encoder_digest(loaded)
     assert header["discriminator"]["width"] == 8  # for post-training
-    assert estimate(run)["latents_per_image"] == loaded.latent_shape[0] == LATENTS[family]
+    assert estimate(run)["latents_per_image"] == loaded.latent_shape[0] == LATENTS.get(family, 16)
     encode(load(EncodeRun, None, (f"out={tmp_path / 'cache'}", f"tokenizer={snapshot}", *tiny.DATA, "data.limit=8")))
     latents = LatentCache(tmp_path / "cache").read(slice(None)).latents
     assert loaded.decode(latents).shape == (8, 3, 16, 16)

@@ -33,13 +33,10 @@ def evaluate(run: EvaluateRun) -> list[Measurement]:
         evaluator.note_guides(path)
     found: list[Measurement] = []
     if run.tokenizer is not None and run.data is not None:  # without data it decodes samples only
-        found += reconstructions(evaluator, run.tokenizer)
+        found += reconstructions(evaluator, run.tokenizer, _samples(evaluator) if run.pfid.calibrated else ())
     if run.samples is not None:
-        latents = list(run.samples.latents)
-        if run.samples.generator is not None:
-            evaluator.check_count("samples", run.samples.count)
-            latents += [_sample(run, number) for number in range(run.samples.sets)]
-        found += decoded_samples(evaluator, latents, run.samples.decoders or {"original": run.tokenizer})
+        decoders = run.samples.decoders or {"original": run.tokenizer}
+        found += decoded_samples(evaluator, _samples(evaluator), decoders)
     for name, path in run.images.items():
         found += finished_images(evaluator, name, path)
     for name, path in run.paired_images.items():
@@ -63,6 +60,15 @@ def _processes(accelerator: Accelerator) -> Processes:
         lambda tensor: accelerator.reduce(tensor.to(accelerator.device), "sum").cpu(),
         gather_object,
     )
+
+
+def _samples(evaluator: Evaluator) -> list[Path]:
+    """The caches of samples; those of the generator are made first, if they are not there yet."""
+    run = evaluator.run
+    if run.samples.generator is None:
+        return run.samples.latents
+    evaluator.check_count("samples", run.samples.count)
+    return [*run.samples.latents, *(_sample(run, number) for number in range(run.samples.sets))]
 
 
 def _sample(run: EvaluateRun, number: int) -> Path:

@@ -39,7 +39,8 @@ def draw_reconstructions(file: str | Path, tokenizers: Mapping[str, str | Path],
         if not rows:
             rows, titles = [images], ["original"]
         tokens = tokenizer.encode(images)
-        neighbours = nearest_codes(tokenizer.codebook, max(1, round(STRENGTH * len(tokenizer.codebook))))
+        codebook, levels = tokenizer.codebook, getattr(tokenizer, "code_levels", None)
+        neighbours = nearest_codes(codebook, max(1, round(STRENGTH * len(codebook))), levels=levels)
         # The same random numbers for every tokenizer.
         perturbed = perturb(tokens, neighbours, RATE, 1.0, torch.Generator().manual_seed(0))
         rows += [tokenizer.decode(tokens), tokenizer.decode(perturbed)]

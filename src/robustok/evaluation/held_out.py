@@ -16,7 +16,7 @@ from robustok.data.pixels import to_pixels
 from robustok.errors import UserError
 from robustok.metrics.features import ExtractorConfig, load_extractor
 from robustok.metrics.frechet import GaussianStatistics, covariance_factor, frechet_distance
-from robustok.metrics.pfid import decoded_statistics
+from robustok.metrics.grid import decoded_statistics
 from robustok.tokenizers import encoder_digest
 
 

@@ -23,7 +23,7 @@ from robustok.metrics.comparison import ComparisonConfig
 from robustok.metrics.features import ExtractorConfig
 from robustok.metrics.interpolation import InterpolationConfig
 from robustok.metrics.lpips import Backbone
-from robustok.metrics.noise import NoiseGrid
+from robustok.metrics.noise import AnyNoiseGrid, NoiseGrid
 from robustok.metrics.pfid import PerturbedGrid, RelativeGrid
 from robustok.types import Measurement
 
@@ -80,8 +80,13 @@ class PFIDConfig(Config):
 
     grid: PerturbedGrid = Field(RelativeGrid(), description="cells of pFID")
     include_self: bool = Field(True, description="whether a token is among its own neighbours, as in the paper")
-    noise: NoiseGrid = Field(NoiseGrid(), description="cells of noise_fd")
+    noise: AnyNoiseGrid = Field(NoiseGrid(), description="cells of noise_fd")
     seeds: int = Field(1, ge=1, le=1000, description="repetitions, for the standard error")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether a generator's samples choose the cells."""
+        return "calibrated" in (self.grid.name, self.noise.name)
 
 
 class FDrConfig(Config):
@@ -183,6 +188,11 @@ class EvaluateRun(Config):
             if METRICS[name].needs_extractor and self.extractor is None:
                 folder = "extractor.path, the folder of a saved classifier"
                 raise ValueError(f"{name} needs {folder}, or extractor.name=inception")
+        if self.pfid.calibrated and self.samples is None:
+            raise ValueError(
+                "a calibrated grid of pfid is chosen by a generator's samples; give samples.latents=[PATH] or "
+                "samples.generator=PATH"
+            )
         if self.data is None and (lacking := [name for name in self._of_data if name in self.wanted]):
             raise ValueError(f"{lacking[0]} takes real images beside the reference; give data.name=... data.path=...")
         if self.comparison.halves == 1:

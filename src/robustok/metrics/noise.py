@@ -15,7 +15,8 @@ from torch import Tensor
 
 from robustok.config import Config
 from robustok.errors import UserError
-from robustok.metrics.pfid import GridDistance
+from robustok.metrics.frechet import Estimate
+from robustok.metrics.grid import GridDistance
 from robustok.randomness import image_draws
 
 
@@ -28,6 +29,19 @@ class NoiseGrid(Config):
     )
 
 
+class CalibratedNoiseGrid(NoiseGrid):
+    """The levels, among those given, whose latents look most like a generator's."""
+
+    name: Literal["calibrated"] = "calibrated"
+    levels: tuple[Annotated[float, Field(ge=0)], ...] = Field(
+        tuple(i / 10 for i in range(1, 11)), min_length=1, description="levels to choose from"
+    )
+    keep: int = Field(5, ge=1, description="number of levels that are kept")
+
+
+AnyNoiseGrid = Annotated[NoiseGrid | CalibratedNoiseGrid, Field(discriminator="name")]
+
+
 @dataclass(frozen=True)
 class NoiseCell:
     """One cell of ``noise_fd``.
@@ -36,11 +50,18 @@ class NoiseCell:
         level: standard deviation of the noise, as a multiple of that of the latents in each channel.
         value: Frechet distance of the reconstructions to the reference, mean over seeds.
         standard_error: of ``value`` over seeds; None for one seed.
+        mmd: of a calibrated grid, squared MMD between generated latents and those with this noise.
     """
 
     level: float
     value: float = math.nan
     standard_error: float | None = None
+    mmd: Estimate | None = None
+
+    @property
+    def noise(self) -> tuple[float]:
+        """The level."""
+        return (self.level,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +74,13 @@ class NoiseFD(GridDistance):
         grid: levels.
     """
 
-    grid: NoiseGrid
+    grid: AnyNoiseGrid
 
     @property
     def protocol(self) -> str:
-        """``noise``, or ``noise-custom`` for other than the default levels."""
-        return self.grid.name if self.grid == NoiseGrid() else f"{self.grid.name}-custom"
+        """``noise`` or ``noise-calibrated``, and then ``-custom`` for other than the default settings."""
+        name = "noise-calibrated" if isinstance(self.grid, CalibratedNoiseGrid) else "noise"
+        return name if self.grid == type(self.grid)() else f"{name}-custom"
 
     @cached_property
     def scale(self) -> Tensor:
@@ -77,6 +99,10 @@ class NoiseFD(GridDistance):
     def noisy(self, cell: NoiseCell, seed: int, indices: Tensor) -> Tensor:
         """Latents with noise (n, L, D), see :func:`noised_latents`."""
         return noised_latents(self.latents, self.scale, cell.level, seed, indices)
+
+    def vectors(self, latents: Tensor) -> Tensor:
+        """Latents (n, L, D), each channel in its standard deviations, so that their units do not matter."""
+        return latents.to(self.device) / torch.where(self.scale > 0, self.scale, 1).to(self.device, latents.dtype)
 
 
 def latent_scale(latents: Tensor) -> Tensor:

@@ -7,10 +7,7 @@ no tokens; for them ``noise.py`` defines another metric under another name.
 """
 
 import math
-import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from typing import Annotated, Any, Literal
@@ -22,17 +19,10 @@ from torch import Tensor
 from robustok.config import Config
 from robustok.errors import UserError
 from robustok.metrics.codebook import count_tokens
-from robustok.metrics.frechet import (
-    Estimate,
-    GaussianStatistics,
-    covariance_factor,
-    frechet_distance,
-    mean_and_standard_error,
-)
-from robustok.metrics.processes import ALONE, Processes
+from robustok.metrics.frechet import Estimate
+from robustok.metrics.grid import GridDistance
 from robustok.randomness import image_draws
-from robustok.tokenizers.perturbation import PerturbationDraw, apply_draw, nearest_codes
-from robustok.types import FeatureExtractor
+from robustok.tokenizers.perturbation import GridNeighbours, PerturbationDraw, apply_draw, nearest_codes
 
 Rate = Annotated[float, Field(ge=0, le=1)]
 
@@ -54,6 +44,23 @@ class RelativeGrid(Config):
     def strengths(self, codebook_size: int) -> tuple[int, ...]:
         """Strengths in codes, increasing; shares that round to the same number count once."""
         return tuple(sorted({max(2, _round(share * codebook_size)) for share in self.shares}))
+
+
+class CalibratedGrid(RelativeGrid):
+    """The cells, among all rates and shares, whose tokens look most like a generator's.
+
+    So the paper chose three strengths among 150, 200, 280, 360, 400 and 500 of 16,384 codes, which are about the shares
+    here.
+    """
+
+    name: Literal["calibrated"] = "calibrated"
+    rates: tuple[Rate, ...] = Field((0.1, 0.3, 0.5, 0.7, 0.9), min_length=1, description="rates to choose from")
+    shares: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        (0.01, 0.0125, 0.0175, 0.0225, 0.025, 0.03),
+        min_length=1,
+        description="strengths to choose from, as shares of the codebook size; at least 2 codes",
+    )
+    keep: int = Field(15, ge=1, description="number of cells that are kept")
 
 
 class PublishedGrid(Config):
@@ -111,22 +118,29 @@ class ExplicitGrid(Config):
         return self.codes
 
 
-PerturbedGrid = Annotated[RelativeGrid | PublishedGrid | PublishedFastGrid | ExplicitGrid, Field(discriminator="name")]
+PerturbedGrid = Annotated[
+    RelativeGrid | PublishedGrid | PublishedFastGrid | CalibratedGrid | ExplicitGrid, Field(discriminator="name")
+]
 
 
 def perturbed_protocol(
-    grid: PerturbedGrid, codebook_size: int, include_self: bool = True, images: int | None = None
+    grid: PerturbedGrid,
+    codebook_size: int,
+    include_self: bool = True,
+    images: int | None = None,
+    levels: tuple[int, ...] | None = None,
 ) -> dict[str, Any]:
     """The settings that a value of pFID depends on, which are written beside it; ``protocol`` names them.
 
     ``published`` is the paper's grid. ``-scaled`` marks a codebook size that the paper does not have, ``-fast`` five of
     its cells, ``-without-self`` neighbours without the token itself, unlike the paper's, ``@N`` fewer images than
-    50,000. A relative grid with other rates or shares than the default ones is ``relative-custom``.
+    50,000. A relative grid with other rates or shares than the default ones is ``relative-custom``; in a calibrated one
+    they are those to choose from.
     """
     name = grid.name
     if name.startswith("published"):
         name += "" if codebook_size in PUBLISHED_STRENGTHS else "-scaled"
-    elif isinstance(grid, RelativeGrid) and grid != RelativeGrid():
+    elif isinstance(grid, RelativeGrid) and grid != type(grid)():
         name += "-custom"
     name += "" if include_self else "-without-self"
     if grid.name.startswith("published") and images is not None and images < PUBLISHED_IMAGES:
@@ -141,7 +155,7 @@ def perturbed_protocol(
         "neighbour_of": "code",
         "include_self": include_self,
         "selection": "exact",
-    }
+    } | ({} if levels is None else {"distance": "levels, ties drawn uniformly", "levels": list(levels)})
 
 
 @dataclass(frozen=True)
@@ -153,111 +167,19 @@ class PerturbedCell:
         strength: number of nearest codes from which each replacement was drawn.
         value: Frechet distance of the reconstructions to the reference, mean over seeds.
         standard_error: of ``value`` over seeds; None for one seed.
+        mmd: of a calibrated grid, squared MMD between generated latents and those with this perturbation.
     """
 
     rate: float
     strength: int
     value: float = math.nan
     standard_error: float | None = None
-
-
-@dataclass(frozen=True)
-class GridSummary:
-    """pFID, or ``noise_fd``, of one tokenizer.
-
-    Attributes:
-        cells: every cell of the grid, with ``value`` and ``standard_error``.
-        mean: over cells, with its standard error over seeds; pFID is this number.
-        geometric_mean: the same; in it the strongest cells do not outweigh all others.
-        protocol: its name, for pFID from :func:`perturbed_protocol`.
-        images: N.
-        seeds: of the noise.
-        seconds: wall time of all cells and seeds, with decoding and features, without encoding.
-    """
-
-    cells: tuple[Any, ...]
-    mean: Estimate
-    geometric_mean: Estimate
-    protocol: str
-    images: int
-    seeds: tuple[int, ...]
-    seconds: float = field(compare=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class GridDistance(ABC):
-    """Frechet distances between images decoded from noisy latents and the original images, over a grid of noise.
-
-    Each cell costs one decoding of all images for each seed, and no encoding. The noise of an image depends on the
-    seed, the cell and the index of the image alone: it is the same for every tokenizer with as many latents, for a part
-    of the set, for every batch size and number of processes.
-
-    Attributes:
-        latents: of all N images, the same in every process: tokens (N, L) int64, or (N, L, D) float.
-        decode: latents of n images to pixels (n, 3, H, W) uint8. Called without gradients.
-        extractor: the feature space.
-        reference: statistics of the original images in that space.
-        seeds: of the noise; several give standard errors.
-        batch_size: images decoded at once.
-        processes: how the images are shared.
-        progress: called after each cell with (cells done, all cells), where a cell counts once for each seed.
-    """
-
-    latents: Tensor
-    decode: Callable[[Tensor], Tensor]
-    extractor: FeatureExtractor
-    reference: GaussianStatistics
-    seeds: Sequence[int] = (0,)
-    batch_size: int = 64
-    processes: Processes = ALONE
-    progress: Callable[[int, int], None] | None = None
+    mmd: Estimate | None = None
 
     @property
-    @abstractmethod
-    def protocol(self) -> str:
-        """Names the grid in results."""
-
-    @abstractmethod
-    def cells(self) -> list[Any]:
-        """The cells of the grid, without values.
-
-        Raises:
-            UserError: latents or settings that do not belong together.
-        """
-
-    @abstractmethod
-    def noisy(self, cell: Any, seed: int, indices: Tensor) -> Tensor:
-        """The latents of the images at ``indices`` (n,) with the noise of one cell and seed."""
-
-    def run(self) -> GridSummary:
-        """Measure every cell with every seed.
-
-        Raises:
-            UserError: as :meth:`cells`; fewer than two images, or no seeds.
-        """
-        started, cells = time.perf_counter(), self.cells()
-        factor = covariance_factor(self.reference)  # costs as much as a distance, and is the same for all
-        values: list[float] = []
-        for seed, cell in product(self.seeds, cells):
-            values.append(frechet_distance(self._statistics(cell, seed), self.reference, factor))
-            if self.progress is not None:
-                self.progress(len(values), len(self.seeds) * len(cells))
-        rows = [values[i : i + len(cells)] for i in range(0, len(values), len(cells))]  # (seeds, cells)
-        mean = mean_and_standard_error([sum(row) / len(row) for row in rows])
-        geometric = mean_and_standard_error([geometric_mean(row) for row in rows])
-        found = []
-        for cell, column in zip(cells, zip(*rows, strict=True), strict=True):
-            over_seeds = mean_and_standard_error(column)
-            found.append(replace(cell, value=over_seeds.value, standard_error=over_seeds.standard_error))
-        seconds, images = time.perf_counter() - started, len(self.latents)
-        return GridSummary(tuple(found), mean, geometric, self.protocol, images, tuple(self.seeds), seconds)
-
-    @torch.no_grad()
-    def _statistics(self, cell: Any, seed: int) -> GaussianStatistics:
-        statistics = GaussianStatistics(self.extractor.dim)
-        for indices in self.processes.batches(len(self.latents), self.batch_size):
-            statistics.update(self.extractor(self.decode(self.noisy(cell, seed, indices))))
-        return statistics.summed(self.processes)
+    def noise(self) -> tuple[float, int]:
+        """Rate and strength."""
+        return self.rate, self.strength
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,11 +191,13 @@ class PFID(GridDistance):
         codebook: (K, D) in the geometry in which neighbours are meant.
         include_self: whether a token counts among its own neighbours and may stay what it is, as in the paper:
             then a share rate (1 - 1 / strength) of the tokens changes, else exactly round(rate x L) of each image.
+        levels: a tokenizer's ``code_levels``.
     """
 
     grid: PerturbedGrid
     codebook: Tensor
     include_self: bool = True
+    levels: tuple[int, ...] | None = None
 
     @property
     def protocol(self) -> str:
@@ -293,31 +217,33 @@ class PFID(GridDistance):
             raise UserError(
                 "pFID with include_self and a strength of 1 replaces every token by itself; use strengths from 2"
             )
-        _ = self.neighbours  # refuses more neighbours than there are
+        _ = self.neighbours(max(strengths))  # refuses more neighbours than there are
         return [PerturbedCell(*cell) for cell in product(self.grid.rates, strengths)]
 
     @cached_property
-    def neighbours(self) -> Tensor:
+    def _table(self) -> Tensor:
         """The nearest codes (K, S) of each code, as many as the largest strength."""
         most = max(self.grid.strengths(len(self.codebook)))
         return nearest_codes(self.codebook, most, self.include_self).to(self.latents.device)
 
+    def neighbours(self, strength: int) -> Tensor | GridNeighbours:
+        """The nearest codes of each code, see :func:`~robustok.tokenizers.perturbation.nearest_codes`."""
+        if self.levels is not None:
+            return nearest_codes(self.codebook, strength, self.include_self, self.levels)
+        return self._table[:, :strength]
+
     def noisy(self, cell: PerturbedCell, seed: int, indices: Tensor) -> Tensor:
         """Perturbed tokens (n, L), see :func:`perturbed_tokens`."""
-        return perturbed_tokens(self.latents, self.neighbours[:, : cell.strength], cell.rate, seed, indices)
+        return perturbed_tokens(self.latents, self.neighbours(cell.strength), cell.rate, seed, indices)
+
+    def vectors(self, latents: Tensor) -> Tensor:
+        """Code vectors (n, L, D) of tokens (n, L)."""
+        return self.codebook.to(self.device)[latents.to(self.device)]
 
 
-def decoded_statistics(
-    latents: Tensor, decode: Callable[[Tensor], Tensor], extractor: FeatureExtractor, batch_size: int = 64
-) -> GaussianStatistics:
-    """Statistics of the images that latents (N, L) or (N, L, D) decode to."""
-    statistics = GaussianStatistics(extractor.dim)
-    for batch in latents.split(batch_size):
-        statistics.update(extractor(decode(batch)))
-    return statistics
-
-
-def perturbed_tokens(tokens: Tensor, neighbours: Tensor, rate: float, seed: int, indices: Tensor) -> Tensor:
+def perturbed_tokens(
+    tokens: Tensor, neighbours: Tensor | GridNeighbours, rate: float, seed: int, indices: Tensor
+) -> Tensor:
     """The tokens (n, L) of the images at ``indices`` (n,), as the cell (rate, strength) of one seed decodes them.
 
     In each image round(rate x L) tokens are replaced by one of their neighbours (K, strength), each equally likely.
@@ -327,12 +253,6 @@ def perturbed_tokens(tokens: Tensor, neighbours: Tensor, rate: float, seed: int,
     positions = draws[:, 0].argsort(dim=1).argsort(dim=1) < round(rate * length)  # (n, L)
     draw = PerturbationDraw(torch.ones(len(indices), dtype=torch.bool), positions, draws[:, 1])
     return apply_draw(tokens[indices], neighbours, draw.to(tokens.device))
-
-
-def geometric_mean(values: Sequence[float]) -> float:
-    """Geometric mean of at least one value; 0 if one of them is 0."""
-    logs = [math.log(value) if value > 0 else -math.inf for value in values]
-    return math.exp(sum(logs) / len(logs))
 
 
 def _round(value: float) -> int:

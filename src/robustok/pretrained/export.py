@@ -26,6 +26,9 @@ def export_weights(model: nn.Module) -> dict[str, Tensor]:
             f"a {type(model).__name__} has no layout to export to; "
             f"models that have: {', '.join(sorted({family.model.__name__ for family in FAMILIES.values()}))}"
         )
+    quantizer = getattr(getattr(model.config, "quantizer", None), "name", "vq")
+    if quantizer != "vq":
+        raise UserError(f"the layouts of the authors have a learned codebook, this tokenizer has {quantizer}; use ours")
     weights = {family.export_name(name): tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     return family.complete(model, weights)
 

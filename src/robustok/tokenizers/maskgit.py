@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from robustok.tokenizers.conv import ConvConfig, Decoder, Encoder, check_images, conv, group_norm, to_row
 from robustok.tokenizers.quantizer import QuantizerConfig
+from robustok.tokenizers.quantizers import AnyQuantizerConfig
 from robustok.tokenizers.vq import VQConfig, VQTokenizer
 
 PLAIN = ConvConfig(attention=(), middle_attention=False)
@@ -23,7 +24,7 @@ class MaskGITConfig(VQConfig):
     name: Literal["maskgit"] = "maskgit"
     encoder: ConvConfig = PLAIN
     decoder: ConvConfig = PLAIN
-    quantizer: QuantizerConfig = QuantizerConfig(size=1024, dim=256, normalize=False)
+    quantizer: AnyQuantizerConfig = QuantizerConfig(size=1024, dim=256, normalize=False)
 
 
 class MaskGIT(VQTokenizer):

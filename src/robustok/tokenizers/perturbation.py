@@ -7,6 +7,7 @@ Where the authors' code differs, :class:`PerturbationConfig` has a setting.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from robustok.config import Config
 from robustok.errors import UserError
+from robustok.tokenizers.levels import GridNeighbours
 
 Selection = Literal["exact", "bernoulli"]
 ImageSelection = Literal["stochastic", "floor"]
@@ -158,20 +160,27 @@ def _smallest(keys: Tensor, count: int) -> Tensor:
     return mask.scatter_(1, keys.argsort(dim=1)[:, :count], True)
 
 
-def nearest_codes(codebook: Tensor, strength: int, include_self: bool = False) -> Tensor:
+def nearest_codes(
+    codebook: Tensor, strength: int, include_self: bool = False, levels: Sequence[int] | None = None
+) -> Tensor | GridNeighbours:
     """The ``strength`` nearest codes of every code, nearest first.
 
     Args:
         codebook: (K, D) in the geometry in which neighbours are meant.
         strength: delta >= 0, number of neighbours.
         include_self: count the code itself as its own first neighbour, as in the paper.
+        levels: a tokenizer's ``code_levels``.
 
     Returns:
-        (K, strength) int64. A smaller strength is a prefix of a larger one.
+        (K, strength) int64. A smaller strength is a prefix of a larger one. For codes on a grid of levels, in the place
+        of a table, what draws from the neighbours of given tokens.
 
     Raises:
         UserError: more neighbours than codes.
     """
+    if levels is not None:
+        _check_strength(strength, len(codebook), include_self)
+        return GridNeighbours(tuple(levels), strength, include_self)
     own = torch.arange(len(codebook), device=codebook.device)
     return nearest_to(codebook, codebook, strength, own=own, include_self=include_self)
 
@@ -195,25 +204,29 @@ def nearest_to(
     Raises:
         UserError: more neighbours than codes.
     """
-    size = len(codebook)
-    if strength < 0 or strength > size - (not include_self):
-        raise UserError(
-            f"perturbation strength is {strength}, but a codebook of {size} codes has "
-            f"{size - (not include_self)} neighbours for each; lower strength or enlarge the codebook"
-        )
+    _check_strength(strength, len(codebook), include_self)
     codebook = codebook.detach().float()
     squares = codebook.square().sum(1)  # (K,)
-    found = []
-    for start in range(0, len(queries), 4096):  # bounds memory at 4096 x K distances
-        chunk = queries[start : start + 4096].detach().float()
+    found, rows = [], max(1, min(4096, 2**26 // len(codebook)))  # bounds memory at 2^26 distances
+    for start in range(0, len(queries), rows):
+        chunk = queries[start : start + rows].detach().float()
         distances = torch.addmm(squares, chunk, codebook.T, alpha=-2)  # (m, K), short of the constant |query|^2
         # The rank of the own code is set here: rounding, or a duplicate of it, must not decide it.
-        distances.scatter_(1, own[start : start + 4096, None], -torch.inf if include_self else torch.inf)
+        distances.scatter_(1, own[start : start + rows, None], -torch.inf if include_self else torch.inf)
         found.append(distances.topk(strength, largest=False, sorted=ordered).indices)  # (m, strength)
     return torch.cat(found) if found else own.new_empty((0, strength))  # (M, strength)
 
 
-def apply_draw(tokens: Tensor, neighbours: Tensor, draw: PerturbationDraw) -> Tensor:
+def _check_strength(strength: int, size: int, include_self: bool) -> None:
+    most = size - (not include_self)
+    if not 0 <= strength <= most:
+        raise UserError(
+            f"perturbation strength is {strength}, but a codebook of {size} codes has {most} neighbours for each; "
+            "lower strength or enlarge the codebook"
+        )
+
+
+def apply_draw(tokens: Tensor, neighbours: Tensor | GridNeighbours, draw: PerturbationDraw) -> Tensor:
     """Replace the drawn tokens by the drawn neighbours of their codes.
 
     Args:
@@ -228,7 +241,10 @@ def apply_draw(tokens: Tensor, neighbours: Tensor, draw: PerturbationDraw) -> Te
     if strength == 0:
         return tokens
     mask = draw.mask  # (N, L)
-    return tokens.masked_scatter(mask, neighbours[tokens[mask], _rank(draw.ranks[mask], strength)])
+    own, ranks = tokens[mask], draw.ranks[mask]  # (M,)
+    if isinstance(neighbours, GridNeighbours):
+        return tokens.masked_scatter(mask, neighbours.drawn(own, ranks))
+    return tokens.masked_scatter(mask, neighbours[own, _rank(ranks, strength)])
 
 
 def _rank(uniforms: Tensor, strength: int) -> Tensor:
@@ -238,7 +254,7 @@ def _rank(uniforms: Tensor, strength: int) -> Tensor:
 
 def perturb(
     tokens: Tensor,
-    neighbours: Tensor,
+    neighbours: Tensor | GridNeighbours,
     rate: float,
     proportion: float,
     rng: torch.Generator,
@@ -270,6 +286,7 @@ def perturb_latents(
     draw: PerturbationDraw,
     strength: int,
     config: PerturbationConfig,
+    levels: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Perturbation in the training forward of any tokenizer with a codebook, called after its quantiser.
 
@@ -283,12 +300,15 @@ def perturb_latents(
         draw: what to replace.
         strength: delta, already annealed.
         config: ``neighbour_of`` and ``include_self`` are read from it.
+        levels: a tokenizer's ``code_levels``; neighbours of features are those in ``codebook`` nevertheless.
 
     Returns:
         The straight-through vectors (N, L, D) of all tokens, perturbed and not, and their tokens (N, L).
     """
     mask = draw.mask
-    if strength > 0 and bool(mask.any()):
+    if strength > 0 and levels is not None and config.neighbour_of == "code":
+        tokens = apply_draw(tokens, nearest_codes(codebook, strength, config.include_self, levels), draw)
+    elif strength > 0 and bool(mask.any()):
         own = tokens[mask]  # (M,)
         queries = codebook[own] if config.neighbour_of == "code" else features[mask]  # (M, D)
         near = nearest_to(queries, codebook, strength, own, config.include_self, ordered=False)  # (M, strength)

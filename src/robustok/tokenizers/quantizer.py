@@ -1,6 +1,7 @@
 """Vector quantiser: nearest code, its two losses, usage statistics and the revival of dead codes."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,9 @@ from robustok.tokenizers.perturbation import straight_through
 
 
 class QuantizerConfig(Config):
-    """A codebook. The defaults are the paper's."""
+    """A learned codebook. The defaults are the paper's."""
 
+    name: Literal["vq"] = "vq"
     size: int = Field(4096, ge=2, description="number of codes (K)")
     dim: int = Field(64, ge=1, description="width of a code (D)")
     normalize: bool = Field(True, description="compare features and codes at unit length (l2-normalised quantiser)")
@@ -34,15 +36,17 @@ class Quantized:
         vectors: (N, L, D), codes with the straight-through gradient of the features.
         tokens: (N, L) int64.
         features: (N, L, D), the features as compared with the codebook (unit length if it is l2-normalised).
-        codebook_loss: mean over all elements of (code - sg(feature))^2, unweighted.
-        commitment_loss: mean over all elements of (sg(code) - feature)^2, unweighted.
+        codebook_loss: mean over all elements of (code - sg(feature))^2, unweighted; None for codes that do not move.
+        commitment_loss: mean over all elements of (sg(code) - feature)^2, unweighted; None without such a loss.
+        entropy_loss: of LFQ, unweighted.
     """
 
     vectors: Tensor
     tokens: Tensor
     features: Tensor
-    codebook_loss: Tensor
-    commitment_loss: Tensor
+    codebook_loss: Tensor | None = None
+    commitment_loss: Tensor | None = None
+    entropy_loss: Tensor | None = None
 
 
 class VectorQuantizer(nn.Module):
@@ -59,12 +63,12 @@ class VectorQuantizer(nn.Module):
     @property
     def codebook(self) -> Tensor:
         """(K, D) float32, rows of unit length if the quantiser is l2-normalised; carries gradients."""
-        weight = _at_least_float32(self.embedding.weight)
+        weight = at_least_float32(self.embedding.weight)
         return F.normalize(weight, dim=-1) if self.config.normalize else weight
 
     def normalize(self, features: Tensor) -> Tensor:
         """Features (..., D) in the geometry of the codebook."""
-        features = _at_least_float32(features)
+        features = at_least_float32(features)
         return F.normalize(features, dim=-1) if self.config.normalize else features
 
     @torch.autocast("cuda", enabled=False)
@@ -102,7 +106,8 @@ class VectorQuantizer(nn.Module):
         self.embedding.weight[dead] = pool[chosen].to(self.embedding.weight.dtype)
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """float32 for bf16 and float16, which are too coarse to compare with codes."""
     return x if x.dtype == torch.float64 else x.float()
 
 

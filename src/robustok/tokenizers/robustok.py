@@ -19,7 +19,8 @@ from robustok.config import Config, Heads
 from robustok.errors import UserError
 from robustok.files import one_line
 from robustok.tokenizers.conv import check_size
-from robustok.tokenizers.quantizer import QuantizerConfig, VectorQuantizer
+from robustok.tokenizers.quantizer import QuantizerConfig
+from robustok.tokenizers.quantizers import AnyQuantizerConfig, build_quantizer
 from robustok.tokenizers.vq import QuantizedTokenizer
 
 
@@ -56,7 +57,7 @@ class RobusTokConfig(Config):
     )
     encoder: ViTConfig = ViTConfig()
     decoder: ViTConfig = ViTConfig()
-    quantizer: QuantizerConfig = QuantizerConfig()
+    quantizer: AnyQuantizerConfig = QuantizerConfig()
     teacher_width: int | None = Field(
         None,
         ge=1,
@@ -95,7 +96,7 @@ class RobusTok(QuantizedTokenizer):
         self.latent_shape = (config.length, config.quantizer.dim)
         self.encoder = Encoder(config)
         self.to_latent = nn.Linear(self.encoder.width, config.quantizer.dim)  # the paper's quant_conv
-        self.quantizer = VectorQuantizer(config.quantizer)
+        self.quantizer = build_quantizer(config.quantizer)
         self.from_latent = nn.Linear(config.quantizer.dim, config.decoder.width)  # post_quant_conv
         self.decoder = Decoder(config)
         own_width = config.teacher_width in (None, self.encoder.width)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from robustok.errors import UserError
 from robustok.tokenizers.conv import GridConfig, check_images, image_problems, to_grid, to_row
 from robustok.tokenizers.perturbation import PerturbationConfig, PerturbationDraw, perturb_latents
-from robustok.tokenizers.quantizer import QuantizerConfig, VectorQuantizer
+from robustok.tokenizers.quantizer import QuantizerConfig
+from robustok.tokenizers.quantizers import AnyQuantizerConfig, build_quantizer
 from robustok.types import TokenizerOutput
 
 
@@ -34,6 +35,11 @@ class QuantizedTokenizer(nn.Module):
     def codebook(self) -> Tensor:
         """(K, D) in the geometry in which neighbours are meant."""
         return self.quantizer.codebook
+
+    @property
+    def code_levels(self) -> tuple[int, ...] | None:
+        """Numbers of levels of codes on a grid; None for a learned codebook."""
+        return getattr(self.quantizer.config, "levels", None)
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) in [-1, 1] to tokens (N, L) int64."""
@@ -71,8 +77,10 @@ class QuantizedTokenizer(nn.Module):
         quantized = self.quantizer(self.features(images))
         vectors = quantized.vectors  # (N, L, D)
         if perturbation is not None and draw is not None:
-            codebook = self.codebook.detach()
-            vectors, _ = perturb_latents(quantized.features, quantized.tokens, codebook, draw, strength, perturbation)
+            vectors, _ = perturb_latents(
+                quantized.features, quantized.tokens, self.codebook.detach(), draw, strength, perturbation,
+                self.code_levels,
+            )  # fmt: skip
         perturbed = perturbation is not None and perturbation.semantic_on == "perturbed"
         return TokenizerOutput(
             reconstructions=self.decode_vectors(vectors),
@@ -80,6 +88,7 @@ class QuantizedTokenizer(nn.Module):
             features=quantized.features,
             codebook_loss=quantized.codebook_loss,
             commitment_loss=quantized.commitment_loss,
+            entropy_loss=quantized.entropy_loss,
             semantic_latents=(vectors if perturbed else quantized.vectors).mean(1),  # (N, D)
             semantic_targets=targets,
         )
@@ -89,9 +98,10 @@ class QuantizedTokenizer(nn.Module):
         """Problems with the weights, or with a few images (N, 3, H, W), as sentences; empty if there are none."""
         if not all(p.isfinite().all() for p in self.parameters()):
             return ["Some weights are infinite or no numbers: the file is damaged."]
-        if (self.codebook.norm(dim=1) == 0).any():
+        learned = getattr(self, "code_levels", None) is None
+        if learned and (self.codebook.norm(dim=1) == 0).any():
             return ["Some codes are zero: the codebook was not trained or not loaded."]
-        if len(self.codebook.unique(dim=0)) < len(self.codebook) / 2:
+        if learned and len(self.codebook.unique(dim=0)) < len(self.codebook) / 2:
             return ["More than half of the codes are copies of others: the codebook has collapsed."]
         return [] if images is None else image_problems(images, self.decode(self.encode(images)))
 
@@ -99,7 +109,7 @@ class QuantizedTokenizer(nn.Module):
 class VQConfig(GridConfig):
     """A convolutional tokenizer with a codebook."""
 
-    quantizer: QuantizerConfig = QuantizerConfig(size=16384, dim=8)
+    quantizer: AnyQuantizerConfig = QuantizerConfig(size=16384, dim=8)
     teacher_width: int | None = Field(
         None, ge=1, description="width of the semantic teacher's features, for training with one; adds a projection"
     )
@@ -119,7 +129,7 @@ class VQTokenizer(QuantizedTokenizer):
         self.latent_shape = (config.length, config.quantizer.dim)
         self.to_latent: nn.Module = nn.Identity()
         self.from_latent: nn.Module = nn.Identity()
-        self.quantizer = VectorQuantizer(config.quantizer)
+        self.quantizer = build_quantizer(config.quantizer)
         self.from_teacher = nn.Linear(config.teacher_width, config.quantizer.dim) if config.teacher_width else None
 
     def features(self, images: Tensor) -> Tensor:

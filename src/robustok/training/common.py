@@ -18,7 +18,7 @@ from robustok.errors import UserError
 from robustok.losses.adversarial import AdversarialConfig
 from robustok.losses.semantic import TeacherConfig, contrastive_loss
 from robustok.snapshots import outline_of
-from robustok.tokenizers.quantizer import QuantizerConfig
+from robustok.tokenizers.quantizers import AnyQuantizerConfig
 from robustok.types import TokenizerOutput
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -134,12 +134,12 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
         a.copy_(b)
 
 
-def quantizer_terms(quantizer: QuantizerConfig, teacher: TeacherConfig, output: TokenizerOutput) -> dict[str, Tensor]:
+def quantizer_terms(
+    quantizer: AnyQuantizerConfig, teacher: TeacherConfig, output: TokenizerOutput
+) -> dict[str, Tensor]:
     """Weighted terms of the quantiser, and of the semantic teacher where there is one."""
-    terms = {
-        "codebook": quantizer.codebook_weight * output.codebook_loss,
-        "commitment": quantizer.commitment_weight * output.commitment_loss,
-    }
+    losses = {name: getattr(output, f"{name}_loss") for name in ("codebook", "commitment", "entropy")}
+    terms = {name: getattr(quantizer, f"{name}_weight") * loss for name, loss in losses.items() if loss is not None}
     if output.semantic_targets is not None:
         terms["semantic"] = teacher.weight * contrastive_loss(output.semantic_targets, output.semantic_latents)
     return terms

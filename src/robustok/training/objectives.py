@@ -220,7 +220,9 @@ NoiseAdder = Callable[[Tensor, int, slice, torch.Generator], Tensor]
 
 def _token_noise(material: Material) -> NoiseAdder:
     codebook, settings = material.tokenizer.codebook, material.noise
-    near = nearest_codes(codebook, min(len(codebook), max(2, round(settings.share * len(codebook)))), include_self=True)
+    levels = getattr(material.tokenizer, "code_levels", None)
+    strength = min(len(codebook), max(2, round(settings.share * len(codebook))))
+    near = nearest_codes(codebook, strength, include_self=True, levels=levels)
 
     def add(tokens: Tensor, batch: int, rows: slice, rng: torch.Generator) -> Tensor:
         draw = draw_perturbation(batch, tokens.shape[1], settings.rate, 1.0, rng).rows(rows.start, rows.stop)
