@@ -46,7 +46,8 @@ from robustok.randomness import step_rng
 from robustok.runs import RunFolder
 from robustok.snapshots import read_extra, read_header, write_snapshot
 from robustok.tokenizers import load_tokenizer
-from robustok.training.decoder import check_networks, train_decoder
+from robustok.training.decoder import train_decoder
+from robustok.training.decoder_losses import check_networks
 from robustok.training.decoder_settings import DecoderTrainingRun, check_objective
 from robustok.training.objectives import needed_caches
 

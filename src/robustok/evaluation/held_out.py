@@ -1,6 +1,6 @@
 """Held-out samples: generated latents on which decoders are compared during training, never for a result."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,9 @@ from robustok.errors import UserError
 from robustok.metrics.features import ExtractorConfig, load_extractor
 from robustok.metrics.frechet import GaussianStatistics, covariance_factor, frechet_distance
 from robustok.metrics.pfid import decoded_statistics
+from robustok.metrics.processes import ALONE, Processes
 from robustok.tokenizers import encoder_digest
+from robustok.types import FeatureExtractor
 
 
 class HeldOut(Config):
@@ -61,9 +63,7 @@ class HeldOutScore:
             raise UserError(f"{config.latents} holds {len(cache)} samples, {sets} sets need at least {2 * sets}")
         # A set is a run of neighbouring records, whose classes cycle, so every set has all classes.
         self._sets = [cache.read(slice(i * self.samples, (i + 1) * self.samples)).latents for i in range(sets)]
-        self._reference = GaussianStatistics(self._extract.dim)
-        for batch in batches_in_order(data, batch_size=64):
-            self._reference.update(self._extract(to_pixels(batch.images).to(device)).cpu())
+        self._reference = real_statistics(data, [self._extract], device)[0]
         self._factor = covariance_factor(self._reference)
 
     def decoder(self, tokenizer: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -76,3 +76,19 @@ class HeldOutScore:
         images = lambda part: to_pixels(decode(part.to(self._device)))  # noqa: E731
         found = (decoded_statistics(latents, images, self._extract) for latents in self._sets)
         return [frechet_distance(statistics, self._reference, self._factor) for statistics in found]
+
+
+def real_statistics(
+    data: ImageDataset,
+    extractors: Sequence[FeatureExtractor],
+    device: torch.device,
+    processes: Processes = ALONE,
+    workers: int = 0,
+) -> list[GaussianStatistics]:
+    """Statistics of all real images in each feature space, the images shared by the processes."""
+    found = [GaussianStatistics(extract.dim) for extract in extractors]
+    for batch in batches_in_order(data, 64, processes.rank, processes.world, workers):
+        pixels = to_pixels(batch.images).to(device)
+        for extract, statistics in zip(extractors, found, strict=True):
+            statistics.update(extract(pixels).cpu())
+    return [statistics.summed(processes) for statistics in found]
