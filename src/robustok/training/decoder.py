@@ -84,8 +84,12 @@ class DecoderStep:
         return {}
 
 
-def train_decoder(run: DecoderTrainingRun) -> Path:
+def train_decoder(run: DecoderTrainingRun, enough: Callable[[int, Path], bool] | None = None) -> Path:
     """Post-train a decoder; resume if the run folder holds a state.
+
+    Args:
+        run: settings.
+        enough: called after each snapshot with its step and folder, in all processes: whether to stop there.
 
     Returns:
         The folder of the best snapshot with ``held_out``, else of the last one.
@@ -166,6 +170,8 @@ def train_decoder(run: DecoderTrainingRun) -> Path:
         if run.due(run.snapshot_every, done):
             snapshots.write(done)
             accelerator.wait_for_everyone()
+            if enough is not None and enough(done, snapshots.path(done)) and done < run.steps:
+                return snapshots.path(done)
     if any(_digest(model, frozen) != original for model in (bare, average)):
         raise RuntimeError("frozen weights changed during post-training: this is a bug, please report it")
     return snapshots.chosen(folder.last_snapshot(snapshots.write_again, accelerator))

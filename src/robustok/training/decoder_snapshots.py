@@ -45,6 +45,10 @@ class Snapshots:
         # Step and score of the best snapshot; under "first" those at the start.
         self.best: dict[str, Any] = {"step": 0, "value": float("inf")}
 
+    def path(self, step: int) -> Path:
+        """The folder of the snapshot of a step."""
+        return self.folder.path / "snapshot" / f"{step:08d}"
+
     def write(self, step: int) -> None:
         """Write the snapshot of a step and its score; of step 0, the original decoder, only the score."""
         if not self.folder.main:
