@@ -127,7 +127,7 @@ def test_each_space_is_a_term_and_the_state_brings_it_back(config):
         assert not moved.started
 
 
-def test_what_judges_or_has_no_gradient_is_refused(config):
+def test_what_judges_or_is_no_space_is_refused(config):
     judge = FrechetTerm(config, CPU, judge=None, data="").extractors[1].name
     with pytest.raises(UserError, match=rf"the same feature space, {judge}: what is trained on is learnt by heart"):
         FrechetTerm(config, CPU, judge, data="")
@@ -136,7 +136,5 @@ def test_what_judges_or_has_no_gradient_is_refused(config):
         FrechetTerm(twice, CPU, judge, data="")
     with pytest.raises(UserError, match=r"frechet\.weight needs feature spaces"):
         validate(FrechetConfig, {"weight": 1})
-    with pytest.raises(UserError, match="has inception, which rounds its images to pixels and has no gradient"):
-        validate(FrechetConfig, {"weight": 1, "extractors": [{"name": "inception"}]})
     with pytest.raises(UserError, match="all images of the reference have the same features"):
         FrechetTerm(config, CPU, None, "").start([GaussianStatistics.of(torch.ones(5, 64))] * 2, [])

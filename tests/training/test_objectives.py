@@ -19,6 +19,7 @@ from robustok.data.pixels import to_pixels
 from robustok.data.sources import Digits
 from robustok.errors import UserError
 from robustok.metrics.features import ExtractorConfig, load_extractor
+from robustok.metrics.features.classifier import load_classifier, save_classifier
 from robustok.metrics.frechet import GaussianStatistics, frechet_distance
 from robustok.snapshots import read_header
 from robustok.tokenizers import load_tokenizer
@@ -164,6 +165,15 @@ def test_an_interrupted_run_is_still_compared_with_the_original_decoder(
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed" / "state" / "00000006")
     shutil.rmtree(tmp_path / "resumed" / "snapshot")
+    if frechet:  # its classifier may move, not change
+        network = load_classifier(classifier)
+        network.head.weight.add_(1)
+        save_classifier(network, tmp_path / "changed")
+        changed = (*words, *frechet_words(tmp_path / "changed"))
+        with pytest.raises(UserError, match=r"with another content of frechet\.extractors\.0\.path"):
+            train_decoder(run_of(tmp_path / "resumed", tokenizer, *changed))
+        shutil.copytree(classifier, tmp_path / "moved")
+        words += frechet_words(tmp_path / "moved")
     resumed = train_decoder(run_of(tmp_path / "resumed", tokenizer, *words))
     assert tiny.log(tmp_path / "resumed") == tiny.log(tmp_path / "whole")
     a, b = (load_tokenizer(path).state_dict() for path in (whole, resumed))
@@ -181,7 +191,7 @@ def test_the_frechet_term_is_the_distance_of_decoded_samples_to_real_images(
     words = ("objective=free", f"samples={samples[0]}", *frechet_words(classifier), "frechet.decay=0", "log_every=1")
     path = train_decoder(run_of(tmp_path / "run", tokenizer, *words, "steps=60", "learning_rate=3e-3"))
     first, *_, last = tiny.log(tmp_path / "run")
-    features = extract.classifier.features(next(free(material, STEPS)).targets).double().detach()
+    features = extract.classifier.features(next(free(material, STEPS)).targets.clamp(-1, 1)).double().detach()
     batch = GaussianStatistics.from_moments(features.mean(0), torch.cov(features.T, correction=0), None)
     term = f"frechet_{extract.name}"
     assert first[term] == pytest.approx(2 * frechet_distance(batch, real) / real.covariance.trace().item(), rel=1e-4)

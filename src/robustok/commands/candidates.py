@@ -142,10 +142,8 @@ class Search:
     def stalled(self, patience: int) -> bool:
         """Whether so many snapshots of the continued training gained no more than a standard error."""
         snapshots = sorted((s for s in self.found if s.stage == "continued"), key=lambda scored: scored.steps)
-        if not snapshots:
-            return False
-        best, since = next(s for s in self.found if s.stage == "candidate" and s.candidate == snapshots[0].candidate), 0
-        for scored in snapshots:
+        best, since = snapshots[0], 0
+        for scored in snapshots[1:]:
             change = scored.change(best)
             gained = change.value < -(change.standard_error or 0)
             best, since = (scored, 0) if gained else (best, since + 1)

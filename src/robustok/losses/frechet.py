@@ -19,10 +19,12 @@ from robustok.metrics.frechet import GaussianStatistics, check_varied, covarianc
 from robustok.metrics.guards import exact_float32
 from robustok.types import FeatureExtractor
 
-# Extractors with a differentiable function of images (N, 3, H, W) in [-1, 1].
+# The extractors' differentiable functions of images (N, 3, H, W) in [-1, 1].
 DIFFERENTIABLE: dict[str, Callable[[Any], Callable[[Tensor], Tensor]]] = {
     "classifier": lambda extractor: extractor.classifier.features,
     "cifar-resnet": lambda extractor: extractor.network.features,
+    "inception": lambda extractor: extractor.from_images,
+    "dinov2": lambda extractor: extractor.from_images,
 }
 
 
@@ -34,18 +36,13 @@ class FrechetConfig(Config):
         0.99, ge=0, lt=1, description="decay of the running moments of the decoded samples; 0 takes the batch alone"
     )
     extractors: list[ExtractorConfig] = Field(
-        [], description="feature spaces, each as extractor: classifier or cifar-resnet, none of them that of held_out"
+        [], description="feature spaces, each with the settings of extractor; none of them that of held_out"
     )
 
     @model_validator(mode="after")
     def _spaces_fit(self) -> "FrechetConfig":
         if self.weight and not self.extractors:
             raise ValueError("frechet.weight needs feature spaces; set frechet.extractors=[{name: ..., path: ...}]")
-        if refused := [one.name for one in self.extractors if one.name not in DIFFERENTIABLE]:
-            raise ValueError(
-                f"frechet.extractors has {refused[0]}, which rounds its images to pixels and has no gradient; give "
-                f"{' or '.join(DIFFERENTIABLE)}"
-            )
         return self
 
 
@@ -125,7 +122,7 @@ class FrechetTerm:
         self.config, self.device, self.data = config, device, data
         self.extractors: list[FeatureExtractor] = [load_extractor(one, device) for one in config.extractors]
         names = [extractor.name for extractor in self.extractors]
-        if judge in names:
+        if judge is not None and judge.removesuffix("-bf16") in (name.removesuffix("-bf16") for name in names):
             raise UserError(
                 f"frechet.extractors and held_out.extractor are the same feature space, {judge}: what is trained on "
                 "is learnt by heart and judges nothing; give another one to either"
@@ -188,9 +185,10 @@ class FrechetTerm:
 
     def _features(self, images: Tensor) -> list[tuple[RunningDistance, Tensor]]:
         """Each space's distance and features (world * N, F) of the images of all processes."""
+        images = images.float().clamp(-1, 1)  # as they are evaluated
         with exact_float32(images.device):
             networks = [DIFFERENTIABLE[c.name](e) for c, e in zip(self.config.extractors, self.extractors, strict=True)]
-            found = [gather_with_gradient(features(images.float())) for features in networks]
+            found = [gather_with_gradient(features(images)) for features in networks]
         return list(zip(self._distances.values(), found, strict=True))
 
 
