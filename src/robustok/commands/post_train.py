@@ -170,6 +170,9 @@ def _reconstructions(run: PostTrainRun, tokenizer: Tokenizer) -> ReconstructionS
     except UserError as error:
         note(f"rFD and PSNR are left out: {error}", "yellow")
         return None
+    if len(data) < 2:
+        note(f"rFD and PSNR are left out: {data.describe()} is too few images", "yellow")
+        return None
     return ReconstructionScore(run.held_out.extractor, tokenizer, data, run.sweep.images)
 
 
