@@ -60,7 +60,7 @@ SLOW = {
     "commands/test_parallel.py",
     "commands/test_post_train_dit.py",
     "commands/test_post_train_pretrained.py",
-    "commands/test_sigma_search.py",
+    "commands/test_candidates.py",
     "evaluation/test_evaluator.py",
     "evaluation/test_interpolations.py",
     "generators/test_compiled_sampling.py",

@@ -285,8 +285,10 @@ def paths_in(config: Config, prefix: str = "") -> dict[str, Path]:
     for name, value in config:
         if isinstance(value, Path):
             found[prefix + name] = value
-        elif isinstance(value, Config):
-            found |= paths_in(value, f"{prefix}{name}.")
+        members = {name: value} if not isinstance(value, list) else {f"{name}.{i}": one for i, one in enumerate(value)}
+        for key, member in members.items():
+            if isinstance(member, Config):
+                found |= paths_in(member, f"{prefix}{key}.")
     return found
 
 
@@ -308,6 +310,8 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings by their dotted keys."""
     found = {}
     for key, value in settings.items():
+        if isinstance(value, list) and any(isinstance(member, dict) for member in value):
+            value = dict(enumerate(value))
         found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found
 

@@ -15,8 +15,8 @@ from robustok.losses.adversarial import AdversarialConfig, LeCam
 from robustok.losses.discriminators import DinoConfig, DinoHeads, carried_config, frozen_features, load_heads
 from robustok.losses.discriminators.dino import DinoBackbone, LocalBatchNorm, SpectralConv1d, fit
 from robustok.training import adversary as adversaries
-from robustok.training import decoder as post_training
 from robustok.training.common import adversary_learning_rate
+from robustok.training.decoder_losses import make_adversary
 from robustok.training.tokenizer import train_tokenizer
 
 SMALL = {"image_size": 32, "patch_size": 8, "width": 16, "depth": 3, "heads": 2, "read_after": (0, 2), "kernel_size": 3}
@@ -354,12 +354,12 @@ def test_post_training_carries_the_heads_over_and_finds_the_backbone(tmp_path, b
     saved = load_file(tmp_path / "run" / "snapshot" / "00000002" / "discriminator.safetensors")
     moved.unlink()
     run = tiny.post_run(tmp_path / "post", tmp_path / "run", tmp_path / "pairs", *words(backbone_file)[:3])
-    carried = post_training._adversary(run, start_accelerator(16))
+    carried = make_adversary(run, start_accelerator(16))
     assert carried.settings.width == 16
     assert saved.keys() == carried.network.state_dict().keys()  # no weight of the backbone
     assert all(torch.equal(value, saved[name]) for name, value in carried.network.state_dict().items())
     without = tiny.post_run(tmp_path / "post", tmp_path / "run", tmp_path / "pairs", "adversarial.weight=0.1")
     with pytest.raises(UserError, match=r"moved\.pth: No such file or directory; give a local file as discrim"):
-        post_training._adversary(without, start_accelerator(16))
+        make_adversary(without, start_accelerator(16))
     with pytest.raises(UserError, match="unknown discriminator 'parrot'; known: patch, dino"):
         carried_config({"name": "parrot"}, run.discriminator, source="there")

@@ -9,6 +9,7 @@ from torch import nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from robustok.config import load
+from robustok.data.pixels import from_pixels
 from robustok.errors import UserError
 from robustok.metrics.features import ExtractorConfig, load_extractor
 from robustok.metrics.features.dinov2 import DINOv2Extractor, resample_positions
@@ -149,6 +150,16 @@ def test_neither_autocast_nor_batch_nor_train_mode_matters(extractor, found):
 
 
 # What the user can get wrong
+
+
+def test_images_have_the_same_features_and_a_gradient(extractor):
+    pixels = torch.randint(0, 256, (2, 3, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = from_pixels(pixels).requires_grad_()
+    features = extractor.from_images(images)
+    torch.testing.assert_close(features.detach(), extractor(pixels))
+    features[0].sum().backward()
+    assert images.grad[0].abs().max() > 0
+    assert not images.grad[1].any()
 
 
 def test_only_uint8_pixels_enter(extractor):

@@ -13,7 +13,7 @@ from robustok.commands.generate import generate
 from robustok.config import load
 from robustok.data.dataset import open_images
 from robustok.data.latent_cache import LatentCache
-from robustok.data.pixels import to_pixels
+from robustok.data.pixels import from_pixels, to_pixels
 from robustok.data.sources import Digits
 from robustok.errors import UserError
 from robustok.evaluation.settings import EvaluateRun
@@ -157,6 +157,16 @@ def test_nothing_is_kept_from_batch_to_batch(extractor):
     for _ in range(2):
         extractor(pixels(1))
     assert tensors() == before
+
+
+def test_images_have_the_same_features_and_a_gradient(extractor):
+    pixels = torch.randint(0, 256, (2, 3, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = from_pixels(pixels).requires_grad_()
+    features = extractor.from_images(images)
+    torch.testing.assert_close(features.detach(), extractor(pixels), rtol=1e-4, atol=1e-5)
+    features[0].sum().backward()
+    assert images.grad[0].abs().max() > 0
+    assert not images.grad[1].any()
 
 
 def test_only_uint8_pixels_enter(extractor):

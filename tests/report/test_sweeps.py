@@ -46,10 +46,10 @@ def test_the_choice_of_sigma_is_a_plot_and_a_table(tmp_path):
     table = page[page.index("Choice of σ") :]
     rows = [re.sub("<[^>]*>", " ", row).split() for row in re.findall("<tr.*?>(.*?)</tr>", table, re.DOTALL)][1:6]
     assert rows[0] == ["before", "post-training", "0", "5.000", "–", "4"]
-    assert rows[2] == ["0.9", "20", "4.500", "−0.500", "±", "0.050", "4"]
-    assert rows[3][:2] == ["1", "(control)"]
+    assert rows[2] == ["paired,", "σ", "=", "0.9", "20", "4.500", "−0.500", "±", "0.050", "4"]
+    assert rows[3][3:5] == ["1", "(control)"]
     assert "4.250" in re.search('<tr class="best">(.*?)</tr>', table)[1]
-    assert "The lowest is that of σ = 0.9." in table
+    assert "The lowest is that of paired, σ = 0.9." in table
     assert table.count('class="best"') == 1
 
 
@@ -58,12 +58,34 @@ def test_where_nothing_helped_it_says_so(tmp_path):
     assert "The lowest is that of the decoder before post-training." in page
 
 
+def test_the_choice_of_an_objective_is_a_table_with_prices_and_the_verdict(tmp_path):
+    prices = {"rfd": 1.25, "psnr": 22.5}
+    lines = [
+        held_out("untouched", None, 0, 5.0, objective=None, **prices),
+        held_out("candidate", None, 20, 4.9, -0.1, objective="clean", change_error=0.02, **prices),
+        held_out("candidate", None, 20, 4.5, -0.5, objective="free+clean", change_error=0.05, **prices),
+        held_out("unseen", None, 20, 4.0, -1.0, objective="free+clean"),
+        held_out("verdict", None, 20, 4.5, objective="free+clean", words="post-training pays: so much"),
+    ]
+    page = page_of(tmp_path, lines)
+    assert not figures(page)
+    table = page[page.index("Choice of objective") :]
+    assert re.findall('<th scope="col">(.*?)</th>', table)[4:6] == ["rFD", "PSNR (dB)"]
+    rows = [re.sub("<[^>]*>", " ", row).split() for row in re.findall("<tr.*?>(.*?)</tr>", table, re.DOTALL)][1:]
+    assert rows[1][:2] == ["clean", "(control)"]
+    assert rows[2] == ["free+clean", "20", "4.500", "−0.500", "±", "0.050", "1.250", "22.50", "4"]
+    assert "4.000" not in table[: table.index("</table>")]
+    assert "The lowest is that of free+clean. post-training pays: so much" in table
+    with_pairs = page_of(tmp_path, [*lines, held_out("candidate", 0.8, 20, 4.7, -0.3, objective="paired", **prices)])
+    assert figures(with_pairs)[0].startswith("validation distance against σ: 4.700 at 0.8")
+
+
 def test_held_out_distances_are_no_results(tmp_path):
     page = page_of(tmp_path, SWEEP)
     assert "No measurements yet." in page
     results = page_of(tmp_path, [*SWEEP, gfid("original", 7.0)])
     assert "<h2>Results</h2>" in results
-    table = results[results.index("<h2>Results</h2>") : results.index("Sigma and strength")]
+    table = results[results.index("<h2>Results</h2>") : results.index("Objective, sigma and strength")]
     assert "7.000" in table
     assert "5.500" not in table
 

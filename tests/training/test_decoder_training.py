@@ -14,6 +14,7 @@ from robustok.errors import UserError
 from robustok.tokenizers import encoder_digest, frozen_weights, load_tokenizer
 from robustok.training import decoder as post_training
 from robustok.training.decoder import LatentDecoder, train_decoder
+from robustok.training.decoder_losses import make_adversary
 from robustok.training.objectives import real_images
 from robustok.training.tokenizer import train_tokenizer
 
@@ -102,7 +103,7 @@ def test_nothing_to_carry_over(tmp_path, pairs):
     with pytest.raises(
         UserError, match=r"holds no discriminator to carry over; set adversary=fresh, or adversarial\.weight=0"
     ):
-        post_training._adversary(
+        make_adversary(
             tiny.post_run(tmp_path / "run", tmp_path / "bare", pairs, *ADVERSARY, "adversary=carried"), accelerator=None
         )
     assert not (tmp_path / "run").exists()

@@ -15,11 +15,16 @@ from robustok.commands.post_train import PostTrainRun, post_train
 from robustok.config import load
 from robustok.data.dataset import open_images
 from robustok.data.latent_cache import LatentCache
+from robustok.data.pixels import to_pixels
 from robustok.data.sources import Digits
 from robustok.errors import UserError
+from robustok.metrics.features import ExtractorConfig, load_extractor
+from robustok.metrics.features.classifier import load_classifier, save_classifier
+from robustok.metrics.frechet import GaussianStatistics, frechet_distance
 from robustok.snapshots import read_header
 from robustok.tokenizers import load_tokenizer
 from robustok.training.decoder import DecoderTrainingRun, train_decoder
+from robustok.training.decoder_losses import check_networks
 from robustok.training.objectives import LatentNoise, Material, Steps, clean, free, mixture, noise, rows_of
 from robustok.training.tokenizer import TokenizerTrainingRun, train_tokenizer
 from tiny_models import save_resnet20
@@ -35,6 +40,11 @@ def run_of(out, tokenizer, *words):
     """Post-training with any objective; without adversary unless the words say so."""
     terms = ("reconstruction.perceptual=none", "adversarial.weight=0", "learning_rate=1e-3", f"tokenizer={tokenizer}")
     return load(DecoderTrainingRun, None, (f"out={out}", *tiny.DATA, *tiny.TRAINING, *terms, *words))
+
+
+def frechet_words(classifier):
+    """The Frechet term in the features of a classifier."""
+    return ("frechet.weight=2", "frechet.decay=0.5", f"frechet.extractors=[{{path: {classifier}}}]")
 
 
 @pytest.fixture(scope="module")
@@ -145,16 +155,58 @@ def test_free_samples_move_the_decoder_by_the_adversary_alone(tmp_path, tokenize
     assert "free: samples of a generator" in (path / "README.md").read_text()
 
 
-def test_an_interrupted_run_is_still_compared_with_the_original_decoder(tmp_path, tokenizer, samples, latents):
+@pytest.mark.parametrize("frechet", [False, True])
+def test_an_interrupted_run_is_still_compared_with_the_original_decoder(
+    tmp_path, tokenizer, samples, latents, classifier, frechet
+):
     words = ("objective={free: 1, noise: 1}", f"samples={samples[0]}", f"latents={latents}", *FREE[1:])
+    words += frechet_words(classifier) if frechet else ()
     whole = train_decoder(run_of(tmp_path / "whole", tokenizer, *words))
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed" / "state" / "00000006")
     shutil.rmtree(tmp_path / "resumed" / "snapshot")
+    if frechet:  # its classifier may move, not change
+        network = load_classifier(classifier)
+        network.head.weight.add_(1)
+        save_classifier(network, tmp_path / "changed")
+        changed = (*words, *frechet_words(tmp_path / "changed"))
+        with pytest.raises(UserError, match=r"with another content of frechet\.extractors\.0\.path"):
+            train_decoder(run_of(tmp_path / "resumed", tokenizer, *changed))
+        shutil.copytree(classifier, tmp_path / "moved")
+        words += frechet_words(tmp_path / "moved")
     resumed = train_decoder(run_of(tmp_path / "resumed", tokenizer, *words))
     assert tiny.log(tmp_path / "resumed") == tiny.log(tmp_path / "whole")
     a, b = (load_tokenizer(path).state_dict() for path in (whole, resumed))
     assert all(torch.equal(a[name], b[name]) for name in a)
+    a, b = (load_file(tmp_path / name / "state" / "00000006" / "state.safetensors") for name in ("whole", "resumed"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert any(name.startswith("/frechet/") for name in a) == frechet
+
+
+def test_the_frechet_term_is_the_distance_of_decoded_samples_to_real_images(
+    tmp_path, material, classifier, tokenizer, samples
+):
+    extract = load_extractor(ExtractorConfig(path=classifier))
+    real = GaussianStatistics.of(extract(to_pixels(material.data.read(range(128)).images)))
+    words = ("objective=free", f"samples={samples[0]}", *frechet_words(classifier), "frechet.decay=0", "log_every=1")
+    path = train_decoder(run_of(tmp_path / "run", tokenizer, *words, "steps=60", "learning_rate=3e-3"))
+    first, *_, last = tiny.log(tmp_path / "run")
+    features = extract.classifier.features(next(free(material, STEPS)).targets.clamp(-1, 1)).double().detach()
+    batch = GaussianStatistics.from_moments(features.mean(0), torch.cov(features.T, correction=0), None)
+    term = f"frechet_{extract.name}"
+    assert first[term] == pytest.approx(2 * frechet_distance(batch, real) / real.covariance.trace().item(), rel=1e-4)
+    assert last[term] < 0.8 * first[term]
+    assert last["total"] == pytest.approx(last[term] + last["pixel"], rel=1e-6)
+    assert read_header(path)["post_trained"]["frechet"] == 2.0
+
+
+def test_the_frechet_term_is_not_the_judge(tmp_path, tokenizer, samples, classifier):
+    judge = (f"held_out.latents={samples[1]}", f"held_out.extractor.path={classifier}")
+    run = run_of(tmp_path, tokenizer, "objective=free", f"samples={samples[0]}", *frechet_words(classifier), *judge)
+    for start in (train_decoder, check_networks):
+        with pytest.raises(UserError, match=r"frechet\.extractors and held_out\.extractor are the same feature space"):
+            start(run)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_stronger_consistency_keeps_the_images(tmp_path, tokenizer, samples):
@@ -201,7 +253,8 @@ def test_the_terms_of_a_mixture_have_names_and_sum_up(tmp_path, tokenizer, sampl
         ((), "objective paired needs pairs=PATH"),
         (("objective=clean", "pairs=x", "latents=y"), "objective clean does not use pairs; drop it"),
         (("objective={free: 1, clean: 1}", "samples=x"), "objective free and clean needs latents=PATH"),
-        (("objective=free", "samples=x"), r"learns from the adversary; set adversarial\.weight"),
+        (("objective=free", "samples=x"), r"learns from the adversary, or the Frechet term; set adversarial\.weight"),
+        (("objective=clean", "latents=x", *frechet_words("x")), "the Frechet term needs free samples; add free to"),
         (("objective=free", "samples=x", "adversarial.weight=1"), r"set adversarial\.adaptive=false"),
         (("objective=clean", "latents=x", "trainable=authors"), "set objective=paired"),
         (("objective=fre", "samples=x"), "Input should be 'paired', 'free', 'noise' or 'clean'"),

@@ -10,12 +10,22 @@ from safetensors.torch import load_file
 
 import tiny
 from robustok.data.latent_cache import LatentCache
+from robustok.metrics.features.classifier import ClassifierConfig, SmallClassifier, save_classifier
 
 
-def settings(tokenizer, latents, generator, samples, pairs, classifier):
+def settings(tokenizer, latents, generator, samples, pairs, classifier, guide):
     """Command to its configuration in a folder; every command starts from the same inputs, made by one process."""
     everything = (*tiny.every_term(classifier), "adversarial.start=2", "log_every=2", "learning_rate=1e-3")
     held_out = (f"held_out.latents={samples[0]}", f"held_out.extractor.path={classifier}", "snapshot_every=3")
+    frechet = (
+        "objective=free",
+        "pairs=null",
+        f"samples={samples[0]}",
+        "adversarial.adaptive=false",
+        "frechet.weight=1",
+        "frechet.decay=0.5",
+    )
+    frechet += (f"frechet.extractors=[{{path: {guide}}}]",)
     scored = (
         *tiny.DATA,
         "data.limit=101",
@@ -36,7 +46,7 @@ def settings(tokenizer, latents, generator, samples, pairs, classifier):
         ),
         "make-pairs": lambda out: tiny.pairs_run(out, generator, latents, "cache.shard_size=50", "sigma=0.5"),
         "post-train": lambda out: tiny.post_run(
-            out, tokenizer, pairs, *tiny.ADVERSARY[:2], "adversarial.start=2", *held_out
+            out, tokenizer, pairs, *tiny.ADVERSARY[:2], "adversarial.start=2", *held_out, *frechet
         ),
         "evaluate": lambda out: tiny.load(tiny.EvaluateRun, None, (f"out={out}", *scored)),
     }
@@ -45,7 +55,10 @@ def settings(tokenizer, latents, generator, samples, pairs, classifier):
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory, tokenizer, latents, generator, samples, pairs, classifier):
     """Folder of results of one process, and of two."""
-    runs = settings(tokenizer, latents, generator, samples, pairs, classifier)
+    guide = tmp_path_factory.mktemp("guide") / "saved"
+    torch.manual_seed(0)
+    save_classifier(SmallClassifier(ClassifierConfig(width=8, features=8), classes=10), guide)
+    runs = settings(tokenizer, latents, generator, samples, pairs, classifier, guide)
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
     for command, run in runs.items():
         tiny.COMMANDS[command][0](run(one / command))

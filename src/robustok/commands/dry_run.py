@@ -159,7 +159,8 @@ def _post_training(run: DecoderTrainingRun | PostTrainRun) -> Estimates:
         model, (length, width) = LatentDecoder(tokenizer), tokenizer.latent_shape
         inputs = _zeros(run, length).long() if tokenizer.kind == "discrete" else _zeros(run, length, width)
     found = {"tokenizer_parameters": size, "trained_parameters": _count(model, trainable=True)}
-    caches = {name: getattr(run, name) for name in needed_caches(run.objective)}
+    used = run.used if isinstance(run, PostTrainRun) else run.objective
+    caches = {name: getattr(run, name) for name in needed_caches(used)}
     found |= {name: len(LatentCache(path)) for name, path in caches.items() if path is not None}
     if None in caches.values():
         found |= _to_make(run, tokenizer)
@@ -174,7 +175,7 @@ def _to_make(run: PostTrainRun, tokenizer: Tokenizer) -> Estimates:
     """What is made before the training: latents, free samples, and pairs of each sigma that is tried."""
     record, found = _latent_bytes(tokenizer, run.cache.dtype) + RECORD, {}
     count = run.pairs_used()
-    if "samples" in needed_caches(run.objective) and run.samples is None:
+    if "samples" in needed_caches(run.used) and run.samples is None:
         found |= {"samples": count, "samples_bytes": count * record}
     if run.needs_latents and run.latents is None:
         count = min(count, len(open_images(run.data, tokenizer.image_size, "train")))
@@ -182,8 +183,9 @@ def _to_make(run: PostTrainRun, tokenizer: Tokenizer) -> Estimates:
     if not run.makes_pairs:
         return found
     records = count
-    if run.sigma == "auto":
-        steps, tried = run.candidate_steps, len(run.candidates(tokenizer.config.name))
+    if run.searches:
+        steps = run.candidate_steps
+        tried = sum(one.sigma is not None for one in run.candidates(tokenizer.config.name))
         records = tried * min(count, run.pairs_used(steps)) + (count if steps < run.steps else 0)
     return {"pairs": count, "pairs_bytes": records * record, **found}
 

@@ -1,181 +1,63 @@
-"""The command `post-train`: with given pairs, with pairs of a generator at a given or the best sigma, or without pairs.
+"""The command `post-train`: with given pairs, with those of a generator, without pairs, or with what proves to be best.
 
     robustok post-train pairs/llamagen.yaml tokenizer.weights=vq_ds16_c2i.pt generator.weights=c2i_L_256.pt ...
     robustok post-train tokenizer=runs/tok pairs=runs/pairs ...
     robustok post-train tokenizer=runs/tok generator=runs/gen latents=runs/latents sigma=0.9 ...
     robustok post-train tokenizer=runs/tok generator=runs/gen latents=runs/latents sigma=auto held_out.extractor... ...
     robustok post-train tokenizer=runs/tok generator=runs/gen objective=free adversarial.adaptive=false ...
+    robustok post-train tokenizer=runs/tok generator=runs/gen objective=auto held_out.extractor... ...
 
 The training loop is ``training/decoder.py``; objectives beside pairs are in ``training/objectives.py``; conversion of
 pretrained weights is ``pretrained_sources.py``. Where caches are made, they and the trainings have folders inside the
 run folder, and the best decoder is copied to ``snapshot/best``, which users load:
 
-    runs/post/  latents/  samples/  pairs/  held-out/  candidate-0.8/  post-0.8/  snapshot/best/  metrics.jsonl
+    runs/post/  latents/  samples/  pairs/  held-out/  unseen/  candidate-0.8/  post-0.8/  snapshot/best/  metrics.jsonl
 """
 
 import shutil
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from accelerate import Accelerator
-from pydantic import Field, model_validator
 
+from robustok.commands.candidates import Search, gap_in_words, verdict
 from robustok.commands.encode import EncodeRun, encode
-from robustok.commands.generate import GenerateRun, SampleCacheSettings, generate
+from robustok.commands.generate import GenerateRun, generate
 from robustok.commands.make_pairs import MakePairsRun, make_pairs
+from robustok.commands.post_train_settings import BANK, Candidate, PostTrainRun, objective_name
 from robustok.commands.pretrained_sources import (
-    GeneratorSource,
-    Pretrained,
-    TokenizerSource,
     check_given,
     check_together,
     convert_sources,
     export_decoder,
     refused_as_a_whole,
 )
-from robustok.commands.sigma_search import SigmaSearch
-from robustok.config import Config
 from robustok.console import note
 from robustok.data.dataset import open_images
 from robustok.data.latent_cache import LatentCache
 from robustok.data.order import batch_indices
 from robustok.devices import start_accelerator
-from robustok.evaluation.held_out import HeldOutScore
-from robustok.generators import SamplingConfig
+from robustok.errors import UserError
+from robustok.evaluation.held_out import HeldOutScore, ReconstructionScore
+from robustok.metrics.latent_gap import latent_gap
 from robustok.randomness import step_rng
 from robustok.runs import RunFolder
 from robustok.snapshots import read_extra, read_header, write_snapshot
 from robustok.tokenizers import load_tokenizer
-from robustok.training.decoder import check_networks, train_decoder
-from robustok.training.decoder_settings import DecoderTrainingRun, check_objective
+from robustok.training.decoder import train_decoder
+from robustok.training.decoder_losses import check_networks
 from robustok.training.objectives import needed_caches
+from robustok.types import Tokenizer
 
-
-class Mixture(Config):
-    """How the pairs are made; every sigma has the same images and random numbers."""
-
-    count: int = Field(200_000, ge=1, description="number of pairs; never more than the training uses are made")
-    mode: Literal["direct", "reencoded"] = Field(
-        "direct",
-        description="direct: the mixture itself; reencoded: decoded to uint8 and encoded again (the authors)",
-    )
-    sampling: SamplingConfig | None = Field(None, description="null takes the settings stored with the generator")
-
-
-class Sweep(Config):
-    """How sigma=auto searches for the best sigma."""
-
-    sigmas: list[Annotated[float, Field(ge=0, le=1)]] | None = Field(
-        None,
-        min_length=1,
-        description="candidates; null: [0.7, 0.8, 0.9, 1] for family robustok, else [0.8, 0.9, 0.95, 1]",
-    )
-    steps: int | None = Field(None, ge=1, description="training steps of a candidate; null is a tenth of steps")
-    sets: int = Field(4, ge=2, description="held-out sets, over which differences have a standard error")
-    samples: int = Field(2_500, ge=2, description="samples in a held-out set, if held_out.latents does not give them")
-
-
-class PostTrainRun(DecoderTrainingRun):
-    """Everything about post-training, and about the pairs where they are not given."""
-
-    tokenizer: TokenizerSource = Field(description="tokenizer snapshot or run folder; or pretrained weights, as below")
-    pairs: Path | None = Field(
-        None, description="paired: cache of pairs, made by `robustok make-pairs`; null makes them"
-    )
-    samples: Path | None = Field(
-        None, description="free: cache of free samples, made by `robustok generate`; null makes them"
-    )
-    generator: GeneratorSource | None = Field(
-        None,
-        description="generator whose samples are mixed with real latents, or free, where pairs or samples are null: a "
-        "path, or pretrained weights",
-    )
-    latents: Path | None = Field(
-        None,
-        description="cache of the real images' latents, for noise, clean, and for pairs where they are null; null "
-        "encodes as many as are needed",
-    )
-    sigma: float | Literal["auto"] | None = Field(
-        None, description="share of the real latents that is kept; auto tries a few; only where pairs are made"
-    )
-    mixture: Mixture = Mixture()
-    cache: SampleCacheSettings = SampleCacheSettings()
-    sweep: Sweep = Sweep()
-
-    @model_validator(mode="after")
-    def _caches_fit(self) -> "PostTrainRun":
-        check_objective(self)
-        uses = {
-            "pairs": "paired" in self.objective,
-            "samples": "free" in self.objective,
-            "generator": self.makes_pairs or ("free" in self.objective and self.samples is None),
-            "latents": self.needs_latents,
-            "sigma": self.makes_pairs,
-        }
-        for name in (name for name, used in uses.items() if not used and getattr(self, name) is not None):
-            if self.pairs is not None and name != "samples" and uses["pairs"]:
-                raise ValueError(
-                    f"pairs are given, and so is {name}, which would make them; drop one ({name}=null drops it)"
-                )
-            raise ValueError(f"objective {' and '.join(self.objective)} does not use {name}; drop it ({name}=null)")
-        missing = [name for name in ("generator", "sigma") if uses[name] and getattr(self, name) is None]
-        if missing and self.makes_pairs:
-            raise ValueError(f"no pairs: give pairs=PATH, or generator and sigma ({', '.join(missing)} missing)")
-        if missing:
-            raise ValueError("objective free has no samples: give samples=PATH, or generator")
-        if isinstance(self.sigma, float) and not 0 <= self.sigma <= 1:
-            raise ValueError(f"sigma {self.sigma} is to be a share from 0 to 1, or auto")
-        if self.sigma == "auto" and self.held_out is None:
-            raise ValueError(
-                "sigma=auto compares decoders on held-out samples; set held_out.extractor.path, the folder of a saved "
-                "classifier, or held_out.extractor.name=inception"
-            )
-        return self
-
-    @property
-    def makes_pairs(self) -> bool:
-        """Whether pairs are needed and not given."""
-        return "paired" in self.objective and self.pairs is None
-
-    @property
-    def needs_latents(self) -> bool:
-        """Whether latents of the real images are needed."""
-        return self.makes_pairs or "latents" in needed_caches(self.objective)
-
-    @property
-    def complete(self) -> bool:
-        """Whether nothing has to be made before the training."""
-        caches = (getattr(self, name) for name in needed_caches(self.objective))
-        return None not in caches and not isinstance(self.tokenizer, Pretrained)
-
-    @property
-    def candidate_steps(self) -> int:
-        """Training steps of a candidate of sigma=auto."""
-        return min(self.sweep.steps or max(1, self.steps // 10), self.steps)
-
-    def candidates(self, family: str | None) -> list[float]:
-        """The values of sigma that sigma=auto tries, for a tokenizer of this family; 1 is the control."""
-        # A tokenizer trained with perturbation decodes wrong tokens better, so lower values are worth trying.
-        default = [0.7, 0.8, 0.9, 1.0] if family == "robustok" else [0.8, 0.9, 0.95, 1.0]
-        return self.sweep.sigmas or default
-
-    def pairs_used(self, steps: int | None = None) -> int:
-        """Pairs that so many training steps use (by default all steps), if there are as many images."""
-        return min(self.mixture.count, (steps or self.steps) * self.batch_size)
-
-    def training(self, **changes: Any) -> DecoderTrainingRun:
-        """The settings of a training alone, with changes."""
-        made_from = {"pairs", "samples", "latents"} - {*needed_caches(self.objective)}
-        own = {name: value for name, value in self if name in DecoderTrainingRun.model_fields.keys() - made_from}
-        return DecoderTrainingRun(**own | changes)
+GAP_IMAGES = 10_000  # on either side
 
 
 def post_train(run: PostTrainRun) -> Path:
-    """Post-train a decoder; convert weights, encode images, make pairs and search sigma where asked to.
+    """Post-train a decoder; convert weights, encode images, make pairs, and choose objective and sigma where asked to.
 
-    The same command again continues. With ``sigma=auto`` the result is never worse on the held-out samples than the
-    decoder before post-training. A decoder of pretrained weights is also written in their own layout, to
-    ``out/export``.
+    The same command again continues. With ``objective=auto`` or ``sigma=auto`` the result is never worse on the
+    held-out samples than the decoder before post-training. A decoder of pretrained weights is also written in their
+    own layout, to ``out/export``.
 
     Returns:
         The folder of the best snapshot.
@@ -190,8 +72,8 @@ def post_train(run: PostTrainRun) -> Path:
         best = train_decoder(run.training())
     else:
         ready = _prepare(run, accelerator)
-        if run.sigma == "auto":
-            best = _search_sigma(ready, accelerator)
+        if run.searches:
+            best = _search(ready, accelerator)
         else:
             out = run.out / (f"post-{run.sigma:g}" if run.makes_pairs else "post")
             made = {"pairs": _pairs(ready, run.sigma, run.steps)} if run.makes_pairs else {}
@@ -216,13 +98,14 @@ def _prepare(run: PostTrainRun, accelerator: Accelerator) -> PostTrainRun:
             folder.start()
             paths = convert_sources(sources, run.out)
             available = check_together(paths, run.latents, run.data)
-            caches = {name: getattr(run, name) or run.out / name for name in needed_caches(run.objective)}
-            check_networks(run.training(tokenizer=paths["tokenizer"], **caches))
+            caches = {name: getattr(run, name) or run.out / name for name in needed_caches(run.used)}
+            one = max(run.bank, key=lambda objective: "free" in objective)  # with the Frechet term
+            check_networks(run.training(one, tokenizer=paths["tokenizer"], **caches))
             if run.makes_pairs:
                 batch_indices(min(run.pairs_used(), available), run.batch_size, run.seed, 0)  # refuses too few pairs
     accelerator.wait_for_everyone()
     ready = run.model_copy(update=convert_sources(sources, run.out))
-    if "free" in run.objective and run.samples is None:
+    if "free" in run.used and run.samples is None:
         samples = _free_samples(ready, run.out / "samples", run.pairs_used(), "free samples")
         ready = ready.model_copy(update={"samples": samples})
     if not run.needs_latents or run.latents is not None:
@@ -239,37 +122,95 @@ def _prepare(run: PostTrainRun, accelerator: Accelerator) -> PostTrainRun:
     return ready.model_copy(update={"latents": encode(latents)})
 
 
-def _search_sigma(run: PostTrainRun, accelerator: Accelerator) -> Path:
-    """Train a candidate at each sigma, continue the best one to the end, and publish the best decoder of all."""
-    search = _start_search(run, accelerator)
+def _search(run: PostTrainRun, accelerator: Accelerator) -> Path:
+    """Train each candidate, continue the best one, and publish the best decoder of all."""
+    if run.objective == "auto" and run.sweep.objectives is None:
+        for objective in BANK:
+            if obstacle := run.obstacle(objective):
+                note(f"{objective_name(objective)} is not tried: {obstacle}", "yellow")
+    held_out, count = run.held_out.latents, run.sweep.sets * run.sweep.samples
+    if held_out is None:
+        held_out = _free_samples(run, run.out / "held-out", count, "held-out samples")
+    search = _start_search(run, accelerator, held_out)
     search.add("untouched", None, 0, run.tokenizer)
     steps = run.candidate_steps
-    for sigma in run.candidates(read_header(run.tokenizer)["config"].get("name")):
-        search.add("candidate", sigma, steps, _train_candidate(run, sigma, steps))
+    for candidate in run.candidates(read_header(run.tokenizer)["config"].get("name")):
+        search.add("candidate", candidate, steps, _train_candidate(run, candidate, steps))
     best = search.best()
     if best is search.untouched:
-        note("no sigma made the decoder better on the held-out samples: it stays as it was", "yellow")
+        note("no candidate made the decoder better on the held-out samples: it stays as it was", "yellow")
     elif steps < run.steps:
-        folder, start = run.out / f"post-{best.sigma:g}", run.out / f"candidate-{best.sigma:g}"
-        pairs = _pairs(run, best.sigma, run.steps)
-        train_decoder(run.training(out=folder, pairs=pairs, held_out=None, continue_from=start))
-        for path in sorted((folder / "snapshot").glob("[0-9]*")):
-            if int(path.name) > steps:
-                search.add("continued", best.sigma, int(path.name), path)
+        _continue(run, search, best.candidate)
     search.show()
-    return _publish(run, accelerator, search.best().path, _scores(search))
+    best = search.best()
+    fields = {
+        "held_out": {"distance": best.distance, "at_the_start": search.untouched.distance},
+        "sweep": search.rows(),
+    }
+    if run.objective == "auto":
+        fields["verdict"] = _verdict(run, search, held_out, count)
+        search.conclude(fields["verdict"])
+    return _publish(run, accelerator, best.path, fields)
 
 
-def _start_search(run: PostTrainRun, accelerator: Accelerator) -> SigmaSearch:
-    """The search, with its held-out samples."""
-    held_out, sweep = run.held_out, run.sweep
-    if held_out.latents is None:
-        samples = _free_samples(run, run.out / "held-out", sweep.sets * sweep.samples, "held-out samples")
-        held_out = held_out.model_copy(update={"latents": samples})
+def _start_search(run: PostTrainRun, accelerator: Accelerator, held_out: Path, chooses: bool = True) -> Search:
+    """A search on held-out samples; one that ``chooses`` measures reconstructions too."""
     tokenizer = load_tokenizer(run.tokenizer)
     data = open_images(run.data, tokenizer.image_size, split="train")
-    make_score = lambda: HeldOutScore(held_out, tokenizer, data, accelerator.device, sweep.sets)  # noqa: E731
-    return SigmaSearch(run.out, make_score, accelerator, run.seed, data.describe())
+    config = run.held_out.model_copy(update={"latents": held_out})
+    make_score = lambda: HeldOutScore(config, tokenizer, data, accelerator.device, run.sweep.sets)  # noqa: E731
+    make_other = (lambda: _reconstructions(run, tokenizer.to(accelerator.device))) if chooses else lambda: None
+    return Search(run.out, make_score, make_other, accelerator, run.seed, data.describe())
+
+
+def _reconstructions(run: PostTrainRun, tokenizer: Tokenizer) -> ReconstructionScore | None:
+    """The score on test images, if there are any."""
+    try:
+        data = open_images(run.data, tokenizer.image_size, split="test")
+    except UserError as error:
+        note(f"rFD and PSNR are left out: {error}", "yellow")
+        return None
+    if len(data) < 2:
+        note(f"rFD and PSNR are left out: {data.describe()} is too few images", "yellow")
+        return None
+    return ReconstructionScore(run.held_out.extractor, tokenizer, data, run.sweep.images)
+
+
+def _continue(run: PostTrainRun, search: Search, candidate: Candidate) -> None:
+    """Train a candidate to the end and score its snapshots; with objective=auto stop where they no longer gain."""
+    steps, auto = run.candidate_steps, run.objective == "auto"
+    folder, patience = run.out / f"post-{candidate.name}", run.sweep.patience
+
+    def enough(step: int, path: Path) -> bool:
+        search.add("continued", candidate, step, path)
+        return auto and search.stalled(patience)
+
+    done = [path for path in sorted((folder / "snapshot").glob("[0-9]*")) if int(path.name) > steps]
+    if any([enough(int(path.name), path) for path in done]):
+        return
+    made = {"pairs": _pairs(run, candidate.sigma, run.steps)} if candidate.sigma is not None else {}
+    every = run.snapshot_every or (max(1, run.steps // 10) if auto else 0)
+    start = run.out / f"candidate-{candidate.name}"
+    changes = {"held_out": None, "continue_from": start, "snapshot_every": every}
+    train_decoder(run.training(candidate.objective, out=folder, **made, **changes), enough)
+
+
+def _verdict(run: PostTrainRun, search: Search, held_out: Path, count: int) -> str:
+    """Whether post-training pays, on samples that chose nothing, and what the gap says where it does not."""
+    chosen, before, control = search.best(), search.untouched, search.control
+    best = min(search.found[1:], key=lambda scored: scored.distance)
+    short = next(one for one in search.found if one.stage == "candidate" and one.candidate == best.candidate)
+    roles, where = [before, best, short, control], "the samples that chose the decoder"
+    if run.generator is not None and chosen is not before:
+        samples, where = _free_samples(run, run.out / "unseen", count, "unseen samples"), "samples that chose nothing"
+        unseen = _start_search(run, search.accelerator, samples, chooses=False)
+        for one in filter(None, roles):
+            unseen.add("unseen", one.candidate, one.steps, one.path)
+        roles = [one and unseen.like(one) for one in roles]
+    words = f"on {where}: {verdict(*roles)}"
+    if "does not pay" in words and run.latents is not None:
+        words += f"; {_gap(run, held_out)}"
+    return words
 
 
 def _free_samples(run: PostTrainRun, out: Path, count: int, purpose: str) -> Path:
@@ -286,9 +227,9 @@ def _free_samples(run: PostTrainRun, out: Path, count: int, purpose: str) -> Pat
     )
 
 
-def _train_candidate(run: PostTrainRun, sigma: float, steps: int) -> Path:
+def _train_candidate(run: PostTrainRun, candidate: Candidate, steps: int) -> Path:
     """Train for a few steps, with everything that is given in steps shortened in proportion; returns the snapshot."""
-    out = run.out / f"candidate-{sigma:g}"
+    out = run.out / f"candidate-{candidate.name}"
     snapshot = out / "snapshot" / f"{steps:08d}"
     if (snapshot / "model.safetensors").exists():
         return snapshot
@@ -301,7 +242,8 @@ def _train_candidate(run: PostTrainRun, sigma: float, steps: int) -> Path:
         "adversarial": adversarial,
         "snapshot_every": 0,
     }
-    return train_decoder(run.training(out=out, pairs=_pairs(run, sigma, steps), held_out=None, **shorter))
+    made = {"pairs": _pairs(run, candidate.sigma, steps)} if candidate.sigma is not None else {}
+    return train_decoder(run.training(candidate.objective, out=out, held_out=None, **made, **shorter))
 
 
 def _pairs(run: PostTrainRun, sigma: float, steps: int) -> Path:
@@ -323,15 +265,13 @@ def _pairs(run: PostTrainRun, sigma: float, steps: int) -> Path:
     )
 
 
-def _scores(search: SigmaSearch) -> dict[str, Any]:
-    """For the model card: the score of the best decoder, and all that were tried."""
-    rows = []
-    for scored in search.found:
-        change = scored.change(search.untouched)
-        row = {"sigma": scored.sigma, "steps": scored.steps, "distance": round(scored.distance, 6)}
-        rows.append(row | {"change": round(change.value, 6), "standard_error": round(change.standard_error or 0, 6)})
-    held_out = {"distance": search.best().distance, "at_the_start": search.untouched.distance}
-    return {"held_out": held_out, "sweep": rows}
+def _gap(run: PostTrainRun, held_out: Path) -> str:
+    """The gap between the held-out samples and latents of real images, in words."""
+    some = []
+    for cache in (LatentCache(held_out), LatentCache(run.latents)):
+        some.append(cache.read(slice(None, None, -(-len(cache) // GAP_IMAGES))).latents)
+    tokenizer = load_tokenizer(run.tokenizer)
+    return gap_in_words(latent_gap(*some, tokenizer.codebook if tokenizer.kind == "discrete" else None))
 
 
 def _publish(run: PostTrainRun, accelerator: Accelerator, path: Path, fields: dict[str, Any]) -> Path:

@@ -24,6 +24,11 @@ def to_pixels(images: Tensor) -> Tensor:
     return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
 
 
+def unrounded_pixels(images: Tensor) -> Tensor:
+    """Images in [-1, 1] to the range of pixels, [0, 255], with gradients; undoes ``from_pixels``."""
+    return 127.5 * images + 127.5
+
+
 def from_pixels(pixels: Tensor) -> Tensor:
     """Pixels uint8 of any shape to images float32 in [-1, 1]; ``to_pixels`` gives the same pixels back."""
     return pixels.to(torch.float32, copy=True).div_(127.5).sub_(1)  # in place, to save memory traffic

@@ -1,6 +1,6 @@
 """Held-out samples: generated latents on which decoders are compared during training, never for a result."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from robustok.config import Config
+from robustok.console import note
 from robustok.data.dataset import ImageDataset
 from robustok.data.latent_cache import LatentCache
 from robustok.data.latent_checks import check_cache, check_free_samples
@@ -17,7 +18,11 @@ from robustok.errors import UserError
 from robustok.metrics.features import ExtractorConfig, load_extractor
 from robustok.metrics.frechet import GaussianStatistics, covariance_factor, frechet_distance
 from robustok.metrics.grid import decoded_statistics
+from robustok.metrics.lpips import BACKBONES, LPIPS
+from robustok.metrics.pixels import capped_psnr
+from robustok.metrics.processes import ALONE, Processes
 from robustok.tokenizers import encoder_digest
+from robustok.types import FeatureExtractor, Tokenizer
 
 
 class HeldOut(Config):
@@ -61,9 +66,7 @@ class HeldOutScore:
             raise UserError(f"{config.latents} holds {len(cache)} samples, {sets} sets need at least {2 * sets}")
         # A set is a run of neighbouring records, whose classes cycle, so every set has all classes.
         self._sets = [cache.read(slice(i * self.samples, (i + 1) * self.samples)).latents for i in range(sets)]
-        self._reference = GaussianStatistics(self._extract.dim)
-        for batch in batches_in_order(data, batch_size=64):
-            self._reference.update(self._extract(to_pixels(batch.images).to(device)).cpu())
+        self._reference = real_statistics(data, [self._extract], device)[0]
         self._factor = covariance_factor(self._reference)
 
     def decoder(self, tokenizer: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -76,3 +79,71 @@ class HeldOutScore:
         images = lambda part: to_pixels(decode(part.to(self._device)))  # noqa: E731
         found = (decoded_statistics(latents, images, self._extract) for latents in self._sets)
         return [frechet_distance(statistics, self._reference, self._factor) for statistics in found]
+
+
+class ReconstructionScore:
+    """What a decoder does to real images that nothing was trained on: the price of better samples.
+
+    Args:
+        extractor: feature space of rFD.
+        tokenizer: one with the encoder of all decoders, on the device of the computation.
+        data: the images.
+        count: how many of them.
+    """
+
+    def __init__(self, extractor: ExtractorConfig, tokenizer: Tokenizer, data: ImageDataset, count: int) -> None:
+        self._device = next(tokenizer.parameters()).device
+        self._extract, self._lpips = load_extractor(extractor, self._device), _lpips(data.image_size, self._device)
+        self._batches: list[tuple[Tensor, Tensor]] = []  # pixels and latents
+        self._real, left = GaussianStatistics(self._extract.dim), count
+        for batch in batches_in_order(data, batch_size=64):
+            images = batch.images[:left].to(self._device)
+            with torch.no_grad():
+                self._batches.append((to_pixels(images).cpu(), tokenizer.encode(images).cpu()))
+            self._real.update(self._extract(to_pixels(images)).cpu())
+            if (left := left - len(images)) <= 0:
+                break
+
+    @torch.no_grad()
+    def __call__(self, decode: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """``rfd``, ``psnr`` in dB and, where its weights are at hand, ``lpips_alex`` of the reconstructions."""
+        statistics, pairs = GaussianStatistics(self._extract.dim), {"psnr": [], "lpips_alex": []}
+        for real, latents in self._batches:
+            pixels = to_pixels(decode(latents.to(self._device)))
+            statistics.update(self._extract(pixels).cpu())
+            pairs["psnr"].append(capped_psnr(pixels.cpu(), real))
+            if self._lpips is not None:
+                pairs["lpips_alex"].append(self._lpips(pixels, real).cpu())
+        means = {name: torch.cat(values).mean().item() for name, values in pairs.items() if values}
+        return {"rfd": frechet_distance(statistics, self._real), **means}
+
+
+def _lpips(image_size: int, device: torch.device) -> LPIPS | None:
+    """LPIPS, if its weights are in torch.hub's cache and the images are large enough."""
+    least, url = BACKBONES["alex"].least, BACKBONES["alex"].url
+    if image_size < least:
+        note(f"LPIPS is left out: it needs images of {least} pixels a side")
+    elif not (Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name).exists():
+        note(f"LPIPS is left out: its weights are not in {torch.hub.get_dir()}/checkpoints, from {url}")
+    else:
+        try:
+            return LPIPS(device=device)
+        except UserError as error:
+            note(f"LPIPS is left out: {error}")
+    return None
+
+
+def real_statistics(
+    data: ImageDataset,
+    extractors: Sequence[FeatureExtractor],
+    device: torch.device,
+    processes: Processes = ALONE,
+    workers: int = 0,
+) -> list[GaussianStatistics]:
+    """Statistics of all real images in each feature space, the images shared by the processes."""
+    found = [GaussianStatistics(extract.dim) for extract in extractors]
+    for batch in batches_in_order(data, 64, processes.rank, processes.world, workers):
+        pixels = to_pixels(batch.images).to(device)
+        for extract, statistics in zip(extractors, found, strict=True):
+            statistics.update(extract(pixels).cpu())
+    return [statistics.summed(processes) for statistics in found]

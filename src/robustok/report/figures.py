@@ -37,12 +37,13 @@ class Picture:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Pictures under a title; ``legend`` names the colours of a plot, ``rows`` are a table of its points."""
+    """Pictures under a title; ``legend`` names the colours of a plot, ``rows`` with ``heads`` are a table."""
 
     title: str
     pictures: tuple[Picture, ...]
     note: str = ""
     legend: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
     rows: tuple[tuple[str, ...], ...] = ()
     best: int = -1
 

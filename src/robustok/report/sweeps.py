@@ -1,4 +1,4 @@
-"""Numbers that depend on sigma, or on the strength of a delta: how sigma was chosen, and gFID and KID as curves."""
+"""How objective and sigma were chosen, and gFID and KID as curves over sigma and the strength of a delta."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,36 +12,37 @@ from robustok.report.figures import Gallery, Picture, plot
 from robustok.report.names import decimal, joined, label
 from robustok.report.results import Estimate, Seeds, column_of, mean_over_seeds
 
-HELD_OUT = "held_out"  # metric of the lines that chose sigma on validation samples; never a result
+HELD_OUT = "held_out"  # metric of the lines that chose a decoder on validation samples; never a result
+PRICES = {"rfd": "rFD", "psnr": "PSNR (dB)", "lpips_alex": "LPIPS (AlexNet)"}  # of reconstructions of real images
 STAGES = {"candidate": "short training", "continued": "continued"}
 Curves = dict[str, dict[float, Seeds]]  # name, x, seed
 
 
 def choices(results: Sequence[Result]) -> list[Gallery]:
-    """The candidates of every run that chose sigma, against the decoder before post-training.
-
-    The rows of each gallery are sigma, steps, distance, change and number of sets.
-    """
+    """The candidates of every run that chose objective or sigma, against the decoder before post-training."""
     found = []
     for (group, seed), lines in _grouped(results, lambda r: (r.group, r.seed), HELD_OUT).items():
         before = [line for line in lines if line.record.get("stage") == "untouched"][:1]
-        tried = [
-            line for line in lines if str(line.record.get("stage")) in STAGES and math.isfinite(_number(line, "sigma"))
-        ]
+        tried = [line for line in lines if str(line.record.get("stage")) in STAGES and _trained_on(line)]
         if not before or not tried:
             continue
         curves: Curves = {}
-        for line in tried:
+        for line in (line for line in tried if math.isfinite(_number(line, "sigma"))):
             points = curves.setdefault(STAGES[line.record["stage"]], {})
             points[_number(line, "sigma")] = {seed: Estimate(line.value, _number(line, "change_error"))}
-        rows = tuple(map(_row, before + tried))
+        prices = [name for name in PRICES if any(math.isfinite(_number(line, name)) for line in tried)]
+        rows = tuple(_row(line, prices) for line in before + tried)
         values = [line.value if math.isfinite(line.value) else math.inf for line in before + tried]
         best = values.index(min(values))
-        chosen = f"σ = {rows[best][0]}" if best else "the decoder before post-training"
+        chosen = rows[best][0] if best else "the decoder before post-training"
         note = f"Distances on validation samples, the same latents for every decoder. The lowest is that of {chosen}."
-        title = joined(["Choice of σ", group, f"seed {seed}" if seed else ""])
-        gallery = _gallery(title, "validation distance against σ", curves, before[0].value)
-        found.append(replace(gallery, note=note, rows=rows, best=best))
+        words = [str(line.record.get("words")) for line in lines if line.record.get("stage") == "verdict"][-1:]
+        title = joined(["Choice of σ" if curves else "Choice of objective", group, f"seed {seed}" if seed else ""])
+        gallery = (
+            _gallery(title, "validation distance against σ", curves, before[0].value) if curves else Gallery(title, ())
+        )
+        heads = ("Trained on", "Steps", "Distance", "Change", *map(PRICES.get, prices), "Sets")
+        found.append(replace(gallery, note=joined([note, *words], " "), heads=heads, rows=rows, best=best))
     return found
 
 
@@ -64,13 +65,23 @@ def sweeps(results: Sequence[Result]) -> list[Gallery]:
     return found
 
 
-def _row(line: Result) -> tuple[str, ...]:
-    sigma, error = _number(line, "sigma"), _number(line, "change_error")
+def _trained_on(line: Result) -> str:
+    """Objective and sigma; "" for a line that has neither. Lines of earlier versions have sigma alone."""
+    sigma, objective = _number(line, "sigma"), line.record.get("objective", "paired")
+    if not isinstance(objective, str) or (objective == "paired" and not math.isfinite(sigma)):
+        return ""
+    control = " (control)" * (objective == "clean" or sigma == 1)
+    return joined([objective, f"σ = {sigma:g}" if math.isfinite(sigma) else ""]) + control
+
+
+def _row(line: Result, prices: Sequence[str]) -> tuple[str, ...]:
+    error = _number(line, "change_error")
     change = decimal(_number(line, "change"), 3, "+") + (f" ± {decimal(error, 2)}" if math.isfinite(error) else "")
     steps, sets = (str(line.record.get(key, "")) for key in ("steps", "sets"))
+    name = _trained_on(line)
     if line.record.get("stage") == "untouched":
-        return "before post-training", steps, decimal(line.value), "", sets
-    return f"{sigma:g}{' (control)' * (sigma == 1)}", steps, decimal(line.value), change, sets
+        name, change = "before post-training", ""
+    return name, steps, decimal(line.value), change, *(decimal(_number(line, price)) for price in prices), sets
 
 
 def _delta(result: Result) -> str:

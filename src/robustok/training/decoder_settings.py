@@ -9,6 +9,7 @@ from robustok.data.sources import Data
 from robustok.evaluation.held_out import HeldOut
 from robustok.losses.adversarial import AdversarialConfig
 from robustok.losses.discriminators import DiscriminatorConfig, PatchConfig
+from robustok.losses.frechet import FrechetConfig
 from robustok.losses.reconstruction import ReconstructionConfig
 from robustok.losses.semantic import TeacherConfig
 from robustok.snapshots import read_header
@@ -38,6 +39,7 @@ class DecoderTrainingRun(TrainingConfig):
     consistency: float = Field(
         1.0, gt=0, description="free: weight of the consistency, as a multiple of the weights in reconstruction"
     )
+    frechet: FrechetConfig = FrechetConfig()
     noise: LatentNoise = LatentNoise()
     data: Data = Field(description="images of the pairs")
     reconstruction: ReconstructionConfig = ReconstructionConfig()
@@ -88,10 +90,17 @@ def check_objective(run: DecoderTrainingRun) -> None:
     """
     if run.trainable == "authors" and set(run.objective) != {"paired"}:
         raise ValueError("trainable=authors has one objective; set objective=paired")
+    if run.frechet.weight and "free" not in run.objective:
+        raise ValueError("the Frechet term needs free samples; add free to objective, or set frechet.weight=0")
     if set(run.objective) != {"free"}:
         return
     if not run.adversarial.weight or run.adversary == "none":
-        raise ValueError("objective free learns from the adversary; set adversarial.weight, or mix it with another")
+        if run.frechet.weight:
+            return
+        raise ValueError(
+            "objective free learns from the adversary, or the Frechet term; set adversarial.weight or frechet.weight, "
+            "or mix it with another"
+        )
     if run.adversarial.adaptive:
         raise ValueError(
             "an adaptive weight of the adversary stays 0 with objective free alone, where the other terms begin at 0; "

@@ -1,6 +1,6 @@
 """What a training saves for resume, and one step of its optimiser."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -37,7 +37,7 @@ class TrainingState:
         average: their exponential moving average.
         optimizer: of the model.
         adversary: the discriminator with its optimiser, if there is one.
-        extra: what only this training saves.
+        extras: what only this training saves.
         meter: values since the last line of the log.
     """
 
@@ -46,7 +46,7 @@ class TrainingState:
     average: nn.Module
     optimizer: torch.optim.Optimizer
     adversary: Adversary | None = None
-    extra: Extra | None = None
+    extras: Sequence[Extra] = ()
     meter: Meter = field(default_factory=Meter)
 
     def save(self, keep: bool) -> dict[str, Any]:
@@ -58,7 +58,9 @@ class TrainingState:
             "adversary": None if self.adversary is None else self.adversary.state(),
             "meter": self.meter.state(),
         }
-        return gather(state | ({} if self.extra is None else self.extra.state()), keep)
+        for extra in self.extras:
+            state |= extra.state()
+        return gather(state, keep)
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Undo :meth:`save`."""
@@ -68,8 +70,8 @@ class TrainingState:
         self.meter.load_state(state["meter"])
         if self.adversary is not None:
             self.adversary.load_state(state["adversary"])
-        if self.extra is not None:
-            self.extra.load_state(state)
+        for extra in self.extras:
+            extra.load_state(state)
 
 
 def optimise(model: Prepared, state: TrainingState, losses: Iterable[Mapping[str, Tensor]], step: int) -> None:

@@ -114,7 +114,7 @@ def train_tokenizer(run: TokenizerTrainingRun) -> Path:
     optimizer = tokenizer.optimizer()
     adversary = Adversary(run, run.adversarial, run.discriminator, accelerator) if run.adversarial.weight else None
     codes = CodeCounts(run, accelerator)
-    state = TrainingState("tokenizer", bare, average, optimizer, adversary, extra=codes)
+    state = TrainingState("tokenizer", bare, average, optimizer, adversary, [codes])
     first = folder.restore(state, input_digests(run, data))
     batches = training_batches(data, run.batch_size, run.seed, first, run.steps - first, rank, world, run.workers)
     write = partial(_write_snapshot, folder, run, average, adversary, data.describe(), _guides(run))

@@ -79,9 +79,12 @@ class DINOv2Extractor:
             UserError: the pixels are not uint8 or not of this shape.
         """
         check_pixels(pixels)
+        return self.from_images(from_pixels(pixels.to(self.device)))
+
+    def from_images(self, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W) in [-1, 1], not rounded, to features (N, F), with gradients by the images."""
         self.network.eval()
         with exact_float32(self.device):
-            images = from_pixels(pixels.to(self.device))
             images = F.interpolate(images, (IMAGE_SIZE, IMAGE_SIZE), mode="bicubic", antialias=True)
             tokens = self.network.forward_features(self.to_imagenet_range(images))  # (N, 257, F)
             return tokens[:, 0]  # (N, F)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from robustok.data.pixels import unrounded_pixels
 from robustok.errors import UserError
 from robustok.metrics.features.official_weights import OfficialWeights, load_weights, unfit
 from robustok.metrics.guards import check_pixels, exact_float32
@@ -89,6 +90,10 @@ class InceptionExtractor:
         """
         return self.features(pixels).pool
 
+    def from_images(self, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W) in [-1, 1], not rounded, to pool features (N, 2048), with gradients by the images."""
+        return self._features(unrounded_pixels(images)).pool
+
     @torch.no_grad()
     def features(self, pixels: Tensor) -> InceptionFeatures:
         """Everything that one pass over pixels (N, 3, H, W) uint8 gives.
@@ -97,6 +102,9 @@ class InceptionExtractor:
             UserError: the pixels are not uint8 or not of this shape.
         """
         check_pixels(pixels)
+        return self._features(pixels)
+
+    def _features(self, pixels: Tensor) -> InceptionFeatures:
         maps = []
         # ADM's sFID reads TensorFlow's mixed_6/conv, which is this branch.
         hook = self.network.Mixed_6d.branch1x1.register_forward_hook(lambda _, __, output: maps.append(output[:, :7]))
@@ -123,7 +131,7 @@ def resize_like_tensorflow(pixels: Tensor, size: int = INPUT_SIZE) -> Tensor:
     gathering would be slow, are blended by a product with a matrix of two non-zeros a row.
 
     Args:
-        pixels: (N, C, H, W) uint8, of any size.
+        pixels: (N, C, H, W) uint8 or float, of any size.
         size: height and width of the result.
 
     Returns:

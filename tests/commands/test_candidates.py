@@ -1,6 +1,7 @@
 """Pairs made by the command, sigma chosen on held-out samples, and no decoder worse than before post-training."""
 
 import json
+import re
 import statistics
 
 import pytest
@@ -9,15 +10,21 @@ import yaml
 from safetensors.torch import load_file
 
 import tiny
+from robustok.commands.candidates import ScoredDecoder, verdict
 from robustok.commands.dry_run import estimate
 from robustok.commands.make_pairs import make_pairs
 from robustok.commands.post_train import PostTrainRun, post_train
+from robustok.commands.post_train_settings import Candidate
 from robustok.config import load
 from robustok.data.dataset import open_images
 from robustok.data.latent_cache import LatentCache
+from robustok.data.pixels import to_pixels
 from robustok.data.sources import Digits
 from robustok.errors import UserError
-from robustok.evaluation.held_out import HeldOut, HeldOutScore
+from robustok.evaluation.held_out import HeldOut, HeldOutScore, ReconstructionScore
+from robustok.metrics.features import ExtractorConfig
+from robustok.metrics.frechet import GaussianStatistics, frechet_distance
+from robustok.metrics.pixels import psnr
 from robustok.snapshots import read_snapshot
 from robustok.tokenizers import load_tokenizer
 from robustok.training.decoder import train_decoder
@@ -167,13 +174,13 @@ def test_an_interrupted_sweep_goes_on(tmp_path, run_of, module):
     whole, out, trained = tmp_path / "whole", tmp_path / "stopped", []
     post_train(run_of(whole))
 
-    def train(run, stop_at=None):
+    def train(run, enough=None, stop_at=None):
         if run.out.name == stop_at:
             raise KeyboardInterrupt
         trained.append(run.out.name)
-        return train_decoder(run)
+        return train_decoder(run, enough)
 
-    module("train_decoder", lambda run: train(run, "candidate-0.9"))
+    module("train_decoder", lambda run, enough=None: train(run, enough, "candidate-0.9"))
     with pytest.raises(KeyboardInterrupt):
         post_train(run_of(out))
     assert trained == ["candidate-0.5"]
@@ -207,6 +214,137 @@ class CountingScore:
         return Counted()
 
 
+AUTO = (
+    *("objective=auto", "sigma=null", "sweep.images=20", "snapshot_every=0", "adversary=fresh"),
+    *(*tiny.ADVERSARY, "adversarial.adaptive=false"),
+)
+
+
+def test_auto_tries_objectives_and_sigmas_and_says_whether_it_pays(tmp_path, run_of, tokenizer, capsys):
+    out = tmp_path / "run"
+    path = post_train(run_of(out, *AUTO))
+    found = lines(out)
+    tried = [(line["objective"], line["sigma"]) for line in found if line["stage"] == "candidate"]
+    assert tried == [
+        ("clean", None),
+        ("noise", None),
+        ("paired", 0.5),
+        ("paired", 0.9),
+        ("free", None),
+        ("free+clean", None),
+    ]
+    assert [line["steps"] for line in found if line["stage"] == "candidate"] == [2] * 6
+    chosen = [line for line in found if line["stage"] in ("untouched", "candidate", "continued")]
+    best = min(chosen, key=lambda line: line["value"])
+    assert all(line["rfd"] > 0 and 5 < line["psnr"] < 40 for line in chosen)
+    assert "lpips_alex" not in best  # images of 16 pixels a side
+    assert best["value"] < found[0]["value"]
+
+    # Snapshots of the continued training: a tenth of the steps, at least one, apart.
+    name = {"paired": f"{best['sigma']}"}.get(best["objective"], best["objective"])
+    steps = [line["steps"] for line in found if line["stage"] == "continued"]
+    assert steps == list(range(3, 3 + len(steps)))
+    assert len(steps) in (3, 4)
+    snapshot = out / f"candidate-{name}" if best["stage"] == "candidate" else out / f"post-{name}"
+    assert same(weights(path), weights(snapshot / "snapshot" / f"{best['steps']:08d}"))
+
+    # The verdict is from samples that chose nothing.
+    seeds = {name: LatentCache(out / name).manifest.source["seed"] for name in ("held-out", "unseen", "samples")}
+    assert len(set(seeds.values())) == 3
+    unseen = {(line["objective"], line["steps"]): line for line in found if line["stage"] == "unseen"}
+    assert {(None, 0), ("clean", 2), (best["objective"], 2), (best["objective"], best["steps"])} == unseen.keys()
+    words = found[-1]["words"]
+    assert (found[-1]["stage"], found[-1]["value"]) == ("verdict", best["value"])
+    assert f"{unseen[best['objective'], best['steps']]['change']:+.3g}" in words
+    assert words.startswith("on samples that chose nothing: post-training")
+    assert words in (path / "README.md").read_text()
+    assert words in " ".join(capsys.readouterr().err.split())
+
+    # Again: everything is known.
+    post_train(run_of(out, *AUTO))
+    assert lines(out) == found
+
+
+def test_auto_stops_where_snapshots_no_longer_gain(tmp_path, run_of, module):
+    # Untouched, five candidates, then: better, worse, no better than by the noise.
+    values = [[5, 5], [6, 6], [6, 6], [6, 6], [4, 4], [3.0, 3.2], [3.1, 3.3], [2.8, 3.5]]
+    module("HeldOutScore", lambda *_: PairedScore(values))
+    words = (*AUTO, "sweep.objectives=[clean,noise,{paired: 1},{free: 1, clean: 3}]", "sweep.sigmas=[0.9]")
+    run = run_of(tmp_path, *words, "steps=10", "sweep.patience=2", "held_out.latents=null")
+    module("_verdict", lambda *_: "words")
+    path = post_train(run)
+    found = lines(tmp_path)
+    assert [(line["objective"], line["steps"]) for line in found if line["stage"] == "continued"] == [
+        ("1free+3clean", 3),
+        ("1free+3clean", 4),
+        ("1free+3clean", 5),
+    ]
+    assert same(weights(path), weights(tmp_path / "post-1free+3clean" / "snapshot" / "00000003"))
+    assert not (tmp_path / "post-1free+3clean" / "snapshot" / "00000006").exists()
+    assert found[-1]["words"] == "words"
+    module("HeldOutScore", None)  # needed by nothing
+    assert post_train(run) == path
+    assert not (tmp_path / "post-1free+3clean" / "snapshot" / "00000006").exists()
+
+
+class PairedScore(ScriptedScore):
+    """Returns given values of two sets."""
+
+    def __call__(self, decode):
+        return next(self.values)
+
+
+def scored(*values, objective=None, sigma=None, steps=0, stage="candidate"):
+    candidate = None if objective is None else Candidate({objective: 1.0}, sigma)
+    return ScoredDecoder(stage, candidate, steps, None, list(values), {})
+
+
+def test_the_verdict_in_words():
+    before, control = scored(5.0, 5.2), scored(4.5, 4.7, objective="clean", steps=2)
+    short, long = scored(4.0, 4.3, objective="paired", sigma=0.9, steps=2), scored(3.0, 3.3, objective="free", steps=9)
+    pays = "post-training pays, beyond the control: -1.95 ± 0.05 from 5.1 with free after 9 steps; "
+    assert verdict(before, long, short, control) == f"{pays}-0.45 ± 0.05 against the control after 2 steps each"
+    same = scored(4.4, 4.9, objective="free", steps=2)
+    assert verdict(before, long, same, control).startswith(
+        "post-training pays, but clean latents may do as much: -1.95"
+    )
+    assert verdict(before, long, same, control).endswith("+0.05 ± 0.15 against the control after 2 steps each")
+    assert verdict(before, control, control, control).startswith("post-training pays, and needs no generator: -0.5 ± 0")
+    assert verdict(before, long, short, None).endswith("clean latents, was not among the candidates")
+    noisy = scored(4.9, 5.2, objective="noise", steps=2)  # -0.05 +- 0.05
+    assert verdict(before, noisy, noisy, control) == (
+        "post-training does not pay: -0.05 ± 0.05 from 5.1 with noise after 2 steps"
+    )
+    assert scored(1, objective="paired", sigma=1.0).is_control
+
+
+def test_where_auto_finds_nothing_it_names_the_gap(tmp_path, run_of, module, tokenizer):
+    module("HeldOutScore", lambda *_: ScriptedScore([5, 6, 7]))
+    path = post_train(run_of(tmp_path, *AUTO, "sweep.objectives=[clean,noise]"))
+    assert same(weights(path), read_snapshot(tokenizer, "tokenizer").weights)
+    words = lines(tmp_path)[-1]["words"]
+    assert "on the samples that chose the decoder: post-training does not pay: +1 ± 0 from 5.5 with clean" in words
+    assert re.search(r"the gap of the generated latents .*: generated_usage [\d.]+ \([\d.]+\), token_divergence", words)
+    assert not (tmp_path / "unseen").exists()
+
+
+def test_reconstructions_are_scored_on_real_images(classifier, tokenizer, capsys):
+    inside, data = load_tokenizer(tokenizer), open_images(Digits(limit=90), 16, split="test")
+    score = ReconstructionScore(ExtractorConfig(path=classifier), inside, data, count=70)
+    images = data.read(range(70)).images
+    perfect = iter(images.split([64, 6]))
+    assert score(lambda latents: next(perfect)) == pytest.approx({"rfd": 0, "psnr": 100}, abs=1e-6)
+    shifted = iter((images * 0.9).split([64, 6]))
+    found = score(lambda latents: next(shifted))
+    assert found["psnr"] == pytest.approx(psnr(to_pixels(images * 0.9), to_pixels(images)).mean().item())
+    own = score(inside.decode)
+    statistics = [
+        GaussianStatistics.of(score._extract(to_pixels(x))) for x in (inside.decode(inside.encode(images)), images)
+    ]
+    assert own["rfd"] == pytest.approx(frechet_distance(*statistics), rel=1e-6)
+    assert "LPIPS is left out: it needs images of 31 pixels" in " ".join(capsys.readouterr().err.split())
+
+
 def test_one_sigma_is_pairs_and_a_training(tmp_path, run_of, tokenizer, generator, latents):
     words = ("sigma=0.8", "held_out=null")
     path = post_train(run_of(tmp_path / "run", *words))
@@ -219,8 +357,8 @@ def test_one_sigma_is_pairs_and_a_training(tmp_path, run_of, tokenizer, generato
 
 def test_candidates_depend_on_the_family_of_the_tokenizer(tmp_path, run_of):
     run = run_of(tmp_path, "sweep.sigmas=null")
-    assert run.candidates("robustok") == [0.7, 0.8, 0.9, 1.0]
-    assert run.candidates("llamagen") == [0.8, 0.9, 0.95, 1.0]
+    assert run.sigmas("robustok") == [0.7, 0.8, 0.9, 1.0]
+    assert run.sigmas("llamagen") == [0.8, 0.9, 0.95, 1.0]
 
 
 def test_what_does_not_fit_is_refused(tmp_path, run_of, tokenizer):
@@ -231,6 +369,19 @@ def test_what_does_not_fit_is_refused(tmp_path, run_of, tokenizer):
         (("held_out=null",), r"sigma=auto compares decoders on held-out samples; set held_out\.extractor\.path"),
         (("sweep.sigmas=[0.5,2]",), r"sweep\.sigmas\.1 = 2: .*less than or equal to 1"),
         (("sweep.sigmas=[]",), r"sweep\.sigmas = \[\]: .*at least 1 item"),
+        ((*AUTO, "pairs=p"), "objective=auto makes the pairs of each sigma itself; drop pairs"),
+        ((*AUTO, "generator=null"), "objective=auto compares decoders on samples of a generator; give generator"),
+        ((*AUTO, "held_out=null"), r"objective=auto compares decoders on held-out samples; set held_out\.extractor"),
+        ((*AUTO, "sweep.objectives=[free]", "adversarial.adaptive=true"), r"set adversarial\.adaptive=false"),
+        ((*AUTO, "sweep.objectives=[clean]", "sigma=0.5"), "objective clean does not use sigma"),
+        (
+            (*AUTO, "sweep.objectives=[clean]", "frechet.weight=1", "frechet.extractors=[{path: x}]"),
+            "needs free samples",
+        ),
+        (
+            (*AUTO, "sweep.objectives=[cleen]"),
+            r"sweep\.objectives.*Input should be 'paired', 'free', 'noise' or 'clean'",
+        ),
     ):
         with pytest.raises(UserError, match=said):
             run_of(tmp_path / "run", *words)
@@ -242,6 +393,21 @@ def test_what_does_not_fit_is_refused(tmp_path, run_of, tokenizer):
             post_train(run_of(tmp_path / "run", word, "sigma=0.8", "held_out=null"))
     assert not (tmp_path / "run").exists()
     assert estimate(run_of(tmp_path / "run"))["pairs"] == 6 * 16
+
+
+def test_auto_does_not_judge_in_a_space_that_it_trains_in(tmp_path, run_of, classifier):
+    words = (*AUTO, "frechet.weight=1", f"frechet.extractors=[{{path: {classifier}}}]")
+    with pytest.raises(UserError, match=r"frechet\.extractors and held_out\.extractor are the same feature space"):
+        post_train(run_of(tmp_path / "run", *words))
+    assert not (tmp_path / "run" / "samples").exists()
+
+
+def test_auto_leaves_out_what_the_adversary_does_not_allow(tmp_path, run_of, capsys):
+    run = run_of(tmp_path, *AUTO, "adversarial.adaptive=true")
+    assert [candidate.name for candidate in run.candidates(None)] == ["clean", "noise", "0.5", "0.9", "free+clean"]
+    assert run.used == {"clean": 1.0, "noise": 1.0, "paired": 1.0, "free": 1.0}
+    facts = estimate(run)
+    assert facts["pairs_bytes"] == (2 * 32 + 96) * 53
 
 
 def test_held_out_sets_need_samples(samples, tokenizer, classifier):

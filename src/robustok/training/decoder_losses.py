@@ -1,0 +1,102 @@
+"""The networks of post-training's losses: those that are frozen, and the discriminator."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from robustok.data.latent_cache import training_latents
+from robustok.devices import autocast
+from robustok.errors import UserError
+from robustok.evaluation.held_out import real_statistics
+from robustok.losses.discriminators import DiscriminatorConfig, carried_config, frozen_features
+from robustok.losses.frechet import FrechetTerm
+from robustok.losses.reconstruction import ReconstructionTerms
+from robustok.metrics.features import load_extractor
+from robustok.metrics.processes import Processes
+from robustok.snapshots import read_header, resolve
+from robustok.training.adversary import Adversary
+from robustok.training.decoder_settings import DecoderTrainingRun, adversary_policy
+from robustok.training.objectives import Examples, Material, Steps, rows_of
+from robustok.types import Tokenizer
+
+
+def check_networks(run: DecoderTrainingRun) -> None:
+    """Load the networks of the losses and the held-out score once: errors come before the hours that pairs take.
+
+    Raises:
+        UserError: perceptual networks, discriminators or extractors are missing or unusable; names all of them, since
+            without a network all their files have to be brought.
+    """
+    device = torch.device("cpu")
+    needed: list[Callable[[], Any]] = [lambda: ReconstructionTerms(run.reconstruction, device)]
+    if adversary_policy(run) != "none":
+        needed.append(lambda: frozen_features(_discriminator(run)[0], device))
+    if run.held_out is not None:
+        needed.append(lambda: load_extractor(run.held_out.extractor, device))
+    if run.frechet.weight:
+        needed.append(lambda: frechet_term(run, device, data=""))
+    problems = []
+    for load_network in needed:
+        try:
+            load_network()
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("; and ".join(problems))
+
+
+def frechet_term(run: DecoderTrainingRun, device: torch.device, data: str) -> FrechetTerm | None:
+    """The Frechet term for the images with this fingerprint, or none."""
+    if not run.frechet.weight:
+        return None
+    judge = None if run.held_out is None else load_extractor(run.held_out.extractor, device).name
+    return FrechetTerm(run.frechet, device, judge, data)
+
+
+def start_frechet(term: FrechetTerm, run: DecoderTrainingRun, material: Material, accelerator: Accelerator) -> None:
+    """Start its moments with all real images, and with as many samples of the untouched decoder as they remember."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    processes = Processes(rank, world, lambda x: accelerator.reduce(x.to(accelerator.device), "sum"))
+    real = real_statistics(material.data, term.extractors, accelerator.device, processes, run.workers)
+    rows = rows_of(run.objective, run.batch_size, world * run.gradient_accumulation)["free"]
+    steps = Steps(rows, run.seed, 0, round(1 / (1 - run.frechet.decay)), rank, world)
+    samples = training_latents(material.caches["samples"], *steps)
+    term.start(real, (material.decode(records.latents.to(accelerator.device)) for records in samples))
+
+
+def make_adversary(run: DecoderTrainingRun, accelerator: Any) -> Adversary | None:
+    """The discriminator of the tokenizer's snapshot, or a new one, or none."""
+    if adversary_policy(run) == "none":
+        return None
+    config, weights = _discriminator(run)
+    return Adversary(run, run.adversarial, config, accelerator, weights)
+
+
+def _discriminator(run: DecoderTrainingRun) -> tuple[DiscriminatorConfig, Path | None]:
+    """Its settings, and the file of its weights if it is carried over."""
+    if adversary_policy(run) != "carried":
+        return run.discriminator, None
+    folder, header = resolve(run.tokenizer), read_header(run.tokenizer)
+    if "discriminator" not in header:
+        raise UserError(f"{folder} holds no discriminator to carry over; set adversary=fresh, or adversarial.weight=0")
+    config = carried_config(header["discriminator"], run.discriminator, source=str(folder))
+    return config, folder / "discriminator.safetensors"
+
+
+def warm_up(
+    adversary: Adversary, original: Tokenizer, batches: Iterable[Examples], run: DecoderTrainingRun
+) -> dict[str, float]:
+    """Train a new discriminator on the original decoder's images: untrained it would damage the decoder.
+
+    Returns:
+        Values for the log: the discriminator's terms at the last step.
+    """
+    device = adversary.accelerator.device
+    for step, batch in enumerate(batches, start=-run.adversary_warmup):
+        with torch.no_grad(), autocast(device, run.precision):
+            decoded = original.decode(batch.latents)
+        last = adversary.step(batch.real, adversary.features(decoded, step, "fake"), step, run.out)
+    return {"adversary_warmup": run.adversary_warmup} | {name: value.item() for name, value in last.items()}

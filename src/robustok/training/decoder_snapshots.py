@@ -1,0 +1,142 @@
+"""Snapshots of post-training, with scores on held-out samples by which the best one is chosen."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from robustok.config import plain
+from robustok.console import note
+from robustok.data.latent_cache import LatentCache
+from robustok.losses.guides import guide_names
+from robustok.model_card import add_licence, licence_fields
+from robustok.runs import RunFolder
+from robustok.snapshots import read_extra, read_header, write_snapshot
+from robustok.tokenizers import encoder_digest
+from robustok.training.adversary import Adversary
+from robustok.training.decoder_settings import DecoderTrainingRun, adversary_policy
+from robustok.types import Tokenizer
+
+# Settings of the pairs, or of the samples, that the model card names.
+PAIR_SETTINGS = ("strategy", "noise_level", "sampler_steps", "guided_share", "generator", "sampling", "seed")
+
+
+class Snapshots:
+    """Writes snapshots of the averaged weights and, given a score, keeps the best one. Only the first process writes.
+
+    Args:
+        run: settings.
+        folder: run folder.
+        average: the averaged weights.
+        adversary: its discriminator is saved too.
+        caches: of latents, named in the model card.
+        score: Fréchet distance of a decoder's images to real ones, in the first process; None: no score.
+    """
+
+    def __init__(
+        self,
+        run: DecoderTrainingRun,
+        folder: RunFolder,
+        average: Tokenizer,
+        adversary: Adversary | None,
+        caches: Mapping[str, LatentCache],
+        score: Callable[[Callable], float] | None,
+    ) -> None:
+        self.run, self.folder, self.average, self.adversary = run, folder, average, adversary
+        self.caches, self.score = caches, score
+        settings = None if adversary is None else adversary.settings
+        self.guides = guide_names(run.reconstruction, settings, run.frechet.extractors if run.frechet.weight else ())
+        # Step and score of the best snapshot; under "first" those at the start.
+        self.best: dict[str, Any] = {"step": 0, "value": float("inf")}
+
+    def path(self, step: int) -> Path:
+        """The folder of the snapshot of a step."""
+        return self.folder.path / "snapshot" / f"{step:08d}"
+
+    def write(self, step: int) -> None:
+        """Write the snapshot of a step and its score; of step 0, the original decoder, only the score."""
+        if not self.folder.main:
+            return
+        header = self._header(step)
+        if step:
+            self._write(f"{step:08d}", header)
+        if self.score is None:
+            return
+        value = self.score(self.average.decode)
+        self.folder.log(step, {"held_out": value})
+        self.best.setdefault("first", {"step": step, "value": value})
+        if value < self.best["value"]:
+            self.best.update(step=step, value=value)
+            self._write_best(header)
+
+    def chosen(self, last: Path) -> Path:
+        """The folder of the best snapshot with ``held_out``, else of the last one."""
+        best = self.folder.path / "snapshot" / "best"
+        if self.run.held_out is None:
+            return last
+        if not (best / "model.safetensors").exists():
+            note(f"{best} was removed and cannot be made again; the last one is {last}", "yellow")
+            return last
+        if self.folder.main and self.best["step"] == self.best.get("first", {}).get("step"):
+            note(
+                "no snapshot was better on the held-out samples than the decoder it started from: "
+                f"{self.folder.path} keeps that one",
+                "yellow",
+            )
+        return best
+
+    def write_again(self, step: int) -> None:
+        """Write the snapshot of the last step, which is removed, and the best one if it is the same."""
+        self._write(f"{step:08d}", self._header(step))
+        if self.best["step"] == step and "first" in self.best:
+            self._write_best(self._header(step))
+
+    def state(self) -> dict[str, Any]:
+        """The best score so far."""
+        return {"best": self.best}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Undo :meth:`state`."""
+        self.best = state["best"]
+
+    def _header(self, step: int) -> dict[str, Any]:
+        """The header of the tokenizer's snapshot, with how its decoder was post-trained."""
+        run, policy = self.run, adversary_policy(self.run)
+        counts = {name: cache.manifest.count for name, cache in self.caches.items()}
+        pairs = self.caches["pairs"].manifest.source if "pairs" in self.caches else {}
+        source = next(iter(self.caches.values())).manifest.source
+        header = read_header(run.tokenizer)
+        if licence := header.get("licence") or self.average.licence:
+            header |= licence_fields(licence)
+        for cache in self.caches.values():
+            add_licence(header, cache.manifest.source.get("licence"), "generator")
+        header |= {
+            "latent_space": encoder_digest(self.average),
+            "post_trained": {
+                "steps": step,
+                **counts,
+                **({"sigma": pairs.get("sigma"), "mode": pairs.get("mode")} if "pairs" in counts else {}),
+                **({"objective": dict(run.objective)} if set(run.objective) != {"paired"} else {}),
+                **({"frechet": run.frechet.weight} if run.frechet.weight else {}),
+                **({"trainable": run.trainable} if run.trainable != "decoder" else {}),
+            },
+            "protocol": {
+                "adversary": f"{policy}, {run.adversary_warmup} steps" if policy == "reinit_warmup" else policy,
+                "batch_size": run.batch_size,
+                "learning_rate": run.learning_rate,
+                **{key: source[key] for key in PAIR_SETTINGS if source.get(key) is not None},
+            },
+        }
+        if guides := sorted({*header.get("guides", ()), *self.guides}):
+            header["guides"] = guides
+        for outdated in ("discriminator", "delta", "held_out"):
+            header.pop(outdated, None)
+        return header if self.adversary is None else header | {"discriminator": plain(self.adversary.settings)}
+
+    def _write_best(self, header: dict[str, Any]) -> None:
+        scores = {"distance": self.best["value"], "at_the_start": self.best["first"]["value"]}
+        self._write("best", header | {"held_out": scores})
+
+    def _write(self, name: str, header: dict[str, Any]) -> None:
+        extra = {} if self.adversary is None else {"discriminator": self.adversary.network.state_dict()}
+        extra |= read_extra(self.run.tokenizer, "released")  # for the export to the pretrained layout
+        write_snapshot(self.folder.path / "snapshot" / name, header, self.average.state_dict(), extra)
