@@ -130,8 +130,10 @@ class LabelList:
         if file.suffix in (".jsonl", ".json", ".ndjson"):
             self.labels = self._table([self._object(line) for line in lines])
             return
-        commas = file.suffix in (".csv", ".tsv") or all("," in line for line in lines)
-        rows = list(csv.reader(lines, delimiter="\t" if file.suffix == ".tsv" else ",")) if commas else []
+        # As spreadsheets write tables: with commas, in other languages with semicolons, or with tabs.
+        delimiter = max(",;\t", key=lines[0].count) if lines else ","
+        table = file.suffix in (".csv", ".tsv") or all(delimiter in line for line in lines)
+        rows = list(csv.reader(lines, delimiter=delimiter)) if table else []
         if rows and set(rows[0]) & set(_FILE_COLUMNS):
             self.labels = self._table([dict(zip(rows[0], row, strict=False)) for row in rows[1:]])
             return
