@@ -147,6 +147,28 @@ def test_a_shard_that_was_cut_off_is_made_again(tmp_path, capsys):
     assert np.array_equal(LatentCache(tmp_path).read(slice(None)).seeds, whole["seeds"])
 
 
+@pytest.mark.parametrize("kind", ["discrete", "continuous"])
+def test_a_flipped_bit_is_found_when_a_cache_is_continued_or_opened(tmp_path, kind, capsys):
+    m = manifest(kind=kind, codebook_size=50 if kind == "discrete" else None)
+    whole = fill(tmp_path, m)
+    file = tmp_path / "shard-00003.safetensors"
+    content = file.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    for place in (start, (start + len(content)) // 2, len(content) - 1):
+        flipped = bytearray(content)
+        flipped[place] ^= 1
+        file.write_bytes(flipped)
+        with pytest.raises(UserError, match=r"shard-00003\.safetensors is damaged \(its checksum is another one\)"):
+            LatentCache(tmp_path)
+        assert missing_shards(tmp_path) == [3]
+    assert f"{file.name} is damaged (its checksum" in " ".join(capsys.readouterr().err.split())
+    fill(tmp_path, m, whole)
+    assert file.read_bytes() == content
+    save_file(load_file(file), file)  # as before there were checksums
+    assert missing_shards(tmp_path) == []
+    assert np.array_equal(LatentCache(tmp_path).read(slice(None)).seeds, whole["seeds"])
+
+
 def test_pairs_of_the_first_version_are_continued(tmp_path):
     fill(tmp_path, manifest(source={"mode": "generated"}))
     file = tmp_path / "manifest.json"

@@ -9,8 +9,10 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
@@ -31,6 +33,7 @@ from robustok.files import load_tensors, one_line, regular_file, temporary_path,
 
 LARGE = 10**8  # bytes from which on the size of a cache is printed
 OPTIONAL = {"flips", "crops"}  # fields of a shard that are 0 if they are not stored
+DAMAGED = (SafetensorError, OSError, RuntimeError, TypeError, ValueError, OverflowError)  # what reading a shard raises
 LatentType = Literal["float32", "float16", "bfloat16"]
 
 
@@ -198,13 +201,14 @@ def missing_shards(path: str | Path, rank: int = 0, world: int = 1) -> list[int]
 
 
 def _whole(file: Path) -> bool:
-    """Whether a shard is as long as its header says; one that is not, as after an interrupted copy, is noted."""
+    """Whether a shard is what was written; one that is not, as after an interrupted copy, is noted."""
+    file = regular_file(file)
     try:
-        with safe_open(regular_file(file), "numpy"):
-            return True
-    except SafetensorError as error:
+        _load(file)
+    except DAMAGED as error:
         note(f"{file} is damaged ({one_line(error, 200)}) and made again", "yellow")
         return False
+    return True
 
 
 def shard_rows(manifest: Manifest, k: int) -> range:
@@ -239,7 +243,7 @@ def write_shard(path: str | Path, k: int, arrays: Mapping[str, np.ndarray | Tens
     stored = {name: torch.tensor(value, dtype=types.get(name, torch.int64)) for name, value in arrays.items()}
     if manifest.kind == "continuous" and not stored["latents"].isfinite().all():
         raise UserError(f"latents of {where} are too large for {manifest.dtype}; store them as float32 or bfloat16")
-    write_file(_shard_path(path, k), save(stored))
+    write_file(_shard_path(path, k), save(stored, {"crc32": _checksum(stored)}))
 
 
 # Reading
@@ -319,8 +323,8 @@ class LatentCache:
         path, remedy = regular_file(_shard_path(self.path, k)), "remove it and run the command that makes it again"
         try:
             bits = {torch.bfloat16: torch.int16}
-            shard = {name: t.view(bits.get(t.dtype, t.dtype)).numpy() for name, t in load_tensors(path).items()}
-        except (SafetensorError, OSError, RuntimeError, TypeError, ValueError, OverflowError) as error:
+            shard = {name: t.view(bits.get(t.dtype, t.dtype)).numpy() for name, t in _load(path).items()}
+        except DAMAGED as error:
             raise UserError(f"{path} is damaged ({one_line(error, 200)}); {remedy}") from None
         rows = len(shard_rows(self.manifest, k))
         shard = dict.fromkeys(OPTIONAL, np.zeros(rows, dtype=np.uint8)) | shard
@@ -330,6 +334,30 @@ class LatentCache:
         shard = {name: shard[name] for name in names}
         _check_fields(shard, self.manifest, rows, str(path), remedy)
         return shard
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    """The tensors of a shard, mapped into memory, once they are known to be those that were written."""
+    tensors = load_tensors(file)
+    _check_content(file, file.stat().st_mtime_ns)
+    return tensors
+
+
+@cache
+def _check_content(file: Path, _changed: int) -> None:
+    """Compare a shard with its checksum, once for each state of the file. Shards of before have none."""
+    with file.open("rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    if header.get("__metadata__", {}).get("crc32") not in (None, _checksum(load_tensors(file))):
+        raise ValueError("its checksum is another one")
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """CRC-32 of the bytes of tensors, sorted by name: a flipped bit always changes it."""
+    found = 0
+    for name in sorted(tensors):
+        found = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy(), found)
+    return f"{found:08x}"
 
 
 def training_latents(
