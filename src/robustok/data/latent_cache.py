@@ -15,11 +15,12 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
+import pydantic
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
@@ -37,7 +38,7 @@ DAMAGED = (SafetensorError, OSError, RuntimeError, TypeError, ValueError, Overfl
 LatentType = Literal["float32", "float16", "bfloat16"]
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Manifest:
     """Description and provenance of a cache.
 
@@ -56,32 +57,22 @@ class Manifest:
     """
 
     kind: Literal["discrete", "continuous"]
-    latent_shape: tuple[int, int]
-    codebook_size: int | None
-    classes: int
-    count: int
-    shard_size: int
+    latent_shape: tuple[PositiveInt, PositiveInt]
+    codebook_size: Annotated[int, Field(ge=1, le=2**31)] | None
+    classes: Annotated[int, Field(ge=1, le=10**6)]
+    count: PositiveInt
+    shard_size: PositiveInt
     tokenizer: str | None
     data: str | None = None
     source: dict[str, Any] = field(default_factory=dict)
     dtype: LatentType = "float32"
     class_names: list[str] | None = None
-    __pydantic_config__ = ConfigDict(extra="forbid")
 
-    def __post_init__(self):
-        if self.kind not in ("discrete", "continuous") or (self.kind == "discrete") != (self.codebook_size is not None):
-            raise UserError(
-                f"a latents cache of kind {self.kind!r} with codebook_size {self.codebook_size}; "
-                "expected 'discrete' with a size, or 'continuous' with None"
-            )
-        sizes = {"classes": self.classes, "count": self.count, "shard_size": self.shard_size}
-        for name, value in (sizes | {"latent_shape": min(self.latent_shape)}).items():
-            if value < 1:
-                raise UserError(f"a latents cache with {name} = {value}; expected at least 1")
-        for name, most in {"classes": 10**6, "codebook_size": 2**31}.items():
-            value = getattr(self, name)
-            if value is not None and not 1 <= value <= most:
-                raise UserError(f"a latents cache with {name} = {value}; expected 1 to {most:,}")
+    @model_validator(mode="after")
+    def _size_of_tokens_only(self) -> Self:
+        if (self.kind == "discrete") != (self.codebook_size is not None):
+            raise ValueError(f"a cache of {self.kind} latents with codebook_size {self.codebook_size}")
+        return self
 
     @property
     def shards(self) -> int:
