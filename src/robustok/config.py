@@ -5,8 +5,7 @@ keys. A variant is a union discriminated by its ``name``. The merged result, wri
 """
 
 import typing
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -15,15 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from robustok.errors import UserError, shown
 from robustok.files import one_line, regular_file, write_file
-from robustok.settings import (
-    RENAMED_KEYS,
-    RENAMED_VALUES,
-    alternatives,
-    dotted_keys,
-    explain,
-    is_group,
-    variant_name,
-)
+from robustok.settings import alternatives, explain, is_group, variant_name
 from robustok.yaml_text import Plain, parse, read_plain
 
 
@@ -208,7 +199,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 
 
 def read_settings(model: type[Config], file: str | Path, command: str | None = None) -> dict[str, Any]:
-    """The settings in a recipe or in the config.yaml of a run folder; old names are replaced, with a warning.
+    """The settings in a recipe or in the config.yaml of a run folder.
 
     Args:
         model: the configuration class.
@@ -221,31 +212,12 @@ def read_settings(model: type[Config], file: str | Path, command: str | None = N
     settings = _read_plain_yaml(recipe(file))
     if list(settings) == ["settings"]:
         presets = settings["settings"]
-        if not isinstance(presets, dict) or not all(isinstance(preset, dict | Plain) for preset in presets.values()):
+        if not isinstance(presets, dict) or not all(isinstance(p, dict) or p == "" for p in presets.values()):
             raise UserError(f"{file}: 'settings' must hold the settings of commands, such as encode: {{seed: 1}}")
         if command not in presets:
             raise UserError(f"{file} holds settings for {', '.join(presets)}, not for {command}; leave it out")
         settings = presets[command] or {}
-    known, notes = dict(dotted_keys(model)), []
-    for key, group, last in list(_items(settings)):
-        new, value = RENAMED_KEYS.get(key), group[last]
-        if new in known and key not in known:
-            _set(settings, new.split("."), group.pop(last))
-            notes.append(f"{key} is now {new}")
-        elif key in known and isinstance(value, str) and (key, value) in RENAMED_VALUES:
-            group[last] = RENAMED_VALUES[key, value]
-            notes.append(f"{key}={value} is now {key}={group[last]}")
-    if notes:
-        warnings.warn(f"{file} was written by an older version: {', '.join(notes)}", stacklevel=2)
     return settings
-
-
-def _items(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Dotted keys of nested settings, each with the dictionary that holds it and its key there."""
-    for key, value in settings.items():
-        yield f"{prefix}{key}", settings, key
-        if isinstance(value, dict):
-            yield from _items(value, f"{prefix}{key}.")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

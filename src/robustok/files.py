@@ -180,8 +180,7 @@ def temporary_path(path: Path) -> Path:
 
 def is_temporary(path: Path) -> bool:
     """Whether this is a file or folder of ours that a killed process left, and no content of the folder."""
-    old = path.name in ("config.tmp", "log.tmp")  # of earlier versions
-    return old or path.name == LOCK or (path.name.startswith(".") and path.suffix in (".tmp", ".old"))
+    return path.name == LOCK or (path.name.startswith(".") and path.suffix in (".tmp", ".old"))
 
 
 def clean(folder: Path) -> None:

@@ -170,14 +170,6 @@ def test_a_flipped_bit_is_found_when_a_cache_is_continued_or_opened(tmp_path, ki
     assert np.array_equal(LatentCache(tmp_path).read(slice(None)).seeds, whole["seeds"])
 
 
-def test_pairs_of_the_first_version_are_continued(tmp_path):
-    fill(tmp_path, manifest(source={"mode": "generated"}))
-    file = tmp_path / "manifest.json"
-    assert "generated" in file.read_text()
-    create_cache(tmp_path, manifest(source={"mode": "direct"}))
-    assert LatentCache(tmp_path).manifest.source["mode"] == "direct"
-
-
 def test_paths_may_be_text(tmp_path):
     m = manifest()
     create_cache(str(tmp_path), m)

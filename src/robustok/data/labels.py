@@ -26,16 +26,6 @@ def sort_classes(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (int(name), name) if numeric else name)
 
 
-def sorted_as_text(classes: Sequence[str], cached: Sequence[str] | None) -> str:
-    """What to add to an error about a cache without names of classes, if it may be one that counted 0, 1, 10, 2."""
-    if cached is not None or list(classes) != sort_classes(classes) or list(classes) == sorted(classes):
-        return ""
-    return (
-        f"; if it was made from class folders named by numbers when these were sorted as text "
-        f"({', '.join(sorted(classes)[:4])}, ...), encode the images again"
-    )
-
-
 def check_same_classes(found: Sequence[str] | None, expected: Sequence[str] | None, where: str, other: str) -> None:
     """Refuse a name of a class that has two numbers. Names that only one side has say nothing; None is unknown.
 

@@ -378,14 +378,11 @@ def _read_manifest(path: str | Path) -> Manifest:
         )
     content = regular_file(file).read_bytes()
     try:
-        record = json.loads(content)
-        if record.get("source", {}).get("mode") == "generated":  # how version 0.1.0 called "direct"
-            record["source"]["mode"] = "direct"
-        return TypeAdapter(Manifest).validate_json(json.dumps(record), strict=True)
+        return TypeAdapter(Manifest).validate_json(content, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         reason = f"{'.'.join(map(str, first['loc']))} = {str(first['input'])[:40]}: {first['msg']}"
-    except (ValueError, AttributeError, OSError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         reason = one_line(error, 200)
     known = ", ".join(f.name for f in fields(Manifest))
     raise UserError(f"{file} is no manifest ({reason}); expected a JSON object with {known}; remove the cache")

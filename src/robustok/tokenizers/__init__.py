@@ -67,7 +67,7 @@ def load_tokenizer(path: str | Path, strength: float | None = None) -> Tokenizer
     family, config = TOKENIZERS[settings["name"]]
     settings = validate(config, settings, source=str(path))
     tokenizer = build(lambda: family(settings), snapshot)
-    if (snapshot.header.get("post_trained") or {}).get("trainable") in ("authors", "release"):
+    if (snapshot.header.get("post_trained") or {}).get("trainable") == "authors":
         tokenizer.latent_space = snapshot.header["latent_space"]  # of the tokenizer whose latents it learned to decode
     return tokenizer.eval().requires_grad_(False)
 
