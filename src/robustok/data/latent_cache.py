@@ -11,22 +11,21 @@ import re
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import cache
 from itertools import count
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any
 
 import numpy as np
-import pydantic
 import torch
-from pydantic import ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
 from robustok.config import differences
 from robustok.console import note
+from robustok.data.manifest import Manifest, read_manifest
 from robustok.data.order import batch_indices
 from robustok.devices import rank_rows
 from robustok.errors import UserError
@@ -35,66 +34,6 @@ from robustok.files import load_tensors, one_line, regular_file, temporary_path,
 LARGE = 10**8  # bytes from which on the size of a cache is printed
 OPTIONAL = {"flips", "crops"}  # fields of a shard that are 0 if they are not stored
 DAMAGED = (SafetensorError, OSError, RuntimeError, TypeError, ValueError, OverflowError)  # what reading a shard raises
-LatentType = Literal["float32", "float16", "bfloat16"]
-
-
-@pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(extra="forbid"))
-class Manifest:
-    """Description and provenance of a cache.
-
-    Attributes:
-        kind: "discrete" (tokens) or "continuous".
-        latent_shape: (L, D), latents per image and their width.
-        codebook_size: K; None if continuous.
-        classes: number of classes; labels are 0..classes-1.
-        count: records in the whole cache.
-        shard_size: records in a shard; the last one may hold fewer.
-        tokenizer: digest of the tokenizer that made or will decode the latents; None where unknown.
-        data: fingerprint of the data set behind ``indices``; None for free samples.
-        source: provenance: sigma, sampling, seed, digest of the generator, crop.
-        dtype: stored type of continuous latents, which are float32 when read. The largest float16 is 65504.
-        class_names: in the order of their numbers; None where unknown, as in caches of before.
-    """
-
-    kind: Literal["discrete", "continuous"]
-    latent_shape: tuple[PositiveInt, PositiveInt]
-    codebook_size: Annotated[int, Field(ge=1, le=2**31)] | None
-    classes: Annotated[int, Field(ge=1, le=10**6)]
-    count: PositiveInt
-    shard_size: PositiveInt
-    tokenizer: str | None
-    data: str | None = None
-    source: dict[str, Any] = field(default_factory=dict)
-    dtype: LatentType = "float32"
-    class_names: list[str] | None = None
-
-    @model_validator(mode="after")
-    def _size_of_tokens_only(self) -> Self:
-        if (self.kind == "discrete") != (self.codebook_size is not None):
-            raise ValueError(f"a cache of {self.kind} latents with codebook_size {self.codebook_size}")
-        return self
-
-    @property
-    def shards(self) -> int:
-        """Number of shards."""
-        return -(-self.count // self.shard_size)
-
-    @property
-    def latent_type(self) -> torch.dtype:
-        """Stored type of the latents; tokens are uint16 if they fit."""
-        if self.codebook_size is None:
-            return getattr(torch, self.dtype)
-        return torch.uint16 if self.codebook_size <= 65536 else torch.int32
-
-    @property
-    def record_bytes(self) -> int:
-        """Stored bytes of a record: latents, label, index, seed and flip."""
-        length, width = self.latent_shape
-        return length * (width if self.codebook_size is None else 1) * self.latent_type.itemsize + 21
-
-    def plain(self) -> dict[str, Any]:
-        """The manifest as it reads back from JSON."""
-        return json.loads(json.dumps(asdict(self)))
 
 
 @dataclass(frozen=True)
@@ -138,7 +77,7 @@ def create_cache(path: str | Path, manifest: Manifest) -> None:
         raise UserError(
             f"{path} holds shards of unknown origin and no manifest.json; choose another folder or remove them"
         )
-    elif different := differences(_identity(found := _read_manifest(path)), _identity(manifest, found)):
+    elif different := differences(_identity(found := read_manifest(path)), _identity(manifest, found)):
         raise UserError(
             f"{path} holds other latents ({'; '.join(different)}); choose another folder or remove this one"
         )
@@ -183,7 +122,7 @@ def check_space(path: Path, manifest: Manifest, made_by: str) -> None:
 
 def missing_shards(path: str | Path, rank: int = 0, world: int = 1) -> list[int]:
     """The shards k with k % world == rank that are not yet written, or cut off. Removes what a killed run left."""
-    path, manifest = Path(path), _read_manifest(path)
+    path, manifest = Path(path), read_manifest(path)
     present = {k for k in _present(path, manifest) if k % world != rank or _whole(_shard_path(path, k))}
     missing = [k for k in range(rank, manifest.shards, world) if k not in present]
     for k in missing:  # of this rank only: another one may be writing
@@ -219,7 +158,7 @@ def write_shard(path: str | Path, k: int, arrays: Mapping[str, np.ndarray | Tens
     Raises:
         UserError: a field is missing or contradicts the manifest in shape, type or range; the disk is full.
     """
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     arrays = {name: _numpy(value) if isinstance(value, Tensor) else np.asarray(value) for name, value in arrays.items()}
     where = f"shard {k} of {path}"
     expected = {"latents", "labels", "indices", "seeds"}
@@ -252,7 +191,7 @@ class LatentCache:
     """
 
     def __init__(self, path: str | Path):
-        self.path, self.manifest = Path(path), _read_manifest(path)
+        self.path, self.manifest = Path(path), read_manifest(path)
         shards, present = self.manifest.shards, _present(self.path, self.manifest)
         if len(present) < shards:
             raise UserError(
@@ -368,24 +307,6 @@ def training_latents(
         cache.read(batch_indices(len(cache), global_batch, seed, step)[rows])
         for step in range(first_step, first_step + steps)
     )
-
-
-def _read_manifest(path: str | Path) -> Manifest:
-    file = Path(path) / "manifest.json"
-    if not file.exists():
-        raise UserError(
-            f"no latents cache at {path} (there is no {file.name}); give the folder that encoding or pair-making wrote"
-        )
-    content = regular_file(file).read_bytes()
-    try:
-        return TypeAdapter(Manifest).validate_json(content, strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        reason = f"{'.'.join(map(str, first['loc']))} = {str(first['input'])[:40]}: {first['msg']}"
-    except (ValueError, RecursionError) as error:
-        reason = one_line(error, 200)
-    known = ", ".join(f.name for f in fields(Manifest))
-    raise UserError(f"{file} is no manifest ({reason}); expected a JSON object with {known}; remove the cache")
 
 
 def _present(path: Path, manifest: Manifest) -> set[int]:
