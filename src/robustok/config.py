@@ -90,7 +90,7 @@ def load(
     settings: dict[str, Any] = {}
     for file in files:
         _merge(settings, read_settings(model, file, command))
-    for key, text in _in_order(words):
+    for key, text in _in_order(model, words):
         _set(settings, key.split("."), _word(text, _accepted(model, key.split("."))))
     sources = [*map(str, files), *(["the words after"] if files and words else [])]
     return validate(model, settings, source=" + ".join(sources) or "the settings")
@@ -102,11 +102,9 @@ def repeated(model: type[Config], words: Sequence[str]) -> list[str]:
     Raises:
         UserError: a word is no ``KEY=VALUE``, or belongs to a group to which an earlier word gives a plain value.
     """
-    if wrong := next((word for word in words if "=" not in word), None):
-        raise UserError(_no_setting(model, wrong))
     given: dict[str, str] = {}
     replaced = []
-    for key, text in map(_split, words):
+    for key, text in _split(model, words):
         if given.get(key, text) != text:
             replaced.append(f"{key}={given[key]}")
         parents = (key.rsplit(".", i)[0] for i in range(1, key.count(".") + 1))
@@ -116,10 +114,10 @@ def repeated(model: type[Config], words: Sequence[str]) -> list[str]:
     return replaced
 
 
-def _in_order(words: Sequence[str]) -> list[tuple[str, str]]:
+def _in_order(model: type[Config], words: Sequence[str]) -> list[tuple[str, str]]:
     """Keys and texts of words, the name of a variant before its settings, which another name drops."""
     found: list[tuple[str, str]] = []
-    for key, text in map(_split, words):
+    for key, text in _split(model, words):
         group = key.removesuffix("name") if key.endswith(".name") else None
         settings = [i for i, (other, _) in enumerate(found) if group and other.startswith(group) and other != key]
         found.insert(settings[0] if settings else len(found), (key, text))
@@ -137,12 +135,13 @@ def _no_setting(model: type[Config], word: str) -> str:
     return f"got the word {shown(word)}, expected KEY=VALUE {example}, without spaces around the ="
 
 
-def _split(word: str) -> tuple[str, str]:
-    """Key and text of a word."""
-    key, separator, text = word.partition("=")
-    if not separator or not key or key.count(".") > 20:
-        raise UserError(f"got the word {shown(word)}, expected KEY=VALUE such as steps=200 (lists: seeds=[0,1])")
-    return key, text
+def _split(model: type[Config], words: Sequence[str]) -> list[tuple[str, str]]:
+    """Keys and texts of words, all of them before anything else is said of one."""
+    parts = [word.partition("=") for word in words]
+    for word, (key, separator, _) in zip(words, parts, strict=True):
+        if not separator or not key or key.count(".") > 20:
+            raise UserError(_no_setting(model, word))
+    return [(key, text) for key, _, text in parts]
 
 
 def _word(text: str, accepted: list[Any]) -> Any:
