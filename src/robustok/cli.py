@@ -232,7 +232,11 @@ def _run(name: str, words: list[str], dry_run: bool, as_json: bool) -> int:
         return 0
     for word in replaced:  # not before the work: a line of error is then alone
         _say(f"{word} was replaced by a later word", error=True)
-    return _print(text)
+    try:
+        _say(text)
+    except OSError as error:
+        return _failed(error, "the work is done, but its result could not be printed: ")
+    return 0
 
 
 def _is_file(word: str) -> bool:
@@ -245,15 +249,6 @@ def _say(text: str, error: bool = False) -> None:
     from robustok.errors import printable
 
     print(printable(text), file=sys.stderr if error else sys.stdout, flush=True)
-
-
-def _print(text: str) -> int:
-    """Print what a command found; returns the exit code."""
-    try:
-        _say(text)
-    except OSError as error:
-        return _failed(error, "the work is done, but its result could not be printed: ")
-    return 0
 
 
 def _failed(error: OSError, what: str = "") -> int:
