@@ -55,12 +55,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 # Files that `make quick` leaves out: those that take more than about 4 s of CPU time, fixtures included.
 SLOW = {
+    "commands/test_candidates.py",
     "commands/test_evaluate.py",
     "commands/test_evaluate_images.py",
     "commands/test_parallel.py",
     "commands/test_post_train_dit.py",
     "commands/test_post_train_pretrained.py",
-    "commands/test_candidates.py",
     "evaluation/test_evaluator.py",
     "evaluation/test_interpolations.py",
     "generators/test_compiled_sampling.py",

@@ -89,6 +89,15 @@ def test_help_all_shows_the_keys_of_groups_and_variants(capsys):
     assert "perturbation.strength" not in out
 
 
+@pytest.mark.parametrize("option", ["--help", "--help-all"])
+@pytest.mark.parametrize(("columns", "low", "high"), [(80, 70, 80), (100, 90, 100), (200, 110, 120)])
+def test_help_is_as_wide_as_the_terminal(capsys, monkeypatch, option, columns, low, high):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    _, out, _ = run(capsys, "post-train", option)
+    settings = out.partition("Settings,")[2].splitlines()[1:]
+    assert low <= max(map(len, settings)) <= high
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_description_is_there(command):
     from robustok.settings import list_settings

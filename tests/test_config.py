@@ -6,7 +6,6 @@ import pytest
 import yaml
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from robustok.cli import COMMANDS
 from robustok.config import (
     Config,
     differences,
@@ -19,7 +18,7 @@ from robustok.config import (
 )
 from robustok.errors import UserError
 from robustok.evaluation.settings import EvaluateRun
-from robustok.settings import RENAMED_KEYS, RENAMED_VALUES, list_settings
+from robustok.settings import list_settings
 
 
 class Circle(Config):
@@ -423,36 +422,3 @@ def test_a_preset_has_settings_for_several_commands(tmp_path):
     assert load(Run, [recipe, preset], command="post-train").steps == 4
     with pytest.raises(UserError, match=r"preset\.yaml holds settings for main-train, post-train, not for encode"):
         load(Run, [recipe, preset], command="encode")
-
-
-# Files of older versions
-
-
-class Renamed(Config):
-    sigma: float = Field(0.9, description="of the pairs")
-    trainable: str = Field("decoder", description="what learns")
-    mixture: Inner = Inner()
-
-
-def test_settings_of_older_files_get_their_new_names(tmp_path):
-    file = write(tmp_path / "old.yaml", {"preservation": 0.5, "trainable": "release"})
-    with pytest.warns(UserWarning, match="preservation is now sigma, trainable=release is now trainable=authors"):
-        run = load(Renamed, file)
-    assert (run.sigma, run.trainable) == (0.5, "authors")
-    with pytest.raises(UserError, match="unknown key 'preservation'; did you mean 'sigma'"):
-        load(Renamed, None, ["preservation=0.5"])
-
-
-def test_new_and_unrelated_settings_are_left_alone(tmp_path, recwarn):
-    class Keeps(Config):
-        preservation: float = Field(1.0, description="another meaning")
-
-    assert load(Keeps, write(tmp_path / "a.yaml", {"preservation": 0.5})).preservation == 0.5
-    assert load(Renamed, write(tmp_path / "b.yaml", {"sigma": 0.5, "mixture": {"width": 2}})).sigma == 0.5
-    assert not recwarn.list
-
-
-def test_every_renamed_setting_exists_in_a_command():
-    known = {s.key for command in COMMANDS for s in list_settings(COMMANDS[command].load()[1])}
-    known |= {key.rpartition(".")[0] for key in known}  # groups
-    assert set(RENAMED_KEYS.values()) | {key for key, _ in RENAMED_VALUES} <= known

@@ -205,10 +205,10 @@ def test_what_a_killed_process_left_is_removed_or_named_again(tmp_path):
     for name in (".best.old", ".new.tmp", ".both.old", "both"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x").write_text(name)
-    for name in (".a.tmp", ".a.0123abcd.tmp", ".lock", "config.tmp", ".hidden", "b.tmp", "b.old"):
+    for name in (".a.tmp", ".a.0123abcd.tmp", ".lock", ".hidden", "b.tmp", "b.old"):
         (tmp_path / name).write_text("")
     ours = {path.name for path in tmp_path.iterdir() if is_temporary(path)}
-    assert ours == {".best.old", ".new.tmp", ".both.old", ".a.tmp", ".a.0123abcd.tmp", ".lock", "config.tmp"}
+    assert ours == {".best.old", ".new.tmp", ".both.old", ".a.tmp", ".a.0123abcd.tmp", ".lock"}
     clean(tmp_path)
     clean(tmp_path / "missing")
     assert sorted(os.listdir(tmp_path)) == [".hidden", ".lock", "b.old", "b.tmp", "best", "both"]

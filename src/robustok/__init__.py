@@ -4,7 +4,6 @@ The public names are imported when they are first used, so that ``import robusto
 """
 
 import importlib
-import warnings
 from typing import Any
 
 __version__ = "0.1.0"
@@ -52,15 +51,10 @@ _SOURCES = {
     "ConvertLatentsRun": "robustok.commands.convert_latents",
 }
 
-_OLD_NAMES = {"load_released": "load_pretrained", "to_released": "export_weights"}
-
 __all__ = ["__version__", *_SOURCES]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _OLD_NAMES:
-        warnings.warn(f"robustok.{name} is now robustok.{_OLD_NAMES[name]}", DeprecationWarning, stacklevel=2)
-        return __getattr__(_OLD_NAMES[name])
     if name not in _SOURCES:
         raise AttributeError(f"module 'robustok' has no attribute {name!r}")
     module, _, inner = _SOURCES[name].partition(":")

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import groupby, takewhile
 from pathlib import Path
 from textwrap import shorten
@@ -82,7 +83,7 @@ COMMANDS = {
     ),
 }
 
-KEY_WIDTH, ABOUT_WIDTH = 36, 40  # columns of help texts
+WIDTH, KEY_WIDTH = 120, 36  # columns of help texts at the most, and of the names of settings
 SCREEN = 1500  # characters of an error
 INTERRUPTED = "interrupted; run the same command to resume"
 
@@ -92,7 +93,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     add_completion=False,
     no_args_is_help=False,
-    context_settings={"help_option_names": ["--help", "-h"]},
+    context_settings={"help_option_names": ["--help", "-h"], "max_content_width": WIDTH},
 )
 
 
@@ -140,7 +141,8 @@ class SettingsCommand(TyperCommand):
         if "all settings" in ctx.meta:
             rows = [_row(setting) for setting in settings]
         else:
-            rows, title = list(_short(settings)), f"{title}; --help-all: in full"
+            rows = list(_short(settings, formatter.width - KEY_WIDTH - 4))  # 2 before the name, 2 behind it
+            title += "; --help-all: in full"
         with formatter.section(title):
             formatter.write_dl(rows, col_max=KEY_WIDTH)
 
@@ -151,8 +153,9 @@ def _row(setting: Any) -> tuple[str, str]:
     return f"{setting.key} {value}".rstrip(), (setting.description + only).strip()
 
 
-def _short(settings: list[Any]) -> Iterator[tuple[str, str]]:
+def _short(settings: list[Any], width: int) -> Iterator[tuple[str, str]]:
     """A line for each top-level setting, variant and required setting, and one for the rest of each group."""
+    fit = partial(shorten, width=width, placeholder=" ...")
     for group, members in groupby(settings, key=lambda setting: setting.key.partition(".")[0]):
         inside, optional = [], False
         for setting in members:
@@ -160,15 +163,11 @@ def _short(settings: list[Any]) -> Iterator[tuple[str, str]]:
             required = setting.default is None and not optional and setting.key.count(".") == 1
             if setting.key in (group, f"{group}.name") or required:
                 key, about = _row(setting)
-                yield key, shorten(about, ABOUT_WIDTH, placeholder=" ...")
+                yield key, fit(about)
             else:
                 inside.append(setting.key.split(".")[1])
         if inside:
-            names = ", ".join(dict.fromkeys(inside))
-            yield (
-                f"{group}.*",
-                shorten(f"{len(inside)} settings: {names}", ABOUT_WIDTH, placeholder=" ..."),
-            )
+            yield f"{group}.*", fit(f"{len(inside)} settings: {', '.join(dict.fromkeys(inside))}")
 
 
 def _help_all(ctx: typer.Context, wanted: bool) -> None:
@@ -233,7 +232,11 @@ def _run(name: str, words: list[str], dry_run: bool, as_json: bool) -> int:
         return 0
     for word in replaced:  # not before the work: a line of error is then alone
         _say(f"{word} was replaced by a later word", error=True)
-    return _print(text)
+    try:
+        _say(text)
+    except OSError as error:
+        return _failed(error, "the work is done, but its result could not be printed: ")
+    return 0
 
 
 def _is_file(word: str) -> bool:
@@ -246,15 +249,6 @@ def _say(text: str, error: bool = False) -> None:
     from robustok.errors import printable
 
     print(printable(text), file=sys.stderr if error else sys.stdout, flush=True)
-
-
-def _print(text: str) -> int:
-    """Print what a command found; returns the exit code."""
-    try:
-        _say(text)
-    except OSError as error:
-        return _failed(error, "the work is done, but its result could not be printed: ")
-    return 0
 
 
 def _failed(error: OSError, what: str = "") -> int:

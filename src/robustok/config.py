@@ -5,8 +5,7 @@ keys. A variant is a union discriminated by its ``name``. The merged result, wri
 """
 
 import typing
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -15,15 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from robustok.errors import UserError, shown
 from robustok.files import one_line, regular_file, write_file
-from robustok.settings import (
-    RENAMED_KEYS,
-    RENAMED_VALUES,
-    alternatives,
-    dotted_keys,
-    explain,
-    is_group,
-    variant_name,
-)
+from robustok.settings import alternatives, explain, is_group, variant_name
 from robustok.yaml_text import Plain, parse, read_plain
 
 
@@ -99,7 +90,7 @@ def load(
     settings: dict[str, Any] = {}
     for file in files:
         _merge(settings, read_settings(model, file, command))
-    for key, text in _in_order(words):
+    for key, text in _in_order(model, words):
         _set(settings, key.split("."), _word(text, _accepted(model, key.split("."))))
     sources = [*map(str, files), *(["the words after"] if files and words else [])]
     return validate(model, settings, source=" + ".join(sources) or "the settings")
@@ -111,11 +102,9 @@ def repeated(model: type[Config], words: Sequence[str]) -> list[str]:
     Raises:
         UserError: a word is no ``KEY=VALUE``, or belongs to a group to which an earlier word gives a plain value.
     """
-    if wrong := next((word for word in words if "=" not in word), None):
-        raise UserError(_no_setting(model, wrong))
     given: dict[str, str] = {}
     replaced = []
-    for key, text in map(_split, words):
+    for key, text in _split(model, words):
         if given.get(key, text) != text:
             replaced.append(f"{key}={given[key]}")
         parents = (key.rsplit(".", i)[0] for i in range(1, key.count(".") + 1))
@@ -125,10 +114,10 @@ def repeated(model: type[Config], words: Sequence[str]) -> list[str]:
     return replaced
 
 
-def _in_order(words: Sequence[str]) -> list[tuple[str, str]]:
+def _in_order(model: type[Config], words: Sequence[str]) -> list[tuple[str, str]]:
     """Keys and texts of words, the name of a variant before its settings, which another name drops."""
     found: list[tuple[str, str]] = []
-    for key, text in map(_split, words):
+    for key, text in _split(model, words):
         group = key.removesuffix("name") if key.endswith(".name") else None
         settings = [i for i, (other, _) in enumerate(found) if group and other.startswith(group) and other != key]
         found.insert(settings[0] if settings else len(found), (key, text))
@@ -146,12 +135,13 @@ def _no_setting(model: type[Config], word: str) -> str:
     return f"got the word {shown(word)}, expected KEY=VALUE {example}, without spaces around the ="
 
 
-def _split(word: str) -> tuple[str, str]:
-    """Key and text of a word."""
-    key, separator, text = word.partition("=")
-    if not separator or not key or key.count(".") > 20:
-        raise UserError(f"got the word {shown(word)}, expected KEY=VALUE such as steps=200 (lists: seeds=[0,1])")
-    return key, text
+def _split(model: type[Config], words: Sequence[str]) -> list[tuple[str, str]]:
+    """Keys and texts of words, all of them before anything else is said of one."""
+    parts = [word.partition("=") for word in words]
+    for word, (key, separator, _) in zip(words, parts, strict=True):
+        if not separator or not key or key.count(".") > 20:
+            raise UserError(_no_setting(model, word))
+    return [(key, text) for key, _, text in parts]
 
 
 def _word(text: str, accepted: list[Any]) -> Any:
@@ -208,7 +198,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 
 
 def read_settings(model: type[Config], file: str | Path, command: str | None = None) -> dict[str, Any]:
-    """The settings in a recipe or in the config.yaml of a run folder; old names are replaced, with a warning.
+    """The settings in a recipe or in the config.yaml of a run folder.
 
     Args:
         model: the configuration class.
@@ -221,31 +211,12 @@ def read_settings(model: type[Config], file: str | Path, command: str | None = N
     settings = _read_plain_yaml(recipe(file))
     if list(settings) == ["settings"]:
         presets = settings["settings"]
-        if not isinstance(presets, dict) or not all(isinstance(preset, dict | Plain) for preset in presets.values()):
+        if not isinstance(presets, dict) or not all(isinstance(p, dict) or p == "" for p in presets.values()):
             raise UserError(f"{file}: 'settings' must hold the settings of commands, such as encode: {{seed: 1}}")
         if command not in presets:
             raise UserError(f"{file} holds settings for {', '.join(presets)}, not for {command}; leave it out")
         settings = presets[command] or {}
-    known, notes = dict(dotted_keys(model)), []
-    for key, group, last in list(_items(settings)):
-        new, value = RENAMED_KEYS.get(key), group[last]
-        if new in known and key not in known:
-            _set(settings, new.split("."), group.pop(last))
-            notes.append(f"{key} is now {new}")
-        elif key in known and isinstance(value, str) and (key, value) in RENAMED_VALUES:
-            group[last] = RENAMED_VALUES[key, value]
-            notes.append(f"{key}={value} is now {key}={group[last]}")
-    if notes:
-        warnings.warn(f"{file} was written by an older version: {', '.join(notes)}", stacklevel=2)
     return settings
-
-
-def _items(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Dotted keys of nested settings, each with the dictionary that holds it and its key there."""
-    for key, value in settings.items():
-        yield f"{prefix}{key}", settings, key
-        if isinstance(value, dict):
-            yield from _items(value, f"{prefix}{key}.")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -153,18 +153,24 @@ def inside(folder: str | Path, *names: str) -> Path:
         UserError: there is a link to somewhere else, as in a folder of somebody else.
     """
     root, path = os.path.realpath(folder), Path(folder, *names)
-    links = [path, *(Path(at, name) for at, folders, files in os.walk(path) for name in (*folders, *files))]
-    for link in links:  # one with the name of a temporary file is removed before anything is written
-        if (
-            (link == path or link.is_symlink())
-            and not is_temporary(link)
-            and not Path(os.path.realpath(link)).is_relative_to(root)
-        ):
+    for link in (path, *_links(path)):
+        # One with the name of a temporary file is removed before anything is written.
+        if not is_temporary(link) and not Path(os.path.realpath(link)).is_relative_to(root):
             raise UserError(
                 f"{link} is a link to a place outside of {folder}, where nothing is read or written; remove it, or "
                 "choose another out=PATH"
             )
     return path
+
+
+def _links(folder: Path) -> Iterator[Path]:
+    """All links in a folder. Its listing says what they are, so that no other file is looked at: it may hold many."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_symlink():
+                yield Path(entry.path)
+            elif entry.is_dir():
+                yield from _links(Path(entry.path))
 
 
 def temporary_path(path: Path) -> Path:
@@ -174,8 +180,7 @@ def temporary_path(path: Path) -> Path:
 
 def is_temporary(path: Path) -> bool:
     """Whether this is a file or folder of ours that a killed process left, and no content of the folder."""
-    old = path.name in ("config.tmp", "log.tmp")  # of earlier versions
-    return old or path.name == LOCK or (path.name.startswith(".") and path.suffix in (".tmp", ".old"))
+    return path.name == LOCK or (path.name.startswith(".") and path.suffix in (".tmp", ".old"))
 
 
 def clean(folder: Path) -> None:

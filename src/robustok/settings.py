@@ -13,34 +13,6 @@ from pydantic import BaseModel, ValidationError
 
 from robustok.errors import shown
 
-# Dotted settings in files of older versions. A key is renamed in a configuration that has the new key and not the old.
-RENAMED_KEYS = {
-    "preservation": "sigma",
-    "batch_size": "cache.batch_size",
-    "shard_size": "cache.shard_size",
-    "precision": "cache.precision",
-    "compile": "cache.compile",
-    "latent_dtype": "cache.dtype",
-    "mixture.batch_size": "cache.batch_size",
-    "mixture.shard_size": "cache.shard_size",
-    "mixture.precision": "cache.precision",
-    "mixture.compile": "cache.compile",
-    "mixture.latent_dtype": "cache.dtype",
-    **{name: f"samples.{name}" for name in ("latents", "decoders", "generator", "count", "sets", "sampling")},
-    **{name: f"comparison.{name}" for name in ("halves", "distance_dtype", "shuffle")},
-    **{name: f"pfid.{name}" for name in ("grid", "noise", "include_self")},
-    "perturbation_seeds": "pfid.seeds",
-    "lpips_net": "lpips.net",
-    "lpips_weights": "lpips.weights",
-}
-RENAMED_VALUES = {
-    ("mixture.mode", "generated"): "direct",
-    ("mode", "generated"): "direct",
-    ("to", "released"): "export",
-    ("trainable", "release"): "authors",
-}
-
-
 LONGEST_KEY = 100  # of which a misspelt key is compared with the known ones
 
 
@@ -111,8 +83,7 @@ def explain(model: type[BaseModel], error: ValidationError, settings: dict[str, 
             group = group.rpartition(".")[0]
         return f"{source}: {key!r} belongs to another variant; set {group}.name={' or '.join(owners)}, or drop it"
     if kind == "extra_forbidden":
-        renamed = RENAMED_KEYS.get(key)
-        near = renamed if renamed in known else _nearest(key[:LONGEST_KEY], list(known))
+        near = _nearest(key[:LONGEST_KEY], list(known))
         hint = f"did you mean {near!r}?" if near else f"known: {', '.join(k for k in known if '.' not in k)}"
         return f"{source}: unknown key {shown(key)}; {hint}"
     if kind == "union_tag_not_found":

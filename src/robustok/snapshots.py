@@ -253,14 +253,18 @@ def build(make: Callable[[], Module], snapshot: Snapshot) -> Module:
     Raises:
         UserError: names or shapes do not fit the configuration, or no model can be made of it.
     """
-    numbers = sum(tensor.numel() for tensor in snapshot.weights.values())
-    # A few are made only to be replaced, so more are allowed at first.
-    tensors, who = 4 * len(snapshot.weights) + 1000, f"{snapshot.path / 'config.yaml'} asks for"
-    limit = f"the {numbers:,} numbers in its weights; copy or train it again"
-    _check_fit(outline_of(make, tensors, 4 * numbers + 10**6, who, limit), snapshot)
+    _check_fit(outline_for(make, snapshot.weights, f"{snapshot.path / 'config.yaml'} asks for"), snapshot)
     module = make()
     module.load_state_dict(snapshot.weights)
     return module
+
+
+def outline_for(make: Callable[[], Module], weights: Mapping[str, Tensor], who: str) -> Module:
+    """The :func:`outline_of` a model that is to have these weights; refused if it is far larger."""
+    numbers = sum(tensor.numel() for tensor in weights.values())
+    limit = f"the {numbers:,} numbers in its weights; correct it, or copy or train it again"
+    # A few are made only to be replaced, so more are allowed at first.
+    return outline_of(make, 4 * len(weights) + 1000, 4 * numbers + 10**6, who, limit)
 
 
 def outline_of(make: Callable[[], Module], tensors: int, numbers: int, who: str, limit: str) -> Module:

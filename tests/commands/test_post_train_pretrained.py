@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from robustok.cli import main
 from robustok.commands import pretrained_sources
 from robustok.commands.convert import ConvertRun, convert
-from robustok.commands.pretrained_sources import PretrainedTokenizer, export_decoder, origin_of
+from robustok.commands.pretrained_sources import PretrainedTokenizer, export_decoder
 from robustok.config import plain
 from robustok.data.latent_cache import LatentCache
 from robustok.losses.discriminators import DinoConfig, DinoHeads
@@ -326,27 +326,6 @@ def test_a_folder_is_exported_as_a_folder(tmp_path, monkeypatch):
     alone = tmp_path / "alone" / "sd-vae-ft-mse"
     assert export_decoder(tmp_path / "best", source, alone.parent) == alone
     assert asked[-1].original is None
-
-
-# Where a snapshot came from
-
-
-@pytest.mark.parametrize(
-    ("config", "trained_on", "expected"),
-    [
-        ("llamagen", "converted from vq.pt, ema of model; it holds no discriminator", ("vq.pt", "ema of model")),
-        ("diffusers_kl", "converted from hf://a/b@v1, AutoencoderKL; it holds no", ("hf://a/b@v1", "AutoencoderKL")),
-        ("llamagen", "digits train, 23 images", None),
-        ("llamagen", None, None),
-    ],
-)
-def test_snapshots_of_before_say_it_in_a_sentence_only(config, trained_on, expected):
-    header = {"config": {"name": config}} | ({} if trained_on is None else {"trained_on": trained_on})
-    found = origin_of(header)
-    assert found is None if expected is None else (found["file"], found["part"]) == expected
-    assert found is None or found["family"] == {"llamagen": "llamagen_tokenizer"}.get(config, config)
-    assert origin_of(header | {"source": {"file": "a"}}) == {"file": "a"}
-    assert origin_of(header | {"delta": {}}) is None
 
 
 # Paths instead of files

@@ -221,6 +221,8 @@ LISTS = {
     ],
     "plain.csv": lambda names: [f"{i:03d}.png,{name}" for i, name in enumerate(names)],
     "table.csv": lambda names: ["file_name,size,label", *(f"{i:03d}.png,9,{name}" for i, name in enumerate(names))],
+    "excel.csv": lambda names: ["file_name;size;label", *(f"{i:03d}.png;9,5;{name}" for i, name in enumerate(names))],
+    "tabs.csv": lambda names: ["file_name\tlabel", *(f"{i:03d}.png\t{name}" for i, name in enumerate(names))],
     "table.jsonl": lambda names: [json.dumps({"file_name": f"{i:03d}.png", "cls": n}) for i, n in enumerate(names)],
 }  # fmt: skip
 

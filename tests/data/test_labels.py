@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from robustok.data.labels import check_same_classes, number_labels, sort_classes, sort_names, sorted_as_text
+from robustok.data.labels import check_same_classes, number_labels, sort_classes, sort_names
 from robustok.errors import UserError
 
 
@@ -58,10 +58,3 @@ def test_a_name_with_two_numbers_is_refused():
         check_same_classes(found, expected, "A", "B")
     with pytest.raises(UserError, match="class 10 has number 2 in A and 10 in B; give both the same classes"):
         check_same_classes(["0", "1", "10", "2"], [str(i) for i in range(11)], "A", "B")
-
-
-def test_a_cache_that_counted_as_text_is_recognised():
-    numbers = [str(i) for i in range(12)]
-    assert "sorted as text (0, 1, 10, 11, ...), encode the images again" in sorted_as_text(numbers, None)
-    for classes, cached in ((numbers, numbers), (numbers[:10], None), (["b", "a"], None), (["a", "b"], None)):
-        assert sorted_as_text(classes, cached) == ""

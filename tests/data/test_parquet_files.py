@@ -69,6 +69,16 @@ def test_globs(tmp_path, pattern, count):
     assert len(open_images(data_at(tmp_path / pattern), None)) == count
 
 
+@pytest.mark.parametrize("pattern", ["", "**/*.parquet", "**", "a/**", "*"])
+def test_links_are_followed_and_those_in_a_circle_once(tmp_path, pattern):
+    save(tmp_path / "set" / "a" / "0.parquet")
+    save(tmp_path / "elsewhere" / "1.parquet")
+    os.symlink(tmp_path / "elsewhere", tmp_path / "set" / "a" / "link")
+    for name, target in (("all", "."), ("up", "..")):
+        os.symlink(target, tmp_path / "set" / "a" / name)
+    assert found(tmp_path / "set" / pattern, holdout=0)[0] == 8
+
+
 def test_brackets_in_a_name_that_exists_are_no_glob(tmp_path):
     save(tmp_path / "train[1].parquet")
     save(tmp_path / "run [cfg=1.5]" / "0.parquet")

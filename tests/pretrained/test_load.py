@@ -163,13 +163,6 @@ def test_weights_that_the_layout_does_not_have_are_not_dropped():
         export_weights(torch.nn.Linear(2, 2))
 
 
-def test_the_old_names_of_the_public_functions_still_work():
-    with pytest.warns(DeprecationWarning, match=r"robustok\.load_released is now robustok\.load_pretrained"):
-        assert robustok.load_released is load_pretrained
-    with pytest.warns(DeprecationWarning, match="export_weights"):
-        assert robustok.to_released is export_weights
-
-
 def test_the_discriminator_of_another_variant_is_refused():
     weights = {"heads.0.0.0.weight_orig": torch.ones(8, 8, 1), "heads.0.1.fn.0.weight_orig": torch.ones(8, 8, 3)}
     settings = FAMILIES["robustok"].discriminator

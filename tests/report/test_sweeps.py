@@ -126,7 +126,7 @@ def test_sigmas_are_a_curve_over_seeds(tmp_path):
 
 @pytest.mark.parametrize("name", ["<b>x", "a&b"])
 def test_names_are_escaped(tmp_path, name):
-    lines = [gfid(f"s{s}", 1.0, delta_strength=s, tokenizer=name) for s in (0.0, 0.5, 1.0)]
+    lines = [gfid(f"s{s}", 1.0, delta_scale=s, tokenizer=name) for s in (0.0, 0.5, 1.0)]
     page_of(tmp_path, lines)
     page = render(collect(tmp_path))
     assert len(figures(page)) == 1

@@ -165,8 +165,7 @@ def test_a_delta_is_a_tokenizer(tmp_path, tokenizer, post_trained):
     assert found.delta_bytes < 0.8 * found.tokenizer_bytes  # no encoder
     assert same_bits(load_tokenizer(tmp_path / "delta"), load_tokenizer(post_trained))
     assert same_bits(load_tokenizer(f"{tmp_path / 'delta'}@0"), load_tokenizer(tokenizer))
-    half, other = load_tokenizer(f"{tmp_path / 'delta'}@0.5"), load_tokenizer(tmp_path / "delta", strength=0.5)
-    assert same_bits(half, other)
+    half = load_tokenizer(f"{tmp_path / 'delta'}@0.5")
     assert encoder_digest(half) == encoder_digest(load_tokenizer(tokenizer))
     assert not half.training
     assert read_header(f"{tmp_path / 'delta'}@0.5")["post_trained"] == {
@@ -198,8 +197,6 @@ def test_strengths_are_for_deltas(tmp_path, tokenizer, post_trained):
         load_tokenizer(f"{post_trained}@0.5")
     with pytest.raises(UserError, match="holds no snapshot"):
         load_tokenizer(f"{post_trained}@half")
-    with pytest.raises(UserError, match="the strength nan is no finite number"):
-        load_tokenizer(post_trained, strength=math.nan)
     odd = tmp_path / "a@2"
     odd.mkdir()
     assert split_scale(odd) == (odd, None)  # a folder may be called so

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from robustok.commands.encode import fill_cache
 from robustok.config import Config
-from robustok.data.latent_cache import LatentCache, Manifest
+from robustok.data.latent_cache import LatentCache
+from robustok.data.manifest import Manifest
 from robustok.devices import start_accelerator
 from robustok.errors import UserError
 from robustok.pretrained.latent_files import LatentFolder, TokenFile, write_latent_folder, write_token_file

@@ -17,8 +17,6 @@ from robustok.console import track
 from robustok.data.crops import enlarged, five_crops
 from robustok.data.dataset import open_images
 from robustok.data.latent_cache import (
-    LatentType,
-    Manifest,
     check_space,
     create_cache,
     missing_shards,
@@ -26,6 +24,7 @@ from robustok.data.latent_cache import (
     write_shard,
 )
 from robustok.data.loader import batches_of
+from robustok.data.manifest import LatentType, Manifest
 from robustok.data.sources import Data
 from robustok.devices import autocast, start_accelerator
 from robustok.files import inside, locked, writing

@@ -14,7 +14,7 @@ from torch import Tensor
 from robustok.commands.encode import CacheSettings, fill_cache
 from robustok.commands.image_files import write_images
 from robustok.config import Config, plain
-from robustok.data.latent_cache import Manifest
+from robustok.data.manifest import Manifest
 from robustok.devices import autocast, start_accelerator
 from robustok.errors import UserError
 from robustok.files import tensor_digest

@@ -9,7 +9,6 @@ After: the decoder is written in the layout of the original file, with a model c
 """
 
 import json
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from robustok.commands.convert import ConvertRun, convert
 from robustok.config import Config
 from robustok.console import note
 from robustok.data.dataset import open_images
-from robustok.data.labels import check_same_classes, sorted_as_text
+from robustok.data.labels import check_same_classes
 from robustok.data.latent_cache import LatentCache
 from robustok.data.latent_checks import check_cache, check_center_crops, check_real_latents
 from robustok.data.sources import Data
@@ -36,7 +35,7 @@ from robustok.pretrained.diffusers_folders import AUTOENCODERS, fetch
 from robustok.pretrained.families import FAMILIES, FOLDERS, families_named
 from robustok.pretrained.load import load_pretrained
 from robustok.snapshots import read_header, resolve
-from robustok.tokenizers import TOKENIZERS, encoder_digest, load_tokenizer
+from robustok.tokenizers import encoder_digest, load_tokenizer
 from robustok.types import Tokenizer
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")  # of files of weights; a path without one is a folder
@@ -193,7 +192,7 @@ def check_together(paths: Mapping[str, Path], latents: Path | None, data: Data) 
     if cache.manifest.data != images.fingerprint:
         raise UserError(
             f"{latents} holds latents of other images than {images.describe()}; give the data they were encoded from, "
-            f"or latents=null, which encodes them{sorted_as_text(images.classes, cache.manifest.class_names)}"
+            "or latents=null, which encodes them"
         )
     return len(cache)
 
@@ -275,18 +274,8 @@ def export_decoder(snapshot: Path, source: Path | PretrainedTokenizer, out: Path
 
 
 def origin_of(header: Mapping[str, Any]) -> dict[str, str] | None:
-    """What a snapshot of a tokenizer was converted from: ``file``, ``part`` and ``family``; None where it was not.
-
-    The first snapshots had no ``source``; theirs is read from the sentence ``trained_on``.
-    """
-    if "delta" in header:
-        return None
-    if "source" in header:
-        return header["source"]
-    found = re.match(r"converted from (.+?), ([^,;]+)", str(header.get("trained_on", "")))
-    model = TOKENIZERS.get(header["config"].get("name"), (None,))[0]
-    family = next((name for name, family in (FAMILIES | FOLDERS).items() if family.model is model), None)
-    return {"file": found[1], "part": found[2], "family": family} if found and family else None
+    """What a snapshot of a tokenizer was converted from: ``file``, ``part`` and ``family``; None where it was not."""
+    return None if "delta" in header else header.get("source")
 
 
 def _folder_name(source: Path) -> str:

@@ -26,16 +26,6 @@ def sort_classes(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (int(name), name) if numeric else name)
 
 
-def sorted_as_text(classes: Sequence[str], cached: Sequence[str] | None) -> str:
-    """What to add to an error about a cache without names of classes, if it may be one that counted 0, 1, 10, 2."""
-    if cached is not None or list(classes) != sort_classes(classes) or list(classes) == sorted(classes):
-        return ""
-    return (
-        f"; if it was made from class folders named by numbers when these were sorted as text "
-        f"({', '.join(sorted(classes)[:4])}, ...), encode the images again"
-    )
-
-
 def check_same_classes(found: Sequence[str] | None, expected: Sequence[str] | None, where: str, other: str) -> None:
     """Refuse a name of a class that has two numbers. Names that only one side has say nothing; None is unknown.
 
@@ -130,8 +120,10 @@ class LabelList:
         if file.suffix in (".jsonl", ".json", ".ndjson"):
             self.labels = self._table([self._object(line) for line in lines])
             return
-        commas = file.suffix in (".csv", ".tsv") or all("," in line for line in lines)
-        rows = list(csv.reader(lines, delimiter="\t" if file.suffix == ".tsv" else ",")) if commas else []
+        # As spreadsheets write tables: with commas, in other languages with semicolons, or with tabs.
+        delimiter = max(",;\t", key=lines[0].count) if lines else ","
+        table = file.suffix in (".csv", ".tsv") or all(delimiter in line for line in lines)
+        rows = list(csv.reader(lines, delimiter=delimiter)) if table else []
         if rows and set(rows[0]) & set(_FILE_COLUMNS):
             self.labels = self._table([dict(zip(rows[0], row, strict=False)) for row in rows[1:]])
             return

@@ -9,21 +9,23 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, fields
+from functools import cache
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
 from robustok.config import differences
 from robustok.console import note
+from robustok.data.manifest import Manifest, read_manifest
 from robustok.data.order import batch_indices
 from robustok.devices import rank_rows
 from robustok.errors import UserError
@@ -31,76 +33,7 @@ from robustok.files import load_tensors, one_line, regular_file, temporary_path,
 
 LARGE = 10**8  # bytes from which on the size of a cache is printed
 OPTIONAL = {"flips", "crops"}  # fields of a shard that are 0 if they are not stored
-LatentType = Literal["float32", "float16", "bfloat16"]
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """Description and provenance of a cache.
-
-    Attributes:
-        kind: "discrete" (tokens) or "continuous".
-        latent_shape: (L, D), latents per image and their width.
-        codebook_size: K; None if continuous.
-        classes: number of classes; labels are 0..classes-1.
-        count: records in the whole cache.
-        shard_size: records in a shard; the last one may hold fewer.
-        tokenizer: digest of the tokenizer that made or will decode the latents; None where unknown.
-        data: fingerprint of the data set behind ``indices``; None for free samples.
-        source: provenance: sigma, sampling, seed, digest of the generator, crop.
-        dtype: stored type of continuous latents, which are float32 when read. The largest float16 is 65504.
-        class_names: in the order of their numbers; None where unknown, as in caches of before.
-    """
-
-    kind: Literal["discrete", "continuous"]
-    latent_shape: tuple[int, int]
-    codebook_size: int | None
-    classes: int
-    count: int
-    shard_size: int
-    tokenizer: str | None
-    data: str | None = None
-    source: dict[str, Any] = field(default_factory=dict)
-    dtype: LatentType = "float32"
-    class_names: list[str] | None = None
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    def __post_init__(self):
-        if self.kind not in ("discrete", "continuous") or (self.kind == "discrete") != (self.codebook_size is not None):
-            raise UserError(
-                f"a latents cache of kind {self.kind!r} with codebook_size {self.codebook_size}; "
-                "expected 'discrete' with a size, or 'continuous' with None"
-            )
-        sizes = {"classes": self.classes, "count": self.count, "shard_size": self.shard_size}
-        for name, value in (sizes | {"latent_shape": min(self.latent_shape)}).items():
-            if value < 1:
-                raise UserError(f"a latents cache with {name} = {value}; expected at least 1")
-        for name, most in {"classes": 10**6, "codebook_size": 2**31}.items():
-            value = getattr(self, name)
-            if value is not None and not 1 <= value <= most:
-                raise UserError(f"a latents cache with {name} = {value}; expected 1 to {most:,}")
-
-    @property
-    def shards(self) -> int:
-        """Number of shards."""
-        return -(-self.count // self.shard_size)
-
-    @property
-    def latent_type(self) -> torch.dtype:
-        """Stored type of the latents; tokens are uint16 if they fit."""
-        if self.codebook_size is None:
-            return getattr(torch, self.dtype)
-        return torch.uint16 if self.codebook_size <= 65536 else torch.int32
-
-    @property
-    def record_bytes(self) -> int:
-        """Stored bytes of a record: latents, label, index, seed and flip."""
-        length, width = self.latent_shape
-        return length * (width if self.codebook_size is None else 1) * self.latent_type.itemsize + 21
-
-    def plain(self) -> dict[str, Any]:
-        """The manifest as it reads back from JSON."""
-        return json.loads(json.dumps(asdict(self)))
+DAMAGED = (SafetensorError, OSError, RuntimeError, TypeError, ValueError, OverflowError)  # what reading a shard raises
 
 
 @dataclass(frozen=True)
@@ -144,7 +77,7 @@ def create_cache(path: str | Path, manifest: Manifest) -> None:
         raise UserError(
             f"{path} holds shards of unknown origin and no manifest.json; choose another folder or remove them"
         )
-    elif different := differences(_identity(found := _read_manifest(path)), _identity(manifest, found)):
+    elif different := differences(_identity(found := read_manifest(path)), _identity(manifest, found)):
         raise UserError(
             f"{path} holds other latents ({'; '.join(different)}); choose another folder or remove this one"
         )
@@ -189,7 +122,7 @@ def check_space(path: Path, manifest: Manifest, made_by: str) -> None:
 
 def missing_shards(path: str | Path, rank: int = 0, world: int = 1) -> list[int]:
     """The shards k with k % world == rank that are not yet written, or cut off. Removes what a killed run left."""
-    path, manifest = Path(path), _read_manifest(path)
+    path, manifest = Path(path), read_manifest(path)
     present = {k for k in _present(path, manifest) if k % world != rank or _whole(_shard_path(path, k))}
     missing = [k for k in range(rank, manifest.shards, world) if k not in present]
     for k in missing:  # of this rank only: another one may be writing
@@ -198,13 +131,14 @@ def missing_shards(path: str | Path, rank: int = 0, world: int = 1) -> list[int]
 
 
 def _whole(file: Path) -> bool:
-    """Whether a shard is as long as its header says; one that is not, as after an interrupted copy, is noted."""
+    """Whether a shard is what was written; one that is not, as after an interrupted copy, is noted."""
+    file = regular_file(file)
     try:
-        with safe_open(regular_file(file), "numpy"):
-            return True
-    except SafetensorError as error:
+        _load(file)
+    except DAMAGED as error:
         note(f"{file} is damaged ({one_line(error, 200)}) and made again", "yellow")
         return False
+    return True
 
 
 def shard_rows(manifest: Manifest, k: int) -> range:
@@ -224,7 +158,7 @@ def write_shard(path: str | Path, k: int, arrays: Mapping[str, np.ndarray | Tens
     Raises:
         UserError: a field is missing or contradicts the manifest in shape, type or range; the disk is full.
     """
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     arrays = {name: _numpy(value) if isinstance(value, Tensor) else np.asarray(value) for name, value in arrays.items()}
     where = f"shard {k} of {path}"
     expected = {"latents", "labels", "indices", "seeds"}
@@ -239,7 +173,7 @@ def write_shard(path: str | Path, k: int, arrays: Mapping[str, np.ndarray | Tens
     stored = {name: torch.tensor(value, dtype=types.get(name, torch.int64)) for name, value in arrays.items()}
     if manifest.kind == "continuous" and not stored["latents"].isfinite().all():
         raise UserError(f"latents of {where} are too large for {manifest.dtype}; store them as float32 or bfloat16")
-    write_file(_shard_path(path, k), save(stored))
+    write_file(_shard_path(path, k), save(stored, {"crc32": _checksum(stored)}))
 
 
 # Reading
@@ -257,7 +191,7 @@ class LatentCache:
     """
 
     def __init__(self, path: str | Path):
-        self.path, self.manifest = Path(path), _read_manifest(path)
+        self.path, self.manifest = Path(path), read_manifest(path)
         shards, present = self.manifest.shards, _present(self.path, self.manifest)
         if len(present) < shards:
             raise UserError(
@@ -319,8 +253,8 @@ class LatentCache:
         path, remedy = regular_file(_shard_path(self.path, k)), "remove it and run the command that makes it again"
         try:
             bits = {torch.bfloat16: torch.int16}
-            shard = {name: t.view(bits.get(t.dtype, t.dtype)).numpy() for name, t in load_tensors(path).items()}
-        except (SafetensorError, OSError, RuntimeError, TypeError, ValueError, OverflowError) as error:
+            shard = {name: t.view(bits.get(t.dtype, t.dtype)).numpy() for name, t in _load(path).items()}
+        except DAMAGED as error:
             raise UserError(f"{path} is damaged ({one_line(error, 200)}); {remedy}") from None
         rows = len(shard_rows(self.manifest, k))
         shard = dict.fromkeys(OPTIONAL, np.zeros(rows, dtype=np.uint8)) | shard
@@ -330,6 +264,30 @@ class LatentCache:
         shard = {name: shard[name] for name in names}
         _check_fields(shard, self.manifest, rows, str(path), remedy)
         return shard
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    """The tensors of a shard, mapped into memory, once they are known to be those that were written."""
+    tensors = load_tensors(file)
+    _check_content(file, file.stat().st_mtime_ns)
+    return tensors
+
+
+@cache
+def _check_content(file: Path, _changed: int) -> None:
+    """Compare a shard with its checksum, once for each state of the file. Shards of before have none."""
+    with file.open("rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    if header.get("__metadata__", {}).get("crc32") not in (None, _checksum(load_tensors(file))):
+        raise ValueError("its checksum is another one")
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """CRC-32 of the bytes of tensors, sorted by name: a flipped bit always changes it."""
+    found = 0
+    for name in sorted(tensors):
+        found = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy(), found)
+    return f"{found:08x}"
 
 
 def training_latents(
@@ -349,27 +307,6 @@ def training_latents(
         cache.read(batch_indices(len(cache), global_batch, seed, step)[rows])
         for step in range(first_step, first_step + steps)
     )
-
-
-def _read_manifest(path: str | Path) -> Manifest:
-    file = Path(path) / "manifest.json"
-    if not file.exists():
-        raise UserError(
-            f"no latents cache at {path} (there is no {file.name}); give the folder that encoding or pair-making wrote"
-        )
-    content = regular_file(file).read_bytes()
-    try:
-        record = json.loads(content)
-        if record.get("source", {}).get("mode") == "generated":  # how version 0.1.0 called "direct"
-            record["source"]["mode"] = "direct"
-        return TypeAdapter(Manifest).validate_json(json.dumps(record), strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        reason = f"{'.'.join(map(str, first['loc']))} = {str(first['input'])[:40]}: {first['msg']}"
-    except (ValueError, AttributeError, OSError, RecursionError) as error:
-        reason = one_line(error, 200)
-    known = ", ".join(f.name for f in fields(Manifest))
-    raise UserError(f"{file} is no manifest ({reason}); expected a JSON object with {known}; remove the cache")
 
 
 def _present(path: Path, manifest: Manifest) -> set[int]:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from robustok.data.dataset import Draw, ImageDataset, Read
+from robustok.data.dataset import Draw, ImageDataset
 from robustok.data.order import batch_indices, batch_seeds
 from robustok.devices import rank_rows
 from robustok.types import Batch
@@ -69,11 +69,5 @@ def batches_of(dataset: ImageDataset, draws: Iterator[np.ndarray], workers: int 
 def _batches(dataset: ImageDataset, draws: Iterator[Draw], workers: int) -> Iterator[Batch]:
     workers = 0 if dataset.in_memory else workers
     # The generator keeps the loader from drawing PyTorch's global random numbers.
-    loader = DataLoader(
-        dataset, batch_size=None, sampler=draws, num_workers=workers, generator=torch.Generator(), collate_fn=_same
-    )
+    loader = DataLoader(dataset, batch_size=None, sampler=draws, num_workers=workers, generator=torch.Generator())
     yield from map(dataset.to_batch, loader)
-
-
-def _same(read: Read) -> Read:
-    return read

@@ -1,20 +1,21 @@
 """Images in parquet files, as on the Hugging Face Hub: which files, columns and labels, and reading by row."""
 
-import glob
 import json
 import os
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import lru_cache
+from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from robustok.data.folders import LeftOut, Split, split_of, walk
+from robustok.data.folders import LeftOut, Split, entries, split_of, walk
 from robustok.data.image_file import instead, open_image
 from robustok.data.labels import LABEL_COLUMNS
 from robustok.errors import UserError
@@ -75,11 +76,26 @@ def files_at(path: Path, left: LeftOut | None = None) -> tuple[Path, list[Path]]
     if base == path:
         base, found = (path, [path]) if path.is_dir() else (path.parent, [path])
     else:
-        found = [base / name for name in glob.glob(str(path.relative_to(base)), root_dir=base, recursive=True)]
+        found = _matching(base, path.relative_to(base).parts)
     files = {file for one in found for file in (_below(one, left) if one.is_dir() else [one])}
     if not files:
         raise UserError(f"no parquet files at {path}; data.path must be a file, a folder of *.parquet or a glob")
     return base, sorted(files)
+
+
+def _matching(base: Path, pattern: Sequence[str]) -> set[Path]:
+    """What a glob finds in a folder. Unlike Python's, it follows links in a circle once, as everywhere here."""
+    found = {base}
+    for part in pattern:
+        folders = [one for one in found if one.is_dir()]
+        if part == "**":
+            found = {
+                p for folder in folders for file in _below(folder) for p in file.parents if folder in (p, *p.parents)
+            }
+        else:
+            inside = (entry for folder in folders for entry in chain(*entries(folder)))
+            found = {Path(entry.path) for entry in inside if fnmatchcase(entry.name, part)}
+    return found
 
 
 def _below(folder: Path, left: LeftOut | None = None) -> Iterator[Path]:

@@ -5,9 +5,11 @@ Parameters have the names of the authors' code. Letters beside those of ``robust
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from timm.layers import Mlp
 from torch import Tensor, nn
 
 from robustok.generators.tokens import modulate
@@ -60,17 +62,8 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(count, length, width))
 
 
-class MLP(nn.Module):
-    """Two linear layers with a GELU between them, approximated by a hyperbolic tangent."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, L, W) to (N, L, W)."""
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+MLP = partial(Mlp, act_layer=partial(nn.GELU, approximate="tanh"))
+"""Two linear layers with a GELU between them, approximated by a hyperbolic tangent; of width and hidden width."""
 
 
 class SwiGLU(nn.Module):

@@ -65,13 +65,7 @@ class Reference:
 
     @cached_property
     def spatial_factor(self) -> Tensor:
-        """The same of the spatial features.
-
-        Raises:
-            UserError: there are no spatial features.
-        """
-        if self.spatial is None:
-            raise UserError(f"the reference {self.describe()} has no spatial features, sFID needs mu_s and sigma_s")
+        """The same of the spatial features, if there are any."""
         return covariance_factor(self.spatial)
 
     @cached_property

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from robustok.backbones import silent_diffusers
 from robustok.checkpoints import read_checkpoint, write_checkpoint
 from robustok.errors import UserError
-from robustok.files import atomic_folder, one_line, regular_file
+from robustok.files import one_line, regular_file
 from robustok.hub import download_folder, is_remote
-from robustok.snapshots import check_finite_weights, outline_of, read_weights
+from robustok.snapshots import check_finite_weights, outline_for, read_weights
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -149,9 +149,7 @@ def load_model(make: Callable[[], Model], network: str, found: Component) -> Mod
     with _safetensors(found) as safe:
         weights = read_weights(safe / f"{STEM}.safetensors")
         check_finite_weights(weights, folder)
-        numbers = sum(tensor.numel() for tensor in weights.values())
-        limits = 4 * len(weights) + 1000, 4 * numbers + 10**6  # some are made only to be replaced
-        outline_of(make, *limits, f"{folder}/config.json asks for", f"the {numbers:,} numbers in its weights")
+        outline_for(make, weights, f"{folder}/config.json asks for")
         model = make()
         try:
             with silent_diffusers():  # its warnings are errors here
@@ -234,16 +232,3 @@ def _indexed(file: Path) -> list[str]:
     if not names or any(Path(name).name != name for name in names):
         raise UserError(f"{file} lists no files beside it under weight_map; copy it again")
     return names
-
-
-def write_network(network: nn.Module, path: Path) -> Path:
-    """Write a folder that ``from_pretrained`` of the model's class loads.
-
-    Raises:
-        UserError: it exists, or cannot be written.
-    """
-    if path.exists():
-        raise UserError(f"{path} exists; choose another folder or remove it first")
-    with atomic_folder(path) as folder:
-        network.save_pretrained(folder)
-    return path

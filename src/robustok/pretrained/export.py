@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from robustok.errors import UserError
-from robustok.pretrained.diffusers_folders import write_network
+from robustok.files import atomic_folder
 from robustok.pretrained.families import FAMILIES, FOLDERS
 
 
@@ -42,4 +42,8 @@ def export_folder(model: nn.Module, path: str | Path) -> Path:
     family = next((family for family in FOLDERS.values() if type(model) is family.model), None)
     if family is None:
         raise UserError(f"a {type(model).__name__} is no model of the diffusers library; export it to a file")
-    return write_network(family.network(model), Path(path))
+    if (path := Path(path)).exists():
+        raise UserError(f"{path} exists; choose another folder or remove it first")
+    with atomic_folder(path) as folder:
+        family.network(model).save_pretrained(folder)
+    return path

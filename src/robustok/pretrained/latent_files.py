@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from robustok.checkpoints import read_checkpoint
-from robustok.data.latent_cache import LatentCache, LatentType
+from robustok.data.latent_cache import LatentCache
+from robustok.data.manifest import LatentType
 from robustok.errors import UserError
 from robustok.files import atomic_file, atomic_folder, one_line, regular_file
 from robustok.tokenizers.conv import to_grid, to_row

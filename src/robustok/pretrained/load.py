@@ -15,7 +15,7 @@ from robustok.pretrained.diffusers_folders import fetch
 from robustok.pretrained.export import export_weights
 from robustok.pretrained.families import FAMILIES, FOLDERS, choose_family, families_in, families_named, recognise
 from robustok.pretrained.shapes import flatten_config
-from robustok.snapshots import check_finite_weights, outline_of
+from robustok.snapshots import check_finite_weights, outline_for
 
 
 def load_pretrained(
@@ -73,12 +73,10 @@ def load_checkpoint(name: str, checkpoint: Checkpoint, config: Mapping[str, Any]
     """:func:`load_pretrained` for one of the ``FAMILIES``, from a checkpoint that was read already."""
     family = FAMILIES[name]
     tensors = {key: tensor for key, tensor in checkpoint.weights.items() if not key.startswith(family.dropped)}
-    numbers = sum(tensor.numel() for tensor in tensors.values())
     try:
         given = dict(flatten_config(checkpoint.config if config is None else config))
         make = partial(family.build, tensors, given)
-        limits = 4 * len(tensors) + 1000, 4 * numbers + 10**6  # some are made only to be replaced
-        outline_of(make, *limits, "config asks for", f"the {numbers:,} numbers in the weights")
+        outline_for(make, tensors, "config asks for")
         model = make()
         check_finite_weights(tensors, checkpoint.source)
         check_all(tensors, export_weights(model), name)

@@ -236,8 +236,6 @@ def _result(line: dict[str, Any], group: str) -> Result | None:
     """None where the line does not name its metric."""
     if not isinstance(line.get("metric"), str):
         return None
-    if "delta_strength" in line:  # its name in 0.1.0
-        line = line | {"delta_scale": line["delta_strength"]}
     seed = line.get("seed")
     metric, at, count = line["metric"].partition("@")
     text = {key: "" if line.get(key) is None else str(line[key]) for key in ("extractor", "reference", "tokenizer")}

@@ -39,19 +39,19 @@ TokenizerConfig = Annotated[
 """The families that can be trained."""
 
 
-def load_tokenizer(path: str | Path, strength: float | None = None) -> Tokenizer:
+def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a tokenizer from a snapshot, or from the newest snapshot of a run folder; in eval mode, on the CPU.
 
     Args:
-        path: of the snapshot or run folder. ``PATH@0.5`` is a delta of `robustok make-delta` with its strength.
-        strength: of a delta: 0 is the original, 1, the default, the post-trained tokenizer.
+        path: of the snapshot or run folder. ``PATH@0.5`` is a delta of `robustok make-delta` with its strength: 0 is
+            the original, 1, the default, the post-trained tokenizer.
 
     Raises:
         UserError: no snapshot, another kind, an unknown family, or weights that do not fit; a delta whose original is
             missing or another one; a strength without a delta.
     """
     snapshot = read_snapshot(path, kind="tokenizer")
-    strength = split_scale(path)[1] if strength is None else strength
+    strength = split_scale(path)[1]
     if strength is not None and not torch.tensor(strength, dtype=torch.float32).isfinite():
         raise UserError(f"{path}: the strength {strength} is no finite number; give one such as 0.5")
     if "delta" in snapshot.header:
@@ -67,7 +67,7 @@ def load_tokenizer(path: str | Path, strength: float | None = None) -> Tokenizer
     family, config = TOKENIZERS[settings["name"]]
     settings = validate(config, settings, source=str(path))
     tokenizer = build(lambda: family(settings), snapshot)
-    if (snapshot.header.get("post_trained") or {}).get("trainable") in ("authors", "release"):
+    if (snapshot.header.get("post_trained") or {}).get("trainable") == "authors":
         tokenizer.latent_space = snapshot.header["latent_space"]  # of the tokenizer whose latents it learned to decode
     return tokenizer.eval().requires_grad_(False)
 

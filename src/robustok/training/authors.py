@@ -37,7 +37,7 @@ class AuthorsStep:
     def __init__(self, run: TrainingConfig, tokenizer: Tokenizer, mode: str | None) -> None:
         if not isinstance(tokenizer, RobusTok):
             raise UserError(f"trainable=authors is for robustok, got {tokenizer.config.name}; set trainable=decoder")
-        if mode not in ("direct", "generated"):
+        if mode != "direct":
             raise UserError(f"trainable=authors encodes images itself, the pairs are {mode}; make pairs mode=direct")
         self.run = run
         self.original = copy.deepcopy(tokenizer).eval().requires_grad_(False)
