@@ -65,8 +65,8 @@ def _all_needs(needs, name):
 
 
 def test_jobs_that_failed_take_along_what_needs_them(study, tmp_path, monkeypatch, capsys):
-    Job, started = study.jobs.Job, []
-    jobs = [Job("a", (), ("x",)), Job("b", ("a",), ("fail",)), Job("c", ("b",), ("x",)), Job("d", ("a",), ("x",))]
+    job, started = study.jobs.Job, []
+    jobs = [job("a", (), ("x",)), job("b", ("a",), ("fail",)), job("c", ("b",), ("x",)), job("d", ("a",), ("x",))]
 
     class Process:
         def __init__(self, target, args, name):

@@ -1,0 +1,276 @@
+"""Tables (Markdown) and plots of the studies, from the metrics.jsonl of their evaluations."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+
+import main_training
+import matplotlib.pyplot as plt
+import numpy as np
+from scipy.stats import spearmanr
+from setting import EVALUATOR, SECOND
+
+import post_training
+from post_training import PAIRS, Pair
+
+Line = Mapping[str, Any]
+SPACES = {f"cifar-resnet{EVALUATOR}": "ResNet-56", f"cifar-resnet{SECOND}": "ResNet-44", "classifier": "small"}
+
+
+def lines_of(folder: Path) -> list[Line]:
+    """What an evaluation measured; the last of equal lines. None if it was not run."""
+    file = folder / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def space_of(line: Line) -> str:
+    """Short name of the feature space of a line."""
+    found = [name for key, name in SPACES.items() if str(line["extractor"]).startswith(key)]
+    return found[0] if found else str(line["extractor"])
+
+
+def find(lines: Sequence[Line], metric: str, space: str | None = "ResNet-56", **fields: Any) -> Line | None:
+    """The last line of a metric, in a space, with these fields."""
+    for line in reversed(lines):
+        named = str(line["metric"]).partition("@")[0] == metric and (space is None or space_of(line) == space)
+        if named and all(line.get(key) == value for key, value in fields.items()):
+            return line
+    return None
+
+
+def number(line: Line | None, digits: int = 2, signed: bool = False, error: bool = True) -> str:
+    """A value with its standard error."""
+    if line is None:
+        return ""
+    text = f"{line['value']:{'+' if signed else ''}.{digits}f}"
+    return f"{text} ± {line['standard_error']:.{digits}f}" if error and line["standard_error"] is not None else text
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows))
+
+
+# Post-training
+
+
+def best_sigmas(out: Path) -> dict[str, float]:
+    """The sigma of each pair whose decoder had the lowest gFD on samples that are not reported."""
+    best = {}
+    for pair in PAIRS:
+        lines = lines_of(out / pair.name / "sigma")
+        best[pair.name] = min(pair.sigmas, key=lambda s: find(lines, "gfid", decoder=f"paired-{s:g}")["value"])
+    return best
+
+
+def draw_post_training(out: Path) -> None:
+    """Write ``post-training.md`` and the plots."""
+    parts = [f"## {pair.name}\n\n{pair_table(out, pair)}" for pair in PAIRS if lines_of(out / pair.name / "gfid")]
+    parts += [f"## Transfer\n\n{transfer_table(out)}", f"## When it pays\n\n{pays_table(out)}"]
+    (out / "post-training.md").write_text("\n\n".join(parts) + "\n")
+    print("\n\n".join(parts))
+    draw_changes(out, out / "post-training.png")
+    draw_pays(out, out / "when-it-pays.png")
+
+
+def pair_table(out: Path, pair: Pair) -> str:
+    """A row for each decoder."""
+    lines = lines_of(out / pair.name / "gfid")
+    names = list(dict.fromkeys(line["decoder"] for line in lines if line.get("decoder")))
+    rows = []
+    for name in names:
+        quality = lines_of(out / pair.name / f"reconstructions-{name}")
+        if name == "before":
+            change = [number(find(lines, "gfid", space, decoder=name)) for space in SPACES.values()]
+            validation = number(find(lines, "gfid_validation", decoder=name))
+        else:
+            of = {"decoder": name, "versus": "before"}
+            change = [number(find(lines, "gfid_difference", s, **of), signed=True) for s in SPACES.values()]
+            validation = number(find(lines, "gfid_validation_difference", **of), signed=True)
+        kid = number(find(lines, "kid", decoder=name), 4)
+        price = [number(find(quality, "rfid", s)) for s in ("ResNet-56", "small")]
+        rows.append([name, *change, validation, kid, *price, number(find(quality, "psnr", None))])
+    return table(
+        ["decoder", *SPACES.values(), "validation", "KID", "rFD ResNet-56", "rFD small", "PSNR"],
+        rows,
+    )
+
+
+def transfer_table(out: Path) -> str:
+    """The first pair's decoders on other generators' samples."""
+    rows = []
+    for other in post_training.OTHERS:
+        lines = lines_of(out / PAIRS[0].name / f"transfer-{other}")
+        for name in dict.fromkeys(line["decoder"] for line in lines if line.get("decoder")):
+            of = {"decoder": name, "versus": "before"}
+            metric, signed = ("gfid", False) if name == "before" else ("gfid_difference", True)
+            of = {"decoder": name} if name == "before" else of
+            rows.append([other, name, *(number(find(lines, metric, s, **of), signed=signed) for s in SPACES.values())])
+    return table(["generator", "decoder", *SPACES.values()], rows)
+
+
+def gaps(out: Path) -> Iterator[tuple[str, dict[str, float]]]:
+    """Figures of each generator, weak ones too: gain of ``free``, of the control, and of the gap between latents."""
+    for pair in PAIRS:
+        for step in (*(post_training.weak_steps() if pair.name in post_training.PAYS else ()), None):
+            lines = lines_of(out / pair.name / (f"gfid-{step}" if step else "gfid"))
+            free = f"free-step{step}" if step else "free"
+            changes = {
+                "free": find(lines, "gfid_difference", decoder=free, versus="before"),
+                "clean": find(lines, "gfid_difference", decoder="clean", versus="before"),
+                "before": find(lines, "gfid", decoder="before"),
+            }
+            if None in changes.values():
+                continue
+            figures = {key: line["value"] for key, line in changes.items()}
+            figures |= {line["metric"]: line["value"] for line in lines if str(line["metric"]).startswith("gap")}
+            quality = find(lines_of(out / pair.name / "reconstructions-before"), "rfid")
+            yield (
+                f"{pair.name}{f' {step}' if step else ''}",
+                figures | {"rfid": quality["value"] if quality else np.nan},
+            )
+
+
+def pays_table(out: Path) -> str:
+    """A row for each generator."""
+    found = dict(gaps(out))
+    keys = list(dict.fromkeys(key for figures in found.values() for key in figures))
+    rows = [[name, *(f"{figures.get(key, np.nan):.3f}" for key in keys)] for name, figures in found.items()]
+    return table(["generator", *keys], rows)
+
+
+def draw_changes(out: Path, file: Path) -> None:
+    """Bars: change of gFD by each objective, in each space, as a share of gFD before."""
+    figure, axes = plt.subplots(1, len(PAIRS), figsize=(4 * len(PAIRS), 4), sharey=True, squeeze=False)
+    for axis, pair in zip(axes[0], PAIRS, strict=True):
+        lines = lines_of(out / pair.name / "gfid")
+        names = [n for n in dict.fromkeys(line.get("decoder") for line in lines) if n not in (None, "before")]
+        for i, space in enumerate(SPACES.values()):
+            before = find(lines, "gfid", space, decoder="before")
+            found = [find(lines, "gfid_difference", space, decoder=name, versus="before") for name in names]
+            values = [100 * line["value"] / before["value"] for line in found]
+            errors = [100 * (line["standard_error"] or 0) / before["value"] for line in found]
+            axis.bar(np.arange(len(names)) + 0.27 * (i - 1), values, 0.25, yerr=errors, label=space)
+        axis.set_xticks(range(len(names)), names, rotation=60, ha="right")
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set_title(pair.name)
+    axes[0, 0].set_ylabel("change of gFD in %")
+    axes[0, 0].legend()
+    _save(figure, file)
+
+
+def draw_pays(out: Path, file: Path) -> None:
+    """Gain of ``free`` beyond the control against the gap: gFD before over rFD."""
+    found = dict(gaps(out))
+    figure, axis = plt.subplots(figsize=(5, 4))
+    for name, figures in found.items():
+        x, y = figures["before"] / figures["rfid"], 100 * (figures["free"] - figures["clean"]) / figures["before"]
+        axis.scatter(x, y)
+        axis.annotate(name, (x, y), fontsize=8, xytext=(3, 3), textcoords="offset points")
+    axis.set_xlabel("gFD before / rFD (ResNet-56)")
+    axis.set_ylabel("free minus control, % of gFD before")
+    axis.axhline(0, color="black", linewidth=0.8)
+    _save(figure, file)
+
+
+# Main training
+
+
+def draw_main_training(out: Path) -> None:
+    """Write ``main-training.md`` and the plots."""
+    names = [main.name for main in main_training.TOKENIZERS if lines_of(out / main.name / "figures")]
+    found = {name: tokenizer_figures(out, name) for name in names}
+    keys = ["psnr", "rfid", "pfid", "ifid", "codebook_usage"]
+    keys += [f"gfid {step} {g:g}" for step in main_training.steps() for g in main_training.GUIDANCE]
+    rows = [[name, *(f"{figures.get(key, np.nan):.2f}" for key in keys)] for name, figures in found.items()]
+    parts = [table(["tokenizer", *keys], rows), f"## Which number predicts gFD\n\n{correlations(found)}"]
+    (out / "main-training.md").write_text("\n\n".join(parts) + "\n")
+    print("\n\n".join(parts))
+    draw_convergence(found, out / "convergence.png")
+    draw_prediction(found, out / "prediction.png")
+
+
+def tokenizer_figures(out: Path, name: str) -> dict[str, float]:
+    """All figures of a tokenizer, in ResNet-56's space."""
+    lines, found = lines_of(out / name / "figures"), {}
+    for metric in ("psnr", "rfid", "ifid", "codebook_usage"):
+        line = find(lines, metric, None if metric in ("psnr", "codebook_usage") else "ResNet-56")
+        found |= {metric: line["value"]} if line else {}
+    for line in lines_of(out / name / "pfid"):
+        if str(line["metric"]).startswith("pfid_mean") and space_of(line) == "ResNet-56":
+            found["pfid"] = line["value"]
+    for step in main_training.steps():
+        for guidance in main_training.GUIDANCE:
+            line = find(lines_of(out / name / f"gfid-{step}-{guidance:g}"), "gfid")
+            found |= {f"gfid {step} {guidance:g}": line["value"]} if line else {}
+    return found
+
+
+def correlations(found: Mapping[str, Mapping[str, float]]) -> str:
+    """Spearman's rank correlation with gFD at the last step, with bootstrap intervals over the tokenizers."""
+    rows = []
+    for guidance in main_training.GUIDANCE:
+        target = f"gfid {main_training.GENERATOR_STEPS} {guidance:g}"
+        for among, chosen in (("all", lambda n: True), ("1,024 codes", lambda n: "1024" in n)):
+            for key in ("pfid", "rfid", "ifid", "psnr"):
+                same = [f for n, f in found.items() if chosen(n) and key in f and target in f]
+                if len(same) > 3:
+                    pairs = np.array([(f[key], f[target]) for f in same])
+                    rows.append([f"{guidance:g}", among, key, str(len(same)), interval(pairs)])
+    return table(["guidance", "tokenizers", "number", "count", "Spearman, 90 % interval"], rows)
+
+
+def interval(pairs: np.ndarray, draws: int = 2_000) -> str:
+    """Spearman's correlation of pairs (n, 2) and a percentile bootstrap interval."""
+    rng = np.random.default_rng(0)
+    value = spearmanr(*pairs.T).statistic
+    again = [pairs[rng.integers(len(pairs), size=len(pairs))] for _ in range(draws)]
+    values = [spearmanr(*p.T).statistic for p in again if len({*p[:, 0]}) > 2]
+    low, high = np.nanpercentile(values, (5, 95))
+    return f"{value:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
+def draw_convergence(found: Mapping[str, Mapping[str, float]], file: Path) -> None:
+    """Curves of gFD over the generator's steps."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
+    for axis, guidance in zip(axes, main_training.GUIDANCE, strict=True):
+        for name, figures in found.items():
+            steps = [s for s in main_training.steps() if f"gfid {s} {guidance:g}" in figures]
+            style = "--" if "-b0" in name and "-b0." not in name else "-"
+            axis.plot(steps, [figures[f"gfid {s} {guidance:g}"] for s in steps], style, marker="o", label=name)
+        axis.set_title(f"guidance {guidance:g}" if guidance != 1 else "no guidance")
+        axis.set_xlabel("steps of the generator")
+    axes[0].set_ylabel("gFD (ResNet-56)")
+    axes[1].legend(fontsize=7)
+    _save(figure, file)
+
+
+def draw_prediction(found: Mapping[str, Mapping[str, float]], file: Path) -> None:
+    """Scatter plots of gFD at the last step, guided, against pFD, rFD and iFD."""
+    target = f"gfid {main_training.GENERATOR_STEPS} {main_training.GUIDANCE[-1]:g}"
+    _scatter(found, ("pfid", "rfid", "ifid"), lambda figures: figures.get(target), file)
+
+
+def _scatter(
+    found: Mapping[str, Mapping[str, float]], keys: Sequence[str], target: Callable[..., float | None], file: Path
+) -> None:
+    figure, axes = plt.subplots(1, len(keys), figsize=(4.5 * len(keys), 4), sharey=True)
+    for axis, key in zip(axes, keys, strict=True):
+        for name, figures in found.items():
+            if key in figures and target(figures) is not None:
+                axis.scatter(figures[key], target(figures))
+                axis.annotate(name, (figures[key], target(figures)), fontsize=7)
+        axis.set_xlabel(key)
+    axes[0].set_ylabel("gFD, guided (ResNet-56)")
+    _save(figure, file)
+
+
+def _save(figure: plt.Figure, file: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
