@@ -148,11 +148,17 @@ def test_a_time_keeps_the_precision_of_the_model(name):
     assert torch.equal(found, model.velocity(latents, torch.tensor([0.3, 0.3], dtype=torch.float64), labels))
 
 
-@pytest.mark.parametrize("shape", [(2, D, 3, 3), (2, 9, D + 1), (2, 8, D)])
-def test_latents_of_another_shape_are_refused(shape):
-    for name in ("sit", "lightningdit"):
-        with pytest.raises(UserError, match="got latents of shape"):
-            build(name).velocity(torch.zeros(shape), 0.3, torch.tensor([0, 3]))
+def test_the_grid_is_internal():
+    """LightningDiT answers in the layout in which it is asked."""
+    model, latents, labels = build("lightningdit"), latents_of(2), torch.tensor([0, 3])
+    sequence = model.velocity(latents, 0.3, labels)
+    grid = model.velocity(latents.transpose(1, 2).reshape(2, D, 3, 3), 0.3, labels)
+    assert torch.equal(grid, sequence.transpose(1, 2).reshape(2, D, 3, 3))
+    for wrong in (torch.zeros(2, D, 1, 9), torch.zeros(2, 9, D + 1)):
+        with pytest.raises(UserError, match="got"):
+            model.velocity(wrong, 0.3, labels)
+    with pytest.raises(UserError, match="got latents of shape"):
+        build("sit").velocity(torch.zeros(2, D, 3, 3), 0.3, labels)
 
 
 def test_shapes_that_no_model_has():

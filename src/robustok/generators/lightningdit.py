@@ -80,6 +80,15 @@ class LightningDiT(DiffusionTransformer):
     def _rotate(self, x: Tensor) -> Tensor:
         return self.feat_rope(x) if self.config.rope else x
 
+    def velocity(self, latents: Tensor, times: Tensor | float, labels: Tensor) -> Tensor:
+        """As in :class:`DiffusionTransformer`; also takes the authors' layout (N, D, H, W), and then returns it."""
+        if latents.ndim != 4:
+            return super().velocity(latents, times, labels)
+        if latents.shape[2:] != (self.side, self.side):
+            raise UserError(f"got a grid of {tuple(latents.shape[2:])}; this lightningdit has {(self.side, self.side)}")
+        velocity = super().velocity(latents.flatten(2).transpose(1, 2), times, labels)  # (N, L, D)
+        return velocity.transpose(1, 2).unflatten(2, (self.side, self.side))  # (N, D, H, W)
+
 
 def grid_table(side: int, width: int) -> Tensor:
     """Fixed positions (1, L, W): the first half of the width by the column, the second by the row; sines, cosines."""
