@@ -106,15 +106,14 @@ def test_a_tokenizer_says_what_it_is_and_that_it_is_well(tokenizer):
     assert not hasattr(tokenizer, "check") or tokenizer.check() == []
 
 
-CHECKED = [name for name in TINY_TOKENIZERS if {"codebook", "check"} <= {*dir(TOKENIZERS[name][0])}]
-
-
-@pytest.mark.parametrize("name", CHECKED)
+@pytest.mark.parametrize("name", [name for name in TINY_TOKENIZERS if hasattr(TOKENIZERS[name][0], "check")])
 def test_a_check_speaks_in_sentences(name):
-    tokenizer = tiny_tokenizer(name)
-    for parameter in tokenizer.parameters():
-        parameter.data.fill_(0.0)
-    found = tokenizer.check()
+    """Of weights that are no numbers, or of statistics that were not set."""
+    tokenizer = tiny_tokenizer(name, **({"latent_mean": 0.0, "latent_std": 1.0} if name == "maetok" else {}))
+    if name != "maetok":
+        for parameter in tokenizer.parameters():
+            parameter.data.fill_(float("nan"))
+    found = tokenizer.check(images())
     assert found
     for sentence in found:
         assert sentence[0].isupper()

@@ -135,9 +135,16 @@ def test_kl_posterior():
     tokenizer, images = build("kl"), some_images()
     posterior = tokenizer.posterior(images)
     assert torch.equal(tokenizer.encode(images), posterior.mean)
+    samples = [tokenizer.encode(images, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)]
+    assert torch.equal(samples[0], samples[1])
+    assert not torch.equal(samples[0], samples[2])
+    noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(samples[0], posterior.mean + torch.exp(posterior.logvar / 2) * noise)
     normal = torch.distributions.Normal(posterior.mean, posterior.std)
     expected = torch.distributions.kl_divergence(normal, torch.distributions.Normal(0.0, 1.0)).sum((1, 2)).mean()
-    torch.testing.assert_close(posterior.divergence(), expected)
+    output = tokenizer(images, torch.Generator().manual_seed(3))
+    torch.testing.assert_close(output.kl_loss, expected)
+    assert torch.equal(output.reconstructions, tokenizer.decode(samples[0]))
     assert Posterior(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3)).divergence() == 0
 
 
@@ -279,23 +286,31 @@ def test_bad_input_is_one_sentence():
         assert "\n" not in str(found.value)
 
 
-def test_check_speaks_of_codes():
+def test_check_speaks_of_ranges_and_weights():
     tokenizer = build("llamagen")
+    assert "in [0, 1]" in tokenizer.check((some_images() + 1) / 2)[0]
+    assert "takes [-1, 1]" in tokenizer.check((some_images() + 1) * 127.5)[0]
+    assert any("untrained" in sentence for sentence in build("kl").check(some_images()))
     tokenizer.quantizer.embedding.weight[3] = 0
     assert "zero" in tokenizer.check()[0]
+    tokenizer.decoder.conv_out.bias[0] = torch.nan
+    assert "damaged" in tokenizer.check()[0]
 
 
 def test_a_few_steps_of_training_lower_the_loss():
     torch.manual_seed(0)
     images = F.interpolate(some_images(8, 2, 2), size=(16, 16))  # coloured quarters
-    for tokenizer in (build("llamagen"), build("maskgit")):
+    for tokenizer in (build("kl"), build("llamagen"), build("maskgit")):
         tokenizer.train().requires_grad_(True)
         optimizer, losses = torch.optim.Adam(tokenizer.parameters(), lr=3e-3), []
         for _ in range(16):
             output = tokenizer(images)
             loss = (output.reconstructions - images).square().mean()
             losses.append(loss.item())
-            loss = loss + output.codebook_loss + 0.25 * output.commitment_loss
+            if isinstance(tokenizer, KL):
+                loss = loss + 1e-6 * output.kl_loss
+            else:
+                loss = loss + output.codebook_loss + 0.25 * output.commitment_loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

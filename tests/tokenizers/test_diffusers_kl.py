@@ -50,14 +50,21 @@ def test_same_numbers_as_the_library(tmp_path):
         latents = tokenizer.encode(images)
         assert torch.equal(latents[1, 4 * 2 + 3], posterior.mean[1, :, 2, 3])  # row by row
         assert torch.equal(tokenizer.decode(latents), vae.decode(posterior.mean.contiguous()).sample)
+        sample = tokenizer.encode(images, torch.Generator().manual_seed(0))
+        noise = torch.randn(2, 16, 3, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(sample, latents + posterior.std.flatten(2).transpose(1, 2) * noise)
+    assert torch.equal(tokenizer.normalise(latents), latents * 0.5)
 
 
 def test_normalisation_by_all_four_settings(tmp_path):
     make(tmp_path / "shift", shift_factor=0.25)
     make(tmp_path / "channels", latents_mean=[1.0, 2.0, 3.0], latents_std=[2.0, 4.0, 8.0])
+    latents = torch.randn(2, 16, 3)
     shifted, channels = from_folder(tmp_path / "shift"), from_folder(tmp_path / "channels")
-    assert (shifted.latent_mean, shifted.latent_std, shifted.latent_multiplier) == (0.25, 1.0, 0.5)
-    assert (channels.latent_mean, channels.latent_std) == ([1.0, 2.0, 3.0], [2.0, 4.0, 8.0])
+    torch.testing.assert_close(shifted.normalise(latents), (latents - 0.25) * 0.5)
+    torch.testing.assert_close(channels.normalise(latents)[..., 2], (latents[..., 2] - 3) / 8 * 0.5)
+    for tokenizer in (shifted, channels):
+        torch.testing.assert_close(tokenizer.denormalise(tokenizer.normalise(latents)), latents)
 
 
 def test_post_trained_folder_differs_in_its_decoder_alone(tmp_path):
@@ -97,7 +104,10 @@ def test_without_quantisation_convolutions_and_through_a_snapshot(tmp_path):
     assert torch.equal(load_tokenizer(tmp_path / "snapshot").decode(latents), tokenizer.decode(latents))
 
 
-def test_check_finds_a_missing_statistic(tmp_path):
+def test_check_finds_a_wrong_scale_with_images(tmp_path):
+    make(tmp_path / "vae", scaling_factor=40.0)
+    found = from_folder(tmp_path / "vae").check(some_images())
+    assert any("scaling_factor 40" in sentence for sentence in found)
     make(tmp_path / "half", latents_mean=[0.0] * 3)
     assert "latents_std" in from_folder(tmp_path / "half").check()[0]
 

@@ -70,6 +70,7 @@ def test_the_deep_compression_autoencoder(tmp_path):
         grid = network.encode(images(16)).latent
         assert torch.equal(latents[1, 4 * 2 + 3], grid[1, :, 2, 3])  # row by row
         assert torch.equal(tokenizer.decode(latents), network.decode(grid).sample)
+    assert torch.equal(tokenizer.normalise(latents), latents * 0.4)
     assert FOLDERS["diffusers_dc"].load(tmp_path / "dc").image_size == 256
     assert DiffusersDC.factor_of({}) == 32  # the library's default
     with pytest.raises(UserError, match="not divisible by 4"):

@@ -143,6 +143,10 @@ def test_it_keeps_the_contract_of_a_continuous_tokenizer():
     assert isinstance(tokenizer, Tokenizer)
     assert (tokenizer.kind, tokenizer.image_size, tokenizer.latent_shape) == ("continuous", SIZE, (L, D))
     assert (latents.shape, latents.dtype) == ((3, L, D), torch.float32)
+    assert torch.equal(tokenizer(images).reconstructions, tokenizer.decode(latents))
+    normalised = tokenizer.normalise(latents)
+    assert torch.allclose(normalised, (latents + 0.07) / 0.6)
+    assert torch.allclose(tokenizer.denormalise(normalised), latents, atol=1e-6)
     assert torch.allclose(tokenizer.encode(images[1:2])[0], latents[1], atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
         assert F.mse_loss(tokenizer.encode(images).float(), latents) < 1e-2 * latents.var()
@@ -156,7 +160,7 @@ def test_it_keeps_the_contract_of_a_continuous_tokenizer():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_two_halves_hold_all_that_learns_and_all_of_it_learns(variant):
     tokenizer = build(variant)
-    tokenizer.decode(tokenizer.encode(some_images())).square().sum().backward()
+    tokenizer(some_images()).reconstructions.square().sum().backward()
     # Key biases shift all scores of a query alike, and softmax does not see it: they have a gradient, which is zero.
     assert all(p.grad is not None for p in tokenizer.parameters())
     frozen = frozen_weights(tokenizer)
@@ -176,7 +180,7 @@ def test_a_small_one_trains_from_scratch(positions):
     images = F.interpolate(torch.rand(8, 3, 2, 2) * 2 - 1, size=8, mode="bilinear")
     errors = []
     for _ in range(150):
-        loss = F.mse_loss(tokenizer.decode(tokenizer.encode(images)), images)
+        loss = F.mse_loss(tokenizer(images).reconstructions, images)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -195,9 +199,23 @@ def test_a_snapshot_gives_it_back_with_its_statistics(tmp_path):
     assert encoder_digest(loaded) == encoder_digest(tokenizer)
 
 
-def test_statistics_that_were_not_given_are_reported():
+@torch.no_grad()
+def test_wrong_statistics_and_ranges_are_reported_in_plain_sentences():
+    images = some_images(16)
+    tokenizer = build()
+    deviation = tokenizer.encode(images).std().item()
     assert build(latent_mean=0.0, latent_std=1.0).check()[0].startswith("The latent statistics are left at mean 0")
-    assert build(latent_std=0.5).check() == []
+    right = build(latent_std=deviation)
+    assert right.check() == right.check(images) == []
+    assert "[-1, 1]" in right.check((images + 1) / 2)[0]
+    assert "[-1, 1]" in right.check((images + 1) * 127.5)[0]
+    far = 10 * deviation
+    for name in ("weight", "bias"):
+        getattr(right.quant_conv, name).mul_(10)
+    assert right.check(images) == [f"Latents have a standard deviation of {far:.3g}, latent_std is {deviation:.3g}."]
+    inverted = build(latent_std=1 / far)
+    inverted.load_state_dict(right.state_dict())
+    assert inverted.check(images)[0].endswith("that is its inverse.")
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def test_the_pass_of_a_variational_autoencoder_samples_its_posterior():
     torch.testing.assert_close(output.latents, posterior.mean + posterior.std * sample)
     torch.testing.assert_close(output.reconstructions, kl.decode(output.latents))
     torch.testing.assert_close(output.kl_loss, posterior.divergence())
-    torch.testing.assert_close(ContinuousPass(kl)(images, 0 * sample).reconstructions, kl.decode(kl.encode(images)))
+    torch.testing.assert_close(ContinuousPass(kl)(images, 0 * sample).reconstructions, kl(images).reconstructions)
 
 
 def test_noise_is_as_large_as_its_level_says():

@@ -267,6 +267,23 @@ def check_images(images: Tensor, factor: int) -> None:
         )
 
 
+def image_problems(images: Tensor, reconstructions: Tensor) -> list[str]:
+    """Problems with images and their reconstructions, both (N, 3, H, W), as sentences; empty if there are none."""
+    found, low, high = [], images.min().item(), images.max().item()
+    if low < -1.001 or high > 1.001:
+        found.append(f"The images range from {low:.3g} to {high:.3g}, but a tokenizer takes [-1, 1].")
+    elif low >= 0:
+        found.append(f"The lowest value of the images is {low:.3g}: they seem to be in [0, 1], not in [-1, 1].")
+    constant = images.mean((2, 3), keepdim=True)  # (N, 3, 1, 1)
+    error, plain = ((images - other).square().mean().item() for other in (reconstructions, constant))
+    if not error < plain:
+        found.append(
+            f"The squared error of the reconstructions ({error:.3g}) is larger than that of the mean colours "
+            f"({plain:.3g}): the weights are untrained, or the value range or the file is wrong."
+        )
+    return found
+
+
 def check_size(images: Tensor, size: int) -> None:
     """Refuse images that are not (N, 3, size, size).
 

@@ -7,13 +7,15 @@ Source of AutoencoderDC: Chen et al., "Deep Compression Autoencoder for Efficien
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from robustok.backbones import diffusers_network
 from robustok.config import Config
 from robustok.errors import UserError
-from robustok.tokenizers.conv import check_images, to_grid, to_row
+from robustok.tokenizers.conv import check_images, image_problems, to_grid, to_row
+from robustok.tokenizers.kl import Posterior, VariationalAutoencoder
 from robustok.tokenizers.vq import VQTokenizer
 
 
@@ -76,8 +78,8 @@ class DiffusersTokenizer(nn.Module):
 class ContinuousDiffusersTokenizer(DiffusersTokenizer):
     """One whose latents are vectors, not normalised, row by row.
 
-    Diffusion models take them as ``(z - latent_mean) / latent_std * latent_multiplier``, from the configuration's
-    ``shift_factor`` or ``latents_mean``, ``latents_std``, and ``scaling_factor``.
+    Diffusion models take :meth:`normalise` of them: ``(z - latent_mean) / latent_std * latent_multiplier``, from the
+    configuration's ``shift_factor`` or ``latents_mean``, ``latents_std``, and ``scaling_factor``.
     """
 
     kind = "continuous"
@@ -103,26 +105,48 @@ class ContinuousDiffusersTokenizer(DiffusersTokenizer):
             raise UserError(f"got latents of shape {tuple(latents.shape)}, this tokenizer decodes (N, L, {self.width})")
         return self.vae.decode(to_grid(latents, grid)).sample
 
-    def check(self) -> list[str]:
-        """Problems with the settings as sentences; empty if there are none."""
+    def normalise(self, latents: Tensor) -> Tensor:
+        """Latents (N, L, D) of :meth:`encode` to those that diffusion models of this autoencoder take."""
+        mean, std = (latents.new_tensor(value) for value in (self.latent_mean, self.latent_std))
+        return (latents - mean) / std * self.latent_multiplier
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """Undo :meth:`normalise`."""
+        mean, std = (latents.new_tensor(value) for value in (self.latent_mean, self.latent_std))
+        return latents / self.latent_multiplier * std + mean
+
+    @torch.no_grad()
+    def check(self, images: Tensor | None = None) -> list[str]:
+        """Problems with the settings, or with a few images (N, 3, H, W), as sentences; empty if there are none."""
+        found = []
         if (self.vae.config.get("latents_mean") is None) != (self.vae.config.get("latents_std") is None):
-            return ["Of latents_mean and latents_std one is missing; they go together."]
-        return []
+            found.append("Of latents_mean and latents_std one is missing; they go together.")
+        if images is None:
+            return found
+        latents = self.encode(images)
+        std = self.normalise(latents).std().item()
+        if not 0.25 < std < 4:
+            found.append(
+                f"Normalised latents have a standard deviation of {std:.3g}, far from 1: scaling_factor "
+                f"{self.latent_multiplier:g} or latents_std is left at its default, inverted, or another model's."
+            )
+        return found + image_problems(images, self.decode(latents))
 
 
-class DiffusersKL(ContinuousDiffusersTokenizer):
+class DiffusersKL(VariationalAutoencoder, ContinuousDiffusersTokenizer):
     """AutoencoderKL. See :class:`robustok.types.Tokenizer` for the contract."""
 
     class_name = "AutoencoderKL"
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Images (N, 3, H, W) in [-1, 1] to latents (N, L, D), row by row: the means of their posterior.
+    def posterior(self, images: Tensor) -> Posterior:
+        """Images (N, 3, H, W) in [-1, 1] to the Gaussian of their latents.
 
         Raises:
             UserError: images of a size that the factor does not divide.
         """
         check_images(images, self.factor)
-        return to_row(self.vae.encode(images).latent_dist.mean)  # (N, L, D)
+        found = self.vae.encode(images).latent_dist
+        return Posterior(to_row(found.mean), to_row(found.logvar))  # (N, L, D) each
 
 
 class DiffusersDC(ContinuousDiffusersTokenizer):

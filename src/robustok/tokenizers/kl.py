@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from robustok.errors import UserError
-from robustok.tokenizers.conv import Decoder, Encoder, GridConfig, check_images, to_grid, to_row
+from robustok.tokenizers.conv import Decoder, Encoder, GridConfig, check_images, image_problems, to_grid, to_row
 
 
 class KLConfig(GridConfig):
@@ -43,6 +43,11 @@ class Posterior:
         """Standard deviation (N, L, D)."""
         return torch.exp(0.5 * self.logvar)
 
+    def sample(self, rng: torch.Generator) -> Tensor:
+        """Latents (N, L, D); the noise is drawn where ``rng`` lives."""
+        noise = torch.randn(self.mean.shape, generator=rng, device=rng.device, dtype=self.mean.dtype)
+        return self.mean + self.std * noise.to(self.mean.device)
+
     def divergence(self) -> Tensor:
         """Kullback-Leibler divergence from the standard normal: summed over an image's latents, mean over images."""
         terms = self.mean.square() + self.logvar.exp() - 1 - self.logvar  # (N, L, D)
@@ -66,7 +71,34 @@ class KLOutput:
     kl_loss: Tensor
 
 
-class KL(nn.Module):
+class VariationalAutoencoder(nn.Module):
+    """What autoencoders with a posterior share; subclasses define ``posterior`` and ``decode``."""
+
+    latent_space: str | None = None
+
+    def encode(self, images: Tensor, rng: torch.Generator | None = None) -> Tensor:
+        """Images (N, 3, H, W) in [-1, 1] to latents (N, L, D), row by row.
+
+        Args:
+            images: to encode.
+            rng: draws the latents from their posterior; without it they are its mean, the same at every call.
+        """
+        posterior = self.posterior(images)
+        return posterior.mean if rng is None else posterior.sample(rng)
+
+    def forward(self, images: Tensor, rng: torch.Generator | None = None) -> KLOutput:
+        """Training forward: reconstruct from a sample of the posterior, or from its mean without ``rng``.
+
+        Args:
+            images: (N, 3, H, W) in [-1, 1]; square.
+            rng: draws the sample.
+        """
+        posterior = self.posterior(images)
+        latents = posterior.mean if rng is None else posterior.sample(rng)
+        return KLOutput(self.decode(latents), latents, posterior, posterior.divergence())
+
+
+class KL(VariationalAutoencoder):
     """A convolutional KL autoencoder. See :class:`robustok.types.Tokenizer` for the contract.
 
     ``encode`` takes images of every size that the factor divides, ``decode`` every grid; ``image_size`` and
@@ -93,10 +125,6 @@ class KL(nn.Module):
         self.to_latent = nn.Conv2d(2 * config.z_channels, 2 * config.dim, 1)
         self.from_latent = nn.Conv2d(config.dim, config.z_channels, 1)
         self.decoder = Decoder(config.decoder, config.z_channels, config.decoder.blocks + 1)
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Images (N, 3, H, W) in [-1, 1] to latents (N, L, D), row by row: the means of their posterior."""
-        return self.posterior(images).mean
 
     def posterior(self, images: Tensor) -> Posterior:
         """Images (N, 3, H, W) in [-1, 1] to the Gaussian of their latents.
@@ -128,6 +156,9 @@ class KL(nn.Module):
         """What post-training may train."""
         return [self.from_latent, self.decoder]
 
-    def check(self) -> list[str]:
-        """No problems: that weights are finite is checked when they are read."""
-        return []
+    @torch.no_grad()
+    def check(self, images: Tensor | None = None) -> list[str]:
+        """Problems with the weights, or with a few images (N, 3, H, W), as sentences; empty if there are none."""
+        if not all(p.isfinite().all() for p in self.parameters()):
+            return ["Some weights are infinite or no numbers: the file is damaged."]
+        return [] if images is None else image_problems(images, self.decode(self.encode(images)))

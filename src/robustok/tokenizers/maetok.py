@@ -7,7 +7,7 @@ Source: Chen et al., "Masked Autoencoders Are Effective Tokenizers for Diffusion
 
 Patches have learned positions, or rotary positions in two dimensions with learned frequencies (Heo et al., arXiv
 2403.13298). Parameters have the names of the authors' checkpoints. Small models train from scratch as a plain
-autoencoder, best with ``init=local layer_scale=null positions=learned``.
+autoencoder (:meth:`MAETok.forward`), best with ``init=local layer_scale=null positions=learned``.
 """
 
 import math
@@ -94,7 +94,8 @@ class AutoencoderOutput:
 class MAETok(nn.Module):
     """Continuous tokenizer. See :class:`robustok.types.Tokenizer` for the contract.
 
-    Its latents are not normalised; a diffusion model normalises them by ``latent_mean`` and ``latent_std``.
+    Its latents are not normalised. A diffusion model needs a mean of 0 and a standard deviation of 1:
+    :meth:`normalise` them before it, :meth:`denormalise` its samples before :meth:`decode`.
 
     Attributes:
         image_range: values of the images that the authors' code takes.
@@ -140,18 +141,44 @@ class MAETok(nn.Module):
             )
         return self.decoder(self.post_quant_conv(latents))
 
+    def forward(self, images: Tensor) -> AutoencoderOutput:
+        """Training forward of a plain autoencoder: images (N, 3, H, W) in [-1, 1] to reconstructions and latents."""
+        latents = self.encode(images)
+        return AutoencoderOutput(reconstructions=self.decode(latents), latents=latents)
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """Latents of :meth:`encode` to those that a diffusion model takes."""
+        return (latents - self.latent_mean) / self.latent_std
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """Undo :meth:`normalise`."""
+        return latents * self.latent_std + self.latent_mean
+
     def decoder_modules(self) -> Sequence[nn.Module]:
         """What post-training may train."""
         return [self.post_quant_conv, self.decoder]
 
-    def check(self) -> list[str]:
-        """Problems with the latent statistics as sentences; empty if there are none."""
-        if (self.latent_mean, self.latent_std) != (0.0, 1.0):
-            return []
-        return [
-            "The latent statistics are left at mean 0 and standard deviation 1: latents are not normalised; "
-            "give vq_mean and vq_std of the authors' config.json."
-        ]
+    @torch.no_grad()
+    def check(self, images: Tensor | None = None) -> list[str]:
+        """Problems with the latent statistics, or with a few dozen images (N, 3, H, W), as sentences."""
+        problems = []
+        if (self.latent_mean, self.latent_std) == (0.0, 1.0):
+            problems.append(
+                "The latent statistics are left at mean 0 and standard deviation 1: latents are not normalised; "
+                "give vq_mean and vq_std of the authors' config.json."
+            )
+        if images is None:
+            return problems
+        low, high = images.min().item(), images.max().item()
+        if low >= 0 or low < -1.01 or high > 1.01:
+            problems.append(f"The images range from {low:.3g} to {high:.3g}; this tokenizer takes [-1, 1].")
+        std = self.encode(images).std().item()
+        if not 0.5 < std / self.latent_std < 2:
+            inverse = "; that is its inverse." if 0.5 < std * self.latent_std < 2 else "."
+            problems.append(
+                f"Latents have a standard deviation of {std:.3g}, latent_std is {self.latent_std:.3g}{inverse}"
+            )
+        return problems
 
 
 class LatentTransformer(nn.Module):

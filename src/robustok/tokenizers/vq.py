@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from robustok.errors import UserError
-from robustok.tokenizers.conv import GridConfig, check_images, to_grid, to_row
+from robustok.tokenizers.conv import GridConfig, check_images, image_problems, to_grid, to_row
 from robustok.tokenizers.perturbation import PerturbationConfig, PerturbationDraw, perturb_latents
 from robustok.tokenizers.quantizer import QuantizerConfig
 from robustok.tokenizers.quantizers import AnyQuantizerConfig, build_quantizer
@@ -92,14 +93,17 @@ class QuantizedTokenizer(nn.Module):
             semantic_targets=targets,
         )
 
-    def check(self) -> list[str]:
-        """Problems with the weights as sentences; empty if there are none."""
+    @torch.no_grad()
+    def check(self, images: Tensor | None = None) -> list[str]:
+        """Problems with the weights, or with a few images (N, 3, H, W), as sentences; empty if there are none."""
+        if not all(p.isfinite().all() for p in self.parameters()):
+            return ["Some weights are infinite or no numbers: the file is damaged."]
         learned = getattr(self, "code_levels", None) is None
         if learned and (self.codebook.norm(dim=1) == 0).any():
             return ["Some codes are zero: the codebook was not trained or not loaded."]
         if learned and len(self.codebook.unique(dim=0)) < len(self.codebook) / 2:
             return ["More than half of the codes are copies of others: the codebook has collapsed."]
-        return []
+        return [] if images is None else image_problems(images, self.decode(self.encode(images)))
 
 
 class VQConfig(GridConfig):
