@@ -187,7 +187,8 @@ def draw_main_training(out: Path) -> None:
     found = {name: tokenizer_figures(out, name) for name in names}
     keys = ["psnr", "rfid", "pfid", "ifid", "codebook_usage"]
     keys += [f"gfid {step} {g:g}" for step in main_training.steps() for g in main_training.GUIDANCE]
-    rows = [[name, *(f"{figures.get(key, np.nan):.2f}" for key in keys)] for name, figures in found.items()]
+    keys = [key for key in keys if any(key in figures for figures in found.values())]
+    rows = [[name, *(f"{f[key]:.2f}" if key in f else "" for key in keys)] for name, f in found.items()]
     parts = [table(["tokenizer", *keys], rows), f"## Which number predicts gFD\n\n{correlations(found)}"]
     (out / "main-training.md").write_text("\n\n".join(parts) + "\n")
     print("\n\n".join(parts))
