@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -410,19 +409,6 @@ def test_what_is_missing_is_named(tmp_path, files, tokenizer, classifier):
         run(tmp_path, *words, f"samples.decoders.a={tokenizer}")
     with pytest.raises(UserError, match=r"no metric 'fid'; one of psnr, .*gfid"):
         run(tmp_path, *words, "metrics=[gfid,fid]")
-
-
-def test_old_names_of_settings(tmp_path):
-    renamed = {"latents=[a]": "samples.latents", "perturbation_seeds=2": "pfid.seeds", "paired=true": "paired_images"}
-    for old, new in renamed.items():
-        with pytest.raises(UserError, match=f"unknown key '{old.partition('=')[0]}'; did you mean '{new}'"):
-            run(tmp_path, old)
-    file = tmp_path / "old.yaml"
-    file.write_text("{data: {name: digits}, latents: [a], decoders: {x: b}, grid: {name: published}, halves: 4}")
-    with pytest.warns(match="latents is now samples.latents, decoders is now"):
-        found = load(EvaluateRun, file, [f"out={tmp_path}", "extractor.name=inception"])
-    assert (found.samples.decoders, found.samples.count) == ({"x": Path("b")}, 50_000)
-    assert (found.pfid.grid.name, found.comparison.halves) == ("published", 4)
 
 
 def test_a_metric_is_one_function_and_one_entry(tmp_path, files, classifier, monkeypatch):
