@@ -217,7 +217,11 @@ def correlations(found: Mapping[str, Mapping[str, float]]) -> str:
     rows = []
     for guidance in main_training.GUIDANCE:
         target = f"gfid {main_training.GENERATOR_STEPS} {guidance:g}"
-        for among, chosen in (("all", lambda n: True), ("1,024 codes", lambda n: "1024" in n)):
+        for among, chosen in (
+            ("all", lambda n: True),
+            ("VQGAN", lambda n: n.startswith("vq")),
+            ("VQGAN, 1,024 codes", lambda n: n.startswith("vq1024")),
+        ):
             for key in ("pfid", "rfid", "ifid", "psnr"):
                 same = [f for n, f in found.items() if chosen(n) and key in f and target in f]
                 if len(same) > 3:
@@ -252,7 +256,8 @@ def draw_convergence(found: Mapping[str, Mapping[str, float]], file: Path) -> No
 
 
 def draw_prediction(found: Mapping[str, Mapping[str, float]], file: Path) -> None:
-    """Scatter plots of gFD at the last step, guided, against pFD, rFD and iFD."""
+    """Scatter plots of gFD at the last step, guided, against pFD, rFD and iFD: of VQGANs, which ViTs lie far from."""
+    found = {name: figures for name, figures in found.items() if name.startswith("vq")}
     target = f"gfid {main_training.GENERATOR_STEPS} {main_training.GUIDANCE[-1]:g}"
     _scatter(found, ("pfid", "rfid", "ifid"), lambda figures: figures.get(target), file)
 
