@@ -1,7 +1,7 @@
 """Tables (Markdown) and plots of the studies, from the metrics.jsonl of their evaluations."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -258,19 +258,13 @@ def draw_convergence(found: Mapping[str, Mapping[str, float]], file: Path) -> No
 def draw_prediction(found: Mapping[str, Mapping[str, float]], file: Path) -> None:
     """Scatter plots of gFD at the last step, guided, against pFD, rFD and iFD: of VQGANs, which ViTs lie far from."""
     found = {name: figures for name, figures in found.items() if name.startswith("vq")}
-    target = f"gfid {main_training.GENERATOR_STEPS} {main_training.GUIDANCE[-1]:g}"
-    _scatter(found, ("pfid", "rfid", "ifid"), lambda figures: figures.get(target), file)
-
-
-def _scatter(
-    found: Mapping[str, Mapping[str, float]], keys: Sequence[str], target: Callable[..., float | None], file: Path
-) -> None:
+    target, keys = f"gfid {main_training.GENERATOR_STEPS} {main_training.GUIDANCE[-1]:g}", ("pfid", "rfid", "ifid")
     figure, axes = plt.subplots(1, len(keys), figsize=(4.5 * len(keys), 4), sharey=True)
     for axis, key in zip(axes, keys, strict=True):
         for name, figures in found.items():
-            if key in figures and target(figures) is not None:
-                axis.scatter(figures[key], target(figures))
-                axis.annotate(name, (figures[key], target(figures)), fontsize=7)
+            if key in figures and target in figures:
+                axis.scatter(figures[key], figures[target])
+                axis.annotate(name, (figures[key], figures[target]), fontsize=7)
         axis.set_xlabel(key)
     axes[0].set_ylabel("gFD, guided (ResNet-56)")
     _save(figure, file)

@@ -101,7 +101,7 @@ def config(weights, classifier):
 
 def test_each_space_is_a_term_and_the_state_brings_it_back(config):
     images = [torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(i)) * 2 - 1 for i in range(4)]
-    term = FrechetTerm(config, CPU, judge=None, data="some")
+    term = FrechetTerm(config, CPU, evaluator=None, data="some")
     features = [[space(((x + 1) * 127.5).byte()) for x in images] for space in term.extractors]
     real = [GaussianStatistics.of(torch.cat(found[:2])) for found in features]
     assert not term.started
@@ -117,18 +117,18 @@ def test_each_space_is_a_term_and_the_state_brings_it_back(config):
     sum(terms.values()).backward()
     assert decoded.grad.abs().max() > 0
 
-    other = FrechetTerm(config, CPU, judge=None, data="some")
+    other = FrechetTerm(config, CPU, evaluator=None, data="some")
     other.load_state(saved)
     assert other.started
     assert {name: value.item() for name, value in other(images[0]).items()} == {n: v.item() for n, v in terms.items()}
     for elsewhere in ({}, term.state()):
-        moved = FrechetTerm(config, CPU, judge=None, data="others")
+        moved = FrechetTerm(config, CPU, evaluator=None, data="others")
         moved.load_state(elsewhere)
         assert not moved.started
 
 
 def test_what_judges_or_is_no_space_is_refused(config):
-    judge = FrechetTerm(config, CPU, judge=None, data="").extractors[1].name
+    judge = FrechetTerm(config, CPU, evaluator=None, data="").extractors[1].name
     with pytest.raises(UserError, match=rf"the same feature space, {judge}: what is trained on is learnt by heart"):
         FrechetTerm(config, CPU, judge, data="")
     twice = config.model_copy(update={"extractors": [config.extractors[0]] * 2})

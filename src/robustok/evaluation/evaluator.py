@@ -61,8 +61,9 @@ class Evaluator:
 
     def note_guides(self, decoder: Path) -> None:
         """Say which of the feature spaces guided the training of a decoder."""
+        guides = read_header(decoder).get("guides", ())
         for extractor in self.extractors:
-            if extractor.name in read_header(decoder).get("guides", ()):
+            if extractor.name in guides:
                 note(
                     f"{decoder} was trained on the features of {extractor.name}, so distances measured in them flatter "
                     "it; judge it in another feature space",

@@ -1,7 +1,7 @@
 """The Frechet distance between decoded samples of a generator and real images, as a term of the loss.
 
 A batch is too small for a covariance, so the distance is that of running moments, and its gradient reaches the decoder
-through the batch. A distance that is trained on is learnt by heart: give several feature spaces, and judge in another.
+through the batch. A distance that is trained on is learnt by heart: give several feature spaces, evaluate in another.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -108,24 +108,24 @@ class FrechetTerm:
     Args:
         config: weight, decay and feature spaces.
         device: where to compute.
-        judge: name of the feature space by which snapshots are chosen.
+        evaluator: name of the feature space by which snapshots are chosen.
         data: fingerprint of the real images.
 
     Attributes:
         extractors: one for each space.
 
     Raises:
-        UserError: weights are missing or damaged, a space is given twice, or is that of the judge.
+        UserError: weights are missing or damaged, a space is given twice, or is that of the evaluator.
     """
 
-    def __init__(self, config: FrechetConfig, device: torch.device, judge: str | None, data: str) -> None:
+    def __init__(self, config: FrechetConfig, device: torch.device, evaluator: str | None, data: str) -> None:
         self.config, self.device, self.data = config, device, data
         self.extractors: list[FeatureExtractor] = [load_extractor(one, device) for one in config.extractors]
         names = [extractor.name for extractor in self.extractors]
-        if judge is not None and judge.removesuffix("-bf16") in (name.removesuffix("-bf16") for name in names):
+        if evaluator is not None and evaluator.removesuffix("-bf16") in (name.removesuffix("-bf16") for name in names):
             raise UserError(
-                f"frechet.extractors and held_out.extractor are the same feature space, {judge}: what is trained on "
-                "is learnt by heart and judges nothing; give another one to either"
+                f"frechet.extractors and held_out.extractor are the same feature space, {evaluator}: what is trained "
+                "on is learnt by heart and evaluates nothing; give another one to either"
             )
         if len(set(names)) < len(names):
             raise UserError(f"frechet.extractors has the same feature space twice: {', '.join(names)}; drop one")

@@ -102,6 +102,6 @@ class GridNeighbours:
         return int((corner < self.strength + (not self.include_self)).sum())
 
 
-def _at(counts: Tensor, places: Tensor) -> Tensor:
-    """Counts (M, R + 1) at places (M, n); none below 0."""
-    return counts.gather(1, places.clamp(min=0)) * (places >= 0)
+def _at(counts: Tensor, indices: Tensor) -> Tensor:
+    """Counts (M, R + 1) at indices (M, n); none below 0."""
+    return counts.gather(1, indices.clamp(min=0)) * (indices >= 0)

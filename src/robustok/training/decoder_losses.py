@@ -52,8 +52,8 @@ def frechet_term(run: DecoderTrainingRun, device: torch.device, data: str) -> Fr
     """The Frechet term for the images with this fingerprint, or none."""
     if not run.frechet.weight:
         return None
-    judge = None if run.held_out is None else load_extractor(run.held_out.extractor, device).name
-    return FrechetTerm(run.frechet, device, judge, data)
+    evaluator = None if run.held_out is None else load_extractor(run.held_out.extractor, device).name
+    return FrechetTerm(run.frechet, device, evaluator, data)
 
 
 def start_frechet(term: FrechetTerm, run: DecoderTrainingRun, material: Material, accelerator: Accelerator) -> None:
