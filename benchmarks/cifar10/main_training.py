@@ -28,6 +28,7 @@ class Main:
         beta: share of the images that is perturbed in training.
         end: rate and strength at the end, as a share of the start: 1 is no annealing.
         teacher: whether there is a semantic teacher.
+        seed: of the tokenizer's and the generator's training.
     """
 
     family: str
@@ -35,14 +36,15 @@ class Main:
     beta: float
     end: float = 0.5
     teacher: bool = False
+    seed: int = 0
 
     @property
     def name(self) -> str:
         """Such as ``vq1024-b0.3``."""
+        family = "vit" if self.family == "tokenizer" else "vq"
         end = {1.0: "-none", 0.5: "", 0.0: "-zero"}[self.end]
-        return (
-            f"{'vit' if self.family == 'tokenizer' else 'vq'}{self.size}-b{self.beta:g}{end}{'-teacher' * self.teacher}"
-        )
+        more = "-teacher" * self.teacher + (f"-seed{self.seed}" if self.seed else "")
+        return f"{family}{self.size}-b{self.beta:g}{end}{more}"
 
 
 TOKENIZERS = (
@@ -60,6 +62,7 @@ TOKENIZERS = (
     Main("tokenizer", 1024, 0.3, teacher=True),
     Main("vq", 1024, 0.3, end=1.0),
     Main("vq", 1024, 0.3, end=0.0),
+    *(Main("vq", size, beta, seed=seed) for seed in (1, 2) for size in (1024, 256, 4096) for beta in (0, 0.3)),
 )
 
 
@@ -69,7 +72,8 @@ def jobs(setting: Setting) -> Iterator[Job]:
     for main in TOKENIZERS:
         yield tokenizer(setting, main)
         yield setting.encoded(main.name)
-        yield setting.generator(main.name, "gpt.yaml", GENERATOR_STEPS)
+        seed = (f"seed={main.seed}",) if main.seed else ()
+        yield setting.generator(main.name, "gpt.yaml", GENERATOR_STEPS, "", *seed)
         yield from figures(setting, main.name)
 
 
@@ -88,7 +92,7 @@ def tokenizer(setting: Setting, main: Main) -> Job:
         words += ["teacher.name=classifier", f"teacher.path={setting.path('small')}", "tokenizer.teacher_width=64"]
     needs = ("small",) if main.teacher else ()
     recipe = f"cifar10/{main.family}.yaml"
-    words += ["adversarial.weight=0", "state_every=250"]
+    words += ["adversarial.weight=0", "state_every=250", *([f"seed={main.seed}"] if main.seed else [])]
     return setting.job(f"{main.name}/tokenizer", needs, "main-train", recipe, *setting.data, *setting.losses(), *words)
 
 

@@ -200,9 +200,9 @@ def test_the_frechet_term_is_the_distance_of_decoded_samples_to_real_images(
     assert read_header(path)["post_trained"]["frechet"] == 2.0
 
 
-def test_the_frechet_term_is_not_the_judge(tmp_path, tokenizer, samples, classifier):
-    judge = (f"held_out.latents={samples[1]}", f"held_out.extractor.path={classifier}")
-    run = run_of(tmp_path, tokenizer, "objective=free", f"samples={samples[0]}", *frechet_words(classifier), *judge)
+def test_the_frechet_term_does_not_evaluate(tmp_path, tokenizer, samples, classifier):
+    held_out = (f"held_out.latents={samples[1]}", f"held_out.extractor.path={classifier}")
+    run = run_of(tmp_path, tokenizer, "objective=free", f"samples={samples[0]}", *frechet_words(classifier), *held_out)
     for start in (train_decoder, check_networks):
         with pytest.raises(UserError, match=r"frechet\.extractors and held_out\.extractor are the same feature space"):
             start(run)

@@ -125,7 +125,7 @@ class FrechetTerm:
         if evaluator is not None and evaluator.removesuffix("-bf16") in (name.removesuffix("-bf16") for name in names):
             raise UserError(
                 f"frechet.extractors and held_out.extractor are the same feature space, {evaluator}: what is trained "
-                "on is learnt by heart and evaluates nothing; give another one to either"
+                "on cannot evaluate; give another one to either"
             )
         if len(set(names)) < len(names):
             raise UserError(f"frechet.extractors has the same feature space twice: {', '.join(names)}; drop one")
@@ -185,10 +185,10 @@ class FrechetTerm:
 
     def _features(self, images: Tensor) -> list[tuple[RunningDistance, Tensor]]:
         """Each space's distance and features (world * N, F) of the images of all processes."""
-        images = images.float().clamp(-1, 1)  # as they are evaluated
         with exact_float32(images.device):
             networks = [DIFFERENTIABLE[c.name](e) for c, e in zip(self.config.extractors, self.extractors, strict=True)]
-            found = [gather_with_gradient(features(images)) for features in networks]
+            # Clamped as they are evaluated, for each space anew: the spaces are differentiated one by one.
+            found = [gather_with_gradient(features(images.float().clamp(-1, 1))) for features in networks]
         return list(zip(self._distances.values(), found, strict=True))
 
 
