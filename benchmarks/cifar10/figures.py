@@ -14,9 +14,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy.stats import spearmanr
 from setting import EVALUATOR, SECOND
+from sklearn.manifold import TSNE
 
 import post_training
 from post_training import PAIRS, Pair
+from robustok.data.latent_cache import LatentCache
+from robustok.metrics.codebook import codebook_perplexity, count_tokens
+from robustok.tokenizers import load_tokenizer
 
 Line = Mapping[str, Any]
 SPACES = {f"cifar-resnet{EVALUATOR}": "ResNet-56", f"cifar-resnet{SECOND}": "ResNet-44", "classifier": "small"}
@@ -194,6 +198,7 @@ def draw_main_training(out: Path) -> None:
     print("\n\n".join(parts))
     draw_convergence(found, out / "convergence.png")
     draw_prediction(found, out / "prediction.png")
+    draw_codes(out, out / "codes.png")
 
 
 def tokenizer_figures(out: Path, name: str) -> dict[str, float]:
@@ -267,6 +272,30 @@ def draw_prediction(found: Mapping[str, Mapping[str, float]], file: Path) -> Non
                 axis.annotate(name, (figures[key], figures[target]), fontsize=7)
         axis.set_xlabel(key)
     axes[0].set_ylabel("gFD, guided (ResNet-56)")
+    _save(figure, file)
+
+
+def draw_codes(out: Path, file: Path) -> None:
+    """How codes are used without and with perturbation: their shares in order, and an embedding of the codebooks."""
+    names = [name for name in ("vq1024-b0", "vq1024-b0.3") if (out / name / "latents").exists()]
+    if not names:
+        return
+    figure, axes = plt.subplots(1, 1 + len(names), figsize=(4.5 * (1 + len(names)), 4), squeeze=False)
+    for name, axis in zip(names, axes[0, 1:], strict=True):
+        codebook = load_tokenizer(out / name / "tokenizer").codebook.detach()
+        tokens = LatentCache(out / name / "latents").read(slice(0, 10_000)).latents
+        counts = count_tokens(tokens, len(codebook)).double()
+        shares = counts / counts.sum() * len(codebook)  # 1 is what each code has where all are used alike
+        axes[0, 0].plot(shares.sort(descending=True).values.clamp(min=1e-3), label=name)
+        print(f"{name}: perplexity {codebook_perplexity(counts):.0f}, unused {(counts == 0).sum().item()}")
+        shown = TSNE(random_state=0).fit_transform(codebook.numpy())  # (K, 2)
+        colour = axis.scatter(*shown.T, c=shares.clamp(min=0.1).log10(), s=6, vmin=-1, vmax=0.7)
+        axis.set_title(f"t-SNE of the codes, {name}")
+        figure.colorbar(colour, ax=axis, label="log10 of the share")
+    axes[0, 0].set_yscale("log")
+    axes[0, 0].set_xlabel("codes, most used first")
+    axes[0, 0].set_ylabel("share, 1 where all are used alike")
+    axes[0, 0].legend()
     _save(figure, file)
 
 
