@@ -185,9 +185,7 @@ class Search:
     def _known(self, scored: ScoredDecoder) -> dict | None:
         """The line of metrics.jsonl, if it is there."""
         for line in self._lines():
-            # Lines of earlier versions have a sigma only.
-            objective = line.get("objective", None if line.get("sigma") is None else "paired")
-            key = line.get("stage"), objective, line.get("sigma"), line.get("steps")
+            key = tuple(line.get(name) for name in ("stage", "objective", "sigma", "steps"))
             if line.get("metric") == METRIC and key == scored.key():
                 return line
         return None
