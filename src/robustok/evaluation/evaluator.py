@@ -66,7 +66,7 @@ class Evaluator:
             if extractor.name in guides:
                 note(
                     f"{decoder} was trained on the features of {extractor.name}, so distances measured in them flatter "
-                    "it; judge it in another feature space",
+                    "it; evaluate in another feature space",
                     "yellow",
                 )
 

@@ -1,7 +1,7 @@
 """The Frechet distance between decoded samples of a generator and real images, as a term of the loss.
 
 A batch is too small for a covariance, so the distance is that of running moments, and its gradient reaches the decoder
-through the batch. A distance that is trained on is learnt by heart: give several feature spaces, evaluate in another.
+through the batch. A decoder can overfit the space it is trained in: give several, evaluate in another.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
