@@ -12,6 +12,7 @@ matplotlib.use("agg")
 import main_training
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from scipy.stats import spearmanr
 from setting import EVALUATOR, SECOND
 from sklearn.manifold import TSNE
@@ -19,6 +20,7 @@ from sklearn.manifold import TSNE
 import post_training
 from post_training import PAIRS, Pair
 from robustok.data.latent_cache import LatentCache
+from robustok.data.pixels import to_pixels
 from robustok.metrics.codebook import codebook_perplexity, count_tokens
 from robustok.tokenizers import load_tokenizer
 
@@ -80,6 +82,7 @@ def draw_post_training(out: Path) -> None:
     print("\n\n".join(parts))
     draw_changes(out, out / "post-training.png")
     draw_pays(out, out / "when-it-pays.png")
+    draw_samples(out, out / "samples.png")
 
 
 def pair_table(out: Path, pair: Pair) -> str:
@@ -179,6 +182,23 @@ def draw_pays(out: Path, file: Path) -> None:
     axis.set_xlabel("gFD before / rFD (ResNet-56)")
     axis.set_ylabel("free minus control, % of gFD before")
     axis.axhline(0, color="black", linewidth=0.8)
+    _save(figure, file)
+
+
+@torch.no_grad()
+def draw_samples(out: Path, file: Path, columns: int = 16) -> None:
+    """The first samples of each pair (not chosen), upscaled: three rows of the same latents, decoded three ways."""
+    drawn = [pair for pair in PAIRS if lines_of(out / pair.name / "gfid")]
+    figure, axes = plt.subplots(len(drawn), 1, figsize=(columns * 0.7, 2.3 * len(drawn)), squeeze=False)
+    for axis, pair in zip(axes[:, 0], drawn, strict=True):
+        latents = LatentCache(out / pair.name / "samples-1").read(slice(0, columns)).latents
+        decoders = (out / pair.name / name for name in ("tokenizer", "post-clean", "post-free"))
+        rows = torch.stack([to_pixels(load_tokenizer(path).decode(latents)) for path in decoders])  # (3, n, 3, H, W)
+        n, size = rows.shape[1], rows.shape[-1]
+        axis.imshow(rows.permute(0, 3, 1, 4, 2).reshape(3 * size, n * size, 3), interpolation="nearest")
+        axis.set_yticks([size * (i + 0.5) for i in range(3)], ["before", "clean", "free"])
+        axis.set_xticks([])
+        axis.set_title(pair.name)
     _save(figure, file)
 
 
