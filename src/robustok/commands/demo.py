@@ -57,7 +57,7 @@ CACHE = {"batch_size": 256, "precision": "float32"}  # of latents: bf16 would de
 
 
 class DemoRun(Config):
-    """All stages of the method. The defaults take about three minutes on two cores."""
+    """All stages of the method. The defaults take four to five minutes on two cores."""
 
     out: Path = Field(Path("runs/demo"), description="run folder")
     seeds: list[Annotated[int, Field(ge=0)]] = Field(
