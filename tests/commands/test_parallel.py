@@ -12,6 +12,7 @@ from pydantic import Field
 
 from robustok.commands.parallel import run_parallel
 from robustok.config import Config
+from robustok.console import note, stage, track
 from robustok.errors import UserError
 
 
@@ -31,6 +32,12 @@ def die(job: Job) -> None:
 
 def refuse(job: Job) -> None:
     raise UserError("not like this")
+
+
+def work(job: Job) -> None:
+    with stage("part one"):
+        for _ in track(range(3), "folder/steps"):
+            note("a word")
 
 
 def wait_for(file: Path) -> int:
@@ -53,6 +60,15 @@ def has_ended(process: int) -> bool:
             return True
         time.sleep(0.05)
     return False
+
+
+def test_what_jobs_say_is_shown_with_their_names(tmp_path, capsys):
+    run_parallel({name: (work, Job(out=tmp_path)) for name in ("a", "second")})
+    shown = capsys.readouterr().err.splitlines()
+    assert sorted(line[:12] for line in shown) == ["a:      a wo"] * 3 + ["a:      part"] + ["second: a wo"] * 3 + [
+        "second: part"
+    ]
+    assert all(line.endswith(" s") for line in shown if "part one" in line)
 
 
 @pytest.mark.parametrize(("function", "said"), [(die, "second was killed by signal 9 .*resume"), (refuse, "not like")])

@@ -100,8 +100,8 @@ def study(seed=0, after=6.0, control=7.0, error=0.2):
         ),
         line("rfid", 2.5, tokenizer="perturbed", **common),
         line("gfid", 7.5, tokenizer="perturbed", decoder="original", **common),
-        line("gfid", after, tokenizer="perturbed", decoder="post_trained", sigma=0.9, **common),
-        line("gfid", control, tokenizer="perturbed", decoder="control", sigma=1.0, **common),
+        line("gfid", after, tokenizer="perturbed", decoder="paired", sigma=0.9, **common),
+        line("gfid", control, tokenizer="perturbed", decoder="clean", sigma=1.0, **common),
     ]
 
 
@@ -127,7 +127,7 @@ def pictures(folder, size=16, count=12, **more):
     arrays = {
         "before": images[0],
         "after": images[1],
-        "control": images[2],
+        "clean": images[2],
         "labels": np.arange(count),
         "score_before": np.linspace(2, 3, count),
         "score_after": np.linspace(1, 4, count),
@@ -222,14 +222,16 @@ def test_order_of_the_sections(demo):
     sections = re.findall(r"<h2>(.*?)</h2>|<details><summary>(.*?)</summary>", text)
     names = [name or folded for name, folded in sections]
     assert names[0].startswith("Decoders ")
-    assert names[1:6] == [
+    assert names[1:8] == [
+        "What changed most",
+        "Images of the tokenizers",
         "Results",
         "Differences",
         "pFID by rate and strength",
         "Training curves",
         "Protocol of each number",
     ]
-    assert names[6:] == ["Settings and progress of the runs", "seed-0/tokenizer-plain", "Notes"]
+    assert names[8:] == ["Settings and progress of the runs", "seed-0/tokenizer-plain", "Notes"]
     assert [name.split(" &lt")[0] for name in re.findall(r"<h3>([^<]+)", text)][:3] == [
         "Most improved",
         "Most worsened",
@@ -267,8 +269,8 @@ def test_table_shows_the_measured_numbers(demo):
     assert [len(row) for row in page.rows[first : first + 3]] == [6, 6, 6]
     assert [row[0] for row in page.rows[first : first + 3]] == ["Perturbed", "", ""]
     assert page.rows[first][1] == "original"
-    assert page.rows[first + 1][1:5] == [f"post-trained{SIGMA} = 0.9", DASH, DASH, "6.000 ± 0.200n = 100"]
-    assert page.rows[first + 2][1].startswith("control")
+    assert page.rows[first + 1][1].startswith("clean")
+    assert page.rows[first + 2][1:5] == [f"paired{SIGMA} = 0.9", DASH, DASH, "6.000 ± 0.200n = 100"]
     assert page.row("VQ" + EVIL)[2:] == [DASH] * 4  # NaN and missing values alike
     assert page.row("0.9")[1:] == ["20.00", "40.00"]
 
@@ -359,19 +361,35 @@ def test_a_page_replaces_no_device_and_no_target_of_a_link(demo, tmp_path):
     ("after", "control", "sentence", "result", "against"),
     [
         (
-            *(6.0, 7.0, "Post-training lowered gFD by 20 %; it is below the control (perturbed tokenizer, σ = 0.9)."),
+            *(
+                6.0,
+                7.0,
+                "Post-training (paired) lowered gFD by 20 %; it is below the control (perturbed tokenizer, σ = 0.9).",
+            ),
             *("lower, -20 %5.3 standard errors", "lower, -14 %3.5 standard errors"),
         ),
         (
-            *(9.0, 7.0, "Post-training raised gFD by 20 %; it is above the control (perturbed tokenizer, σ = 0.9)."),
+            *(
+                9.0,
+                7.0,
+                "Post-training (paired) raised gFD by 20 %; it is above the control (perturbed tokenizer, σ = 0.9).",
+            ),
             *("higher, +20 %5.3 standard errors", "higher, +29 %7.1 standard errors"),
         ),
         (
-            *(7.3, 7.2, "Post-training did not clearly change gFD; it is not clearly different from the control"),
+            *(
+                7.3,
+                7.2,
+                "Post-training (paired) did not clearly change gFD; it is not clearly different from the control",
+            ),
             *("no clear change, -2.7 %0.7 standard errors", "no clear change, +1.4 %0.4 standard errors"),
         ),
         (
-            *(7.5, 7.5, "Post-training did not clearly change gFD; it is not clearly different from the control"),
+            *(
+                7.5,
+                7.5,
+                "Post-training (paired) did not clearly change gFD; it is not clearly different from the control",
+            ),
             *("no clear change, +0.0 %0.0 standard errors", "no clear change, +0.0 %0.0 standard errors"),
         ),
     ],
@@ -379,19 +397,19 @@ def test_a_page_replaces_no_device_and_no_target_of_a_link(demo, tmp_path):
 def test_the_headline_follows_the_numbers(tmp_path, after, control, sentence, result, against):
     text = headline(tmp_path, study(after=after, control=control))
     assert sentence in text
-    assert f"gFD before → after post-training7.500 → {after:.3f}{after - 7.5:+.3f}" in text.replace("-0.2000", "-0.200")
-    assert f"gFD of the control (clean latents){control:.3f}" in text
+    assert f"gFD, original → paired7.500 → {after:.3f}{after - 7.5:+.3f}" in text.replace("-0.2000", "-0.200")
+    assert f"gFD of the control (clean){control:.3f}" in text
     assert "rFD (reconstructions)2.500gFD before is 3.0 times as large" in text
     page = Page(render(collect(tmp_path)))
-    assert page.change(f"post-trained {MINUS} original")[-1].replace(MINUS, "-") == result
-    assert page.change(f"post-trained {MINUS} control")[-1].replace(MINUS, "-") == against
+    assert page.change(f"paired {MINUS} original")[-1].replace(MINUS, "-") == result
+    assert page.change(f"paired {MINUS} clean")[-1].replace(MINUS, "-") == against
     perturbation = [cell.replace(MINUS, "-") for cell in page.change(f"perturbed {MINUS} plain tokenizer")]
     assert perturbation[:3] == ["pFDclassifier-64", "30.00", "15.00"]
     assert perturbation[-1] == "lower, -50 %standard error unknown, so this may be noise"
 
 
 def test_the_headline_says_what_is_missing(tmp_path):
-    lines = [item for item in study() if item.get("decoder") != "control"]
+    lines = [item for item in study() if item.get("decoder") != "clean"]
     assert "gFD of the control–Not measured: longer training alone may explain" in headline(tmp_path, lines)
     text = headline(tmp_path, [item for item in lines if "sigma" not in item])
     assert "No decoder was measured before and after post-training." in text
@@ -415,12 +433,10 @@ def test_seeds_are_averaged_and_compared_in_pairs(tmp_path):
     for seed, value in base.items():
         lines.append(line("gfid", value, tokenizer="perturbed", decoder="original", seed=seed))
         after = value - 1.0 - 0.2 * seed
-        lines.append(
-            line("gfid", after, tokenizer="perturbed", decoder="post_trained", sigma=0.9, seed=seed, steps=seed)
-        )
+        lines.append(line("gfid", after, tokenizer="perturbed", decoder="paired", sigma=0.9, seed=seed, steps=seed))
     page = page_of(tmp_path, lines)  # each seed keeps another number of steps, which makes no rows of their own
     spread = np.std([1.0, 1.2, 1.4], ddof=1) / math.sqrt(3)
-    change = page.change(f"post-trained {MINUS} original")
+    change = page.change(f"paired {MINUS} original")
     assert change[1:3] == ["11.00 ± 4.58", "9.800 ± 4.474"]
     assert change[3].startswith(
         f"{MINUS}1.200 ± {spread:.3f}seed 0: {MINUS}1.000seed 1: {MINUS}1.200seed 2: {MINUS}1.400"
@@ -442,8 +458,8 @@ def test_estimates():
 @pytest.mark.parametrize("seed", [0, 1])
 def test_unpaired_differences_combine_both_errors(tmp_path, seed):
     before, after = {"standard_error": 0.3}, {"standard_error": 0.4, "seed": seed}  # also where no seed has both
-    lines = [line("gfid", 5.0, **before), line("gfid", 4.0, decoder="post_trained", sigma=0.9, **after)]
-    assert page_of(tmp_path, lines).change(f"post-trained {MINUS} original")[3] == f"{MINUS}1.000 ± 0.500"
+    lines = [line("gfid", 5.0, **before), line("gfid", 4.0, decoder="paired", sigma=0.9, **after)]
+    assert page_of(tmp_path, lines).change(f"paired {MINUS} original")[3] == f"{MINUS}1.000 ± 0.500"
 
 
 def paired_lines(effect=-0.3, error=0.05, **more):
@@ -451,14 +467,14 @@ def paired_lines(effect=-0.3, error=0.05, **more):
     facts = {"tokenizer": "perturbed", "sets": 4}
     return [
         line("gfid", 7.5, decoder="original", standard_error=0.4, **facts),
-        line("gfid", 7.5 + effect, decoder="post_trained", sigma=0.9, standard_error=0.4, **facts),
-        line("gfid", 7.4, decoder="control", sigma=1.0, standard_error=0.4, **facts),
+        line("gfid", 7.5 + effect, decoder="paired", sigma=0.9, standard_error=0.4, **facts),
+        line("gfid", 7.4, decoder="clean", sigma=1.0, standard_error=0.4, **facts),
         *(
             line("gfid_difference", value, decoder=one, versus=other, **facts | {"standard_error": error} | more)
             for one, other, value in (
-                ("post_trained", "original", effect),
-                ("control", "original", -0.1),
-                ("control", "post_trained", -0.1 - effect),
+                ("paired", "original", effect),
+                ("clean", "original", -0.1),
+                ("clean", "paired", -0.1 - effect),
             )
         ),
     ]
@@ -467,10 +483,10 @@ def paired_lines(effect=-0.3, error=0.05, **more):
 def test_differences_on_the_same_latents_have_their_own_error(tmp_path):
     def changes(**settings):
         page = page_of(tmp_path, paired_lines(**settings))
-        names = [f"{one} {MINUS} {other}" for one, other in (("post-trained", "original"), ("post-trained", "control"))]
+        names = [f"{one} {MINUS} {other}" for one, other in (("paired", "original"), ("paired", "clean"))]
         return [[cell.replace(MINUS, "-") for cell in page.change(name)[-2:]] for name in names]
 
-    # The line says control - post-trained; the second row is post-trained - control.
+    # The line says control - post-trained; the second row is paired - clean.
     assert changes() == [
         ["-0.3000 ± 0.0500", "lower, -4.0 %6.0 standard errors, paired over 4 sets"],
         ["-0.2000 ± 0.0500", "lower, -2.7 %4.0 standard errors, paired over 4 sets"],
@@ -478,30 +494,30 @@ def test_differences_on_the_same_latents_have_their_own_error(tmp_path):
     assert [row[1].split(",")[0] for row in changes(effect=0.3)] == ["higher", "higher"]
     assert changes(error=0.2)[0][1] == "no clear change, -4.0 %1.5 standard errors, paired over 4 sets"
     rows = [row[0] for row in page_of(tmp_path, paired_lines()).rows]
-    assert f"control {MINUS} originalperturbed tokenizer, {SIGMA} = 1.0" in rows
+    assert f"clean {MINUS} originalperturbed tokenizer, {SIGMA} = 1.0" in rows
     assert not any("ifference" in cell for cell in page_of(tmp_path, paired_lines()).row("Tokenizer"))
 
 
 @pytest.mark.parametrize("change", [{"standard_error": None}, {"reference": "other"}, {"sigma": 0.5}])
 def test_a_difference_that_is_not_that_of_the_two_rows_is_not_taken(tmp_path, change):
     page = page_of(tmp_path, paired_lines(**change))
-    assert page.change(f"post-trained {MINUS} original")[-1].endswith("0.5 standard errors")
+    assert page.change(f"paired {MINUS} original")[-1].endswith("0.5 standard errors")
     assert "paired over" not in page.text
 
 
 def test_a_sweep_finds_its_own_differences(tmp_path):
     facts = {"tokenizer": "plain", "standard_error": 0.4, "sets": 4}
-    lines = [line("gfid", 9.0, decoder="original", **facts), line("gfid", 8.5, decoder="control", sigma=1.0, **facts)]
+    lines = [line("gfid", 9.0, decoder="original", **facts), line("gfid", 8.5, decoder="clean", sigma=1.0, **facts)]
     for sigma, value in ((0.5, 8.7), (0.9, 8.2)):
-        post = facts | {"decoder": "post_trained", "sigma": sigma}
+        post = facts | {"decoder": "paired", "sigma": sigma}
         lines.append(line("gfid", value, **post))
         lines.append(line("gfid_difference", value - 9.0, versus="original", **post | {"standard_error": 0.1}))
     # Which of the two decoders this was compared with is not known: better not to use it than to guess.
-    lines.append(line("gfid_difference", 0.3, decoder="control", versus="post_trained", sigma=1.0, **facts))
+    lines.append(line("gfid_difference", 0.3, decoder="clean", versus="paired", sigma=1.0, **facts))
     page = page_of(tmp_path, lines)
     rows = [[cell.replace(MINUS, "-") for cell in row] for row in page.rows]
-    found = {row[0]: row[-1] for row in rows if row and row[0].startswith("post-trained")}
-    original, control = "post-trained - originalplain tokenizer, σ = ", "post-trained - controlplain tokenizer, σ = "
+    found = {row[0]: row[-1] for row in rows if row and row[0].startswith("paired")}
+    original, control = "paired - originalplain tokenizer, σ = ", "paired - cleanplain tokenizer, σ = "
     assert found[f"{original}0.5"] == "lower, -3.3 %3.0 standard errors, paired over 4 sets"
     assert found[f"{original}0.9"] == "lower, -8.9 %8.0 standard errors, paired over 4 sets"
     assert found[f"{control}0.9"] == "no clear change, -3.5 %0.5 standard errors"
@@ -514,18 +530,18 @@ def test_a_sweep_finds_its_own_differences(tmp_path):
 
 
 def test_a_partner_has_the_same_guidance_rather_than_the_same_sigma(tmp_path):
-    settings = [("post_trained", 1, 0.9), ("post_trained", 2, 0.9), ("control", 1, 0.9), ("control", 2, 1.0)]
+    settings = [("paired", 1, 0.9), ("paired", 2, 0.9), ("clean", 1, 0.9), ("clean", 2, 1.0)]
     lines = [line("gfid", 5.0, decoder=name, guidance_scale=scale, sigma=sigma) for name, scale, sigma in settings]
     write_lines(tmp_path / "metrics.jsonl", lines)
     table = arrange(collect(tmp_path).results)
-    row = next(row for row in table.rows if row.decoder == "post_trained" and ("guidance_scale", "2") in row.settings)
-    found = matching_rows(table, row, "control", table.columns[0])
+    row = next(row for row in table.rows if row.decoder == "paired" and ("guidance_scale", "2") in row.settings)
+    found = matching_rows(table, row, "clean", table.columns[0])
     assert [other.settings for other in found] == [(("sigma", "1.0"), ("guidance_scale", "2"))]
 
 
 def test_seeds_with_differences_are_averaged(tmp_path):
     lines = [item | {"seed": seed} for seed in range(3) for item in paired_lines(effect=-0.3 - 0.1 * seed)]
-    change = page_of(tmp_path, lines).change(f"post-trained {MINUS} original")
+    change = page_of(tmp_path, lines).change(f"paired {MINUS} original")
     error = 0.1 / math.sqrt(3)
     assert change[1:3] == ["7.500 ± 0", "7.100 ± 0.058"]
     assert change[-1] == f"lower, {MINUS}5.3 %{0.4 / error:.1f} standard errors, over 3 seeds"
@@ -621,7 +637,7 @@ def test_top_level_metrics_win_and_repeated_lines_count_once(tmp_path):
 
 
 def test_settings_that_vary_make_rows_of_their_own(tmp_path):
-    sweep = [line("gfid", 5.0 + s, tokenizer="plain", decoder="post_trained", sigma=s) for s in (0.5, 0.9)]
+    sweep = [line("gfid", 5.0 + s, tokenizer="plain", decoder="paired", sigma=s) for s in (0.5, 0.9)]
     write_lines(
         tmp_path / "metrics.jsonl",
         [*sweep, line("gfid", 9.0, tokenizer="plain"), line("gfid", 8.0, snapshot="b", tokenizer="plain")],
@@ -635,10 +651,10 @@ def test_settings_that_vary_make_rows_of_their_own(tmp_path):
 
 
 def test_stages_are_in_the_order_of_training(tmp_path):
-    for name in ("a/control", "a/generator", "a/post", "a/tokenizer", "a/seed-10/post", "a/seed-2/post"):
+    for name in ("a/pairs", "a/generator", "a/post", "a/tokenizer", "a/seed-10/post", "a/seed-2/post"):
         write_lines(tmp_path / name / "log.jsonl", [{"step": 0, "total": 1.0}])
     names = [run.name for run in collect(tmp_path).runs]
-    assert names == [f"a/{n}" for n in ("tokenizer", "generator", "post", "seed-2/post", "seed-10/post", "control")]
+    assert names == [f"a/{n}" for n in ("tokenizer", "generator", "pairs", "post", "seed-2/post", "seed-10/post")]
 
 
 def test_resumed_log_keeps_the_later_line(tmp_path):
@@ -667,8 +683,8 @@ def test_images_are_embedded_as_they_are(tmp_path):
         return np.asarray(Image.open(io.BytesIO(content)))
 
     np.testing.assert_array_equal(pixels("image 7, 7, after"), arrays["after"][7])
-    strip = pixels("image 7, 7: before, after, control, difference × 1")
-    layers = [*(arrays[name][7] for name in ("before", "after", "control"))]
+    strip = pixels("image 7, 7: before, after, clean, difference × 1")
+    layers = [*(arrays[name][7] for name in ("before", "after", "clean"))]
     layers.append(amplified_difference(arrays["before"][7], arrays["after"][7])[0])
     np.testing.assert_array_equal(strip, np.concatenate(layers, axis=1))
     assert (shown["image 7, 7, after"]["width"], strip.shape) == ("64", (16, 64, 3))

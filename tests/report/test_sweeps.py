@@ -76,16 +76,19 @@ def test_the_choice_of_an_objective_is_a_table_with_prices_and_the_verdict(tmp_p
     assert rows[2] == ["free+clean", "20", "4.500", "−0.500", "±", "0.050", "1.250", "22.50", "4"]
     assert "4.000" not in table[: table.index("</table>")]
     assert "The lowest is that of free+clean. post-training pays: so much" in table
-    with_pairs = page_of(tmp_path, [*lines, held_out("candidate", 0.8, 20, 4.7, -0.3, objective="paired", **prices)])
-    assert figures(with_pairs)[0].startswith("validation distance against σ: 4.700 at 0.8")
+    for sigma in (0.8, 0.9):  # one sigma is no curve
+        lines.append(held_out("candidate", sigma, 20, 5.5 - sigma, -0.3, objective="paired", **prices))
+        assert bool(figures(page_of(tmp_path, lines))) == (sigma == 0.9)
+    plot = figures(page_of(tmp_path, lines))[0]
+    assert plot.startswith("validation distance against σ: 4.700 at 0.8, 4.600 at 0.9")
 
 
 def test_held_out_distances_are_no_results(tmp_path):
     page = page_of(tmp_path, SWEEP)
     assert "No measurements yet." in page
     results = page_of(tmp_path, [*SWEEP, gfid("original", 7.0)])
-    assert "<h2>Results</h2>" in results
-    table = results[results.index("<h2>Results</h2>") : results.index("Objective, sigma and strength")]
+    assert "<summary>Results</summary>" in results
+    table = results[results.index("<summary>Results</summary>") : results.index("Objective, sigma and strength")]
     assert "7.000" in table
     assert "5.500" not in table
 

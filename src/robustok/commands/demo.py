@@ -1,59 +1,63 @@
 """The `demo` command: the whole method from real images to a report, by default on handwritten digits and a CPU.
 
-    plain and perturbed tokenizer -> tokens -> generator -> pairs -> post-trained decoder and its control -> metrics
-    -> report
+For a tokenizer without and one with latent perturbation:
 
-Every stage calls the function of a command, with a recipe of configs/, in a run folder of its own, so the same command
-again resumes. Stages that do not depend on each other run at the same time, each with a share of the cores: models
-this small gain nothing from more threads.
+    tokenizer -> tokens -> generator -> decoders post-trained on clean latents, pairs and free samples -> metrics
+
+The decoder post-trained on clean latents is the control. All decoders are evaluated on the same samples, which chose
+nothing. Every stage calls the function of a command, with a recipe of configs/, in a run folder of its own, so the same
+command again resumes. The tokenizers have a process each: models this small gain nothing from more threads.
 """
 
 import json
 import os
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
+from rich.table import Table
 
 from robustok.commands.encode import EncodeRun, encode
 from robustok.commands.evaluate import evaluate
 from robustok.commands.generate import GenerateRun, generate
-from robustok.commands.make_pairs import MakePairsRun, make_pairs
 from robustok.commands.parallel import run_parallel
 from robustok.commands.pictures import draw_reconstructions, draw_samples
-from robustok.commands.report import ReportRun, report
+from robustok.commands.post_train import post_train
+from robustok.commands.post_train_settings import PostTrainRun
 from robustok.commands.train_classifier import TrainClassifierRun, train_classifier
 from robustok.config import C, Config, read_yaml, recipe, validate
-from robustok.console import note
+from robustok.console import console, note, stage
 from robustok.data.sources import Data, Digits
 from robustok.errors import UserError
 from robustok.evaluation.settings import EvaluateRun, MetricNames
 from robustok.files import inside, write_file
 from robustok.metrics.features import ExtractorConfig
 from robustok.metrics.pfid import PerturbedGrid, RelativeGrid
-from robustok.training.decoder import DecoderTrainingRun, train_decoder
+from robustok.report.changes import changes, first_column
+from robustok.report.collect import collect
+from robustok.report.names import decimal, label, plus_minus
+from robustok.report.page import write_report
+from robustok.report.results import Estimate, arrange
+from robustok.report.sweeps import HELD_OUT
 from robustok.training.generator import GeneratorTrainingRun, train_generator
 from robustok.training.tokenizer import TokenizerTrainingRun, train_tokenizer
-from robustok.types import Measurement
 
 TOKENIZERS = {"plain": {"perturbation": {"proportion": 0}}, "perturbed": {}}  # they differ in nothing else
-DECODERS = {  # of each tokenizer: the snapshots that decode the same samples
-    "plain": {"original": "tokenizer-plain"},
-    "perturbed": {"original": "tokenizer-perturbed", "control": "control", "post_trained": "post"},
-}
+OBJECTIVES = ("clean", "paired", "free")  # of post-training: the control, the paper's, and one without pairs
 RECIPES: dict[type[Config], str] = {
     TrainClassifierRun: "classifier.yaml",
     TokenizerTrainingRun: "tokenizer.yaml",
     GeneratorTrainingRun: "generator.yaml",
-    DecoderTrainingRun: "post.yaml",
+    PostTrainRun: "post.yaml",
 }
-
-
 TIMES = ("steps", "warmup_steps", "start", "anneal_start", "anneal_end")  # settings in steps
+CACHE = {"batch_size": 256, "precision": "float32"}  # of latents: bf16 would depend on the processor
 
 
 class DemoRun(Config):
-    """All stages of the method. The defaults take a few minutes on two cores."""
+    """All stages of the method. The defaults take four to five minutes on two cores."""
 
     out: Path = Field(Path("runs/demo"), description="run folder")
     seeds: list[Annotated[int, Field(ge=0)]] = Field(
@@ -63,8 +67,8 @@ class DemoRun(Config):
         Path("digits"), description="folder with classifier.yaml, tokenizer.yaml, generator.yaml and post.yaml"
     )
     data: Data = Field(Digits(), description="labelled images")
-    sigma: float = Field(0.7, ge=0, le=1, description="sigma of the pairs")
-    sets: int = Field(6, ge=2, description="independent sets of samples behind each gFID, for its standard error")
+    sigma: float = Field(0.7, ge=0, lt=1, description="sigma of the pairs; 1 is the control")
+    sets: int = Field(4, ge=2, description="independent sets of samples behind each gFID, for its standard error")
     samples: int = Field(1348, ge=20, description="samples in a set; the default is the number of training digits")
     grid: PerturbedGrid = Field(RelativeGrid(), description="cells of pFID")
     perturbation_seeds: int = Field(2, ge=1, le=1000, description="repetitions of pFID, for its standard error")
@@ -72,7 +76,9 @@ class DemoRun(Config):
         ["rfid", "psnr", "codebook", "pfid", "gfid", "kid", "gap"], description="what is measured"
     )
     scale: float = Field(
-        1.0, gt=0, description="multiplies the numbers of training steps; 0.1 is a quick trial of all stages"
+        1.0,
+        gt=0,
+        description="multiplies the numbers of training steps; 2 is a longer demo, 0.1 a quick trial of all stages",
     )
 
     @model_validator(mode="after")
@@ -82,11 +88,11 @@ class DemoRun(Config):
         return self
 
 
-def demo(run: DemoRun) -> list[Measurement]:
-    """Run all stages for every seed; write metrics.jsonl, pictures and report.html.
+def demo(run: DemoRun) -> Path:
+    """Run all stages for every seed; write metrics.jsonl, pictures and report.html, and print a table.
 
     Returns:
-        All measurements, as in metrics.jsonl.
+        The page.
 
     Raises:
         UserError: as the stages raise it; or a launcher has started several processes.
@@ -96,15 +102,26 @@ def demo(run: DemoRun) -> list[Measurement]:
     inside(run.out)
     for seed in run.seeds:
         stages = Stages(run, seed)
-        stages.train()
-        stages.post_train()
-        stages.evaluate()
-        stages.draw()
-    lines = "".join((run.out / f"seed-{seed}" / "metrics.jsonl").read_text() for seed in run.seeds)
+        stages.train_classifiers()
+        run_parallel({name: (partial(_stages_of_a_tokenizer, seed=seed, name=name), run) for name in TOKENIZERS})
+        with stages.timed("pictures"):
+            stages.draw()
+    lines = "".join(
+        (run.out / f"seed-{seed}" / f"measure-{name}" / "all.jsonl").read_text()
+        for seed in run.seeds
+        for name in TOKENIZERS
+    )
     write_file(run.out / "metrics.jsonl", lines)
-    page = report(ReportRun(path=run.out, title=f"robustok on {run.data.name}"))
-    note(f"report: {page}")
-    return [Measurement.from_line(json.loads(line)) for line in lines.splitlines()]
+    _print_tables(run.out)
+    return write_report(run.out, title=f"robustok on {run.data.name}")
+
+
+def _stages_of_a_tokenizer(run: DemoRun, seed: int, name: str) -> None:
+    """All stages for one tokenizer, in a process of its own."""
+    stages = Stages(run, seed)
+    stages.train(name)
+    stages.post_train(name)
+    stages.evaluate(name)
 
 
 class Stages:
@@ -127,77 +144,76 @@ class Stages:
 
     def configure(self, model: type[C], out: str, **settings: Any) -> C:
         """The configuration of a stage: its scaled recipe, if it has one, with these settings over it."""
-        name = RECIPES.get(model)
-        merged = _scaled(read_yaml(recipe(self.run.recipes / name)), self.run.scale) if name else {}
+        merged = self.recipe(model)
         for key, value in settings.items():
             merged[key] = (merged.get(key) or {}) | value if isinstance(value, dict) else value
         return validate(model, merged | {"out": self.folder / out}, f"the settings of {out}")
 
-    def train(self) -> None:
-        """Train the classifiers, the tokenizers and a generator for each tokenizer."""
-        classifiers = {}
-        for i, name in enumerate(("classifier-metric", "classifier-guide")):
-            config = self.configure(TrainClassifierRun, name, data=self.run.data, seed=2 * self.seed + i)
-            classifiers[name] = train_classifier, config
-        run_parallel(classifiers)
-        tokenizers, generators = {}, {}
-        for name, perturbation in TOKENIZERS.items():
-            tokenizers[f"tokenizer-{name}"] = (
-                train_tokenizer,
-                self.configure(TokenizerTrainingRun, f"tokenizer-{name}", **self.losses, **perturbation),
-            )
-            latents = self.folder / f"latents-{name}"
-            generators[f"generator-{name}"] = (
-                train_generator,
-                self.configure(GeneratorTrainingRun, f"generator-{name}", latents=latents, seed=self.seed),
-            )
-        run_parallel(tokenizers)
-        for name in TOKENIZERS:
+    def recipe(self, model: type[Config]) -> dict[str, Any]:
+        """The scaled recipe of a stage, if it has one."""
+        name = RECIPES.get(model)
+        return _scaled(read_yaml(recipe(self.run.recipes / name)), self.run.scale) if name else {}
+
+    def timed(self, name: str) -> AbstractContextManager[None]:
+        """A line with the time of a stage."""
+        return stage(f"seed {self.seed}, {name}")
+
+    def train_classifiers(self) -> None:
+        """Train the feature space of the distances and that of the perceptual loss."""
+        with self.timed("two classifiers"):
+            for i, name in enumerate(("classifier-metric", "classifier-guide")):
+                train_classifier(self.configure(TrainClassifierRun, name, data=self.run.data, seed=2 * self.seed + i))
+
+    def train(self, name: str) -> None:
+        """Train a tokenizer and a generator of its tokens."""
+        with self.timed("tokenizer"):
+            settings = self.losses | TOKENIZERS[name]
+            train_tokenizer(self.configure(TokenizerTrainingRun, f"tokenizer-{name}", **settings))
+        with self.timed("tokens"):
             tokenizer = self.folder / f"tokenizer-{name}"
-            out = f"latents-{name}"
-            encode(self.configure(EncodeRun, out, data=self.run.data, tokenizer=tokenizer, cache={"batch_size": 256}))
-        run_parallel(generators)
-
-    def sample(self, name: str, out: str, count: int, seed: int) -> Path:
-        """Free samples of the generator of the tokenizer ``name``."""
-        generator = self.folder / f"generator-{name}"
-        return generate(
-            self.configure(
-                GenerateRun, f"samples/{out}", generator=generator, count=count, seed=seed, cache={"batch_size": 256}
+            latents = encode(
+                self.configure(EncodeRun, f"latents-{name}", data=self.run.data, tokenizer=tokenizer, cache=CACHE)
             )
-        )
+        with self.timed("generator"):
+            train_generator(self.configure(GeneratorTrainingRun, f"generator-{name}", latents=latents, seed=self.seed))
 
-    def post_train(self) -> None:
-        """Post-train the perturbed tokenizer's decoder, and its control: as many steps on clean latents."""
-        # These samples choose among the snapshots and are never reported.
-        held_out = self.sample("perturbed", "held-out", 2 * self.run.samples, 1000 * self.seed + 999)
-        jobs = {}
-        for name, sigma in {"post": self.run.sigma, "control": 1.0}.items():
-            post = self.configure(
-                DecoderTrainingRun,
-                name,
-                **self.losses,
-                tokenizer=self.folder / "tokenizer-perturbed",
-                pairs=self.folder / f"pairs-{name}",
-                held_out={"latents": held_out, "extractor": self.extractor},
+    def post_train(self, name: str) -> None:
+        """Post-train the decoder with each objective, for as many steps; the best is chosen on samples of its own."""
+        with self.timed("post-training"):
+            post_train(
+                self.configure(
+                    PostTrainRun,
+                    f"post-{name}",
+                    **self.losses,
+                    tokenizer=self.folder / f"tokenizer-{name}",
+                    generator=self.folder / f"generator-{name}",
+                    latents=self.folder / f"latents-{name}",
+                    objective="auto",
+                    mixture={"count": 3 * self.run.samples},
+                    sweep={
+                        "objectives": OBJECTIVES,
+                        "sigmas": [self.run.sigma],
+                        "steps": self.recipe(PostTrainRun)["steps"],  # all of them: what follows would have no control
+                        "sets": self.run.sets,
+                        "samples": self.run.samples // 2,
+                    },
+                    held_out={"extractor": self.extractor},
+                    cache=CACHE,
+                )
             )
-            mixtures = self.configure(
-                MakePairsRun,
-                f"pairs-{name}",
-                latents=self.folder / "latents-perturbed",
-                generator=self.folder / "generator-perturbed",
-                sigma=sigma,
-                count=post.steps * post.batch_size,
-                cache={"batch_size": 256},
-            )
-            make_pairs(mixtures)
-            jobs[name] = train_decoder, post
-        run_parallel(jobs)
 
-    def evaluate(self) -> None:
-        """Measure everything anew, from what is in the run folder, into metrics.jsonl."""
-        jobs, files = {}, []
-        for name, decoders in DECODERS.items():
+    def decoders(self, name: str) -> dict[str, Path]:
+        """The decoders that are evaluated, by their names in the results."""
+        post = self.folder / f"post-{name}"
+        candidates = {"clean": "clean", "paired": f"{self.run.sigma:g}", "free": "free"}
+        paths = {name: post / f"candidate-{candidate}" for name, candidate in candidates.items()}
+        return {"original": self.folder / f"tokenizer-{name}"} | paths
+
+    def evaluate(self, name: str) -> None:
+        """Measure a tokenizer and all its decoders anew, on samples that chose nothing."""
+        with self.timed("samples"):
+            samples = [self._sample(name, number) for number in range(self.run.sets)]
+        with self.timed("metrics"):
             config = self.configure(
                 EvaluateRun,
                 f"measure-{name}",
@@ -205,32 +221,66 @@ class Stages:
                 tags={"tokenizer": name},
                 extractor=self.extractor,
                 data=self.run.data,
-                samples={
-                    "decoders": {decoder: self.folder / path for decoder, path in decoders.items()},
-                    "latents": [
-                        self.sample(name, f"{name}-{i}", self.run.samples, 1000 * self.seed + i)
-                        for i in range(self.run.sets)
-                    ],
-                },
+                samples={"decoders": self.decoders(name), "latents": samples},
                 metrics=self.run.metrics,
                 pfid={"grid": self.run.grid, "seeds": self.run.perturbation_seeds},
                 seed=self.seed,
                 batch_size=256,
             )
-            files.append(config.out / "metrics.jsonl")
-            files[-1].unlink(missing_ok=True)
-            jobs[f"evaluate {name}"] = evaluate, config
-        run_parallel(jobs)
-        write_file(self.folder / "metrics.jsonl", "".join(file.read_text() for file in files))
+            (config.out / "metrics.jsonl").unlink(missing_ok=True)
+            lines = [measurement.line() for measurement in evaluate(config)]
+        # How the decoder was chosen is part of the report too.
+        lines += [
+            json.loads(line) | {"tokenizer": name}
+            for line in (self.folder / f"post-{name}" / "metrics.jsonl").read_text().splitlines()
+        ]
+        write_file(config.out / "all.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+    def _sample(self, name: str, number: int) -> Path:
+        """Free samples of the generator of the tokenizer ``name``."""
+        generator, seed = self.folder / f"generator-{name}", 1000 * self.seed + number
+        run = {"generator": generator, "count": self.run.samples, "seed": seed, "cache": CACHE}
+        return generate(self.configure(GenerateRun, f"samples/{name}-{number}", **run))
 
     def draw(self) -> None:
-        """Write the pictures of the report."""
+        """Write the pictures of the report; after post-training is the decoder that the held-out samples chose."""
         start = self.run.out / "pictures" / f"seed-{self.seed}"
         tokenizers = {name: self.folder / f"tokenizer-{name}" for name in TOKENIZERS}
         draw_reconstructions(Path(f"{start}-reconstructions.npz"), tokenizers, self.run.data)
-        decoders = {decoder: self.folder / path for decoder, path in DECODERS["perturbed"].items()}
+        decoders = self.decoders("perturbed")
+        shown = {"before": decoders["original"], "after": self.folder / "post-perturbed", "clean": decoders["clean"]}
         samples = self.folder / "samples" / "perturbed-0"
-        draw_samples(Path(f"{start}-samples.npz"), decoders, samples, self.run.data, self.extractor)
+        draw_samples(Path(f"{start}-samples.npz"), shown, samples, self.run.data, self.extractor)
+
+
+def _print_tables(folder: Path) -> None:
+    """Print what was measured, as the report does: means over the seeds where there are several."""
+    results = arrange([result for result in collect(folder).results if result.metric != HELD_OUT])
+    found = {(one.row, one.versus.decoder): one for one in changes(results) if one.column.metric == "gfid"}
+    tokenizers, decoders = Table(box=None), Table(box=None)
+    rows = [row for row in results.rows if row.decoder == "original"]
+    columns = [c for metric in ("rfid", "pfid", "psnr") if (c := first_column(results, metric, *rows))]
+    for head in ("tokenizer", *map(label, columns)):
+        tokenizers.add_column(head)
+    for row in rows:
+        tokenizers.add_row(row.tokenizer, *(_number(results.mean(row, column)) for column in columns))
+    column = first_column(results, "gfid", *results.rows)
+    if column is not None:
+        for head in ("tokenizer", "decoder", label(column), "minus original", "minus clean"):
+            decoders.add_column(head)
+        for row in results.rows:
+            against = (found.get((row, versus)) for versus in ("original", "clean"))
+            shown = [_number(results.mean(row, column)), *(one.amount if one else "" for one in against)]
+            decoders.add_row(row.tokenizer, row.decoder, *shown)
+    for table in (tokenizers, decoders):
+        if table.columns:
+            console.print(table)
+            console.print()
+    note("lower is better, but for PSNR; ±: standard error; clean: the control")
+
+
+def _number(estimate: Estimate) -> str:
+    return decimal(estimate.value) + plus_minus(estimate)
 
 
 def _scaled(settings: dict[str, Any], scale: float) -> dict[str, Any]:

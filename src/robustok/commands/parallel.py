@@ -1,6 +1,5 @@
-"""Run several commands at the same time, each in a process with its share of the cores, and show their progress."""
+"""Run several jobs at the same time, each in a process with its share of the cores, and show their progress."""
 
-import json
 import multiprocessing
 import os
 import signal
@@ -11,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from threading import Thread, current_thread, main_thread
 from typing import Any
 
@@ -19,11 +17,11 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from robustok.config import Config
-from robustok.console import console, note
-from robustok.errors import UserError
-from robustok.training.common import TrainingConfig
+from robustok.console import console, listen, note, shows_bars
+from robustok.errors import UserError, printable
 
 PATIENCE = 60  # seconds in which a job must have saved its state
+SECONDS = 0.25  # between looks at the jobs
 
 
 def run_parallel(jobs: Mapping[str, tuple[Callable[[Any], Any], Config]]) -> None:
@@ -32,7 +30,7 @@ def run_parallel(jobs: Mapping[str, tuple[Callable[[Any], Any], Config]]) -> Non
     However this ends, no job goes on: they get SIGTERM, at which a training saves its state.
 
     Args:
-        jobs: name to (function of a command, its configuration). The progress of a training is read from its log.
+        jobs: name to (function of a module, its configuration). Their notes and progress are shown here.
 
     Raises:
         UserError: a job raised it, or was killed.
@@ -51,7 +49,7 @@ def run_parallel(jobs: Mapping[str, tuple[Callable[[Any], Any], Config]]) -> Non
                 sender.close()
                 running[name] = (process, receiver)
             listen()
-            _watch({name: config for name, (_, config) in jobs.items()}, running)
+            _watch(running)
         finally:
             for process, _ in running.values():
                 process.terminate()
@@ -101,72 +99,81 @@ def _end_with_parent() -> None:
 
 
 def _run(function: Callable[[Any], Any], config: Config, threads: int, sender: Connection) -> None:
-    """Run one job in a child process, without a progress bar of its own."""
+    """Run one job in a child process, which sends what it would print."""
     Thread(target=_end_with_parent, daemon=True).start()
-    os.environ["ROBUSTOK_PROGRESS"] = "0"
+    latest = 0.0  # when progress was sent
+
+    def send(message: tuple[Any, ...]) -> None:
+        nonlocal latest
+        if message[0] != "progress" or message[2] in (0, message[3]) or time.monotonic() > latest + SECONDS:
+            latest = time.monotonic()
+            sender.send(message)
+
+    listen(send)
     torch.set_num_threads(threads)
     try:
         function(config)
-        sender.send("done")
+        sender.send(("done",))
     except UserError as error:
-        sender.send(str(error))
+        sender.send(("refused", str(error)))
         sys.exit(2)
     except Exception:
         traceback.print_exc()
         sys.exit(1)
 
 
-def _watch(configs: Mapping[str, Config], running: Mapping[str, tuple[BaseProcess, Connection]]) -> None:
-    """Show progress until all have ended; raise what the first failure raised."""
+def _watch(running: Mapping[str, tuple[BaseProcess, Connection]]) -> None:
+    """Show progress and notes until all have ended; raise what the first failure raised."""
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(20),
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=os.environ.get("ROBUSTOK_PROGRESS") == "0") as progress:
-        steps = {name: c.steps if isinstance(c, TrainingConfig) else None for name, c in configs.items()}
-        bars = {name: progress.add_task(f"{name:<24}", total=total) for name, total in steps.items()}
-        alive = dict(running)
-        while alive:
-            time.sleep(0.25)
-            for name, (process, receiver) in list(alive.items()):
-                if steps[name] is not None:
-                    progress.update(bars[name], completed=_steps_done(configs[name].out / "log.jsonl"))
-                if process.exitcode is None:
-                    continue
-                del alive[name]
-                total = steps[name] or 1
-                progress.update(bars[name], total=total, completed=total)
-                message = _received(receiver)
-                if process.exitcode == 2 and message:
-                    raise UserError(message)
-                if process.exitcode < 0:
-                    why = " (perhaps memory is short)" if process.exitcode == -signal.SIGKILL else ""
-                    raise UserError(
-                        f"{name} was killed by signal {-process.exitcode}{why}; run the same command to resume"
-                    )
-                if process.exitcode:
-                    raise RuntimeError(f"{name} failed with exit code {process.exitcode}; its messages are above")
-                if message != "done":
-                    raise SystemExit(_stopped("SIGTERM"))
+    with Progress(*columns, console=console, disable=not shows_bars()) as progress:
+        bars = {name: progress.add_task(name, total=None) for name in running}
+        shown, results = {}, {}  # what each bar is of; the last word of each job
+        width = max(map(len, running)) + 2
+        while bars:
+            time.sleep(SECONDS)
+            for name in list(bars):
+                process, receiver = running[name]
+                code = process.exitcode  # before its messages are read, so that none is missed
+                for kind, *said in _received(receiver):
+                    if kind == "note":
+                        note(f"{name + ':':<{width}}{said[0]}", said[1])
+                    elif kind == "progress":
+                        what, done, total = said
+                        if shown.get(name) != what:
+                            text = f"{name}: {printable(what.rpartition('/')[2])}"
+                            progress.reset(bars[name], total=total, description=f"{text:<32}")
+                        shown[name] = what
+                        progress.update(bars[name], completed=done, total=total)
+                    else:
+                        results[name] = kind, *said
+                if code is not None:
+                    _check(name, code, results.get(name, ("",)))
+                    progress.update(bars.pop(name), visible=False)
 
 
-def _received(receiver: Connection) -> str | None:
-    """What a job that has ended has sent; None if it sent nothing."""
+def _check(name: str, code: int, result: tuple[str, ...]) -> None:
+    """Raise what a job that has ended raised."""
+    if result[0] == "refused":
+        raise UserError(result[1])
+    if code < 0:
+        why = " (perhaps memory is short)" if code == -signal.SIGKILL else ""
+        raise UserError(f"{name} was killed by signal {-code}{why}; run the same command to resume")
+    if code:
+        raise RuntimeError(f"{name} failed with exit code {code}; its messages are above")
+    if result[0] != "done":
+        raise SystemExit(_stopped("SIGTERM"))
+
+
+def _received(receiver: Connection) -> Iterator[tuple[Any, ...]]:
+    """What a job has sent since the last call."""
     try:
-        return receiver.recv()
-    except EOFError:
-        return None
-
-
-def _steps_done(log: Path) -> int:
-    """The last step in the log of a training; 0 if there is none yet."""
-    try:
-        with log.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-            lines = file.read().splitlines()[1:]  # the first may be cut
-        return max((json.loads(line).get("step", 0) for line in lines if line.endswith(b"}")), default=0)
-    except (OSError, ValueError):
-        return 0
+        while receiver.poll():
+            yield receiver.recv()
+    except (EOFError, OSError):  # it has ended, perhaps amid a message
+        return

@@ -62,7 +62,7 @@ def draw_samples(
 
     Args:
         file: the .npz file to write.
-        decoders: snapshots or run folders of ``original``, ``post_trained`` and, if there is one, ``control``.
+        decoders: snapshots or run folders of ``before``, ``after`` and, if there is one, ``clean``, the control.
         samples: cache of free samples.
         data: real images; the nearest one is searched in the train split.
         extractor: feature space of the distances.
@@ -70,12 +70,11 @@ def draw_samples(
     """
     cache = LatentCache(Path(samples))
     records = cache.read(slice(0, min(count, len(cache))))
-    names = {"original": "before", "post_trained": "after", "control": "control"}
     pixels = {}
     for name, path in decoders.items():
         tokenizer = load_tokenizer(path)
         check_cache(cache, encoder_digest(tokenizer))
-        pixels[names[name]] = to_pixels(tokenizer.decode(records.latents))  # (n, 3, H, W)
+        pixels[name] = to_pixels(tokenizer.decode(records.latents))  # (n, 3, H, W)
     space, real = load_extractor(extractor), open_images(data, tokenizer.image_size, "train")
     features = torch.cat([space(to_pixels(batch.images)) for batch in batches_in_order(real, 256)])  # (N, F)
     distances = {

@@ -1,6 +1,6 @@
 """Tokenizers on real images: their reconstructions, the use of their codes, and the effect of noise in the latents."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robustok.console import track
 from robustok.data.dataset import ImageDataset
 from robustok.data.latent_cache import LatentCache
 from robustok.data.latent_checks import check_cache, check_free_samples
@@ -97,6 +98,14 @@ def _over_grids(
 ) -> list[Measurement]:
     """Every cell and the mean of pFID for tokens, or of noise_fd for continuous latents, in one feature space."""
     settings, discrete = evaluator.run.pfid, tokenizer.kind == "discrete"
+    bar: Iterator[int] = iter(())
+
+    def advance(done: int, cells: int) -> None:
+        nonlocal bar
+        if done == 1:
+            bar = track(range(cells), "measure perturbed", evaluator.processes.rank == 0)
+        next(bar)
+
     if ("pfid" if discrete else "noise_fd") not in evaluator.wanted:
         return []
     shared = {
@@ -109,6 +118,7 @@ def _over_grids(
         "processes": evaluator.processes,
         "generated": generated,
         "device": evaluator.device,
+        "progress": advance,
     }
     if discrete:
         codes = {"codebook": tokenizer.codebook.cpu(), "levels": getattr(tokenizer, "code_levels", None)}

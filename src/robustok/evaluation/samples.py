@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from robustok.console import track
 from robustok.data.dataset import ImageDataset
 from robustok.data.latent_cache import LatentCache
 from robustok.data.latent_checks import check_cache, check_free_samples, check_independent
@@ -39,6 +40,7 @@ def decoded_samples(evaluator: Evaluator, latents: list[Path], decoders: Mapping
     shared |= _sampling_details(sets[0]) | _balance(labels, sets[0].manifest.classes)
     found: list[Measurement] = []
     earlier: dict[str, list[Sequence[dict[str, Score]]]] = {}  # of each decoder and space, the scores of each set
+    bar = track(range(len(decoders) * len(sets)), "measure samples", evaluator.processes.rank == 0)
     for name, path in decoders.items():
         tokenizer = load_tokenizer(path).to(evaluator.device)
         for cache in sets:
@@ -47,7 +49,7 @@ def decoded_samples(evaluator: Evaluator, latents: list[Path], decoders: Mapping
         if evaluator.wanted_of("samples"):
             compared = [
                 evaluator.compare_set(evaluator.decoded(tokenizer, cache), len(cache), tokenizer.image_size)
-                for cache in sets
+                for cache, _ in zip(sets, bar, strict=False)
             ]
             spaces = list(zip(*compared, strict=True))
             for space, scores in enumerate(spaces):
@@ -58,6 +60,7 @@ def decoded_samples(evaluator: Evaluator, latents: list[Path], decoders: Mapping
             earlier[name] = spaces
         if "gap" in evaluator.wanted and evaluator.run.data is not None and name == next(iter(decoders)):
             found += gap(evaluator, tokenizer, sets, details)
+    next(bar, None)  # closes the progress bar
     return found
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from robustok.report.names import capital, decimal, decoder_name, describe, joined, label, plus_minus
 from robustok.report.results import Column, Estimate, Row, Seeds, Table, matching_rows, mean_over_seeds
 
+BASELINES = ("original", "clean")  # decoders: before post-training; the control, post-trained on clean latents
 EFFECTS = {"lower": "lowered", "higher": "raised", "no clear change": "did not clearly change"}
 AGAINST = {"lower": "below", "higher": "above", "no clear change": "not clearly different from"}
 
@@ -34,7 +35,7 @@ class Change:
 
     @property
     def name(self) -> str:
-        """What was compared, for example "post-trained − control"."""
+        """What was compared, for example "free − clean"."""
         if self.row.decoder == self.versus.decoder:
             return f"{self.row.tokenizer} − {self.versus.tokenizer} tokenizer"
         return f"{decoder_name(self.row.decoder)} − {decoder_name(self.versus.decoder)}"
@@ -79,15 +80,16 @@ class Card:
 
 
 def changes(table: Table) -> list[Change]:
-    """Compare gFID of decoders with the original and the control, and pFID with and without latent perturbation."""
+    """Compare gFID of decoders with the baselines, and pFID with and without latent perturbation."""
     found = []
     for row in table.rows:
         for column in (c for c in table.columns if c.metric == "gfid" and c in table.cells[row]):
-            # Decoders with names that a user chose are compared with what they were measured against.
-            measured = [versus for other, versus, c in table.paired if (other, c) == (row, column)]
-            known = {"original": [], "post_trained": ["original", "control"], "control": ["original"]}
-            for decoder in known.get(row.decoder, measured):
-                found += [_change(table, row, o, column) for o in matching_rows(table, row, decoder, column)[:1]]
+            known = BASELINES[: BASELINES.index(row.decoder)] if row.decoder in BASELINES else BASELINES
+            others = [other for one in known for other in matching_rows(table, row, one, column)[:1]]
+            if not others and row.decoder not in BASELINES:  # all names are a user's: what it was measured against
+                measured = [versus for other, versus, c in table.paired if (other, c) == (row, column)]
+                others = [other for one in measured for other in matching_rows(table, row, one, column)[:1]]
+            found += [_change(table, row, other, column) for other in others]
     for plain in (row for row in table.rows if (row.tokenizer, row.decoder) == ("plain", "original")):
         for row in table.rows:
             same = (row.group, row.tokenizer, row.decoder) == (plain.group, "perturbed", "original")
@@ -98,20 +100,20 @@ def changes(table: Table) -> list[Change]:
 
 def headline(table: Table, found: Sequence[Change]) -> tuple[str, list[Card]]:
     """A sentence and three numbers: the largest reduction of gFID, its control and rFID, or else what there is."""
-    trained = [c for c in found if c.column.metric == "gfid" and "control" not in (c.row.decoder, c.versus.decoder)]
+    trained = [c for c in found if c.column.metric == "gfid" and "clean" not in (c.row.decoder, c.versus.decoder)]
     if not trained:
         return _without_changes(table)
     comparable = [c for c in trained if c.column == trained[0].column]
     best = min(comparable, key=lambda c: c.difference.value if math.isfinite(c.difference.value) else math.inf)
-    controls = [c for c in found if c.versus.decoder == "control"]
+    controls = [c for c in found if c.versus.decoder == "clean"]
     control = next((c for c in controls if (c.row, c.column) == (best.row, best.column)), None)
-    name, what, post = label(best.column), decoder_name(best.row.decoder), best.row.decoder == "post_trained"
-    title = f"{name} before → after post-training" if post else f"{name}, {decoder_name(best.versus.decoder)} → {what}"
+    name, what, post = label(best.column), decoder_name(best.row.decoder), best.versus.decoder == "original"
+    title = f"{name}, {decoder_name(best.versus.decoder)} → {what}"
     number = f"{decimal(best.before.value)} → {decimal(best.after.value)}"
     cards = [Card(title, number, joined([best.amount, best.certainty]))]
     if control:
-        detail = joined([f"{what} − control: {control.amount}", control.certainty])
-        cards.append(Card(f"{name} of the control (clean latents)", decimal(control.before.value), detail))
+        detail = joined([f"{what} − clean: {control.amount}", control.certainty])
+        cards.append(Card(f"{name} of the control (clean)", decimal(control.before.value), detail))
     elif post:
         cards.append(Card(f"{name} of the control", "–", "Not measured: longer training alone may explain the change."))
     if rfid := first_column(table, "rfid", best.versus):
@@ -121,7 +123,7 @@ def headline(table: Table, found: Sequence[Change]) -> tuple[str, list[Card]]:
         if (rfid.extractor, rfid.reference) == (best.column.extractor, best.column.reference) and before.value > 0:
             detail = f"{name} before is {best.before.value / before.value:.1f} times as large"
         cards.append(Card(f"{label(rfid)} (reconstructions)", number, detail))
-    subject = "Post-training" if post else f"{capital(what)} instead of {decoder_name(best.versus.decoder)}"
+    subject = f"Post-training ({what})" if post else f"{capital(what)} instead of {decoder_name(best.versus.decoder)}"
     sentence = f"{subject} {EFFECTS.get(best.verdict, 'has no comparable')} {name}"
     sentence += f" by {best.percent[1:]}" if best.verdict in ("lower", "higher") and best.percent else ""
     sentence += " (one measurement, its error is unknown)" if not math.isfinite(best.difference.errors) else ""

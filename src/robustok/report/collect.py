@@ -14,7 +14,7 @@ import numpy as np
 from robustok.errors import UserError
 from robustok.files import json_lines, one_line, reason, unreadable
 
-STAGES = ("classifier", "tokenizer", "generator", "pairs", "post", "control")  # in the order of training
+STAGES = ("classifier", "tokenizer", "generator", "pairs", "post")  # in the order of training
 LARGEST = 2**30  # bytes of the images of one file
 
 
@@ -66,7 +66,7 @@ class BeforeAfter:
     """The same latents by two or three decoders.
 
     Attributes:
-        decoded: images (N, H, W, 3) uint8 by "before", "after" and perhaps "control".
+        decoded: images (N, H, W, 3) uint8 by "before", "after" and perhaps "clean", the control.
         score_before, score_after: (N,) float, lower is better; NaN where unknown.
     """
 
@@ -274,10 +274,10 @@ def _picture(arrays: dict[str, np.ndarray], stem: str) -> ImageRows | BeforeAfte
         return ImageRows(title, tuple(map(str, titles)), images)
     if not {"before", "after"} <= arrays.keys():
         raise ValueError(f"found the arrays {sorted(arrays)}, expected images, or before and after")
-    decoded = {key: _pixels(arrays[key], 4) for key in ("before", "after", "control") if key in arrays}
+    decoded = {key: _pixels(arrays[key], 4) for key in ("before", "after", "clean") if key in arrays}
     shape = decoded["before"].shape
     if any(images.shape != shape for images in decoded.values()):
-        raise ValueError("before, after and control differ in shape")
+        raise ValueError("before, after and clean differ in shape")
     labels = arrays.get("labels", np.full(shape[0], ""))
     scores = [np.asarray(arrays.get(f"score_{key}", np.full(shape[0], np.nan)), float) for key in ("before", "after")]
     if any(array.shape != shape[:1] for array in (labels, *scores)):

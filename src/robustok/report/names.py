@@ -38,8 +38,8 @@ def arrow(column: Column) -> str:
 
 
 def decoder_name(decoder: str) -> str:
-    """``post_trained`` becomes post-trained."""
-    return "post-trained" if decoder == "post_trained" else decoder.replace("_", " ")
+    """``my_decoder`` becomes my decoder."""
+    return decoder.replace("_", " ")
 
 
 def settings(row: Row) -> str:

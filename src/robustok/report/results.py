@@ -20,7 +20,7 @@ LATENTS = (
     *("reencoded_distance", "generator_accuracy", "generator_top_k", "generator_cross_entropy"),
 )
 ORDER = (  # of tokenizers, decoders and metrics; others follow by name
-    *("plain", "perturbed", "original", "post_trained", "control"),
+    *("plain", "perturbed", "original", "clean", "paired", "free"),
     *("rfid", "pfid", "pfid_geometric_mean", "noise_fd", "ifid", "gfid", "gfid_validation", "fdr", "gfid_infinity"),
     *("kid", "sliced_wasserstein", "sfid", "inception_score"),
     *("precision", "recall", "psnr", "ssim", "lpips_alex", "lpips_vgg", *LATENTS),

@@ -21,7 +21,9 @@ Curves = dict[str, dict[float, Seeds]]  # name, x, seed
 def choices(results: Sequence[Result]) -> list[Gallery]:
     """The candidates of every run that chose objective or sigma, against the decoder before post-training."""
     found = []
-    for (group, seed), lines in _grouped(results, lambda r: (r.group, r.seed), HELD_OUT).items():
+    for (group, tokenizer, seed), lines in _grouped(
+        results, lambda r: (r.group, r.tokenizer, r.seed), HELD_OUT
+    ).items():
         before = [line for line in lines if line.record.get("stage") == "untouched"][:1]
         tried = [line for line in lines if str(line.record.get("stage")) in STAGES and _trained_on(line)]
         if not before or not tried:
@@ -30,6 +32,8 @@ def choices(results: Sequence[Result]) -> list[Gallery]:
         for line in (line for line in tried if math.isfinite(_number(line, "sigma"))):
             points = curves.setdefault(STAGES[line.record["stage"]], {})
             points[_number(line, "sigma")] = {seed: Estimate(line.value, _number(line, "change_error"))}
+        if all(len(points) == 1 for points in curves.values()):  # one sigma is no curve
+            curves = {}
         prices = [name for name in PRICES if any(math.isfinite(_number(line, name)) for line in tried)]
         rows = tuple(_row(line, prices) for line in before + tried)
         values = [line.value if math.isfinite(line.value) else math.inf for line in before + tried]
@@ -37,7 +41,10 @@ def choices(results: Sequence[Result]) -> list[Gallery]:
         chosen = rows[best][0] if best else "the decoder before post-training"
         note = f"Distances on validation samples, the same latents for every decoder. The lowest is that of {chosen}."
         words = [str(line.record.get("words")) for line in lines if line.record.get("stage") == "verdict"][-1:]
-        title = joined(["Choice of σ" if curves else "Choice of objective", group, f"seed {seed}" if seed else ""])
+        of = f"{tokenizer} tokenizer" if tokenizer else ""
+        title = joined(
+            ["Choice of σ" if curves else "Choice of objective", group, of, "" if seed is None else f"seed {seed}"]
+        )
         gallery = (
             _gallery(title, "validation distance against σ", curves, before[0].value) if curves else Gallery(title, ())
         )
