@@ -210,6 +210,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.skipif(not Path("/proc").exists(), reason="finds the processes in /proc")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_no_worker_outlives_the_training(tmp_path, number):
     """Ctrl-C reaches all processes of the group, as from a terminal; SIGKILL the training alone."""
