@@ -17,6 +17,7 @@ from robustok.data.pixels import to_pixels
 from robustok.data.sources import Folder
 from robustok.training.generator import GeneratorTrainingRun, draw_step, step_inputs, train_generator
 from robustok.training.objectives import LatentNoise, Material, Steps, mixture
+from robustok.training.tokenizer import train_tokenizer
 from tiny_images import save_tree
 
 COUNT, SHARD, L, CODES = 60, 17, 16, 32
@@ -90,6 +91,16 @@ def test_draws_of_a_generator_are_those_of_before(tmp_path):
     parts = [draw_step(run, (L, 4), 4, rows) for rows in (slice(0, 4), slice(4, 12))]
     assert torch.equal(torch.cat([part.dropped for part in parts]), whole.dropped)
     assert torch.equal(torch.cat([part.inputs[0] for part in parts]), whole.inputs[0])
+
+
+def test_a_tokenizer_learns_the_same_with_a_worker(tmp_path):
+    losses = []
+    for workers in (0, 1):
+        words = ("steps=2", "log_every=1", "perturbation.proportion=0.5", "clip_norm=1", f"workers={workers}")
+        train_tokenizer(run := tiny.main_run(tmp_path / str(workers), *words))
+        losses.append([(line["total"], line["gradient_norm"]) for line in tiny.log(run.out)])
+    assert len(losses[0]) == 2
+    assert losses[0] == losses[1]
 
 
 def test_a_generator_learns_the_same_with_a_worker(tmp_path):

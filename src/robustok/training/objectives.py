@@ -195,9 +195,7 @@ def free(material: Material, steps: Steps) -> Stream:
     consistency, keeps what they show.
     """
     data, cache = material.data, material.caches["samples"]
-    training_draw(
-        len(data), steps.global_batch, steps.seed, steps.rows, steps.first
-    )  # raise now, not at the first step
+    steps.records(len(data), steps.first)  # raise now rather than at the first step
 
     def examples(inputs: Inputs) -> Examples:
         return Examples(inputs.latents, material.decode(inputs.latents), data.to_batch(inputs.images).images)
