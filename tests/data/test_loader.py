@@ -199,21 +199,22 @@ def test_leaving_early_ends_the_workers():
 
 
 LOOP = """
-import time
+import signal, time
 from operator import neg
 from robustok.data.loader import ahead
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: None)  # as a training, which goes on for a while
     for number in ahead(neg, range(10**6), workers=2):
         print(number, flush=True)
-        time.sleep(0.1)
+        time.sleep(0.02)
 """
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds the processes in /proc")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_no_worker_outlives_the_training(tmp_path, number):
-    """Ctrl-C reaches all processes of the group, as from a terminal; SIGKILL the training alone."""
+    """Ctrl-C and SIGTERM reach all processes of the group, as from a terminal or a job's end; SIGKILL the training."""
     (tmp_path / "loop.py").write_text(LOOP)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, str(tmp_path / "loop.py")]
@@ -223,12 +224,14 @@ def test_no_worker_outlives_the_training(tmp_path, number):
         workers = descendants(process.pid)
         assert len(workers) >= 3  # the server and its workers
         if number == signal.SIGINT:
+            os.killpg(process.pid, signal.SIGTERM)
+            assert [int(process.stdout.readline()) for _ in range(30)] == list(range(-1, -31, -1))
             os.killpg(process.pid, number)
         else:
             process.kill()
-        errors = process.communicate(timeout=30)[1]
+        errors = process.communicate(timeout=120)[1]
     assert errors.count("Traceback") == (number == signal.SIGINT)  # the training's own; a worker's death is no news
-    end = time.monotonic() + 30
+    end = time.monotonic() + 60
     while any(alive(pid) for pid in workers) and time.monotonic() < end:
         time.sleep(0.1)
     assert not any(alive(pid) for pid in workers)

@@ -32,6 +32,7 @@ from robustok.files import one_line
 
 CPU = torch.device("cpu")
 MOST_WORKERS = 8  # by default
+ENDING = {signal.SIGINT, signal.SIGTERM}
 REMEDY = (
     "lower workers, or give more memory (docker run --shm-size); workers=0 reads in the process itself. A script of "
     'your own needs if __name__ == "__main__"'
@@ -244,13 +245,13 @@ def _move(value: Any, device: torch.device) -> Any:
 def _server(make: Callable[[Any], Any]) -> BaseContext:
     """The server that workers are forked from. It imports the modules of ``make`` once for all workers.
 
-    It ends with this process. A SIGTERM to all processes of a job does not end it, because the training then still has
-    a step to finish and a state to save.
+    It ends with this process. Ctrl-C and a SIGTERM to all processes of a job do not end it or its workers, because the
+    training then still has a step to finish and a state to save.
     """
     functions = [f for f in (make, *getattr(make, "args", ())) if callable(f)]  # with those that a partial hands on
-    forkserver.set_forkserver_preload([getattr(f, "func", f).__module__ for f in functions])
+    forkserver.set_forkserver_preload([__name__, *(getattr(f, "func", f).__module__ for f in functions)])
     resource_tracker.ensure_running()
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
         forkserver.ensure_running()  # inherits what is blocked
     finally:
@@ -261,7 +262,10 @@ def _server(make: Callable[[Any], Any]) -> BaseContext:
 def _start_worker(_number: int) -> None:
     """Leave the process group: its Ctrl-C and SIGTERM are for the training, which ends its workers, or is killed."""
     os.setsid()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)  # also forgets one that came while it was blocked
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     Thread(target=_end_with_training, daemon=True).start()
 
 
