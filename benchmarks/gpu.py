@@ -799,7 +799,7 @@ def lpips(bench: Bench) -> Cases:
 
 
 def loader(bench: Bench) -> Cases:
-    """Batches of random crops of JPEG files, as in training, on the CPU.
+    """Batches of random crops of JPEG files as images on the device, as in training.
 
     ``host ms`` is the CPU time of the main process for a batch.
     """
@@ -811,13 +811,16 @@ def loader(bench: Bench) -> Cases:
         images = open_images(data, bench.sizes.side, augment=Augmentation(crop="random", flip=True))
         size = min(batch, len(images))
         steps = 2 if bench.tiny else max(3, 2 * workers)
-        stream = training_batches(images, size, 0, 0, steps + 1, workers=workers)
+        batches = training_batches(images, size, 0, 0, steps + 1, workers=workers, device=bench.device)
+        stream = (batch.images for batch in batches)
         start = time.perf_counter()
         next(stream)
         first = time.perf_counter() - start
         start, host = time.perf_counter(), time.process_time()
         for _ in stream:
             pass
+        if bench.cuda:
+            torch.cuda.synchronize()
         seconds, host = time.perf_counter() - start, time.process_time() - host
         row = {"workers": workers, "batch": size, "images/s": steps * size / seconds, "host ms": 1e3 * host / steps}
         return row | {"first batch s": first}

@@ -205,21 +205,6 @@ class FeatureExtractor(Protocol):
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Images with their labels and indices.
-
-    Attributes:
-        images: (N, 3, H, W) float32 in [-1, 1].
-        labels: (N,) int64.
-        indices: (N,) int64 in the data set, the same in every run.
-    """
-
-    images: Tensor
-    labels: Tensor
-    indices: Tensor
-
-
-@dataclass(frozen=True)
 class Measurement:
     """One number with its protocol: one line of metrics.jsonl.
 

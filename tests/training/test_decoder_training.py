@@ -125,7 +125,7 @@ def test_the_targets_are_the_images_that_were_encoded(tokenizer, tmp_path, gener
     latents = encode(tiny.tokens_run(tmp_path / "flipped", tokenizer, "crops=center-flip"))
     cache = LatentCache(make_pairs(tiny.pairs_run(tmp_path / "pairs", generator, latents, "sigma=1")))
     data, records = open_images(Digits(limit=128), 16), cache.read(slice(None))
-    targets = real_images(data, records)
+    targets = data.to_batch(real_images(data, records)).images
     assert len(cache) == 256
     assert records.flips.sum() == 128
     assert torch.equal(load_tokenizer(tokenizer).encode(targets), records.latents)  # sigma 1: nothing but real tokens

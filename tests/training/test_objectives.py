@@ -25,7 +25,7 @@ from robustok.snapshots import read_header
 from robustok.tokenizers import load_tokenizer
 from robustok.training.decoder import DecoderTrainingRun, train_decoder
 from robustok.training.decoder_losses import check_networks
-from robustok.training.objectives import LatentNoise, Material, Steps, clean, free, mixture, noise, rows_of
+from robustok.training.objectives import LatentNoise, Material, Steps, mixture, rows_of
 from robustok.training.tokenizer import TokenizerTrainingRun, train_tokenizer
 from tiny_models import save_resnet20
 
@@ -53,21 +53,25 @@ def material(tokenizer, latents, samples, pairs):
     return Material(load_tokenizer(tokenizer), open_images(Digits(limit=128), 16), caches, LatentNoise(), "float32")
 
 
+def examples_of(name, material, steps):
+    return mixture(material, {name: 1.0}, 1.0, steps)
+
+
 def test_clean_examples_are_real_latents_and_their_images(material):
-    for examples in clean(material, STEPS):
+    for examples in examples_of("clean", material, STEPS):
         assert torch.equal(material.tokenizer.encode(examples.targets), examples.latents)
         assert torch.equal(examples.real, examples.targets)
 
 
 def test_noise_replaces_its_share_of_the_tokens_and_keeps_the_images(material):
     noisy = replace(material, noise=LatentNoise(rate=0.25, share=0.25))
-    for a, b in zip(noise(noisy, STEPS), clean(material, STEPS), strict=True):
+    for a, b in zip(examples_of("noise", noisy, STEPS), examples_of("clean", material, STEPS), strict=True):
         assert torch.equal(a.targets, b.targets)
         changed = (a.latents != b.latents).sum(1)  # of 16 tokens; a neighbour may be the token itself
         assert changed.max() <= 4
         assert changed.sum() > 16
-    none = next(noise(replace(material, noise=LatentNoise(rate=0)), STEPS))
-    assert torch.equal(none.latents, next(clean(material, STEPS)).latents)
+    none = next(examples_of("noise", replace(material, noise=LatentNoise(rate=0)), STEPS))
+    assert torch.equal(none.latents, next(examples_of("clean", material, STEPS)).latents)
 
 
 def test_noise_on_continuous_latents_has_its_level(tmp_path):
@@ -83,7 +87,7 @@ def test_noise_on_continuous_latents_has_its_level(tmp_path):
     cache = LatentCache(encode(tiny.tokens_run(tmp_path / "latents", path)))
     material = Material(load_tokenizer(path), data, {"latents": cache}, LatentNoise(level=0.5), "float32")
     steps = STEPS._replace(global_batch=128, count=1)
-    noisy, real = (next(objective(material, steps)).latents for objective in (noise, clean))
+    noisy, real = (next(examples_of(name, material, steps)).latents for name in ("noise", "clean"))
     scale = cache.read(slice(None)).latents.flatten(0, 1).std(0)
     relative = ((noisy - real) / scale).flatten(1).std(1)  # (N,), uniform from 0 to the level
     assert 0.45 < relative.max() < 0.6
@@ -92,7 +96,7 @@ def test_noise_on_continuous_latents_has_its_level(tmp_path):
 
 
 def test_free_examples_are_samples_and_what_the_original_decoder_shows(material):
-    examples = next(free(material, STEPS))
+    examples = next(examples_of("free", material, STEPS))
     cached = material.caches["samples"].read(slice(None)).latents
     assert all((cached == row).all(1).any() for row in examples.latents)
     assert torch.equal(examples.targets, material.tokenizer.decode(examples.latents).detach())
@@ -191,7 +195,9 @@ def test_the_frechet_term_is_the_distance_of_decoded_samples_to_real_images(
     words = ("objective=free", f"samples={samples[0]}", *frechet_words(classifier), "frechet.decay=0", "log_every=1")
     path = train_decoder(run_of(tmp_path / "run", tokenizer, *words, "steps=60", "learning_rate=3e-3"))
     first, *_, last = tiny.log(tmp_path / "run")
-    features = extract.classifier.features(next(free(material, STEPS)).targets.clamp(-1, 1)).double().detach()
+    features = (
+        extract.classifier.features(next(examples_of("free", material, STEPS)).targets.clamp(-1, 1)).double().detach()
+    )
     batch = GaussianStatistics.from_moments(features.mean(0), torch.cov(features.T, correction=0), None)
     term = f"frechet_{extract.name}"
     assert first[term] == pytest.approx(2 * frechet_distance(batch, real) / real.covariance.trace().item(), rel=1e-4)

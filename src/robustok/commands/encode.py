@@ -15,7 +15,7 @@ from torch import Tensor
 from robustok.config import Config
 from robustok.console import track
 from robustok.data.crops import enlarged, five_crops
-from robustok.data.dataset import open_images
+from robustok.data.dataset import Batch, Draw, open_images
 from robustok.data.latent_cache import (
     check_space,
     create_cache,
@@ -23,15 +23,15 @@ from robustok.data.latent_cache import (
     shard_rows,
     write_shard,
 )
-from robustok.data.loader import batches_of
+from robustok.data.loader import Workers, batches_of
 from robustok.data.manifest import LatentType, Manifest
+from robustok.data.pixels import from_pixels
 from robustok.data.sources import Data
 from robustok.devices import autocast, start_accelerator
 from robustok.files import inside, locked, writing
 from robustok.randomness import seeded
 from robustok.tokenizers import encoder_digest, load_tokenizer
 from robustok.training.inputs import image_digest
-from robustok.types import Batch
 
 VARIANTS = {"center": 1, "center-flip": 2, "ten": 10}  # records of an image
 
@@ -65,9 +65,7 @@ class EncodeRun(Config):
     )
     seed: int = Field(0, ge=0, description="seed of that subset")
     cache: CacheSettings = CacheSettings()
-    workers: int = Field(
-        0, ge=0, le=1024, description="processes that decode images ahead; 0 decodes in the process itself"
-    )
+    workers: Workers = None
 
     @property
     def variants(self) -> int:
@@ -111,7 +109,9 @@ def encode(run: EncodeRun) -> Path:
         """Record numbers with their images, each of which is decoded once for all its records."""
         records, draws = tee(stream)
         images = (chosen[np.unique(r // variants)] for r in draws)
-        return zip(records, batches_of(data, images, run.workers), strict=True)
+        # With seeds, which here draw nothing, a broken image is replaced by the next good one.
+        images = (Draw(indices, np.zeros(len(indices), dtype=np.int64)) for indices in images)
+        return zip(records, batches_of(data, images, run.workers, accelerator.device), strict=True)
 
     def make(drawn: tuple[np.ndarray, Batch]) -> dict[str, Tensor]:
         records, batch = drawn
@@ -119,11 +119,11 @@ def encode(run: EncodeRun) -> Path:
         rows = image - image[0]  # of the batch
         # As LatentRecords counts them.
         crops, flips = (variant % 5 + 1, variant // 5) if run.crops == "ten" else (variant * 0, variant)
-        images = batch.images.to(accelerator.device)
-        images = five_crops(images, size)[rows, crops - 1] if run.crops == "ten" else images[rows]  # (n, 3, H, W)
-        images = torch.where(flips.bool().to(images.device)[:, None, None, None], images.flip(-1), images)
+        pixels = batch.pixels
+        pixels = five_crops(pixels, size)[rows, crops - 1] if run.crops == "ten" else pixels[rows]  # (n, 3, H, W)
+        pixels = torch.where(flips.bool().to(pixels.device)[:, None, None, None], pixels.flip(-1), pixels)
         with autocast(accelerator.device, run.cache.precision):
-            latents = tokenizer.encode(images)
+            latents = tokenizer.encode(from_pixels(pixels))
         labels, indices = batch.labels[rows], batch.indices[rows]
         seeds = torch.zeros_like(indices)
         fields = dict(latents=latents, labels=labels, indices=indices, seeds=seeds, flips=flips)

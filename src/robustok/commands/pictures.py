@@ -76,7 +76,7 @@ def draw_samples(
         check_cache(cache, encoder_digest(tokenizer))
         pixels[name] = to_pixels(tokenizer.decode(records.latents))  # (n, 3, H, W)
     space, real = load_extractor(extractor), open_images(data, tokenizer.image_size, "train")
-    features = torch.cat([space(to_pixels(batch.images)) for batch in batches_in_order(real, 256)])  # (N, F)
+    features = torch.cat([space(batch.pixels) for batch in batches_in_order(real, 256)])  # (N, F)
     distances = {
         f"score_{name}": torch.cdist(space(pixels[name]), features).min(1).values.numpy()  # (n,)
         for name in ("before", "after")

@@ -158,7 +158,7 @@ def _start_search(run: PostTrainRun, accelerator: Accelerator, held_out: Path, c
     tokenizer = load_tokenizer(run.tokenizer)
     data = open_images(run.data, tokenizer.image_size, split="train")
     config = run.held_out.model_copy(update={"latents": held_out})
-    make_score = lambda: HeldOutScore(config, tokenizer, data, accelerator.device, run.sweep.sets)  # noqa: E731
+    make_score = lambda: HeldOutScore(config, tokenizer, data, accelerator.device, run.sweep.sets, run.workers)  # noqa: E731
     make_other = (lambda: _reconstructions(run, tokenizer.to(accelerator.device))) if chooses else lambda: None
     return Search(run.out, make_score, make_other, accelerator, run.seed, data.describe())
 
@@ -173,7 +173,7 @@ def _reconstructions(run: PostTrainRun, tokenizer: Tokenizer) -> ReconstructionS
     if len(data) < 2:
         note(f"rFD and PSNR are left out: {data.describe()} is too few images", "yellow")
         return None
-    return ReconstructionScore(run.held_out.extractor, tokenizer, data, run.sweep.images)
+    return ReconstructionScore(run.held_out.extractor, tokenizer, data, run.sweep.images, run.workers)
 
 
 def _continue(run: PostTrainRun, search: Search, candidate: Candidate) -> None:

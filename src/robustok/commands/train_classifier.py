@@ -12,7 +12,6 @@ from robustok.config import Config
 from robustok.console import track
 from robustok.data.dataset import ImageDataset, open_images
 from robustok.data.loader import batches_in_order
-from robustok.data.pixels import to_pixels
 from robustok.data.sources import Data
 from robustok.devices import start_accelerator
 from robustok.metrics.features.classifier import ClassifierConfig, load_classifier, save_classifier
@@ -80,5 +79,5 @@ def train_classifier(run: TrainClassifierRun) -> TrainedClassifier:
 def _pixels(data: ImageDataset) -> tuple[Tensor, Tensor]:
     """All pixels (N, 3, H, W) uint8 and labels (N,) of a data set."""
     data.check_labels()
-    batches = list(batches_in_order(data, batch_size=256))
-    return torch.cat([to_pixels(batch.images) for batch in batches]), torch.cat([batch.labels for batch in batches])
+    batches = list(batches_in_order(data, batch_size=256, workers=None))
+    return torch.cat([batch.pixels for batch in batches]), torch.cat([batch.labels for batch in batches])

@@ -35,13 +35,17 @@ def center_crop(image: Image.Image, size: int, rgb: RGB = "adm") -> np.ndarray:
     Raises:
         ValueError: the image holds floats, or is too elongated.
     """
-    image = _scale(to_rgb(image, rgb), size)
+    image, scaled = _halved(to_rgb(image, rgb), size)
+    image = image if scaled == image.size else image.resize(scaled, Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return np.array(image.crop((left, top, left + size, top + size)))
 
 
 def random_crop(image: Image.Image, size: int, rng: torch.Generator, rgb: RGB = "adm") -> np.ndarray:
     """ADM's random crop: scale the shorter side to size..ceil(size / 0.8), drawn, then cut a random square.
+
+    Only the square is resized. Pillow keeps its corners in float32, so that one level in ten thousand differs by one
+    from a square that is cut after resizing.
 
     Returns:
         RGB pixels (H, W, 3) uint8.
@@ -50,9 +54,11 @@ def random_crop(image: Image.Image, size: int, rng: torch.Generator, rgb: RGB = 
     def draw(low: int, high: int) -> int:
         return int(torch.randint(low, high + 1, (), generator=rng))
 
-    image = _scale(to_rgb(image, rgb), draw(size, -(-5 * size // 4)))
-    left, top = draw(0, image.width - size), draw(0, image.height - size)
-    return np.array(image.crop((left, top, left + size, top + size)))
+    image, (width, height) = _halved(to_rgb(image, rgb), draw(size, -(-5 * size // 4)))
+    left, top = draw(0, width - size), draw(0, height - size)
+    left, right = (x * image.width / width for x in (left, left + size))  # in the image before resizing
+    top, bottom = (y * image.height / height for y in (top, top + size))
+    return np.array(image.resize((size, size), Image.Resampling.BICUBIC, (left, top, right, bottom)))
 
 
 def enlarged(size: int) -> int:
@@ -75,8 +81,12 @@ def five_crops(images: Tensor, size: int) -> Tensor:
     return torch.stack([images[..., y : y + size, x : x + size] for y, x in corners], dim=1)
 
 
-def _scale(image: Image.Image, shorter: int) -> Image.Image:
-    """Halve with a box filter as often as possible, then bicubic, which alone aliases when it shrinks a lot."""
+def _halved(image: Image.Image, shorter: int) -> tuple[Image.Image, tuple[int, int]]:
+    """Halve with a box filter as often as possible; what is left is for bicubic, which alone aliases.
+
+    Returns:
+        The image, and the width and height to which it is then resized, of which the shorter one is ``shorter``.
+    """
     while min(image.size) >= 2 * shorter:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     factor = shorter / min(image.size)
@@ -85,7 +95,7 @@ def _scale(image: Image.Image, shorter: int) -> Image.Image:
         raise ValueError(
             f"an image of {image.width}x{image.height} is too elongated to be scaled to {size[0]}x{size[1]}"
         )
-    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+    return image, size
 
 
 def to_rgb(image: Image.Image, rgb: RGB = "adm") -> Image.Image:

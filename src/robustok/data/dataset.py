@@ -9,10 +9,10 @@ import os
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +28,6 @@ from robustok.data.pixels import from_pixels
 from robustok.data.sources import DATASETS, Data, Source
 from robustok.errors import FileError, UserError, printable
 from robustok.files import bytes_digest, one_line
-from robustok.types import Batch
 
 MEMORY_LIMIT = 10**9  # bytes of decoded pixels up to which a data set is held in memory
 CONTENT_LIMIT = 2**26  # bytes of files up to which their content is compared, not size and time of change
@@ -199,7 +198,7 @@ class ImageDataset:
             return None
         return [self._source.names[row] for row in self._rows.tolist()]
 
-    def read(self, indices: Sequence[int] | np.ndarray | Tensor, seeds: np.ndarray | None = None) -> Batch:
+    def read(self, indices: Sequence[int] | np.ndarray | Tensor, seeds: np.ndarray | None = None) -> "Batch":
         """Images by their indices.
 
         Args:
@@ -211,6 +210,10 @@ class ImageDataset:
             UserError: more images are broken than ``max_broken`` allows.
         """
         return self.to_batch(self[Draw(np.asarray(indices, dtype=np.int64), seeds)])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a data worker needs: of a million files the paths alone, once."""
+        return self.__dict__ | {"_source": replace(self._source, files=(), names=(), labels=self.labels[:0])}
 
     def __getitem__(self, draw: "Draw") -> "Read":
         """Decode images; data workers call this, other code calls ``read``."""
@@ -229,10 +232,8 @@ class ImageDataset:
                 indices.append(index)
                 kept.append(seed)
         images = torch.stack(pixels) if pixels else torch.zeros(0, 3, *self.shape, dtype=torch.uint8)
-        if self.augment.flip and draw.seeds is not None:
-            mirrored = torch.tensor(kept) % 2 == 1
-            images[mirrored] = images[mirrored].flip(-1)
-        return Read(images, torch.tensor(indices, dtype=torch.int64), broken)
+        mirrored = torch.tensor(kept) % 2 == 1 if self.augment.flip and draw.seeds is not None else None
+        return Read(images, np.array(indices, dtype=np.int64), broken, mirrored)
 
     def _decode(self, index: int, seed: int | None) -> Tensor | str:
         """Pixels (3, H, W) of one image, or why it cannot be read."""
@@ -283,8 +284,8 @@ class ImageDataset:
     def _where(self, index: int) -> str:
         return self._source.where(int(self._rows[index]))
 
-    def to_batch(self, read: "Read") -> Batch:
-        """Decoded pixels as images with labels; notes the broken ones.
+    def to_batch(self, read: "Read", draws: Any = None) -> "Batch":
+        """Decoded pixels, mirrored where they are drawn so, with labels; notes the broken images.
 
         Raises:
             UserError: more images are broken than ``max_broken`` allows.
@@ -292,7 +293,11 @@ class ImageDataset:
         self._note(read.broken)
         if self._source.about:  # at the first batch, so that what is refused before is one line
             _print_once(f"data: {self._found()}; {self._source.about}")
-        return Batch(from_pixels(read.pixels), torch.from_numpy(self.labels)[read.indices], read.indices)
+        pixels = read.pixels
+        if read.mirrored is not None:
+            pixels = torch.where(read.mirrored[:, None, None, None], pixels.flip(-1), pixels)
+        labels = torch.from_numpy(self.labels[read.indices])
+        return Batch(pixels, labels, torch.from_numpy(read.indices), draws)
 
 
 def described_shape(description: str) -> tuple[int, int] | None:
@@ -309,10 +314,39 @@ class Draw:
     seeds: np.ndarray | None = None
 
 
-@dataclass(frozen=True)
-class Read:
-    """Decoded images: pixels (N, 3, H, W) uint8, indices (N,) int64, and broken indices with the reasons."""
+class Read(NamedTuple):
+    """Decoded images.
+
+    Attributes:
+        pixels: (N, 3, H, W) uint8.
+        indices: (N,) int64.
+        broken: indices of images that could not be read, with the reasons.
+        mirrored: (N,) bool, images to mirror; None mirrors none.
+    """
 
     pixels: Tensor
-    indices: Tensor
+    indices: np.ndarray
     broken: dict[int, str]
+    mirrored: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images with their labels and indices.
+
+    Attributes:
+        pixels: (N, 3, H, W) uint8, on the device that they were asked for.
+        labels: (N,) int64, on the CPU.
+        indices: (N,) int64 in the data set, the same in every run; on the CPU.
+        draws: random numbers of the step that were made with the batch, if any.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    indices: Tensor
+    draws: Any = None
+
+    @property
+    def images(self) -> Tensor:
+        """(N, 3, H, W) float32 in [-1, 1], converted from the pixels at each call."""
+        return from_pixels(self.pixels)

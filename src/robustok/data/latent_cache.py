@@ -203,6 +203,15 @@ class LatentCache:
         if len(types) > 1:
             raise UserError(f"shards of {path} store latents as {' and '.join(sorted(types))}; make the cache again")
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Data workers map the files themselves, unchecked: they were checked here."""
+        return {"path": self.path, "manifest": self.manifest}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        files = (regular_file(_shard_path(self.path, k)) for k in range(self.manifest.shards))
+        self._shards = [self._arrays(load_tensors(file), k) for k, file in enumerate(files)]
+
     def __len__(self) -> int:
         return self.manifest.count
 
@@ -234,7 +243,7 @@ class LatentCache:
         if self.manifest.kind == "continuous":
             types["latents"] = np.float32
         return LatentRecords(
-            **{name: torch.from_numpy(v.astype(types.get(name, np.int64))) for name, v in found.items()}
+            **{name: torch.from_numpy(v.astype(types.get(name, np.int64), copy=False)) for name, v in found.items()}
         )
 
     def _gather(self, rows: np.ndarray) -> dict[str, np.ndarray]:
@@ -252,18 +261,22 @@ class LatentCache:
     def _map(self, k: int) -> dict[str, np.ndarray]:
         path, remedy = regular_file(_shard_path(self.path, k)), "remove it and run the command that makes it again"
         try:
-            bits = {torch.bfloat16: torch.int16}
-            shard = {name: t.view(bits.get(t.dtype, t.dtype)).numpy() for name, t in _load(path).items()}
+            shard = self._arrays(_load(path), k)
         except DAMAGED as error:
             raise UserError(f"{path} is damaged ({one_line(error, 200)}); {remedy}") from None
-        rows = len(shard_rows(self.manifest, k))
-        shard = dict.fromkeys(OPTIONAL, np.zeros(rows, dtype=np.uint8)) | shard
         names = [f.name for f in fields(LatentRecords)]
         if lacking := [name for name in names if name not in shard]:
             raise UserError(f"{path} lacks {', '.join(lacking)}; {remedy}")
         shard = {name: shard[name] for name in names}
-        _check_fields(shard, self.manifest, rows, str(path), remedy)
+        _check_fields(shard, self.manifest, len(shard_rows(self.manifest, k)), str(path), remedy)
         return shard
+
+    def _arrays(self, tensors: Mapping[str, Tensor], k: int) -> dict[str, np.ndarray]:
+        """The fields of a shard as arrays in the same memory, with those that are 0 unless they are stored."""
+        bits = {torch.bfloat16: torch.int16}
+        zeros = np.zeros(len(shard_rows(self.manifest, k)), dtype=np.uint8)
+        shard = {name: tensor.view(bits.get(tensor.dtype, tensor.dtype)).numpy() for name, tensor in tensors.items()}
+        return dict.fromkeys(OPTIONAL, zeros) | shard
 
 
 def _load(file: Path) -> dict[str, Tensor]:

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from robustok.data.arrays import write_npz
-from robustok.data.pixels import to_pixels
+from robustok.data.dataset import Draw
+from robustok.data.loader import batches_of
 from robustok.errors import UserError
 from robustok.evaluation.evaluator import Evaluator
 from robustok.metrics.comparison import REFERENCE_IMAGES
@@ -42,11 +43,11 @@ def write_adm_reference(evaluator: Evaluator, size: int, file: Path) -> None:
     rows = np.arange(0, len(images), -(-len(images) // REFERENCE_IMAGES))
 
     def batches() -> Iterator[np.ndarray]:
-        for some in np.split(rows, range(evaluator.run.batch_size, len(rows), evaluator.run.batch_size)):
-            batch = images.read(some)
+        parts = np.split(rows, range(evaluator.run.batch_size, len(rows), evaluator.run.batch_size))
+        for some, batch in zip(parts, batches_of(images, map(Draw, parts), evaluator.run.workers), strict=True):
             if len(batch.indices) < len(some):
                 raise UserError(f"{images.describe()} has broken images; repair or remove them")
-            yield to_pixels(batch.images).permute(0, 2, 3, 1).numpy()
+            yield batch.pixels.permute(0, 2, 3, 1).numpy()
 
     if evaluator.processes.rank == 0:
         write_npz(file, batches(), (len(rows), size, size, 3), images.labels[rows], statistics)

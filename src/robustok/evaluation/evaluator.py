@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from robustok.console import note
-from robustok.data.dataset import ImageDataset, described_shape, open_images
+from robustok.data.dataset import Batch, ImageDataset, described_shape, open_images
 from robustok.data.latent_cache import LatentCache
 from robustok.data.loader import batches_in_order
 from robustok.data.pixels import to_pixels
@@ -29,7 +29,7 @@ from robustok.metrics.lpips import LPIPS
 from robustok.metrics.processes import ALONE, Processes
 from robustok.metrics.reference import Part, Reference, cached_reference, load_reference
 from robustok.snapshots import read_header
-from robustok.types import Batch, FeatureExtractor, Measurement, Tokenizer
+from robustok.types import FeatureExtractor, Measurement, Tokenizer
 
 KID_BELOW = 10_000  # images: where FID is mostly bias, KID is measured too
 
@@ -220,7 +220,7 @@ class Evaluator:
     def _collected(self, images: ImageDataset, space: int, parts: set[Part]) -> Reference:
         collector = FeatureCollector(self.extractors[space], parts, every=-(-len(images) // REFERENCE_IMAGES))
         for batch in self.batches(images):
-            collector.update(batch.indices, to_pixels(batch.images).to(self.device))
+            collector.update(batch.indices, batch.pixels)
         return collector.finish(images.describe(), self.processes)
 
     def open(self, data: Data, size: int | None, split: str) -> ImageDataset:
@@ -231,8 +231,9 @@ class Evaluator:
         return self.opened[key]
 
     def batches(self, images: ImageDataset) -> Iterator[Batch]:
-        """This process's share of a set of images, in order."""
-        return batches_in_order(images, self.run.batch_size, self.processes.rank, self.processes.world)
+        """This process's share of a set of images, in order, on the device."""
+        share = self.run.batch_size, self.processes.rank, self.processes.world
+        return batches_in_order(images, *share, self.run.workers, self.device)
 
     def own(self, count: int) -> Iterator[Tensor]:
         """Indices of this process's share of a set, a batch at a time."""
@@ -249,8 +250,8 @@ class Evaluator:
 
     def decoded(self, tokenizer: Tokenizer, cache: LatentCache) -> Iterator[tuple[Tensor, Tensor]]:
         """Indices (n,) and pixels (n, 3, H, W) of this process's share of the latents, a batch at a time."""
-        decode, latents = self.decoder(tokenizer), cache.read(slice(None)).latents
-        return ((indices, decode(latents[indices])) for indices in self.own(len(latents)))
+        decode = self.decoder(tokenizer)
+        return ((indices, decode(cache.read(indices).latents)) for indices in self.own(len(cache)))
 
     def check_count(self, applies_to: str, count: int) -> None:
         """Refuse metrics on fewer images than their published protocols have.

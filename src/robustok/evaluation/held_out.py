@@ -13,7 +13,7 @@ from robustok.data.dataset import ImageDataset
 from robustok.data.latent_cache import LatentCache
 from robustok.data.latent_checks import check_cache, check_free_samples
 from robustok.data.loader import batches_in_order
-from robustok.data.pixels import to_pixels
+from robustok.data.pixels import from_pixels, to_pixels
 from robustok.errors import UserError
 from robustok.metrics.features import ExtractorConfig, load_extractor
 from robustok.metrics.frechet import GaussianStatistics, covariance_factor, frechet_distance
@@ -43,6 +43,7 @@ class HeldOutScore:
         data: the real images.
         device: device of the computation.
         sets: number of disjoint sets of equal size; over several, differences have a standard error.
+        workers: processes that decode images.
 
     Attributes:
         samples: number of samples in a set.
@@ -53,7 +54,13 @@ class HeldOutScore:
     """
 
     def __init__(
-        self, config: HeldOut, tokenizer: nn.Module, data: ImageDataset, device: torch.device, sets: int = 1
+        self,
+        config: HeldOut,
+        tokenizer: nn.Module,
+        data: ImageDataset,
+        device: torch.device,
+        sets: int = 1,
+        workers: int | None = 0,
     ) -> None:
         if config.latents is None:
             raise UserError("held_out.latents is missing; give a cache of free samples, made by `robustok generate`")
@@ -66,7 +73,7 @@ class HeldOutScore:
             raise UserError(f"{config.latents} holds {len(cache)} samples, {sets} sets need at least {2 * sets}")
         # A set is a run of neighbouring records, whose classes cycle, so every set has all classes.
         self._sets = [cache.read(slice(i * self.samples, (i + 1) * self.samples)).latents for i in range(sets)]
-        self._reference = real_statistics(data, [self._extract], device)[0]
+        self._reference = real_statistics(data, [self._extract], device, workers=workers)[0]
         self._factor = covariance_factor(self._reference)
 
     def decoder(self, tokenizer: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -89,19 +96,22 @@ class ReconstructionScore:
         tokenizer: one with the encoder of all decoders, on the device of the computation.
         data: the images.
         count: how many of them.
+        workers: processes that decode images.
     """
 
-    def __init__(self, extractor: ExtractorConfig, tokenizer: Tokenizer, data: ImageDataset, count: int) -> None:
+    def __init__(
+        self, extractor: ExtractorConfig, tokenizer: Tokenizer, data: ImageDataset, count: int, workers: int | None = 0
+    ) -> None:
         self._device = next(tokenizer.parameters()).device
         self._extract, self._lpips = load_extractor(extractor, self._device), _lpips(data.image_size, self._device)
         self._batches: list[tuple[Tensor, Tensor]] = []  # pixels and latents
         self._real, left = GaussianStatistics(self._extract.dim), count
-        for batch in batches_in_order(data, batch_size=64):
-            images = batch.images[:left].to(self._device)
+        for batch in batches_in_order(data, batch_size=64, workers=workers, device=self._device):
+            pixels = batch.pixels[:left]
             with torch.no_grad():
-                self._batches.append((to_pixels(images).cpu(), tokenizer.encode(images).cpu()))
-            self._real.update(self._extract(to_pixels(images)).cpu())
-            if (left := left - len(images)) <= 0:
+                self._batches.append((pixels.cpu(), tokenizer.encode(from_pixels(pixels)).cpu()))
+            self._real.update(self._extract(pixels).cpu())
+            if (left := left - len(pixels)) <= 0:
                 break
 
     @torch.no_grad()
@@ -138,12 +148,11 @@ def real_statistics(
     extractors: Sequence[FeatureExtractor],
     device: torch.device,
     processes: Processes = ALONE,
-    workers: int = 0,
+    workers: int | None = 0,
 ) -> list[GaussianStatistics]:
     """Statistics of all real images in each feature space, the images shared by the processes."""
     found = [GaussianStatistics(extract.dim) for extract in extractors]
-    for batch in batches_in_order(data, 64, processes.rank, processes.world, workers):
-        pixels = to_pixels(batch.images).to(device)
+    for batch in batches_in_order(data, 64, processes.rank, processes.world, workers, device):
         for extract, statistics in zip(extractors, found, strict=True):
-            statistics.update(extract(pixels).cpu())
+            statistics.update(extract(batch.pixels).cpu())
     return [statistics.summed(processes) for statistics in found]

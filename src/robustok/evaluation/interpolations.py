@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from robustok.data.dataset import ImageDataset
+from robustok.data.dataset import Draw, ImageDataset
+from robustok.data.loader import batches_of
 from robustok.data.pixels import to_pixels
 from robustok.evaluation.collector import FeatureCollector
 from robustok.evaluation.evaluator import Evaluator
@@ -65,8 +66,8 @@ def interpolations(
 def _encoded(evaluator: Evaluator, tokenizer: Tokenizer, images: ImageDataset, count: int) -> Tensor:
     """Latents of at most ``count`` evenly spread images, the same in every process."""
     rows, parts = torch.arange(0, len(images), -(-len(images) // count)), []
-    for places in evaluator.own(len(rows)):
-        batch = images.read(rows[places])
+    draws = (Draw(rows[places].numpy()) for places in evaluator.own(len(rows)))
+    for batch in batches_of(images, draws, evaluator.run.workers, evaluator.device):
         if len(batch.indices):
-            parts.append((batch.indices, tokenizer.encode(batch.images.to(evaluator.device)).cpu()))
+            parts.append((batch.indices, tokenizer.encode(batch.images).cpu()))
     return evaluator.processes.in_order(parts)

@@ -31,7 +31,7 @@ def gap(
     encoded, labels = [], []
     for batch in evaluator.batches(images):
         with torch.no_grad():
-            encoded.append((batch.indices, tokenizer.encode(batch.images.to(evaluator.device)).cpu()))
+            encoded.append((batch.indices, tokenizer.encode(batch.images).cpu()))
         labels.append((batch.indices, batch.labels))
     encoded, labels = evaluator.processes.in_order(encoded), evaluator.processes.in_order(labels)
     generated = torch.cat([cache.read(slice(None)).latents for cache in sets])

@@ -12,7 +12,7 @@ from robustok.console import track
 from robustok.data.dataset import ImageDataset
 from robustok.data.latent_cache import LatentCache
 from robustok.data.latent_checks import check_cache, check_free_samples
-from robustok.data.pixels import from_pixels, to_pixels
+from robustok.data.pixels import from_pixels
 from robustok.evaluation.collector import FeatureCollector
 from robustok.evaluation.evaluator import Evaluator
 from robustok.evaluation.interpolations import interpolations
@@ -54,8 +54,8 @@ def reconstructions(evaluator: Evaluator, path: Path, samples: Sequence[Path] = 
     encoded, pairs, again = [], [], []
     for batch in evaluator.batches(images):
         with torch.no_grad():
-            latents = tokenizer.encode(batch.images.to(evaluator.device))
-        pixels, real = decode(latents), to_pixels(batch.images).to(evaluator.device)
+            latents = tokenizer.encode(batch.images)
+        pixels, real = decode(latents), batch.pixels
         encoded.append((batch.indices, latents.cpu()))
         pairs.append((batch.indices, pair_values(evaluator, pixels, real)))
         if "token_agreement" in of_tokens:

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from robustok.console import track
-from robustok.data.dataset import ImageDataset
+from robustok.data.dataset import Draw, ImageDataset, Read
 from robustok.data.latent_cache import LatentCache
 from robustok.data.latent_checks import check_cache, check_free_samples, check_independent
-from robustok.data.pixels import to_pixels
+from robustok.data.loader import MOST_WORKERS, ahead, worker_count
 from robustok.data.sources import data_at
 from robustok.errors import UserError
 from robustok.evaluation.evaluator import Evaluator
@@ -75,10 +75,7 @@ def finished_images(evaluator: Evaluator, name: str, path: Path, paired: bool = 
     if paired and evaluator.wanted_of("pairs"):
         found += _pairs(evaluator, images, real, indices, details)
     if evaluator.wanted_of("samples"):
-        batches = (
-            (indices[batch.indices], to_pixels(batch.images).to(evaluator.device))
-            for batch in evaluator.batches(images)
-        )
+        batches = ((indices[batch.indices], batch.pixels) for batch in evaluator.batches(images))
         compared = evaluator.compare_set(batches, len(images), images.shape, paired)
         count = len(images) - len(images.broken)  # broken ones are known once all are read
         for space, scores in enumerate(compared):
@@ -95,16 +92,26 @@ def _pairs(
 ) -> list[Measurement]:
     """PSNR, SSIM and LPIPS of images and their originals, whose ``indices`` (N,) int64 are given."""
     values = []
-    for batch in evaluator.batches(images):
-        real = originals.read(indices[batch.indices])
-        if not torch.equal(real.indices, indices[batch.indices]):
+    workers = worker_count(evaluator.run.workers, 0 if images.in_memory and originals.in_memory else MOST_WORKERS)
+    read = partial(_read_pairs, images, originals, indices.numpy())
+    for pair in ahead(read, evaluator.own(len(images)), workers, evaluator.device):
+        made, real = (side.to_batch(found) for side, found in zip((images, originals), pair, strict=True))
+        if not torch.equal(real.indices, indices[made.indices]):
             raise UserError(f"{originals.describe()} has broken images, so that pairs are missing; repair them")
-        pair = (to_pixels(side.images).to(evaluator.device) for side in (batch, real))
-        values.append((batch.indices, pair_values(evaluator, *pair)))
+        if len(made.indices):
+            values.append((made.indices, pair_values(evaluator, made.pixels, real.pixels)))
     values = evaluator.processes.in_order(values)
     details = {"source": images.describe()} | details
     line = partial(evaluator.measurement, samples=len(values), reference=originals.describe(), **details)
     return pair_lines(evaluator, values, line)
+
+
+def _read_pairs(
+    images: ImageDataset, originals: ImageDataset, partners: np.ndarray, rows: torch.Tensor
+) -> tuple[Read, Read]:
+    """Images that can be read, and their originals."""
+    made = images[Draw(rows.numpy())]
+    return made, originals[Draw(partners[made.indices])]
 
 
 def _over_sets(sets: Sequence[dict[str, Score]], line: Callable[..., Measurement]) -> list[Measurement]:

@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from robustok.config import Config
+from robustok.data.loader import Workers
 from robustok.data.sources import Data
 from robustok.generators import SamplingConfig
 from robustok.metrics import METRICS
@@ -146,6 +147,7 @@ class EvaluateRun(Config):
     )
     seed: int = Field(0, ge=0, description="seed of samples, perturbations, halves and shuffles")
     batch_size: int = Field(64, ge=1, description="images at a time")
+    workers: Workers = None
     tags: Annotated[dict[str, str | float | int], AfterValidator(_no_measured_fields)] = Field(
         {}, description="further fields to write into every line, such as tokenizer=plain; none that is measured"
     )

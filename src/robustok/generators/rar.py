@@ -282,14 +282,23 @@ def random_share(step: int, start: int, end: int) -> float:
     return 0.0 if step >= end else 1 - (step - start) / (end - start)
 
 
-def draw_orders(count: int, length: int, random_share: float, rng: torch.Generator) -> Tensor:
+def draw_orders(
+    count: int, length: int, random_share: float, rng: torch.Generator, rows: slice = slice(None)
+) -> Tensor:
     """One order per image: a random permutation with probability ``random_share``, else raster.
+
+    Args:
+        count: images in the batch.
+        length: L.
+        random_share: in [0, 1].
+        rng: source of all draws.
+        rows: those of the batch that are wanted; the draws are the same for any.
 
     Returns:
         (N, L) int64 on the device of ``rng``.
     """
-    keys = torch.rand(count, length, generator=rng, device=rng.device)
-    shuffled = torch.rand(count, 1, generator=rng, device=rng.device) < random_share
+    keys = torch.rand(count, length, generator=rng, device=rng.device)[rows]  # (N, L)
+    shuffled = torch.rand(count, 1, generator=rng, device=rng.device)[rows] < random_share  # (N, 1)
     raster = torch.arange(length, device=rng.device)
     return torch.where(shuffled, keys.argsort(dim=1, stable=True), raster)  # sorting random keys shuffles all at once
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from robustok.config import Config
+from robustok.data.loader import Workers
 from robustok.errors import UserError
 from robustok.losses.adversarial import AdversarialConfig
 from robustok.losses.semantic import TeacherConfig, contrastive_loss
@@ -51,9 +52,7 @@ class TrainingConfig(Config):
     )
     compile: bool = Field(False, description="compile the transformer blocks with torch.compile; a slower start")
     fsdp: bool = Field(False, description="shard the blocks' weights and optimiser among the processes (FSDP2)")
-    workers: int = Field(
-        0, ge=0, le=1024, description="data loader processes for each training process; 0 reads in the process itself"
-    )
+    workers: Workers = None
     log_every: int = Field(50, ge=1, description="steps between lines of log.jsonl")
     state_every: int = Field(1000, ge=1, description="steps between states for resume; the two newest are kept")
     snapshot_every: int = Field(0, ge=0, description="steps between snapshots; 0 writes one, at the end")

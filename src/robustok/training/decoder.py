@@ -195,7 +195,7 @@ def _batches(
 ) -> Iterator[Examples]:
     """What this process learns from in ``count`` steps from ``first`` on."""
     steps = Steps(run.batch_size, run.seed, first, count, accelerator.process_index, accelerator.num_processes)
-    return mixture(material, run.objective, run.consistency, steps, run.gradient_accumulation)
+    return mixture(material, run.objective, run.consistency, steps, run.gradient_accumulation, run.workers)
 
 
 def _compare(
@@ -226,7 +226,7 @@ def _held_out_score(
     run: DecoderTrainingRun, tokenizer: Tokenizer, data: ImageDataset, device: torch.device
 ) -> Callable[[Callable], float]:
     """Function of a decoder: Fréchet distance of its images of the held-out samples to the real images."""
-    score = HeldOutScore(run.held_out, tokenizer, data, device)
+    score = HeldOutScore(run.held_out, tokenizer, data, device, workers=run.workers)
     return lambda decode: score(decode)[0]
 
 

@@ -1,6 +1,6 @@
 """Training of a generator on a cache of latents: tokens or continuous."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from robustok.config import plain
 from robustok.console import note
-from robustok.data.latent_cache import LatentCache, training_latents
+from robustok.data.latent_cache import LatentCache
+from robustok.data.loader import ahead, worker_count
+from robustok.data.order import batch_indices
 from robustok.devices import rank_rows, start_accelerator
 from robustok.generators import (
     GeneratorConfig,
@@ -105,20 +107,20 @@ def train_generator(run: GeneratorTrainingRun) -> Path:
     optimizer = generator.optimizer(parameter_groups(bare, run.weight_decay))
     state = TrainingState("generator", bare, average, optimizer)
     first = folder.restore(state, input_digests(run))
-    records = training_latents(cache, run.batch_size, run.seed, first, run.steps - first, rank, world)
+    batch_indices(len(cache), run.batch_size, run.seed, first)  # raise now rather than at the first batch
+    make = partial(step_inputs, run, cache, rows, bare.null_label)
+    workers = worker_count(run.workers, most=1 if device.type == "cuda" else 0)
+    batches = ahead(make, range(first, run.steps), workers, device)
     write = partial(_write_snapshot, folder, run, average, cache)
     folder.start()
 
     for step in folder.steps(range(first, run.steps), state, run.state_every, accelerator):
-        batch = next(records)
+        inputs, statistics = next(batches)
         seed_step(run.seed, step, rank)
         generator.train()
 
-        # 1. Drop labels, draw orders or noise, predict the latents; one step of the generator.
-        draws = draw_step(run, manifest.latent_shape, step)
-        labels = batch.labels.masked_fill(draws.dropped[rows], bare.null_label)  # (N,)
-        inputs = [x.to(device) for x in (batch.latents, labels, *(x[rows] for x in draws.inputs))]
-        optimise(generator, state, _losses(generator, inputs, objective, draws.statistics, state.meter), step)
+        # 1. Predict the latents from labels, orders or noise; one step of the generator.
+        optimise(generator, state, _losses(generator, inputs, objective, statistics, state.meter), step)
 
         # 2. Log, snapshot.
         done = step + 1
@@ -132,7 +134,7 @@ def train_generator(run: GeneratorTrainingRun) -> Path:
 
 
 def _losses(
-    generator: Prepared, inputs: list[Tensor], objective: str | None, statistics: dict[str, float], meter: Meter
+    generator: Prepared, inputs: Sequence[Tensor], objective: str | None, statistics: dict[str, float], meter: Meter
 ) -> Iterator[dict[str, Tensor]]:
     """Terms of the loss of each part of the batch; without an objective, for tokens. The meter gets the statistics."""
     for part in generator.parts(len(inputs[0])):
@@ -172,12 +174,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 @dataclass(frozen=True)
 class Draws:
-    """Random numbers of a step for the global batch of B; each process takes its rows.
+    """Random numbers of a step, drawn for the global batch, of which a process takes its N rows.
 
     Attributes:
-        dropped: (B,) bool, labels to drop: classifier-free guidance needs a model without class.
-        inputs: inputs of the generator's forward after latents and labels. RAR: orders (B, L). Diffusion: noise levels
-            (B,) and noise (B, L, D).
+        dropped: (N,) bool, labels to drop: classifier-free guidance needs a model without class.
+        inputs: inputs of the generator's forward after latents and labels. RAR: orders (N, L). Diffusion: noise levels
+            (N,) and noise (N, L, D).
         statistics: for the log.
     """
 
@@ -186,20 +188,42 @@ class Draws:
     statistics: dict[str, float] = field(default_factory=dict)
 
 
-def draw_step(run: GeneratorTrainingRun, latent_shape: tuple[int, int], step: int) -> Draws:
-    """The draws of a step, a function of the seed and the step."""
+def step_inputs(
+    run: GeneratorTrainingRun, cache: LatentCache, rows: slice, null_label: int, step: int
+) -> tuple[tuple[Tensor, ...], dict[str, float]]:
+    """What a process learns from in a step, read and drawn by data workers if wanted.
+
+    Args:
+        run: settings.
+        cache: of latents.
+        rows: of the global batch.
+        null_label: replaces labels that are dropped.
+        step: counted from 0.
+
+    Returns:
+        The inputs of the generator's forward, and what the log says of them.
+    """
+    records = cache.read(batch_indices(len(cache), run.batch_size, run.seed, step)[rows])
+    draws = draw_step(run, cache.manifest.latent_shape, step, rows)
+    labels = records.labels.masked_fill(draws.dropped, null_label)  # (N,)
+    return (records.latents, labels, *draws.inputs), draws.statistics
+
+
+def draw_step(run: GeneratorTrainingRun, latent_shape: tuple[int, int], step: int, rows: slice = slice(None)) -> Draws:
+    """The draws of a step, a function of the seed and the step, for these rows of the global batch."""
     inputs, statistics = (), {}
     if isinstance(run.generator, ContinuousConfig):
         rng = step_rng(run.seed, step, "noise")
         levels = draw_noise_levels(run.batch_size, run.generator.noise_levels, rng)
-        inputs = (levels, torch.randn(run.batch_size, *latent_shape, generator=rng))
+        inputs = (levels[rows], torch.randn(run.batch_size, *latent_shape, generator=rng)[rows])
     else:
         rng = step_rng(run.seed, step, "order")
     if isinstance(run.generator, RARConfig):
         share = random_order_share(run, step)
-        inputs, statistics = (draw_orders(run.batch_size, latent_shape[0], share, rng),), {"random_order": share}
+        inputs = (draw_orders(run.batch_size, latent_shape[0], share, rng, rows),)
+        statistics = {"random_order": share}
     zeros = torch.zeros(run.batch_size, dtype=torch.long)
-    dropped = drop_labels(zeros, run.generator.label_dropout, 1, rng).bool()
+    dropped = drop_labels(zeros, run.generator.label_dropout, 1, rng).bool()[rows]
     return Draws(dropped, inputs, statistics)
 
 

@@ -1,15 +1,15 @@
 """Objectives of post-training: which latents the decoder learns from, and with which images it is compared.
 
-An objective is a function that returns :class:`Examples`, one batch a step. The loss is the same for all: pixel and
-perceptual terms between decoded images and their targets, and the adversarial term against real images. ``objective``
-mixes them: each has a share of every batch.
+An objective reads and draws the :class:`Inputs` of a step, in data workers if wanted, and makes :class:`Examples` of
+them on the device. The loss is the same for all: pixel and perceptual terms between decoded images and their targets,
+and the adversarial term against real images. ``objective`` mixes them: each has a share of every batch.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,16 +17,17 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from robustok.config import Config
-from robustok.data.dataset import ImageDataset
-from robustok.data.latent_cache import LatentCache, LatentRecords, training_latents
+from robustok.data.dataset import Draw, ImageDataset, Read
+from robustok.data.latent_cache import LatentCache, LatentRecords
 from robustok.data.latent_checks import check_cache, check_center_crops, check_free_samples, check_real_latents
-from robustok.data.loader import training_batches
+from robustok.data.loader import MOST_WORKERS, ahead, training_draw, worker_count
+from robustok.data.order import batch_indices
 from robustok.devices import autocast, rank_rows
 from robustok.errors import UserError
 from robustok.metrics.noise import latent_scale
 from robustok.randomness import step_rng
-from robustok.tokenizers.perturbation import apply_draw, draw_perturbation, nearest_codes
-from robustok.types import Batch, Tokenizer
+from robustok.tokenizers.perturbation import PerturbationDraw, apply_draw, draw_perturbation, nearest_codes
+from robustok.types import Tokenizer
 
 Weight = Annotated[float, Field(gt=0)]
 Objective = Annotated[
@@ -84,7 +85,7 @@ class Examples:
 
 
 class Steps(NamedTuple):
-    """The batches of a process, in the order in which ``training_latents`` and ``training_batches`` take them."""
+    """The batches of a process."""
 
     global_batch: int
     seed: int
@@ -92,6 +93,45 @@ class Steps(NamedTuple):
     count: int
     rank: int
     world: int
+
+    @property
+    def rows(self) -> slice:
+        """Those of the process in the global batch."""
+        return rank_rows(self.global_batch, self.rank, self.world)
+
+    def records(self, count: int, step: int) -> np.ndarray:
+        """The process's records of a step, out of ``count``.
+
+        Raises:
+            UserError: there are fewer than the batch has.
+        """
+        return batch_indices(count, self.global_batch, self.seed, step)[self.rows]
+
+
+class Inputs(NamedTuple):
+    """What an objective reads and draws for a step.
+
+    Attributes:
+        latents: tokens (N, L) or vectors (N, L, D).
+        images: N real images.
+        noise: of the latents, for the objective ``noise``.
+    """
+
+    latents: Tensor
+    images: Read
+    noise: Any = None
+
+
+class Stream(NamedTuple):
+    """An objective's batches.
+
+    Attributes:
+        read: the inputs of a step; picklable, for data workers.
+        examples: what is made of them on the device.
+    """
+
+    read: Callable[[int], Inputs]
+    examples: Callable[[Inputs], Examples]
 
 
 @dataclass(frozen=True)
@@ -127,43 +167,43 @@ class Material:
 # Objectives
 
 
-def paired(material: Material, steps: Steps) -> Iterator[Examples]:
+def paired(material: Material, steps: Steps) -> Stream:
     """Mixtures of real latents and a generator's samples, compared with the real images (the paper)."""
     return _compared_with_images(material, material.caches["pairs"], steps)
 
 
-def clean(material: Material, steps: Steps) -> Iterator[Examples]:
+def clean(material: Material, steps: Steps) -> Stream:
     """The control: latents of real images, compared with these images. The same as pairs with sigma = 1."""
     return _compared_with_images(material, material.caches["latents"], steps)
 
 
-def noise(material: Material, steps: Steps) -> Iterator[Examples]:
+def noise(material: Material, steps: Steps) -> Stream:
     """Latents of real images with noise, compared with these images. Needs no generator."""
-    add = _token_noise(material) if material.tokenizer.kind == "discrete" else _gaussian_noise(material)
-    rows = rank_rows(steps.global_batch, steps.rank, steps.world)
+    draw, add = (_token_noise if material.tokenizer.kind == "discrete" else _gaussian_noise)(material, steps)
+    clear = _compared_with_images(material, material.caches["latents"], steps, draw)
 
-    def examples(step: int, clear: Examples) -> Examples:
-        rng = step_rng(steps.seed, step, "latent noise")  # for the global batch, of which the process takes its rows
-        return replace(clear, latents=add(clear.latents, steps.global_batch, rows, rng))
+    def examples(inputs: Inputs) -> Examples:
+        return replace(clear.examples(inputs), latents=add(inputs.latents, inputs.noise))
 
-    return map(examples, count(steps.first), clean(material, steps))
+    return Stream(clear.read, examples)
 
 
-def free(material: Material, steps: Steps) -> Iterator[Examples]:
+def free(material: Material, steps: Steps) -> Stream:
     """Free samples of a generator, compared with what the original decoder makes of them.
 
     They have no real images. The adversarial term makes them more like real ones, and the comparison, here called
     consistency, keeps what they show.
     """
+    data, cache = material.data, material.caches["samples"]
+    steps.records(len(data), steps.first)  # raise now rather than at the first step
 
-    def examples(samples: LatentRecords, images: Batch) -> Examples:
-        latents = samples.latents.to(material.device)
-        return Examples(latents, material.decode(latents), images.images.to(material.device))
+    def examples(inputs: Inputs) -> Examples:
+        return Examples(inputs.latents, material.decode(inputs.latents), data.to_batch(inputs.images).images)
 
-    return map(examples, training_latents(material.caches["samples"], *steps), training_batches(material.data, *steps))
+    return Stream(partial(_read_samples, data, cache, steps), examples)
 
 
-OBJECTIVES: dict[str, tuple[Callable[[Material, Steps], Iterator[Examples]], str]] = {
+OBJECTIVES: dict[str, tuple[Callable[[Material, Steps], Stream], str]] = {
     "paired": (paired, "pairs"),
     "free": (free, "samples"),
     "noise": (noise, "latents"),
@@ -198,55 +238,81 @@ def open_caches(paths: Mapping[str, Path], digest: str) -> dict[str, LatentCache
     return caches
 
 
-def _compared_with_images(material: Material, cache: LatentCache, steps: Steps) -> Iterator[Examples]:
-    def examples(batch: LatentRecords) -> Examples:
-        images = real_images(material.data, batch).to(material.device)
-        return Examples(batch.latents.to(material.device), images, images)
-
-    return map(examples, training_latents(cache, *steps))
+NoiseDraw = Callable[[int], Any]  # of a step; picklable
 
 
-def real_images(data: ImageDataset, records: LatentRecords) -> Tensor:
-    """The real images (N, 3, H, W) of records, mirrored if they were encoded mirrored.
+def _compared_with_images(
+    material: Material, cache: LatentCache, steps: Steps, draw: NoiseDraw | None = None
+) -> Stream:
+    def examples(inputs: Inputs) -> Examples:
+        images = material.data.to_batch(inputs.images).images
+        return Examples(inputs.latents, images, images)
+
+    return Stream(partial(_read_records, material.data, cache, steps, draw), examples)
+
+
+def _read_records(data: ImageDataset, cache: LatentCache, steps: Steps, draw: NoiseDraw | None, step: int) -> Inputs:
+    records = cache.read(steps.records(len(cache), step))
+    return Inputs(records.latents, real_images(data, records), None if draw is None else draw(step))
+
+
+def _read_samples(data: ImageDataset, cache: LatentCache, steps: Steps, step: int) -> Inputs:
+    latents = cache.read(steps.records(len(cache), step)).latents
+    return Inputs(latents, data[training_draw(len(data), steps.global_batch, steps.seed, steps.rows, step)])
+
+
+def real_images(data: ImageDataset, records: LatentRecords) -> Read:
+    """The real images of records, mirrored if they were encoded mirrored.
 
     A broken image is replaced by the next readable one, as at encoding.
     """
-    images = data.read(records.indices, seeds=np.zeros(len(records.indices), dtype=np.int64)).images
-    return torch.where(records.flips.bool()[:, None, None, None], images.flip(-1), images)
+    read = data[Draw(records.indices.numpy(), np.zeros(len(records.indices), dtype=np.int64))]
+    return read._replace(mirrored=records.flips.bool())
 
 
-NoiseAdder = Callable[[Tensor, int, slice, torch.Generator], Tensor]
+NoiseAdder = Callable[[Tensor, Any], Tensor]  # latents and what was drawn
 
 
-def _token_noise(material: Material) -> NoiseAdder:
+def _token_noise(material: Material, steps: Steps) -> tuple[NoiseDraw, NoiseAdder]:
     codebook, settings = material.tokenizer.codebook, material.noise
     levels = getattr(material.tokenizer, "code_levels", None)
     strength = min(len(codebook), max(2, round(settings.share * len(codebook))))
     near = nearest_codes(codebook, strength, include_self=True, levels=levels)
-
-    def add(tokens: Tensor, batch: int, rows: slice, rng: torch.Generator) -> Tensor:
-        draw = draw_perturbation(batch, tokens.shape[1], settings.rate, 1.0, rng).rows(rows.start, rows.stop)
-        return apply_draw(tokens, near, draw.to(tokens.device))
-
-    return add
+    length = material.caches["latents"].manifest.latent_shape[0]
+    draw = partial(_draw_replacements, length, settings.rate, steps)
+    return draw, lambda tokens, drawn: apply_draw(tokens, near, drawn)
 
 
-def _gaussian_noise(material: Material) -> NoiseAdder:
-    scale = latent_scale(material.caches["latents"].read(slice(0, 4096)).latents).float().to(material.device)  # (D,)
+def _draw_replacements(length: int, rate: float, steps: Steps, step: int) -> PerturbationDraw:
+    """Drawn for the global batch, of which the process takes its rows."""
+    draw = draw_perturbation(steps.global_batch, length, rate, 1.0, step_rng(steps.seed, step, "latent noise"))
+    return draw.rows(steps.rows.start, steps.rows.stop)
 
-    def add(latents: Tensor, batch: int, rows: slice, rng: torch.Generator) -> Tensor:
-        levels = material.noise.level * torch.rand(batch, 1, 1, generator=rng)[rows]
-        noise = torch.randn(batch, *latents.shape[1:], generator=rng)[rows]
-        return latents + scale * (levels * noise).to(latents.device)
 
-    return add
+def _gaussian_noise(material: Material, steps: Steps) -> tuple[NoiseDraw, NoiseAdder]:
+    cache = material.caches["latents"]
+    scale = latent_scale(cache.read(slice(0, 4096)).latents).float().to(material.device)  # (D,)
+    draw = partial(_draw_gaussian, cache.manifest.latent_shape, material.noise.level, steps)
+    return draw, lambda latents, drawn: latents + scale * drawn
+
+
+def _draw_gaussian(shape: tuple[int, int], level: float, steps: Steps, step: int) -> Tensor:
+    """(N, L, D), drawn for the global batch, of which the process takes its rows."""
+    rng, batch = step_rng(steps.seed, step, "latent noise"), steps.global_batch
+    levels = level * torch.rand(batch, 1, 1, generator=rng)[steps.rows]
+    return levels * torch.randn(batch, *shape, generator=rng)[steps.rows]
 
 
 # Mixtures of objectives
 
 
 def mixture(
-    material: Material, objective: Mapping[str, float], consistency: float, steps: Steps, parts: int = 1
+    material: Material,
+    objective: Mapping[str, float],
+    consistency: float,
+    steps: Steps,
+    parts: int = 1,
+    workers: int | None = 0,
 ) -> Iterator[Examples]:
     """Batches in which each objective has its share of the rows, one after the other.
 
@@ -256,22 +322,32 @@ def mixture(
         consistency: weight of the comparison of ``free``, as a multiple of that of the other objectives.
         steps: which batches.
         parts: of the gradient accumulation; shares are rounded to rows that divide among them.
+        workers: processes that read ahead; None: as many as help, none where the images are held in memory.
 
     Raises:
-        UserError: an objective without rows; as ``training_latents``.
+        UserError: an objective without rows, or with more than it has records; ``world`` does not divide the batch.
     """
     sizes = rows_of(objective, steps.global_batch, steps.world * parts)
-    streams = [OBJECTIVES[name][0](material, steps._replace(global_batch=size)) for name, size in sizes.items()]
-    found, start = [], 0
+    streams, found, start = [], [], 0
     for name, size in sizes.items():
+        make, cache = OBJECTIVES[name]
+        streams.append(make(material, own := steps._replace(global_batch=size)))
+        own.records(len(material.caches[cache]), own.first)  # raise now rather than at the first step
         rows, weight = slice(start, start := start + size // steps.world), size / steps.global_batch
         found.append(Part(name, rows, weight * (consistency if name == "free" else 1.0)))
 
-    def joined(*examples: Examples) -> Examples:
+    def joined(inputs: Sequence[Inputs]) -> Examples:
+        examples = [stream.examples(one) for stream, one in zip(streams, inputs, strict=True)]
         columns = ([getattr(one, name) for one in examples] for name in ("latents", "targets", "real"))
         return Examples(*(c[0] if len(c) == 1 else torch.cat(c) for c in columns), tuple(found))
 
-    return map(joined, *streams)
+    workers = worker_count(workers, 0 if material.data.in_memory else MOST_WORKERS)
+    read = partial(_read_all, [stream.read for stream in streams])
+    return map(joined, ahead(read, range(steps.first, steps.first + steps.count), workers, material.device))
+
+
+def _read_all(reads: Sequence[Callable[[int], Inputs]], step: int) -> tuple[Inputs, ...]:
+    return tuple(read(step) for read in reads)
 
 
 def rows_of(objective: Mapping[str, float], batch: int, multiple: int = 1) -> dict[str, int]:

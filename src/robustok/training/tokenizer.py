@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from robustok.config import plain
 from robustok.data.dataset import Augmentation, open_images
-from robustok.data.loader import training_batches
+from robustok.data.loader import CPU, training_batches
 from robustok.data.pixels import save_picture
 from robustok.data.sources import Data
 from robustok.devices import autocast, rank_rows, start_accelerator
@@ -116,17 +116,19 @@ def train_tokenizer(run: TokenizerTrainingRun) -> Path:
     codes = CodeCounts(run, accelerator)
     state = TrainingState("tokenizer", bare, average, optimizer, adversary, [codes])
     first = folder.restore(state, input_digests(run, data))
-    batches = training_batches(data, run.batch_size, run.seed, first, run.steps - first, rank, world, run.workers)
+    draw = partial(draw_inputs, run, bare.latent_shape, rows=rows, device=CPU)
+    span = run.batch_size, run.seed, first, run.steps - first, rank, world
+    batches = training_batches(data, *span, run.workers, device, draw)
     write = partial(_write_snapshot, folder, run, average, adversary, data.describe(), _guides(run))
     folder.start()
 
     for step in folder.steps(range(first, run.steps), state, run.state_every, accelerator):
-        images = next(batches).images.to(device)  # (N, 3, H, W)
+        batch = next(batches)
+        images, inputs = batch.images, batch.draws  # (N, 3, H, W)
         seed_step(run.seed, step, rank)
         tokenizer.train()
 
         # 1. Reconstruct the images from perturbed latents.
-        inputs = draw_inputs(run, bare.latent_shape, step, rows, device)
         if teacher is not None:
             with autocast(device, run.precision):
                 inputs = (*inputs, teacher(images))

@@ -1,0 +1,147 @@
+"""The loader against reading in the main process, as it was before there was one.
+
+    python benchmarks/loader.py PHOTOGRAPHS.parquet
+
+The first 256 photographs are saved as JPEG files of 500 x 375. Batches have 128 crops of 256 pixels. Everything is CPU
+time, which other work on the machine changes little: of the main process for a batch, and of whoever decodes for an
+image. On a GPU the device does the conversion to float32 and the mirroring; they are listed apart.
+"""
+
+import argparse
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from robustok.data.crops import center_crop
+from robustok.data.dataset import Augmentation, ImageDataset, open_images
+from robustok.data.latent_cache import LatentCache, create_cache, training_latents, write_shard
+from robustok.data.loader import ahead, training_batches, training_draw
+from robustok.data.manifest import Manifest
+from robustok.data.parquet_files import open_row, read_table
+from robustok.data.pixels import from_pixels
+from robustok.data.sources import Folder
+from robustok.training.objectives import Steps, _read_records
+
+PHOTOGRAPHS, BATCH, SIZE, TOKENS, CODES = 256, 128, 256, 256, 4096
+BATCHES = 3
+
+
+def save_photographs(parquet: Path, folder: Path) -> None:
+    """The first photographs as JPEG files of 500 x 375."""
+    table = read_table([parquet], parquet.parent, None)
+    folder.mkdir()
+    for row in range(PHOTOGRAPHS):
+        image = open_row(table.groups, row).convert("RGB").resize((500, 375), Image.Resampling.BICUBIC)
+        image.save(folder / f"{row:03d}.jpg", quality=92)
+
+
+def make_pairs(folder: Path, fingerprint: str) -> LatentCache:
+    """Random tokens with the indices of the photographs, half of them mirrored."""
+    rng, count = np.random.default_rng(0), 2 * PHOTOGRAPHS
+    manifest = Manifest("discrete", (TOKENS, 16), CODES, 1, count, 100, "none", fingerprint)
+    create_cache(folder, manifest)
+    for k in range(manifest.shards):
+        rows = np.arange(count)[k * 100 : (k + 1) * 100]
+        zeros = np.zeros(len(rows), dtype=np.int64)
+        tokens = rng.integers(0, CODES, (len(rows), TOKENS))
+        fields = {"latents": tokens, "labels": zeros, "seeds": zeros, "indices": rows // 2, "flips": rows % 2}
+        write_shard(folder, k, fields)
+    return LatentCache(folder)
+
+
+def plain_random_crop(image: Image.Image, seed: int) -> np.ndarray:
+    """The random crop as it was: all of the image is resized, then the square is cut."""
+    rng = torch.Generator().manual_seed(seed)
+    draw = lambda low, high: int(torch.randint(low, high + 1, (), generator=rng))  # noqa: E731
+    factor = draw(SIZE, -(-5 * SIZE // 4)) / min(image.size)
+    image = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
+    left, top = draw(0, image.width - SIZE), draw(0, image.height - SIZE)
+    return np.array(image.crop((left, top, left + SIZE, top + SIZE)))
+
+
+def plain_images(files: list[Path], crop: Callable[[int, Image.Image], np.ndarray], indices: list[int]) -> Tensor:
+    """Images (N, 3, H, W) float32, decoded one after the other."""
+    pixels = [torch.from_numpy(crop(row, Image.open(files[i]).convert("RGB"))) for row, i in enumerate(indices)]
+    return from_pixels(torch.stack([one.permute(2, 0, 1) for one in pixels]))
+
+
+def plain_main_training(files: list[Path]) -> Iterator[Tensor]:
+    for step in range(BATCHES):
+        draw = training_draw(len(files), BATCH, 0, slice(0, BATCH), step)
+        seeds = draw.seeds.tolist()
+        images = plain_images(files, lambda row, image: plain_random_crop(image, seeds[row]), draw.indices.tolist())  # noqa: B023
+        mirrored = torch.from_numpy(draw.seeds) % 2 == 1
+        images[mirrored] = images[mirrored].flip(-1)
+        yield images
+
+
+def plain_post_training(files: list[Path], pairs: LatentCache) -> Iterator[Tensor]:
+    for records in training_latents(pairs, BATCH, 0, 0, BATCHES):
+        images = plain_images(files, lambda _, image: center_crop(image, SIZE), records.indices.tolist())
+        yield torch.where(records.flips.bool()[:, None, None, None], images.flip(-1), images)
+
+
+def on_the_device(data: ImageDataset) -> Iterator[Tensor]:
+    """Mirroring and conversion of pixels, on one thread of the CPU."""
+    pixels = torch.randint(0, 256, (BATCH, 3, SIZE, SIZE), dtype=torch.uint8)
+    mirrored = torch.arange(BATCH) % 2 == 0
+    for _ in range(BATCHES):
+        yield from_pixels(torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels))
+
+
+def worker_seconds() -> float:
+    """CPU time of the workers so far."""
+    ticks = 0
+    for worker in multiprocessing.active_children():
+        ticks += sum(map(int, Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def measure(name: str, batches: Iterator, workers: int) -> None:
+    """Print CPU time and rates of all batches but the first, for which workers start."""
+    next(batches)
+    main, others, wall = time.process_time(), worker_seconds(), time.perf_counter()
+    for _ in range(BATCHES - 1):
+        next(batches)
+    main, others, wall = time.process_time() - main, worker_seconds() - others, time.perf_counter() - wall
+    images = (BATCHES - 1) * BATCH
+    row = f"{1e3 * main / (BATCHES - 1):8.1f} ms of the main process a batch"
+    decoding = f"{images / (others if workers else main):8.1f} images/s a core"
+    print(f"{name:<42} {row} {decoding if 'device' not in name else ''} {images / wall:8.1f} images/s", flush=True)
+    getattr(batches, "close", lambda: None)()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("photographs", type=Path, help="parquet file of photographs")
+    parser.add_argument("--workers", type=int, default=1)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        save_photographs(given.photographs, Path(folder) / "images")
+        files = sorted((Path(folder) / "images").iterdir())
+        with_crops = Augmentation(crop="random", flip=True)
+        data = open_images(Folder(path=Path(folder) / "images", holdout=0), SIZE, augment=with_crops)
+        pairs = make_pairs(Path(folder) / "pairs", data.fingerprint)
+        measure("main training, plain", plain_main_training(files), 0)
+        for workers in (0, given.workers):
+            batches = training_batches(data, BATCH, 0, 0, BATCHES, workers=workers)
+            measure(f"main training, {workers} workers", batches, workers)
+        measure("post-training, plain", plain_post_training(files, pairs), 0)
+        read = partial(_read_records, data, pairs, Steps(BATCH, 0, 0, BATCHES, 0, 1), None)
+        for workers in (0, given.workers):
+            measure(f"post-training, {workers} workers", ahead(read, range(BATCHES), workers), workers)
+        measure("mirroring and conversion, on the device", on_the_device(data), 0)
+
+
+if __name__ == "__main__":
+    main()
