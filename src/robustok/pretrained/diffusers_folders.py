@@ -6,7 +6,6 @@ The library's own classes load and save the models. Weights in pickles are read 
 executed.
 """
 
-import json
 import re
 import shutil
 import tempfile
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from robustok.backbones import silent_diffusers
 from robustok.checkpoints import read_checkpoint, write_checkpoint
 from robustok.errors import UserError
-from robustok.files import one_line, regular_file
+from robustok.files import one_line, read_json
 from robustok.hub import download_folder, is_remote
 from robustok.snapshots import check_finite_weights, outline_for, read_weights
 
@@ -114,23 +113,6 @@ def latent_side(path: str | Path) -> int | None:
     """Height and width of the latents that a pipeline's transformer models; None without a transformer."""
     sides = [each.settings.get("sample_size") for each in components(path) if each.folder == Path(path) / "transformer"]
     return sides[0] if sides and isinstance(sides[0], int) else None
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The content of a JSON file.
-
-    Raises:
-        UserError: it is missing, cannot be read, or is no JSON object.
-    """
-    if not file.exists():
-        raise UserError(f"{file} is missing; copy the whole folder")
-    try:
-        content = json.loads(regular_file(file).read_text())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is no JSON ({one_line(error, 200)}); copy it again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds no JSON object; copy it again")
-    return content
 
 
 def load_model(make: Callable[[], Model], network: str, found: Component) -> Model:

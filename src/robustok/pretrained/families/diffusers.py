@@ -1,4 +1,4 @@
-"""Autoencoders of the diffusers library: AutoencoderKL, AutoencoderDC and VQModel, in their folders."""
+"""Autoencoders of the diffusers library, in their folders."""
 
 from functools import partial
 from pathlib import Path
@@ -6,9 +6,21 @@ from pathlib import Path
 from robustok.config import validate
 from robustok.pretrained.diffusers_folders import component, latent_side, load_model
 from robustok.pretrained.family import FolderFamily
-from robustok.tokenizers.diffusers import DiffusersConfig, DiffusersDC, DiffusersKL, DiffusersTokenizer, DiffusersVQ
+from robustok.tokenizers.diffusers import (
+    DiffusersConfig,
+    DiffusersDC,
+    DiffusersKL,
+    DiffusersQwen,
+    DiffusersTokenizer,
+    DiffusersVQ,
+)
 
-MODELS = {"diffusers_kl": DiffusersKL, "diffusers_dc": DiffusersDC, "diffusers_vq": DiffusersVQ}
+MODELS = {
+    "diffusers_kl": DiffusersKL,
+    "diffusers_qwen": DiffusersQwen,
+    "diffusers_dc": DiffusersDC,
+    "diffusers_vq": DiffusersVQ,
+}
 
 
 def from_folder(name: str, path: str | Path, image_size: int | None = None) -> DiffusersTokenizer:
