@@ -7,9 +7,9 @@ import diffusers
 import torch
 from diffusers.utils import logging
 
+from robustok.data.captions import caption_digest
 from robustok.generators.pipeline import PipelineConfig, PipelineGenerator
 from robustok.generators.pipeline_families import FAMILIES
-from robustok.generators.pipeline_prompts import prompt_digest
 
 logging.set_verbosity(logging.CRITICAL)
 SIZE, TOKENS = 32, 3  # pixels; tokens of a prompt
@@ -145,7 +145,7 @@ def saved(name: str, path: Path) -> Path:
 def conditions(name: str, *prompts: str):
     """Random encoded prompts, and what guidance moves away from."""
     family, found = FAMILIES[name], {}
-    for i, key in enumerate([*map(prompt_digest, prompts), "negative"]):
+    for i, key in enumerate([*map(caption_digest, prompts), "negative"]):
         rng = torch.Generator().manual_seed(i)
         negative = key == "negative"
         names = [n for n in family.encoded if n and n.startswith("negative") is negative]
@@ -170,4 +170,31 @@ def set_class(path: Path, name: str) -> Path:
     """Rename the class in a saved pipeline's model_index.json."""
     index = json.loads((path / "model_index.json").read_text())
     (path / "model_index.json").write_text(json.dumps(index | {"_class_name": name}))
+    return path
+
+
+def text_encoder():
+    """A CLIP text encoder of one layer with its tokenizer, which knows letters only."""
+    import transformers
+
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocab = {word: number for number, word in enumerate(words)}
+    ends = {"bos_token_id": len(vocab) - 2, "eos_token_id": len(vocab) - 1, "pad_token_id": len(vocab) - 1}
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(vocab), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=8, **ends,
+    )  # fmt: skip
+    tokenizer = transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=8)
+    return {"text_encoder": transformers.CLIPTextModel(config).eval(), "tokenizer": tokenizer}
+
+
+def saved_with_text(path: Path) -> Path:
+    """A Stable Diffusion that takes prompts, in a folder with a model card."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    sd(**text_encoder()).save_pretrained(path)
+    (path / "README.md").write_text("---\nlicense: creativeml-openrail-m\n---\n# Tiny\n")
     return path

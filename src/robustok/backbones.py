@@ -1,5 +1,6 @@
 """Networks of other libraries: pretrained backbones of timm, and the models of diffusers."""
 
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -99,17 +100,24 @@ def unscale_latents(latents: Tensor, settings: Mapping[str, Any]) -> Tensor:
 
 @contextmanager
 def silent_diffusers() -> Iterator[None]:
-    """Context without logs, warnings and progress of diffusers: what it warns of is checked by us, or is an error."""
-    from diffusers.utils import logging
+    """Context without logs, warnings and progress of diffusers and transformers, which would print parts of prompts.
 
-    before, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
+    What they warn of is checked by us, or is an error.
+    """
+    from diffusers.utils import logging as progress
+
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    shown = progress.is_progress_bar_enabled()
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    progress.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.set_verbosity(before)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         if shown:
-            logging.enable_progress_bar()
+            progress.enable_progress_bar()

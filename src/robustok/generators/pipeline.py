@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from robustok.backbones import unscale_latents
 from robustok.config import Config
+from robustok.data.captions import caption_digest
 from robustok.errors import UserError
 from robustok.files import load_tensors, write_file
 from robustok.generators.pipeline_families import family_of, fetch_pipeline, weights_digest
@@ -32,7 +33,7 @@ from robustok.generators.pipeline_loading import (
     other_scheduler,
     text_to_image,
 )
-from robustok.generators.pipeline_prompts import NEGATIVE, Condition, encode, no_prompt, prompt_digest, stacked
+from robustok.generators.pipeline_prompts import NEGATIVE, Condition, encode, no_prompt, stacked
 from robustok.generators.pipeline_start import Start, find_start
 from robustok.generators.sampling import check_labels, check_mixture
 from robustok.randomness import per_image
@@ -179,7 +180,7 @@ class PipelineGenerator(nn.Module):
         Raises:
             UserError: the pipeline has no text encoder, or cannot be loaded.
         """
-        texts = {prompt_digest(text): text for text in (self.prompts[label] for label in labels.unique().tolist())}
+        texts = {caption_digest(text): text for text in (self.prompts[label] for label in labels.unique().tolist())}
         missing = [key for key in (*texts, NEGATIVE) if key not in self.conditions]
         files = {key: self.cache / f"{key}.safetensors" for key in missing} if self.cache else {}
         self.conditions |= {key: load_tensors(file) for key, file in files.items() if file.is_file()}
@@ -269,7 +270,7 @@ class PipelineGenerator(nn.Module):
 
     def _condition(self, labels: Tensor, guided: bool) -> dict[str, Any]:
         """The arguments of a call for these labels (N,), with those of guidance if there is some."""
-        found = [self.conditions[prompt_digest(self.prompts[label])] for label in labels.tolist()]
+        found = [self.conditions[caption_digest(self.prompts[label])] for label in labels.tolist()]
         batch = stacked(found, self.family, self.dtype, self.device)
         negative = [self.conditions[NEGATIVE]] * len(labels)
         return batch | (stacked(negative, self.family, self.dtype, self.device) if guided else {})

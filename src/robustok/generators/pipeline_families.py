@@ -161,17 +161,6 @@ def fetch_pipeline(path: str | Path) -> Path:
     return download_folder(path, ["model_index.json", "README.md", *inside])
 
 
-def image_size_of(path: str | Path, factor: int) -> int:
-    """Height and width of the images that a pipeline is meant for: those of its denoiser, else 128 latents a side.
-
-    Args:
-        path: folder of the pipeline.
-        factor: pixels along one side of a latent.
-    """
-    side = read_json(Path(path) / family_of(path).denoiser / "config.json").get("sample_size")
-    return factor * (side if isinstance(side, int) else 128)
-
-
 def weights_digest(path: Path, family: PipelineFamily) -> str:
     """Digest of the denoiser's weights and of the scheduler's settings: what the latents come from."""
     sha = hashlib.sha256(regular_file(path / "scheduler" / "scheduler_config.json").read_bytes())

@@ -8,17 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from robustok.backbones import silent_diffusers
-from robustok.files import bytes_digest
 from robustok.generators.pipeline_families import PipelineFamily
 
 NEGATIVE = "negative"  # the name of what guidance moves away from, among the digests of prompts
 Condition = dict[str, Tensor]
 """Arguments of a pipeline's call for one prompt, without the dimension of the batch."""
-
-
-def prompt_digest(prompt: str) -> str:
-    """What a prompt is called where it must not be read: in names of files, logs, manifests and model cards."""
-    return bytes_digest(prompt.encode("utf-8", "surrogateescape"))
 
 
 def encode(pipe: Any, family: PipelineFamily, text: str | None, device: torch.device) -> Condition:

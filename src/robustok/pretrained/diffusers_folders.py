@@ -65,7 +65,7 @@ def fetch(path: str | Path) -> Path:
     if not is_remote(path):
         return Path(path)
     lacking = ["", *(f"{part}/" for part in PARTS)]
-    wanted = ["scheduler/scheduler_config.json"]
+    wanted = ["scheduler/scheduler_config.json", "unet/config.json"]
     for patterns in DOWNLOADS:
         folder = download_folder(path, [*wanted, *(part + pattern for part in lacking for pattern in patterns)])
         held = [part for part in lacking if (folder / part / "config.json").is_file()]
@@ -110,8 +110,9 @@ def component(path: str | Path, class_name: str) -> Component:
 
 
 def latent_side(path: str | Path) -> int | None:
-    """Height and width of the latents that a pipeline's transformer models; None without a transformer."""
-    sides = [each.settings.get("sample_size") for each in components(path) if each.folder == Path(path) / "transformer"]
+    """Height and width of the latents that a pipeline's denoiser models; None where it says none."""
+    files = [file for part in ("transformer", "unet") if (file := Path(path) / part / "config.json").is_file()]
+    sides = [read_json(file).get("sample_size") for file in files]
     return sides[0] if sides and isinstance(sides[0], int) else None
 
 

@@ -39,6 +39,7 @@ class DiffusersTokenizer(nn.Module):
         class_name: of the library.
         levels: the setting that lists the widths of the encoder's levels, each but the first of which halves the
             image, and how many there are by default.
+        default_size: of the images, in pixels, where no settings say it.
 
     Raises:
         UserError: diffusers is not installed, or does not accept the settings; the image size does not divide.
@@ -46,6 +47,7 @@ class DiffusersTokenizer(nn.Module):
 
     class_name: str
     levels: tuple[str, int] = ("block_out_channels", 1)
+    default_size = 256
     licence = "that of the model card which came with the weights"
     image_range = (-1.0, 1.0)
     latent_space: str | None = None
@@ -163,6 +165,7 @@ class DiffusersQwen(VariationalAutoencoder, ContinuousDiffusersTokenizer):
 
     class_name = "AutoencoderKLQwenImage"
     levels = ("dim_mult", 4)
+    default_size = 1024
 
     @property
     def width(self) -> int:

@@ -29,7 +29,7 @@ def from_folder(name: str, path: str | Path, image_size: int | None = None) -> D
     Args:
         name: of the family.
         path: the folder.
-        image_size: in pixels; by default the one whose latents the pipeline's transformer models, or that of the
+        image_size: in pixels; by default the one whose latents the pipeline's denoiser models, or that of the
             autoencoder's configuration.
 
     Raises:
@@ -38,7 +38,7 @@ def from_folder(name: str, path: str | Path, image_size: int | None = None) -> D
     found = component(path, MODELS[name].class_name)
 
     def make() -> DiffusersTokenizer:
-        size, side = found.settings.get("sample_size") or 256, latent_side(path)
+        size, side = found.settings.get("sample_size") or MODELS[name].default_size, latent_side(path)
         if side is not None:
             size = side * MODELS[name].factor_of(found.settings)
         settings = {"name": name, "image_size": image_size or size, "settings": found.settings}
