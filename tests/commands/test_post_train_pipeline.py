@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,11 @@ def test_one_command_turns_a_pipeline_into_one_with_another_decoder(tmp_path, gi
     assert SECRET not in printed
     assert len(list((post / "generator" / "prompts").glob("*.safetensors"))) == 4  # three, and the empty one
 
+    # What a run needs can be asked for before.
+    assert main(["post-train", f"out={tmp_path / 'dry'}", *WORDS, *words, "--dry-run"]) == 0
+    assert "trained parameters" in capsys.readouterr().out
+    assert not (tmp_path / "dry").exists()
+
     # The same command again is done already; other sigmas and free samples need no text encoder.
     times = {path: path.stat().st_mtime_ns for path in post.rglob("*.safetensors") if path.parent.name != "best"}
     run(post, *words)
@@ -158,6 +164,15 @@ def test_sigma_auto_searches_on_a_pipeline_as_on_all_others(tmp_path, given, cla
     header = yaml.safe_load((post / "snapshot" / "best" / "config.yaml").read_text())
     assert [row["sigma"] for row in header["sweep"]][:3] == [None, 0.5, 1.0]
     assert (post / "export" / "pipeline" / "vae" / "config.json").is_file()
+
+
+def test_the_example_of_the_docs_runs(given, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "diffusers.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(example.replace("stable-diffusion-v1-5", str(given)), {})
+    assert "sigma 0.7: level 0.44, strength 0.30, 15 steps" in capsys.readouterr().out
+    row = next(line for line in page.splitlines() if line.startswith("| Stable Diffusion, DDIM, 50"))
+    assert [cell.strip() for cell in row.split("|")][5] == "0.44"
 
 
 def test_bad_input_is_one_line(tmp_path, given, capsys):

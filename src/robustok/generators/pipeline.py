@@ -9,6 +9,7 @@ Labels are numbers of prompts. A prompt is encoded once; the text encoders are d
 
 import gc
 import json
+import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,10 +18,12 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from robustok.backbones import unscale_latents
 from robustok.config import Config
+from robustok.console import track
 from robustok.data.captions import caption_digest
 from robustok.errors import UserError
 from robustok.files import load_tensors, write_file
@@ -90,10 +93,10 @@ class PipelineGenerator(nn.Module):
         config: folder, image size, precision.
         prompts: the prompt of each label; ``null_label`` is the empty prompt.
         identity: what :meth:`state_dict` has of another object for the same; None computes it.
-        cache: folder in which encoded prompts are kept; None keeps them in memory.
+        cache: folder in which encoded prompts are kept, by digest; None keeps them in memory.
 
     Attributes:
-        conditions: encoded prompts by digest, and that of NEGATIVE.
+        conditions: encoded prompts in memory by digest, and that of NEGATIVE.
 
     Raises:
         UserError: no pipeline of a known family, or not all of its folder.
@@ -181,22 +184,24 @@ class PipelineGenerator(nn.Module):
             UserError: the pipeline has no text encoder, or cannot be loaded.
         """
         texts = {caption_digest(text): text for text in (self.prompts[label] for label in labels.unique().tolist())}
-        missing = [key for key in (*texts, NEGATIVE) if key not in self.conditions]
-        files = {key: self.cache / f"{key}.safetensors" for key in missing} if self.cache else {}
-        self.conditions |= {key: load_tensors(file) for key, file in files.items() if file.is_file()}
-        missing = [key for key in missing if key not in self.conditions]
+        missing = [key for key in (*texts, NEGATIVE) if key not in self.conditions and not self._file(key).is_file()]
         if not missing:
             return
         self._drop()
         pipe = load_parts(self.folder, self.family, self._vae, True, self.dtype, self.device)
-        for key in missing:
-            self.conditions[key] = encode(pipe, self.family, texts.get(key), self.device)
-            if self.cache:
-                from safetensors.torch import save
-
-                write_file(files[key], save(self.conditions[key]), shared=True)
+        for i in track(range(len(missing)), "encode prompts"):
+            key = missing[i]
+            condition = encode(pipe, self.family, texts.get(key), self.device)
+            if self.cache is None:
+                self.conditions[key] = condition
+            else:
+                write_file(self._file(key), save(condition), shared=True)
         del pipe
         self._drop()
+
+    def _file(self, key: str) -> Path:
+        """Where an encoded prompt is kept; nowhere without a cache."""
+        return Path(os.devnull) if self.cache is None else self.cache / f"{key}.safetensors"
 
     # Sampling
 
@@ -270,9 +275,10 @@ class PipelineGenerator(nn.Module):
 
     def _condition(self, labels: Tensor, guided: bool) -> dict[str, Any]:
         """The arguments of a call for these labels (N,), with those of guidance if there is some."""
-        found = [self.conditions[caption_digest(self.prompts[label])] for label in labels.tolist()]
+        read = lambda key: self.conditions.get(key) or load_tensors(self._file(key))  # noqa: E731
+        found = [read(caption_digest(self.prompts[label])) for label in labels.tolist()]
         batch = stacked(found, self.family, self.dtype, self.device)
-        negative = [self.conditions[NEGATIVE]] * len(labels)
+        negative = [read(NEGATIVE)] * len(labels)
         return batch | (stacked(negative, self.family, self.dtype, self.device) if guided else {})
 
     def _unscaled(self, latents: Tensor) -> Tensor:
@@ -334,4 +340,4 @@ class PipelineGenerator(nn.Module):
 
 def prompts_in(identity: Tensor) -> list[str]:
     """The prompts in the identity of a generator."""
-    return json.loads(bytes(identity.tolist()))["prompts"]
+    return json.loads(identity.numpy().tobytes())["prompts"]
