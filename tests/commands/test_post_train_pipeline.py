@@ -16,6 +16,7 @@ import robustok
 import tiny
 from robustok.cli import main
 from robustok.data.latent_cache import LatentCache
+from robustok.generators.pipeline import PipelineGenerator
 from robustok.randomness import image_rngs
 
 diffusers = pytest.importorskip("diffusers")
@@ -132,6 +133,26 @@ def train_names(words):
 
     path = Path(words[1].partition("=")[2])
     return open_images(Folder(path=path, captions="txt"), 32, "train").names
+
+
+@pytest.mark.parametrize("name", ["Stable Diffusion XL", "Flux", "Qwen-Image"])  # whose latents differ most
+def test_other_families_come_back_with_another_decoder_too(tmp_path, monkeypatch, name):
+    given = tiny_pipelines.saved(name, tmp_path / "given")
+    folder = photos(tmp_path / "photos", captions=False)
+
+    def embed(generator, _labels):
+        generator.conditions = tiny_pipelines.conditions(name, "")
+
+    monkeypatch.setattr(PipelineGenerator, "embed", embed)  # there is no text encoder
+    words = [f"pipeline={given}", "data.name=folder", f"data.path={folder}", "tokenizer.config.image_size=32"]
+    post = run(tmp_path / "post", *words)
+    loaded = [getattr(diffusers, type(robustok.load_tokenizer(post).vae).__name__).from_pretrained(path / "vae")
+              for path in (given, post / "export" / "pipeline")]  # fmt: skip
+    before, after = (vae.state_dict() for vae in loaded)
+    changed = {name.split(".")[0] for name in after if not torch.equal(after[name], before[name])}
+    assert "decoder" in changed
+    assert changed <= {"decoder", "post_quant_conv"}
+    assert (post / "export" / "vae.safetensors").exists() is (name != "Qwen-Image")
 
 
 @pytest.mark.parametrize("captions", ["none", "prompt", "label", "text"])

@@ -1,6 +1,7 @@
 """Pipelines of diffusers as generators: every family, built tiny from the classes of the library."""
 
 import inspect
+from fnmatch import fnmatch
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import torch
 from robustok.config import validate
 from robustok.errors import UserError
 from robustok.generators.pipeline import PipelineConfig, PipelineGenerator, PipelineSampling, prompts_in
-from robustok.generators.pipeline_families import FAMILIES, family_of, licence_of
+from robustok.generators.pipeline_families import FAMILIES, family_of, licence_of, parts_of
 from robustok.pretrained.load import load_pretrained
 from robustok.randomness import image_rngs
 
@@ -104,6 +105,14 @@ def test_sigma_by_level_is_the_noise_where_the_pipeline_starts(family):
     assert generator.mixture_details(sampling, 1.0)["noise_level"] == 0
 
 
+def test_half_precision_changes_latents_by_little(family):
+    half = PipelineGenerator(family.generator.config.model_copy(update={"precision": "bf16"}), ["a", "b"])
+    half.conditions = family.generator.conditions
+    exact, found = (g.generate(LABELS, STEPS, image_rngs(0, [0, 1])) for g in (family.generator, half))
+    assert (exact.dtype, found.dtype) == (torch.float32, torch.float32)
+    assert 0 < (found - exact).std() < 0.05 * exact.std()
+
+
 @pytest.mark.parametrize(
     ("name", "size", "kept"),
     [
@@ -185,3 +194,36 @@ def test_incomplete_pipelines_are_refused(tmp_path):
         family_of(folder / "vae")
     with pytest.raises(UserError, match="is no folder"):
         family_of(folder / "nothing")
+
+
+def test_a_remote_pipeline_is_downloaded_without_what_is_not_used(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    folder = tiny.saved_with_text(tmp_path / "given")
+    for name in (
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.bin",
+        "whole.safetensors",
+    ):
+        (folder / name).write_bytes(b"unused")
+    files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    asked = []
+
+    def download(_repository, allow_patterns, **_options):
+        asked.extend(name for name in files if any(fnmatch(name, pattern) for pattern in allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda _repository, name, **_options: str(folder / name))
+    generator = PipelineGenerator(PipelineConfig(folder="hf://org/tiny", image_size=32))
+    assert generator.folder == folder
+    generator.embed(torch.tensor([0]))
+    assert not [name for name in asked if "fp16" in name or name.endswith(".bin") or name == "whole.safetensors"]
+    assert {name.split("/")[0] for name in asked} == {
+        "model_index.json", "README.md", "vae", "unet", "scheduler", "text_encoder", "tokenizer"
+    }  # fmt: skip
+
+
+def test_paths_in_an_index_lead_nowhere():
+    index = {"vae": ["diffusers", "AutoencoderKL"], "../other": ["diffusers", "X"], "_private": ["diffusers", "X"]}
+    assert parts_of(index) == ["vae"]

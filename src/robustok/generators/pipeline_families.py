@@ -18,7 +18,7 @@ from robustok.hub import download, download_folder, is_remote
 
 LIBRARIES = ("diffusers", "transformers")  # whose classes are loaded; a pipeline with code of its own is refused
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts that are never loaded
-FILES = ("*config*.json", "*.txt", "tokenizer*", "spiece.model", "vocab*", "merges*", "*.jinja")  # besides weights
+FILES = ("*.json", "*.txt", "*.model", "*.jinja")  # besides weights
 STEMS = ("diffusion_pytorch_model", "model")
 WEIGHTS = tuple(
     f"{stem}{end}" for stem in STEMS for end in (".safetensors", "-*.safetensors", ".safetensors.index.json")
@@ -146,7 +146,7 @@ def _check_parts(path: str | Path, index: dict[str, Any], family: PipelineFamily
 def parts_of(index: dict[str, Any]) -> list[str]:
     """The parts that a model_index.json lists, without those that are never loaded."""
     found = (key for key, value in index.items() if isinstance(value, list) and len(value) == 2 and value[0])
-    return [key for key in found if key not in UNUSED and not key.startswith("_")]
+    return [key for key in found if key not in UNUSED and key.isidentifier() and key[0] != "_"]  # no path leads out
 
 
 def fetch_pipeline(path: str | Path) -> Path:

@@ -126,7 +126,7 @@ def export_pipeline(snapshot: Path, path: Path, out: Path) -> Path:
     if not target.exists():
         with atomic_folder(target) as folder:
             shutil.copyfile(source / "model_index.json", folder / "model_index.json")
-            listed = [key for key, value in index.items() if isinstance(value, list) and (source / key).is_dir()]
+            listed = [key for key in index if key.isidentifier() and (source / key).is_dir()]  # no path leads out
             for part in (part for part in listed if part != "vae"):
                 shutil.copytree((source / part).resolve(), folder / part, copy_function=_link_or_copy)
             export_folder(tokenizer, folder / "vae")
