@@ -105,6 +105,13 @@ def test_sigma_by_level_is_the_noise_where_the_pipeline_starts(family):
     assert generator.mixture_details(sampling, 1.0)["noise_level"] == 0
 
 
+def test_a_pipeline_computes_where_its_generator_is(family):
+    moved = PipelineGenerator(family.generator.config, ["a"]).to(torch.device("meta"))
+    assert moved.pipe._execution_device.type == "meta"
+    assert moved.twin._execution_device.type == "meta"
+    assert family.generator.pipe._execution_device.type == "cpu"
+
+
 def test_half_precision_changes_latents_by_little(family):
     half = PipelineGenerator(family.generator.config.model_copy(update={"precision": "bf16"}), ["a", "b"])
     half.conditions = family.generator.conditions

@@ -69,7 +69,9 @@ def load_parts(
         raise UserError(f"{folder} {reason}; copy it again, with weights as safetensors") from None
     _make_quiet(pipe)
     for value in pipe.components.values():
-        if isinstance(value, nn.Module) and value is not vae:
+        if isinstance(
+            value, nn.Module
+        ):  # the empty autoencoder too: the device of a pipeline is that of its first part
             value.requires_grad_(False).eval().to(device)
     return pipe
 
