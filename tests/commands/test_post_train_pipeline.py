@@ -113,8 +113,10 @@ def test_one_command_turns_a_pipeline_into_one_with_another_decoder(tmp_path, gi
     assert len(list((post / "generator" / "prompts").glob("*.safetensors"))) == 4  # three, and the empty one
 
     # What a run needs can be asked for before.
-    assert main(["post-train", f"out={tmp_path / 'dry'}", *WORDS, *words, "--dry-run"]) == 0
-    assert "trained parameters" in capsys.readouterr().out
+    assert main(["post-train", f"out={tmp_path / 'dry'}", *WORDS, *words, "--dry-run", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)["facts"]
+    assert 0 < facts["trained_parameters"] < facts["tokenizer_parameters"]
+    assert facts["converted_bytes"] == sum(file.stat().st_size for file in (given / "vae").iterdir())
     assert not (tmp_path / "dry").exists()
 
     # The same command again is done already; other sigmas and free samples need no text encoder.
