@@ -38,6 +38,18 @@ TINY_TOKENIZERS = {  # all take images of 8 x 8 and make 16 latents of width 4
         }
         | TWO_LEVELS
     },
+    "diffusers_qwen": {
+        "settings": {
+            "base_dim": 4,
+            "z_dim": 4,
+            "dim_mult": [1, 2],
+            "num_res_blocks": 1,
+            "temperal_downsample": [False],
+            "attn_scales": [],
+            "latents_mean": [0.0, 0.1, 0.2, 0.3],
+            "latents_std": [1.0, 0.9, 0.8, 0.7],
+        }
+    },
     "diffusers_dc": {
         "settings": {
             f"{side}_{name}": value

@@ -15,6 +15,7 @@ _SOURCES = {
     "load_tokenizer": "robustok.tokenizers",
     "load_generator": "robustok.generators",
     "load_pretrained": "robustok.pretrained.load",
+    "load_pipeline": "robustok.pretrained.pipelines",
     "export_weights": "robustok.pretrained.export",
     "export_folder": "robustok.pretrained.export",
     "open_images": "robustok.data.dataset",

@@ -1,5 +1,7 @@
 """Networks of other libraries: pretrained backbones of timm, and the models of diffusers."""
 
+import logging
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,14 +84,40 @@ def diffusers_network(class_name: str, settings: Mapping[str, Any]) -> nn.Module
         raise UserError(f"diffusers makes no {class_name} of these settings ({reason}); correct them") from None
 
 
+def unscale_latents(latents: Tensor, settings: Mapping[str, Any]) -> Tensor:
+    """Latents (N, L, D) as diffusion models take them to those that an autoencoder of diffusers decodes.
+
+    The operations are those of the pipelines, in their order, so that images are equal bit for bit.
+
+    Args:
+        latents: normalised ones.
+        settings: of the autoencoder.
+    """
+    mean, std = settings.get("latents_mean") or settings.get("shift_factor") or 0.0, settings.get("latents_std") or 1.0
+    mean, std, scale = latents.new_tensor(mean), latents.new_tensor(std), settings.get("scaling_factor")
+    return latents / (1.0 / std) + mean if scale is None else latents * std / scale + mean
+
+
 @contextmanager
 def silent_diffusers() -> Iterator[None]:
-    """Context without the log of diffusers: what it warns of is checked by us, or is an error."""
-    from diffusers.utils import logging
+    """Context without logs, warnings and progress of diffusers and transformers, which would print parts of prompts.
 
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
+    What they warn of is checked by us, or is an error.
+    """
+    from diffusers.utils import logging as progress
+
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    shown = progress.is_progress_bar_enabled()
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    progress.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
-        logging.set_verbosity(before)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if shown:
+            progress.enable_progress_bar()

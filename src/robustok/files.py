@@ -126,6 +126,23 @@ def kind(mode: int) -> str:
     return names.get(stat.S_IFMT(mode), "device")
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """The content of a JSON file.
+
+    Raises:
+        UserError: it is missing, cannot be read, or is no JSON object.
+    """
+    if not file.exists():
+        raise UserError(f"{file} is missing; copy the whole folder")
+    try:
+        content = json.loads(regular_file(file).read_text())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is no JSON ({one_line(error, 200)}); copy it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds no JSON object; copy it again")
+    return content
+
+
 def json_lines(text: str) -> tuple[list[dict[str, Any]], list[int]]:
     """The JSON objects of a text, one a line, and the numbers of other lines, as a killed process leaves them."""
     records, broken = [], []

@@ -6,7 +6,9 @@ import pytest
 
 import robustok.config
 from robustok.commands.post_train import PostTrainRun
-from robustok.config import load, plain
+from robustok.commands.pretrained_sources import check_given
+from robustok.config import load, plain, validate
+from robustok.errors import UserError
 from robustok.generators import GENERATORS, check_sampling, default_sampling
 from robustok.generators.gpt import GPTConfig
 from robustok.hub import is_remote
@@ -17,6 +19,7 @@ from robustok.training.tokenizer import TokenizerTrainingRun
 
 CONFIGS = Path(robustok.config.__file__).parents[2] / "configs"
 PAIRS = {path.stem: path for path in (CONFIGS / "pairs").glob("*.yaml")}
+FILES = [name for name in PAIRS if name != "diffusers"]  # of which tokenizer and generator are two downloads
 PATHS = (
     "data.path=images",
     "tokenizer=runs/tokenizer",
@@ -37,7 +40,17 @@ def test_a_recipe_of_a_pair_is_ten_epochs_of_its_pairs(name):
     assert chosen.sigma == "auto"
 
 
-@pytest.mark.parametrize("name", PAIRS)
+def test_the_recipe_of_pipelines_takes_any_pipeline():
+    run = load(PostTrainRun, "pairs/diffusers.yaml", ("pipeline=given", "data.path=photos", "out=runs/post"))
+    assert (run.tokenizer.weights, run.generator.weights) == (Path("given"), Path("given"))
+    assert (run.tokenizer.family, run.generator.family) == ("diffusers", "pipeline")
+    assert validate(PostTrainRun, plain(run)) == run  # as from the config.yaml of a run folder
+    bare = load(PostTrainRun, "pairs/diffusers.yaml", ("data.path=photos", "out=runs/post"))
+    with pytest.raises(UserError, match="pipeline is missing; give pipeline=FOLDER"):
+        check_given(bare.sources)
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_the_command_in_a_recipe_is_all_that_its_files_need(name):
     lines = [line[1:].strip() for line in PAIRS[name].read_text().splitlines() if line.startswith("#   ")]
     program, command, file, *words = " ".join(lines).replace("\\ ", "").split()

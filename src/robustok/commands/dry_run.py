@@ -23,7 +23,7 @@ from robustok.commands.encode import EncodeRun
 from robustok.commands.generate import GenerateRun
 from robustok.commands.make_pairs import MakePairsRun
 from robustok.commands.post_train import PostTrainRun
-from robustok.commands.pretrained_sources import Pretrained, check_given, look_at
+from robustok.commands.pretrained_sources import Pretrained, check_given, look_at, pipeline_of
 from robustok.commands.train_classifier import TrainClassifierRun
 from robustok.config import Config, plain
 from robustok.data.dataset import open_images
@@ -165,6 +165,8 @@ def _post_training(run: DecoderTrainingRun | PostTrainRun) -> Estimates:
     if None in caches.values():
         found |= _to_make(run, tokenizer)
     given = [source.weights for source in sources.values() if isinstance(source, Pretrained)]
+    if (pipeline := pipeline_of(sources)) is not None:
+        given = [pipeline / "vae"]  # the rest is used where it is
     if given and not any(map(is_remote, given)):  # remote files have no size before they are downloaded
         files = [file for path in given for file in (path, *path.rglob("*")) if file.is_file()]
         found["converted_bytes"] = sum(file.stat().st_size for file in files)

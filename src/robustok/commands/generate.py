@@ -19,6 +19,7 @@ from robustok.devices import autocast, start_accelerator
 from robustok.errors import UserError
 from robustok.files import tensor_digest
 from robustok.generators import SamplingConfig, check_sampling, load_generator
+from robustok.generators.pipeline import PipelineGenerator
 from robustok.randomness import image_rngs
 from robustok.snapshots import read_header
 from robustok.tokenizers import encoder_digest, load_tokenizer
@@ -81,6 +82,9 @@ def generate(run: GenerateRun) -> Path:
             "give that one, or a post-trained one of it"
         )
     wanted = torch.tensor(run.classes or list(range(generator.classes)))
+    if isinstance(generator, PipelineGenerator):
+        with accelerator.main_process_first():
+            generator.embed(wanted[: run.count])
 
     def make(records: np.ndarray) -> dict[str, Tensor]:
         labels = wanted[records % len(wanted)]

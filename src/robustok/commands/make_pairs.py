@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from robustok.commands.encode import fill_cache, random_subset
 from robustok.commands.generate import SampleCacheSettings, licence_of, load_for_sampling, manifest_of, record_fields
 from robustok.config import Config, plain
+from robustok.data.captions import caption_digest
 from robustok.data.labels import check_same_classes
 from robustok.data.latent_cache import LatentCache
 from robustok.data.latent_checks import check_cache, check_center_crops, check_real_latents
@@ -18,6 +20,7 @@ from robustok.data.pixels import from_pixels, to_pixels
 from robustok.devices import autocast, start_accelerator
 from robustok.files import tensor_digest
 from robustok.generators import SamplingConfig, check_kind, check_sampling
+from robustok.generators.pipeline import PipelineGenerator
 from robustok.randomness import image_rngs
 from robustok.snapshots import read_header
 from robustok.tokenizers import encoder_digest, load_tokenizer
@@ -76,14 +79,19 @@ def make_pairs(run: MakePairsRun) -> Path:
     check_real_latents(cache)
     check_kind(generator.config.name, cache.manifest.kind, str(run.latents))
     check_cache(cache, generator.latent_space, generator.latent_shape, generator.codebook_size)
-    names = cache.manifest.class_names
-    check_same_classes(read_header(run.generator).get("class_names"), names, str(run.generator), str(run.latents))
+    names, known = cache.manifest.class_names, read_header(run.generator).get("class_names")
+    if known is None and isinstance(generator, PipelineGenerator):
+        known = [caption_digest(prompt) for prompt in generator.prompts]
+    check_same_classes(known, names, str(run.generator), str(run.latents))
     tokenizer = load_tokenizer(run.tokenizer).to(accelerator.device) if run.mode == "reencoded" else None
     if tokenizer is not None:
         check_cache(cache, encoder_digest(tokenizer))
     sampling = run.sampling or generator.sampling
     check_sampling(generator.config.name, sampling)
     rows = random_subset(len(cache), run.count, run.seed)
+    if isinstance(generator, PipelineGenerator) and run.sigma < 1:
+        with accelerator.main_process_first():
+            generator.embed(torch.from_numpy(cache.labels[rows]))
 
     def make(records: np.ndarray) -> dict[str, Tensor]:
         real = cache.read(rows[records])

@@ -1,6 +1,7 @@
 """The command `post-train`: with given pairs, with those of a generator, without pairs, or with what proves to be best.
 
     robustok post-train pairs/llamagen.yaml tokenizer.weights=vq_ds16_c2i.pt generator.weights=c2i_L_256.pt ...
+    robustok post-train pairs/diffusers.yaml pipeline=FOLDER ...
     robustok post-train tokenizer=runs/tok pairs=runs/pairs ...
     robustok post-train tokenizer=runs/tok generator=runs/gen latents=runs/latents sigma=0.9 ...
     robustok post-train tokenizer=runs/tok generator=runs/gen latents=runs/latents sigma=auto held_out.extractor... ...
@@ -30,6 +31,7 @@ from robustok.commands.pretrained_sources import (
     check_together,
     convert_sources,
     export_decoder,
+    pipeline_of,
     refused_as_a_whole,
 )
 from robustok.console import note
@@ -40,6 +42,7 @@ from robustok.devices import start_accelerator
 from robustok.errors import UserError
 from robustok.evaluation.held_out import HeldOutScore, ReconstructionScore
 from robustok.metrics.latent_gap import latent_gap
+from robustok.pretrained.pipelines import export_pipeline
 from robustok.randomness import step_rng
 from robustok.runs import RunFolder
 from robustok.snapshots import read_extra, read_header, write_snapshot
@@ -78,8 +81,12 @@ def post_train(run: PostTrainRun) -> Path:
             out = run.out / (f"post-{run.sigma:g}" if run.makes_pairs else "post")
             made = {"pairs": _pairs(ready, run.sigma, run.steps)} if run.makes_pairs else {}
             best = _publish(run, accelerator, train_decoder(ready.training(out=out, **made)), {})
-    if accelerator.is_main_process and (file := export_decoder(best, run.tokenizer, run.out / "export")):
-        note(f"in the authors' layout: {file}")
+    if accelerator.is_main_process:
+        pipeline, export = pipeline_of(run.sources), run.out / "export"
+        if pipeline is not None:
+            note(f"the pipeline with this decoder: {export_pipeline(best, pipeline, export)}")
+        elif file := export_decoder(best, run.tokenizer, export):
+            note(f"in the authors' layout: {file}")
     accelerator.wait_for_everyone()
     return best
 
@@ -89,14 +96,14 @@ def _prepare(run: PostTrainRun, accelerator: Accelerator) -> PostTrainRun:
 
     The run folder is created once nothing is missing.
     """
-    sources = {"tokenizer": run.tokenizer, "generator": run.generator}
+    sources = run.sources
     check_given(sources)
     folder = RunFolder(run, accelerator.is_main_process, later={"data.path"})  # encode and the training compare images
     accelerator.wait_for_everyone()  # before the folder changes, all have read it
     with refused_as_a_whole(sources, run.out):
         if accelerator.is_main_process:
             folder.start()
-            paths = convert_sources(sources, run.out)
+            paths = convert_sources(sources, run.out, run.data)
             available = check_together(paths, run.latents, run.data)
             caches = {name: getattr(run, name) or run.out / name for name in needed_caches(run.used)}
             one = max(run.bank, key=lambda objective: "free" in objective)  # with the Frechet term
@@ -104,7 +111,7 @@ def _prepare(run: PostTrainRun, accelerator: Accelerator) -> PostTrainRun:
             if run.makes_pairs:
                 batch_indices(min(run.pairs_used(), available), run.batch_size, run.seed, 0)  # refuses too few pairs
     accelerator.wait_for_everyone()
-    ready = run.model_copy(update=convert_sources(sources, run.out))
+    ready = run.model_copy(update=convert_sources(sources, run.out, run.data))
     if "free" in run.used and run.samples is None:
         samples = _free_samples(ready, run.out / "samples", run.pairs_used(), "free samples")
         ready = ready.model_copy(update={"samples": samples})

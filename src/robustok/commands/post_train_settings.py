@@ -100,6 +100,11 @@ class PostTrainRun(DecoderTrainingRun):
         description="paired, free, noise or clean, or a mixture by weight, as {free: 1, clean: 1}; auto tries those of "
         "sweep.objectives on held-out samples and goes on with the best",
     )
+    pipeline: Path | None = Field(
+        None,
+        description="folder of a diffusers pipeline, or hf://ORG/REPO, which is tokenizer and generator: short for "
+        "tokenizer.weights and generator.weights of the families diffusers and pipeline",
+    )
     tokenizer: TokenizerSource = Field(description="tokenizer snapshot or run folder; or pretrained weights, as below")
     pairs: Path | None = Field(
         None, description="paired: cache of pairs, made by `robustok make-pairs`; null makes them"
@@ -123,6 +128,19 @@ class PostTrainRun(DecoderTrainingRun):
     mixture: Mixture = Mixture()
     cache: SampleCacheSettings = SampleCacheSettings()
     sweep: Sweep = Sweep()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pipeline_is_both(cls, settings: Any) -> Any:
+        pipeline = settings.get("pipeline") if isinstance(settings, dict) else None
+        if pipeline is None:
+            return settings
+        both = {}
+        for name, family in (("tokenizer", "diffusers"), ("generator", "pipeline")):
+            given = settings.get(name)
+            if given is None or (isinstance(given, dict) and given.get("weights") is None):
+                both[name] = {"family": family} | (given or {}) | {"weights": pipeline}
+        return settings | both
 
     @model_validator(mode="after")
     def _caches_fit(self) -> "PostTrainRun":
@@ -163,6 +181,11 @@ class PostTrainRun(DecoderTrainingRun):
                 "saved classifier, or held_out.extractor.name=inception"
             )
         return self
+
+    @property
+    def sources(self) -> dict[str, Any]:
+        """What tokenizer and generator are read from, by these names."""
+        return {"tokenizer": self.tokenizer, "generator": self.generator}
 
     @property
     def searches(self) -> bool:

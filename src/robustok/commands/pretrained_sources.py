@@ -29,11 +29,13 @@ from robustok.data.sources import Data
 from robustok.errors import UserError, printable
 from robustok.files import regular_file, write_file
 from robustok.generators import check_kind
+from robustok.generators.pipeline_families import family_of
 from robustok.hub import download, is_remote
 from robustok.model_card import model_card
 from robustok.pretrained.diffusers_folders import AUTOENCODERS, fetch
 from robustok.pretrained.families import FAMILIES, FOLDERS, families_named
 from robustok.pretrained.load import load_pretrained
+from robustok.pretrained.pipelines import PIPELINE, pipeline_licence, write_pipeline
 from robustok.snapshots import read_header, resolve
 from robustok.tokenizers import encoder_digest, load_tokenizer
 from robustok.types import Tokenizer
@@ -62,7 +64,7 @@ class PretrainedTokenizer(Pretrained):
 
 
 class PretrainedGenerator(Pretrained):
-    """A pretrained generator."""
+    """A pretrained generator; of family pipeline, ``config`` has ``prompt`` and ``precision``."""
 
     statistics: Path | None = Field(
         None, description="file with mean and std of the latents that a diffusion model was trained on"
@@ -92,6 +94,11 @@ def check_given(sources: Sources) -> None:
     Raises:
         UserError: names the setting, and where the file can be downloaded.
     """
+    generator = sources.get("generator")
+    if isinstance(generator, Pretrained) and generator.family == PIPELINE:
+        if generator.weights is None:
+            raise UserError("pipeline is missing; give pipeline=FOLDER of a diffusers pipeline, or hf://ORG/REPO")
+        family_of(generator.weights)
     for name, source in sources.items():
         if not isinstance(source, Pretrained):
             continue
@@ -127,12 +134,13 @@ def refused_as_a_whole(sources: Sources, out: Path) -> Iterator[None]:
         raise UserError(reason) from None
 
 
-def convert_sources(sources: Sources, out: Path) -> dict[str, Path]:
+def convert_sources(sources: Sources, out: Path, data: Data) -> dict[str, Path]:
     """Convert pretrained models to snapshots in the run folder, unless they are there already.
 
     Args:
         sources: "tokenizer", and "generator" where there is one.
         out: the run folder.
+        data: the images, whose captions or classes are the prompts of a pipeline.
 
     Returns:
         Paths of snapshots or run folders by the same names; a source that is a path is returned as it is.
@@ -142,15 +150,29 @@ def convert_sources(sources: Sources, out: Path) -> dict[str, Path]:
             reverse.
     """
     paths: dict[str, Path] = {}
+    pipeline = pipeline_of(sources)
     for name, source in sources.items():
         if isinstance(source, Pretrained):
-            if not (out / name / "model.safetensors").exists():
-                _convert(name, source, out / name, paths.get("tokenizer"))
             paths[name] = out / name
+            if (out / name / "model.safetensors").exists():
+                continue
+            licence = source.licence or (pipeline and pipeline_licence(pipeline))
+            if source.family == PIPELINE:
+                images = open_images(data, load_tokenizer(paths["tokenizer"]).image_size, split="train")
+                write_pipeline(source.weights, source.config, licence, paths["tokenizer"], images, out / name)
+            else:
+                source = source.model_copy(update={"licence": licence})
+                _convert(name, source, out / name, paths.get("tokenizer"))
         elif source is not None:
             resolve(source)
             paths[name] = source
     return paths
+
+
+def pipeline_of(sources: Sources) -> Path | None:
+    """The folder, or address, of the pipeline that the generator is; None where it is none."""
+    found = sources.get("generator")
+    return found.weights if isinstance(found, Pretrained) and found.family == PIPELINE else None
 
 
 def _convert(name: str, source: Pretrained, out: Path, tokenizer: Path | None) -> None:

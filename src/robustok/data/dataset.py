@@ -9,6 +9,7 @@ import os
 import re
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -121,6 +122,7 @@ class ImageDataset:
         shape: (H, W) of every image.
         labels: (N,) int64; all -1 if they are unknown.
         classes: names of the classes.
+        captions: of each label, where labels are numbers of captions and ``classes`` their digests; else empty.
         fingerprint: digest of what identifies the content: files and sizes (or bytes), split, crop and size.
         broken: index -> reason of the images that could not be read so far.
     """
@@ -130,7 +132,7 @@ class ImageDataset:
     ):
         # Names of folders may be any bytes; those in manifests and results are text.
         self.name, self.classes = printable(source.name), list(map(printable, source.classes))
-        self.labels = source.labels[rows]
+        self.labels, self.captions = source.labels[rows], list(source.captions)
         self.split, self.image_size, self.augment = split, image_size, augment
         self.shape = (image_size, image_size) if image_size else _common_shape(source, rows)
         crop = f"{augment.crop} {image_size}" if image_size else "as they are"
@@ -162,6 +164,24 @@ class ImageDataset:
         """
         if self._source.unlabelled:
             raise UserError(self._source.unlabelled)
+
+    def check_sizes(self, size: int) -> None:
+        """Refuse images that would be enlarged to so many pixels; reads the files' headers.
+
+        Raises:
+            UserError: says how many are smaller and names three.
+        """
+        small = []
+        for row in self._rows.tolist():
+            with suppress(Exception), self._source.open(row) as image:  # a broken image is reported when it is decoded
+                if min(image.size) < size:
+                    small.append(f"{self._source.where(row)} with {image.width}x{image.height}")
+        if small:
+            shown = printable(", ".join(small[:3]) + (", ..." if len(small) > 3 else ""))
+            raise UserError(
+                f"{len(small):,} of {len(self):,} images are smaller than the pipeline's {size} pixels ({shown}); move "
+                "them away, or set tokenizer.config.image_size"
+            )
 
     @property
     def in_memory(self) -> bool:
@@ -213,7 +233,8 @@ class ImageDataset:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a data worker needs: of a million files the paths alone, once."""
-        return self.__dict__ | {"_source": replace(self._source, files=(), names=(), labels=self.labels[:0])}
+        source = replace(self._source, files=(), names=(), labels=self.labels[:0], captions=())
+        return self.__dict__ | {"_source": source, "captions": []}
 
     def __getitem__(self, draw: "Draw") -> "Read":
         """Decode images; data workers call this, other code calls ``read``."""
@@ -279,6 +300,7 @@ class ImageDataset:
         count, total, names = len(self), len(self._source.labels), self.classes
         shown = ", ".join(names) if len(names) < 8 else f"{', '.join(names[:3])}, ..., {names[-1]}"
         classes = f"{len(names):,} classes ({shown})" if len(names) > 1 else "one class"
+        classes = "captions as labels" if self.captions else classes
         return f"{self.name} {self.split}: {count:,}{f' of {total:,}' if count < total else ''} images, {classes}"
 
     def _where(self, index: int) -> str:

@@ -7,7 +7,7 @@ a configuration for ``Data``, a function (configuration, split) -> ``Source``, a
 import glob
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import getitem
 from pathlib import Path
@@ -19,10 +19,11 @@ from pydantic import Field
 
 from robustok.config import Config
 from robustok.data.arrays import open_array
+from robustok.data.captions import captions_in_folder, captions_in_parquet, number_captions
 from robustok.data.crops import RGB
 from robustok.data.folders import ARCHIVES, Split, describe_left_out, find_images, has_images
 from robustok.data.image_file import open_image
-from robustok.data.labels import LABEL_COLUMNS, number_labels
+from robustok.data.labels import LABEL_COLUMNS, METADATA, number_labels
 from robustok.data.parquet_files import has_parquet, open_row, read_table, split_files, where_row
 from robustok.errors import UserError
 from robustok.files import bytes_digest, one_line
@@ -74,6 +75,11 @@ class Folder(_DataConfig):
         "a line for each, LABEL in the order of the file names or NAME LABEL, or a table (.csv, .jsonl)",
     )
     label: str | None = Field(None, description="column of the labels in such a table")
+    captions: str | None = Field(
+        None,
+        description="captions in the place of labels, for pipelines: txt: photo.txt beside photo.jpg; else their "
+        "column in metadata.jsonl or .csv, such as text",
+    )
 
 
 class Parquet(_DataConfig):
@@ -89,6 +95,7 @@ class Parquet(_DataConfig):
     label: str | None = Field(
         None, description=f"column of the labels, numbers or names; null: {', '.join(LABEL_COLUMNS)}, if there is one"
     )
+    captions: str | None = Field(None, description="column of captions in the place of labels, for pipelines")
 
 
 class Npz(_DataConfig):
@@ -125,6 +132,7 @@ class Source:
         about: what gave the labels, for the line that says what was found; empty prints none.
         left_out: what was left out; empty if nothing was.
         unlabelled: why the labels are unknown and all -1, and what to do; empty if they are known.
+        captions: of each label, where labels are numbers of captions and ``classes`` their digests; else empty.
     """
 
     name: str
@@ -140,6 +148,7 @@ class Source:
     about: str = ""
     left_out: str = ""
     unlabelled: str = ""
+    captions: Sequence[str] = ()
 
 
 def _array_source(name: str, pixels: np.ndarray, labels: Sequence[int], classes: list[str], whole: bool) -> Source:
@@ -185,13 +194,29 @@ def _folder(data: Folder, split: Split) -> Source:
             f"no folder {root}{unpack}; data.path must be a folder of images as CLASS/FILE or train/CLASS/FILE"
         )
     found = find_images(root, split, data.labels, data.label)
+    for names in found.left.values() if data.captions else ():
+        for name in (".txt", *METADATA):  # which are read
+            names.pop(name, None)
     opener, where = partial(_open_file, found.paths), partial(getitem, found.paths)
     names = [os.path.splitext(os.path.relpath(path, root))[0] for path in found.paths]
-    return Source(
+    source = Source(
         root.resolve().name, opener, where, found.labels, found.classes or ["all"], found.identity, found.whole,
         files=found.paths, names=names, about=found.about, left_out=describe_left_out(found.left),
         unlabelled=found.unlabelled,
     )  # fmt: skip
+    if data.captions is None:
+        return source
+    return _captioned(source, captions_in_folder(root, found.paths, data.captions))
+
+
+def _captioned(source: Source, captions: list[str]) -> Source:
+    """The source with the numbers of its captions as labels."""
+    labels, distinct, digests = number_captions(captions)
+    identity = bytes_digest(f"{source.identity} {' '.join(digests)} {bytes_digest(labels.tobytes())}".encode())
+    about = f"{len(distinct):,} different captions"
+    return replace(
+        source, labels=labels, classes=digests, captions=distinct, identity=identity, about=about, unlabelled=""
+    )
 
 
 def _open_file(paths: Sequence[str], row: int) -> Image.Image:
@@ -210,12 +235,13 @@ def _parquet(data: Parquet, split: Split) -> Source:
     labels, classes = number_labels(table.labels, where, names if table.column else ["all"])
     content = [f"{file.name} {file.stat().st_size}" for file in files]
     content += [f"label {data.label}"] * (data.label is not None)
-    return Source(
+    source = Source(
         path.resolve().name, partial(open_row, table.groups), partial(where_row, table.groups), labels, classes,
         bytes_digest("\n".join(content).encode("utf-8", "surrogateescape")), whole,
         files=files, names=table.images, about=f"labels from column {table.column}" if table.column else "no labels",
         left_out=describe_left_out(left), unlabelled=_without_labels(labels, where),
     )  # fmt: skip
+    return source if data.captions is None else _captioned(source, captions_in_parquet(files, data.captions))
 
 
 def _without_labels(labels: np.ndarray, where: str) -> str:

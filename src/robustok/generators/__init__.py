@@ -18,10 +18,11 @@ from robustok.generators.dit import DiT, DiTConfig
 from robustok.generators.flow import DiffusionSampling
 from robustok.generators.gpt import GPT, GPTConfig
 from robustok.generators.lightningdit import LightningDiT, LightningDiTConfig
+from robustok.generators.pipeline import PipelineConfig, PipelineGenerator, PipelineSampling, prompts_in
 from robustok.generators.rar import RAR, RARConfig
 from robustok.generators.sampling import Sampling
 from robustok.generators.sit import SiT, SiTConfig
-from robustok.snapshots import build, read_snapshot
+from robustok.snapshots import Snapshot, build, read_snapshot
 from robustok.types import Generator
 
 GENERATORS = {
@@ -32,6 +33,9 @@ GENERATORS = {
     "dit": (DiT, DiTConfig),
 }
 GeneratorConfig = Annotated[reduce(or_, (config for _, config in GENERATORS.values())), Field(discriminator="name")]
+"""The families that can be trained."""
+FAMILIES = GENERATORS | {"pipeline": (PipelineGenerator, PipelineConfig)}
+"""Those and other people's pipelines."""
 
 
 def _sampling_name(value: Any) -> str | None:
@@ -42,7 +46,8 @@ def _sampling_name(value: Any) -> str | None:
 SamplingConfig = Annotated[
     Annotated[Sampling, Tag("tokens")]
     | Annotated[DiffusionSampling, Tag("diffusion")]
-    | Annotated[DDPMSampling, Tag("ddpm")],
+    | Annotated[DDPMSampling, Tag("ddpm")]
+    | Annotated[PipelineSampling, Tag("pipeline")],
     Discriminator(_sampling_name),
 ]
 
@@ -76,7 +81,7 @@ def check_kind(name: str, kind: str, source: str) -> None:
     Raises:
         UserError: the kind that ``source`` holds, and the one that the family models.
     """
-    models = GENERATORS[name][0].kind
+    models = FAMILIES[name][0].kind
     if kind != models:
         words = {"discrete": "tokens", "continuous": "continuous latents"}
         remedy = ", ".join(n for n, (family, _) in GENERATORS.items() if family.kind == kind)
@@ -86,12 +91,12 @@ def check_kind(name: str, kind: str, source: str) -> None:
         )
 
 
-def default_sampling(name: str) -> Sampling | DiffusionSampling | DDPMSampling:
-    """Sampling settings of a family for which nothing else is known: unguided."""
-    return GENERATORS[name][0].sampling_type()
+def default_sampling(name: str) -> Config:
+    """Sampling settings of a family for which nothing else is known: unguided, or as a pipeline samples by itself."""
+    return FAMILIES[name][0].sampling_type()
 
 
-def check_sampling(name: str, sampling: Sampling | DiffusionSampling | DDPMSampling) -> None:
+def check_sampling(name: str, sampling: Config) -> None:
     """Refuse the sampling settings of another kind of generator.
 
     Raises:
@@ -111,14 +116,31 @@ def load_generator(path: str | Path) -> Generator:
     snapshot = read_snapshot(path, kind="generator")
     header = snapshot.header
     name = header["config"].get("name")
-    if name not in GENERATORS:
-        raise UserError(f"{path}: unknown generator family {name!r}; known: {', '.join(GENERATORS)}")
+    if name not in FAMILIES:
+        raise UserError(f"{path}: unknown generator family {name!r}; known: {', '.join(FAMILIES)}")
     lacking = [key for key in ("codebook_size", "latent_shape", "classes", "latent_space") if key not in header]
     if lacking:
         raise UserError(f"{snapshot.path}/config.yaml lacks {', '.join(lacking)}; copy or train the generator again")
-    config = validate(GENERATORS[name][1], header["config"], source=str(path))
-    sizes = tuple(header["latent_shape"]), header["classes"], header["codebook_size"]
-    generator = build(lambda: build_generator(config, *sizes), snapshot)
+    config = validate(FAMILIES[name][1], header["config"], source=str(path))
+    if name == "pipeline":
+        generator = _pipeline(config, snapshot)
+    else:
+        sizes = tuple(header["latent_shape"]), header["classes"], header["codebook_size"]
+        generator = build(lambda: build_generator(config, *sizes), snapshot)
     generator.latent_space = header["latent_space"]
     generator.sampling = validate(generator.sampling_type, header.get("sampling") or {}, source=str(path))
     return generator.eval().requires_grad_(False)
+
+
+def _pipeline(config: PipelineConfig, snapshot: Snapshot) -> PipelineGenerator:
+    """The pipeline that a snapshot refers to, with encoded prompts beside the snapshot.
+
+    Raises:
+        UserError: the pipeline is gone, or the snapshot is damaged.
+    """
+    identity = snapshot.weights.get("identity")
+    try:
+        prompts = prompts_in(identity)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f"{snapshot.path}/model.safetensors holds no prompts; make the snapshot again") from None
+    return PipelineGenerator(config, prompts, identity, snapshot.path / "prompts")

@@ -6,7 +6,6 @@ The library's own classes load and save the models. Weights in pickles are read 
 executed.
 """
 
-import json
 import re
 import shutil
 import tempfile
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from robustok.backbones import silent_diffusers
 from robustok.checkpoints import read_checkpoint, write_checkpoint
 from robustok.errors import UserError
-from robustok.files import one_line, regular_file
+from robustok.files import one_line, read_json
 from robustok.hub import download_folder, is_remote
 from robustok.snapshots import check_finite_weights, outline_for, read_weights
 
@@ -66,7 +65,7 @@ def fetch(path: str | Path) -> Path:
     if not is_remote(path):
         return Path(path)
     lacking = ["", *(f"{part}/" for part in PARTS)]
-    wanted = ["scheduler/scheduler_config.json"]
+    wanted = ["scheduler/scheduler_config.json", "unet/config.json"]
     for patterns in DOWNLOADS:
         folder = download_folder(path, [*wanted, *(part + pattern for part in lacking for pattern in patterns)])
         held = [part for part in lacking if (folder / part / "config.json").is_file()]
@@ -111,26 +110,10 @@ def component(path: str | Path, class_name: str) -> Component:
 
 
 def latent_side(path: str | Path) -> int | None:
-    """Height and width of the latents that a pipeline's transformer models; None without a transformer."""
-    sides = [each.settings.get("sample_size") for each in components(path) if each.folder == Path(path) / "transformer"]
+    """Height and width of the latents that a pipeline's denoiser models; None where it says none."""
+    files = [file for part in ("transformer", "unet") if (file := Path(path) / part / "config.json").is_file()]
+    sides = [read_json(file).get("sample_size") for file in files]
     return sides[0] if sides and isinstance(sides[0], int) else None
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The content of a JSON file.
-
-    Raises:
-        UserError: it is missing, cannot be read, or is no JSON object.
-    """
-    if not file.exists():
-        raise UserError(f"{file} is missing; copy the whole folder")
-    try:
-        content = json.loads(regular_file(file).read_text())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is no JSON ({one_line(error, 200)}); copy it again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds no JSON object; copy it again")
-    return content
 
 
 def load_model(make: Callable[[], Model], network: str, found: Component) -> Model:

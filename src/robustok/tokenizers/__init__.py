@@ -12,7 +12,7 @@ from robustok.errors import UserError
 from robustok.files import tensor_digest
 from robustok.snapshots import Snapshot, build, check_finite_weights, read_snapshot, split_scale
 from robustok.tokenizers.deltas import Delta, apply_delta
-from robustok.tokenizers.diffusers import DiffusersConfig, DiffusersDC, DiffusersKL, DiffusersVQ
+from robustok.tokenizers.diffusers import DiffusersConfig, DiffusersDC, DiffusersKL, DiffusersQwen, DiffusersVQ
 from robustok.tokenizers.gigatok import GigaTok, GigaTokConfig
 from robustok.tokenizers.kl import KL, KLConfig
 from robustok.tokenizers.llamagen import LlamaGen, LlamaGenConfig
@@ -29,6 +29,7 @@ TOKENIZERS = {
     "gigatok": (GigaTok, GigaTokConfig),
     "kl": (KL, KLConfig),
     "diffusers_kl": (DiffusersKL, DiffusersConfig),
+    "diffusers_qwen": (DiffusersQwen, DiffusersConfig),
     "diffusers_dc": (DiffusersDC, DiffusersConfig),
     "diffusers_vq": (DiffusersVQ, DiffusersConfig),
 }

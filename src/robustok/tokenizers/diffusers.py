@@ -1,4 +1,6 @@
-"""Autoencoders of the diffusers library: AutoencoderKL, AutoencoderDC and VQModel. Their latents are on a grid.
+"""Autoencoders of the diffusers library: AutoencoderKL, that of Qwen-Image, AutoencoderDC and VQModel.
+
+Their latents are on a grid.
 
 Source of AutoencoderDC: Chen et al., "Deep Compression Autoencoder for Efficient High-Resolution Diffusion Models"
 (arXiv 2410.10733).
@@ -11,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from robustok.backbones import diffusers_network
+from robustok.backbones import diffusers_network, unscale_latents
 from robustok.config import Config
 from robustok.errors import UserError
 from robustok.tokenizers.conv import check_images, image_problems, to_grid, to_row
@@ -22,7 +24,7 @@ from robustok.tokenizers.vq import VQTokenizer
 class DiffusersConfig(Config):
     """An autoencoder of the library."""
 
-    name: Literal["diffusers_kl", "diffusers_dc", "diffusers_vq"]
+    name: Literal["diffusers_kl", "diffusers_qwen", "diffusers_dc", "diffusers_vq"]
     image_size: int = Field(256, ge=1, description="height and width of the images it is used at, in pixels")
     settings: dict[str, Any] = Field({}, description="content of its config.json, under the names of diffusers")
 
@@ -37,6 +39,7 @@ class DiffusersTokenizer(nn.Module):
         class_name: of the library.
         levels: the setting that lists the widths of the encoder's levels, each but the first of which halves the
             image, and how many there are by default.
+        default_size: of the images, in pixels, where no settings say it.
 
     Raises:
         UserError: diffusers is not installed, or does not accept the settings; the image size does not divide.
@@ -44,6 +47,7 @@ class DiffusersTokenizer(nn.Module):
 
     class_name: str
     levels: tuple[str, int] = ("block_out_channels", 1)
+    default_size = 256
     licence = "that of the model card which came with the weights"
     image_range = (-1.0, 1.0)
     latent_space: str | None = None
@@ -87,7 +91,7 @@ class ContinuousDiffusersTokenizer(DiffusersTokenizer):
     def __init__(self, config: DiffusersConfig) -> None:
         super().__init__(config)
         settings = self.vae.config
-        self.latent_multiplier: float = settings.scaling_factor
+        self.latent_multiplier: float = settings.get("scaling_factor", 1.0)
         self.latent_mean: float | list[float] = settings.get("latents_mean") or settings.get("shift_factor") or 0.0
         self.latent_std: float | list[float] = settings.get("latents_std") or 1.0
 
@@ -101,9 +105,17 @@ class ContinuousDiffusersTokenizer(DiffusersTokenizer):
         Raises:
             UserError: latents of another width, or another number than the grid has.
         """
+        self.check_width(latents)
+        return self.vae.decode(to_grid(latents, grid)).sample
+
+    def check_width(self, latents: Tensor) -> None:
+        """Refuse latents that are not (N, L, D).
+
+        Raises:
+            UserError: they have another shape.
+        """
         if latents.ndim != 3 or latents.shape[2] != self.width:
             raise UserError(f"got latents of shape {tuple(latents.shape)}, this tokenizer decodes (N, L, {self.width})")
-        return self.vae.decode(to_grid(latents, grid)).sample
 
     def normalise(self, latents: Tensor) -> Tensor:
         """Latents (N, L, D) of :meth:`encode` to those that diffusion models of this autoencoder take."""
@@ -112,8 +124,7 @@ class ContinuousDiffusersTokenizer(DiffusersTokenizer):
 
     def denormalise(self, latents: Tensor) -> Tensor:
         """Undo :meth:`normalise`."""
-        mean, std = (latents.new_tensor(value) for value in (self.latent_mean, self.latent_std))
-        return latents / self.latent_multiplier * std + mean
+        return unscale_latents(latents, self.vae.config)
 
     @torch.no_grad()
     def check(self, images: Tensor | None = None) -> list[str]:
@@ -147,6 +158,34 @@ class DiffusersKL(VariationalAutoencoder, ContinuousDiffusersTokenizer):
         check_images(images, self.factor)
         found = self.vae.encode(images).latent_dist
         return Posterior(to_row(found.mean), to_row(found.logvar))  # (N, L, D) each
+
+
+class DiffusersQwen(VariationalAutoencoder, ContinuousDiffusersTokenizer):
+    """AutoencoderKLQwenImage, which takes an image as a video of one frame. See :class:`robustok.types.Tokenizer`."""
+
+    class_name = "AutoencoderKLQwenImage"
+    levels = ("dim_mult", 4)
+    default_size = 1024
+
+    @property
+    def width(self) -> int:
+        """Channels of a latent (D)."""
+        return self.vae.config.z_dim
+
+    def posterior(self, images: Tensor) -> Posterior:
+        """Images (N, 3, H, W) in [-1, 1] to the Gaussian of their latents.
+
+        Raises:
+            UserError: images of a size that the factor does not divide.
+        """
+        check_images(images, self.factor)
+        found = self.vae.encode(images.unsqueeze(2)).latent_dist
+        return Posterior(to_row(found.mean.squeeze(2)), to_row(found.logvar.squeeze(2)))  # (N, L, D) each
+
+    def decode(self, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """As that of the other tokenizers here."""
+        self.check_width(latents)
+        return self.vae.decode(to_grid(latents, grid).unsqueeze(2)).sample.squeeze(2)  # (N, 3, H, W)
 
 
 class DiffusersDC(ContinuousDiffusersTokenizer):

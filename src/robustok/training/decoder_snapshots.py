@@ -17,7 +17,8 @@ from robustok.training.decoder_settings import DecoderTrainingRun, adversary_pol
 from robustok.types import Tokenizer
 
 # Settings of the pairs, or of the samples, that the model card names.
-PAIR_SETTINGS = ("strategy", "noise_level", "sampler_steps", "guided_share", "generator", "sampling", "seed")
+PAIR_SETTINGS = ("strategy", "strength", "noise_level", "sampler_steps", "guided_share", "scheduler", "generator")
+PAIR_SETTINGS += ("sampling", "seed")
 
 
 class Snapshots:

@@ -1,4 +1,4 @@
-"""Autoencoders of the diffusers library: AutoencoderKL, AutoencoderDC and VQModel, in their folders."""
+"""Autoencoders of the diffusers library, in their folders."""
 
 from functools import partial
 from pathlib import Path
@@ -6,9 +6,21 @@ from pathlib import Path
 from robustok.config import validate
 from robustok.pretrained.diffusers_folders import component, latent_side, load_model
 from robustok.pretrained.family import FolderFamily
-from robustok.tokenizers.diffusers import DiffusersConfig, DiffusersDC, DiffusersKL, DiffusersTokenizer, DiffusersVQ
+from robustok.tokenizers.diffusers import (
+    DiffusersConfig,
+    DiffusersDC,
+    DiffusersKL,
+    DiffusersQwen,
+    DiffusersTokenizer,
+    DiffusersVQ,
+)
 
-MODELS = {"diffusers_kl": DiffusersKL, "diffusers_dc": DiffusersDC, "diffusers_vq": DiffusersVQ}
+MODELS = {
+    "diffusers_kl": DiffusersKL,
+    "diffusers_qwen": DiffusersQwen,
+    "diffusers_dc": DiffusersDC,
+    "diffusers_vq": DiffusersVQ,
+}
 
 
 def from_folder(name: str, path: str | Path, image_size: int | None = None) -> DiffusersTokenizer:
@@ -17,7 +29,7 @@ def from_folder(name: str, path: str | Path, image_size: int | None = None) -> D
     Args:
         name: of the family.
         path: the folder.
-        image_size: in pixels; by default the one whose latents the pipeline's transformer models, or that of the
+        image_size: in pixels; by default the one whose latents the pipeline's denoiser models, or that of the
             autoencoder's configuration.
 
     Raises:
@@ -26,7 +38,7 @@ def from_folder(name: str, path: str | Path, image_size: int | None = None) -> D
     found = component(path, MODELS[name].class_name)
 
     def make() -> DiffusersTokenizer:
-        size, side = found.settings.get("sample_size") or 256, latent_side(path)
+        size, side = found.settings.get("sample_size") or MODELS[name].default_size, latent_side(path)
         if side is not None:
             size = side * MODELS[name].factor_of(found.settings)
         settings = {"name": name, "image_size": image_size or size, "settings": found.settings}

@@ -7,9 +7,10 @@ from pydantic import ConfigDict, Field
 
 from robustok.config import Config, validate
 from robustok.errors import UserError
+from robustok.files import read_json
 from robustok.generators.ddpm import DDPMSampling
 from robustok.generators.dit import DiT, DiTConfig
-from robustok.pretrained.diffusers_folders import component, load_model, read_json
+from robustok.pretrained.diffusers_folders import component, load_model
 from robustok.pretrained.family import FolderFamily
 
 CLASS_NAME = "DiTTransformer2DModel"
