@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from robustok.config import plain
 from robustok.console import note
 from robustok.data.latent_cache import LatentCache, training_latents
-from robustok.devices import rank_rows, start_accelerator
+from robustok.devices import rank_rows, start_accelerator, to_device
 from robustok.generators import (
     GeneratorConfig,
     SamplingConfig,
@@ -28,6 +28,7 @@ from robustok.randomness import seed_step, step_rng
 from robustok.runs import RunFolder
 from robustok.snapshots import write_snapshot
 from robustok.training.common import Meter, TrainingConfig, average_copy, made
+from robustok.training.finite import FiniteCheck
 from robustok.training.inputs import input_digests, may_change
 from robustok.training.prepared import Prepared
 from robustok.training.state import TrainingState, optimise
@@ -103,7 +104,7 @@ def train_generator(run: GeneratorTrainingRun) -> Path:
     average = average_copy(bare)
     generator = Prepared(bare, run, accelerator)
     optimizer = generator.optimizer(parameter_groups(bare, run.weight_decay))
-    state = TrainingState("generator", bare, average, optimizer)
+    state = TrainingState("generator", bare, average, optimizer, FiniteCheck(run.out, accelerator))
     first = folder.restore(state, input_digests(run))
     records = training_latents(cache, run.batch_size, run.seed, first, run.steps - first, rank, world)
     write = partial(_write_snapshot, folder, run, average, cache)
@@ -117,14 +118,15 @@ def train_generator(run: GeneratorTrainingRun) -> Path:
         # 1. Drop labels, draw orders or noise, predict the latents; one step of the generator.
         draws = draw_step(run, manifest.latent_shape, step)
         labels = batch.labels.masked_fill(draws.dropped[rows], bare.null_label)  # (N,)
-        inputs = [x.to(device) for x in (batch.latents, labels, *(x[rows] for x in draws.inputs))]
+        inputs = [to_device(x, device) for x in (batch.latents, labels, *(x[rows] for x in draws.inputs))]
         optimise(generator, state, _losses(generator, inputs, objective, draws.statistics, state.meter), step)
 
         # 2. Log, snapshot.
         done = step + 1
         if run.due(run.log_every, done):
-            folder.log(done, state.meter.means(accelerator))
+            folder.log(done, state.means())
         if run.due(run.snapshot_every, done):
+            state.settle()
             if accelerator.is_main_process:
                 write(done)
             accelerator.wait_for_everyone()

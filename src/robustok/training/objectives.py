@@ -21,7 +21,7 @@ from robustok.data.dataset import ImageDataset
 from robustok.data.latent_cache import LatentCache, LatentRecords, training_latents
 from robustok.data.latent_checks import check_cache, check_center_crops, check_free_samples, check_real_latents
 from robustok.data.loader import training_batches
-from robustok.devices import autocast, rank_rows
+from robustok.devices import autocast, rank_rows, to_device
 from robustok.errors import UserError
 from robustok.metrics.noise import latent_scale
 from robustok.randomness import step_rng
@@ -157,7 +157,7 @@ def free(material: Material, steps: Steps) -> Iterator[Examples]:
     """
 
     def examples(samples: LatentRecords, images: Batch) -> Examples:
-        latents = samples.latents.to(material.device)
+        latents = to_device(samples.latents, material.device)
         return Examples(latents, material.decode(latents), images.images.to(material.device))
 
     return map(examples, training_latents(material.caches["samples"], *steps), training_batches(material.data, *steps))
@@ -201,7 +201,7 @@ def open_caches(paths: Mapping[str, Path], digest: str) -> dict[str, LatentCache
 def _compared_with_images(material: Material, cache: LatentCache, steps: Steps) -> Iterator[Examples]:
     def examples(batch: LatentRecords) -> Examples:
         images = real_images(material.data, batch).to(material.device)
-        return Examples(batch.latents.to(material.device), images, images)
+        return Examples(to_device(batch.latents, material.device), images, images)
 
     return map(examples, training_latents(cache, *steps))
 
@@ -226,7 +226,7 @@ def _token_noise(material: Material) -> NoiseAdder:
 
     def add(tokens: Tensor, batch: int, rows: slice, rng: torch.Generator) -> Tensor:
         draw = draw_perturbation(batch, tokens.shape[1], settings.rate, 1.0, rng).rows(rows.start, rows.stop)
-        return apply_draw(tokens, near, draw.to(tokens.device))
+        return apply_draw(tokens, near, draw)
 
     return add
 
@@ -237,7 +237,7 @@ def _gaussian_noise(material: Material) -> NoiseAdder:
     def add(latents: Tensor, batch: int, rows: slice, rng: torch.Generator) -> Tensor:
         levels = material.noise.level * torch.rand(batch, 1, 1, generator=rng)[rows]
         noise = torch.randn(batch, *latents.shape[1:], generator=rng)[rows]
-        return latents + scale * (levels * noise).to(latents.device)
+        return latents + scale * to_device(levels * noise, latents.device)
 
     return add
 
