@@ -24,7 +24,8 @@ from robustok.losses.discriminators import DISCRIMINATORS, augment, augmentation
 from robustok.losses.perceptual import LPIPSLoss
 from robustok.metrics.features.inception import InceptionExtractor
 from robustok.metrics.frechet import GaussianStatistics, frechet_distance
-from robustok.randomness import image_rngs
+from robustok.randomness import image_rngs, seed_step
+from robustok.runs import RunFolder
 from robustok.tokenizers import load_tokenizer
 from robustok.tokenizers.perturbation import (
     PerturbationConfig,
@@ -35,7 +36,9 @@ from robustok.tokenizers.perturbation import (
 )
 from robustok.tokenizers.quantizer import QuantizerConfig, VectorQuantizer
 from robustok.tokenizers.quantizers import FSQConfig, LFQConfig, build_quantizer
-from robustok.training import state
+from robustok.training import decoder as decoder_training
+from robustok.training import generator as generator_training
+from robustok.training import tokenizer as tokenizer_training
 from robustok.training.decoder import train_decoder
 from robustok.training.generator import train_generator
 from robustok.training.tokenizer import TokenizerTrainingRun, train_tokenizer
@@ -99,8 +102,8 @@ def test_a_training_pass_and_its_gradients(name):
     other, images = on_device(model), randn(4, 3, 8, 8).clamp(-1, 1)
     config, draw = PerturbationConfig(strength=1), draw_perturbation(4, LATENT_SHAPE[0], 0.5, 1.0, rng())
     outputs = []
-    for m, x, d in ((model, images, draw), (other, images.to(DEVICE), draw.to(DEVICE))):
-        output = m(x, config, d, 1)
+    for m, x in ((model, images), (other, images.to(DEVICE))):
+        output = m(x, config, draw, 1)
         (output.reconstructions.square().mean() + output.codebook_loss + output.commitment_loss).backward()
         outputs.append(output)
     expected, found = outputs
@@ -132,13 +135,12 @@ def test_perturbation():
     near, found = nearest_codes(codebook, 20), nearest_codes(codebook.to(DEVICE), 20)
     assert (found.cpu() == near).float().mean() > 0.999
     draw = draw_perturbation(8, 64, 0.5, 0.5, rng())
-    there = draw.to(DEVICE)
-    assert torch.equal(apply_draw(tokens.to(DEVICE), near.to(DEVICE), there).cpu(), apply_draw(tokens, near, draw))
+    assert torch.equal(apply_draw(tokens.to(DEVICE), near.to(DEVICE), draw).cpu(), apply_draw(tokens, near, draw))
 
-    inputs = (codebook[tokens].to(DEVICE), tokens.to(DEVICE), codebook.to(DEVICE), there, 20, PerturbationConfig())
+    inputs = (codebook[tokens].to(DEVICE), tokens.to(DEVICE), codebook.to(DEVICE), draw, 20, PerturbationConfig())
     vectors, perturbed = perturb_latents(*inputs)
     changed = (perturbed.cpu() != tokens)[draw.mask]
-    assert torch.equal(perturbed[~there.mask], tokens.to(DEVICE)[~there.mask])
+    assert torch.equal(perturbed.cpu()[~draw.mask], tokens[~draw.mask])
     assert changed.all()
     assert (found.cpu()[tokens[draw.mask]] == perturbed.cpu()[draw.mask][:, None]).any(1).all()  # by a neighbour
     assert torch.equal(perturb_latents(*inputs)[1], perturbed)
@@ -153,7 +155,7 @@ def test_codes_on_a_grid(config):
     assert_close(found.features, expected.features)
     near = nearest_codes(quantizer.codebook, config.size // 50, levels=config.levels)
     draw = draw_perturbation(8, 64, 0.5, 0.5, rng())
-    there = apply_draw(expected.tokens.to(DEVICE), near, draw.to(DEVICE))
+    there = apply_draw(expected.tokens.to(DEVICE), near, draw)
     assert torch.equal(there.cpu(), apply_draw(expected.tokens, near, draw))
 
 
@@ -358,20 +360,13 @@ def test_four_steps(tmp_path, trainings, name, how):
 
 
 @pytest.mark.parametrize("name", TRAININGS)
-def test_resume(tmp_path, trainings, name, monkeypatch):
+def test_resume(tmp_path, trainings, name):
     """Two steps and two more after a resume equal four, but for sums that a GPU adds in any order."""
-    (train, settings), check = trainings[name], state.check_finite
+    train, settings = trainings[name]
     train(settings(tmp_path / "whole", *FOUR))
 
-    def interrupt(loss, terms, step, out):
-        if step == 2:
-            raise KeyboardInterrupt
-        check(loss, terms, step, out)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(state, "check_finite", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            train(settings(tmp_path / "stopped", *FOUR))
+    with tiny.interrupted(2):
+        train(settings(tmp_path / "stopped", *FOUR))
     torch.manual_seed(1)  # the global random numbers must not matter
     torch.cuda.manual_seed(1)
     train(settings(tmp_path / "stopped", *FOUR))
@@ -381,6 +376,32 @@ def test_resume(tmp_path, trainings, name, monkeypatch):
     for line, other in zip(log, whole_log, strict=True):
         value = "total" if "total" in line else "step"
         assert line[value] == pytest.approx(other[value], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_no_step_waits(tmp_path, trainings, name, monkeypatch):
+    """Between lines of the log nothing synchronises, once the batch is there. ``test_waits.py`` holds it on a CPU."""
+    (train, settings), steps, watched = trainings[name], RunFolder.steps, []
+
+    def seed(number, step, rank):
+        seed_step(number, step, rank)
+        if 0 < step < 3:  # not the first one, which allocates, nor the last one, which is logged
+            torch.cuda.set_sync_debug_mode("error")
+            watched.append(step)
+
+    def ended(*args):
+        for step in steps(*args):
+            yield step
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(RunFolder, "steps", ended)
+    for module in (tokenizer_training, generator_training, decoder_training):
+        monkeypatch.setattr(module, "seed_step", seed)
+    try:
+        train(settings(tmp_path / "run", "steps=4", "state_every=4", "log_every=4"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert watched == [1, 2]
 
 
 # Commands

@@ -6,9 +6,11 @@ under ``python -m torch.distributed.run``, for tests of interruption and of seve
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from safetensors.torch import load_file
 
@@ -20,6 +22,7 @@ from robustok.config import Config, load, save
 from robustok.devices import leave_processes
 from robustok.evaluation.settings import EvaluateRun
 from robustok.training.decoder import DecoderTrainingRun, train_decoder
+from robustok.training.finite import FiniteCheck
 from robustok.training.generator import GeneratorTrainingRun, train_generator
 from robustok.training.tokenizer import TokenizerTrainingRun, train_tokenizer
 
@@ -110,6 +113,36 @@ def command(name: str, run: Config, file: Path) -> list[str]:
     """Arguments for this script; writes the configuration to ``file``."""
     save(run, file)
     return [name, str(file)]
+
+
+@contextmanager
+def in_each_step(call: Callable[[int], None]) -> Iterator[None]:
+    """Context: trainings call this with the step, after its gradients and before it changes a weight."""
+    add = FiniteCheck.add
+
+    def called(check: FiniteCheck, terms: Any, step: int) -> Any:
+        if "d_hinge" not in terms:  # not again for the discriminator
+            call(step)
+        return add(check, terms, step)
+
+    with mock.patch.object(FiniteCheck, "add", called):
+        yield
+
+
+@contextmanager
+def interrupted(at: int) -> Iterator[None]:
+    """Context: a training is interrupted in the middle of this step, counted from 0."""
+
+    def interrupt(step: int) -> None:
+        if step == at:
+            raise KeyboardInterrupt
+
+    with in_each_step(interrupt):
+        try:
+            yield
+        except KeyboardInterrupt:
+            return
+        raise AssertionError("the training did not come so far")
 
 
 def log(folder: Path) -> list[dict[str, Any]]:

@@ -6,7 +6,8 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import Tensor
 
 from robustok.environment import ignore_leftovers
 from robustok.errors import UserError
@@ -40,7 +41,8 @@ def start_accelerator(batch_size: int = 0, parts: int = 1) -> Accelerator:
     # By default PyTorch's float32 is TF32 in a GPU's convolutions and exact in its products: here it is exact in both.
     torch.backends.cudnn.allow_tf32 = False
     # Without cpu=True, every process of a `torchrun` without GPUs would be the only process of its own run.
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no")
+    views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # no second copy of the gradients
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no", kwargs_handlers=[views])
     share = rank_rows(batch_size, accelerator.process_index, accelerator.num_processes)
     if (share.stop - share.start) % parts:
         raise UserError(
@@ -89,6 +91,32 @@ def has_fast_bf16(device: torch.device) -> bool:
     if device.type == "cpu":
         return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return False
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on a device. The host does not wait: CUDA copies pinned memory while the host goes on."""
+    pinned = tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
+    return pinned.to(device, non_blocking=True)
+
+
+class Reading:
+    """Numbers of a device on their way to the host, which goes on meanwhile.
+
+    Args:
+        values: (n,), on any device.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._values = values.to("cpu", non_blocking=values.is_cuda)  # into pinned memory
+        self._copied = torch.cuda.Event() if values.is_cuda else None
+        if self._copied is not None:
+            self._copied.record()
+
+    def numbers(self) -> list[float]:
+        """The numbers; waits until they are there."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._values.tolist()
 
 
 def any_process(accelerator: Accelerator, flag: bool) -> bool:

@@ -30,6 +30,8 @@ from robustok.files import (
 )
 from robustok.states import read_state, write_state
 
+STOP_EVERY = 5  # steps after which several processes ask each other for SIGTERM, for which they wait for their devices
+
 # Settings with which a run may go on: they change its speed, memory or messages, or where it lies, but no weight.
 FREE = {"out", "workers", "log_every", "state_every", "snapshot_every", "picture_every", "gradient_accumulation"}
 FREE |= {"gradient_checkpointing", "compile", "data.max_broken", "data.download"}
@@ -254,15 +256,18 @@ class RunFolder:
     def steps(self, steps: range, state: Resumable, every: int, accelerator: Accelerator) -> Iterator[int]:
         """Yield each step, with a progress bar; save the state every so many steps, at the end and on SIGTERM.
 
+        One process stops after the step in which SIGTERM came. Several stop together, up to ``STOP_EVERY`` steps later.
+
         Raises:
             Stopped: SIGTERM came; the state is saved.
         """
         with self._lock or nullcontext(), termination() as terminated:
             for step in track(steps, str(self.path), self.main):
                 yield step
-                done = step + 1
-                stop = any_process(accelerator, bool(terminated))
-                if done % every == 0 or done == steps.stop or stop:
+                done, alone = step + 1, accelerator.num_processes == 1
+                due = done % every == 0 or done == steps.stop
+                stop = (alone or due or done % STOP_EVERY == 0) and any_process(accelerator, bool(terminated))
+                if due or stop:
                     self.save_state(done, state.save(keep=self.main))
                 if stop and done < steps.stop:
                     raise Stopped(done)

@@ -295,7 +295,7 @@ def test_the_term_reaches_images_but_no_weight_and_the_step_only_the_heads(tmp_p
     assert layer.grad.abs() > 0
     before = {k: v.clone() for k, v in trained.backbone.vit.state_dict().items()}
     assert all(p.grad is None for p in [*trained.network.parameters(), *trained.backbone.parameters()])
-    found = trained.step(images, fake, 0, tmp_path)
+    found = trained.step(images, fake, 0)
     assert all(p.grad is not None for p in trained.network.parameters())
     assert not any(p.requires_grad for p in trained.backbone.parameters())
     assert all(torch.equal(v, before[k]) for k, v in trained.backbone.vit.state_dict().items())
@@ -307,7 +307,7 @@ def test_heads_learn_to_distinguish_noise_and_stripes(tmp_path, backbone_file):
     trained = adversary(tmp_path, backbone_file, learning_rate=3e-2)
     stripes = torch.arange(16).remainder(4).sub(1.5).expand(16, 3, 16, 16)
     noise = [trained.features(some_images(16, 16, seed), 0, "fake") for seed in range(30)]
-    hinge = [trained.step(stripes, fake, 0, tmp_path)["d_hinge"].item() for fake in noise]
+    hinge = [trained.step(stripes, fake, 0)["d_hinge"].item() for fake in noise]
     assert hinge[-1] < 0.75 * hinge[0]
 
 
@@ -316,10 +316,10 @@ def test_the_state_holds_heads_power_iteration_and_averages(tmp_path, backbone_f
     trained, other = adversary(tmp_path, backbone_file), adversary(tmp_path, backbone_file)
     fakes = trained.features(fakes, 0, "fake")
     for step in range(2):
-        trained.step(images, fakes, step, tmp_path)
+        trained.step(images, fakes, step)
     other.load_state(copy.deepcopy(trained.state()))
     assert other.lecam == trained.lecam != LeCam()
-    assert trained.step(images, fakes, 2, tmp_path) == other.step(images, fakes, 2, tmp_path)
+    assert trained.step(images, fakes, 2) == other.step(images, fakes, 2)
     assert all(torch.equal(value, other.network.state_dict()[k]) for k, value in trained.network.state_dict().items())
 
 

@@ -1,3 +1,4 @@
+import copy
 import errno
 import json
 import os
@@ -5,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +21,8 @@ from robustok.devices import start_accelerator
 from robustok.errors import UserError
 from robustok.randomness import seed_step, step_rng
 from robustok.runs import RunFolder, termination
-from robustok.training.common import Meter, average_copy, check_finite, learning_rate, update_average
+from robustok.training.common import Meter, average_copy, learning_rate, update_average
+from robustok.training.finite import FiniteCheck, step_optimizer
 
 
 @pytest.fixture
@@ -90,12 +93,31 @@ def test_meter_means_over_steps_and_resumes():
         assert m.means(accelerator) == {}
 
 
-def test_a_loss_that_is_not_finite(tmp_path):
-    check_finite(torch.tensor(1.0), {"pixel": torch.tensor(1.0)}, 7, tmp_path)
-    for value in (torch.nan, torch.inf):
-        terms = {"pixel": torch.tensor(1.0), "semantic": torch.tensor(value)}
-        with pytest.raises(UserError, match=rf"not finite at step 7 \(semantic = {value}\)"):
-            check_finite(sum(terms.values()), terms, 7, tmp_path)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_loss_that_is_not_finite(tmp_path, value):
+    """It is an error one step later, or before anything is written; the weights stay as they are."""
+    accelerator, good = start_accelerator(), {"pixel": torch.tensor(1.0), "semantic": torch.tensor(2.0)}
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = accelerator.prepare(torch.optim.AdamW([weight], lr=0.1, fused=True))
+    check, kept = FiniteCheck(tmp_path, accelerator), []
+    for step, loss in ((6, 1.0), (7, value)):
+        weight.grad = torch.full((3,), loss)
+        step_optimizer(optimizer, check.add(good | {"semantic": torch.tensor(loss)}, step))
+        kept.append([weight.detach().clone(), *(x.clone() for x in optimizer.state[weight].values())])
+    assert not torch.equal(kept[0][0], torch.ones(3))
+    assert all(map(torch.equal, *kept))  # weights, moments and number of steps
+    for look in (partial(copy.copy(check).add, good, 8), check.settle):
+        with pytest.raises(UserError, match=rf"not finite at step 7 \(semantic = {value}\); no state was saved"):
+            look()
+
+
+def test_a_loss_that_is_not_finite_in_another_process(tmp_path):
+    two = SimpleNamespace(num_processes=2, reduce=lambda flag, _: flag + 1)
+    check = FiniteCheck(tmp_path, two)
+    assert check.add({"pixel": torch.tensor(0.5)}, 3) == 1
+    with pytest.raises(UserError, match=r"not finite at step 3 \(in another process\)"):
+        check.settle()
+    check.settle()  # said once
 
 
 # The run folder

@@ -12,7 +12,6 @@ from robustok.commands.make_pairs import make_pairs
 from robustok.data.latent_cache import LatentCache, Manifest, create_cache, write_shard
 from robustok.errors import UserError
 from robustok.generators import load_generator
-from robustok.training import state as training_state
 from robustok.training.generator import draw_step, latent_statistics, train_generator
 
 L, D, CLASSES, COUNT = 4, 3, 3, 90
@@ -92,20 +91,11 @@ def test_statistics_that_are_given_stay(tmp_path, cache):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_an_interrupted_training_ends_in_the_same_bits(tmp_path, cache, name, monkeypatch):
+def test_an_interrupted_training_ends_in_the_same_bits(tmp_path, cache, name):
     run = lambda out: run_of(out, cache, name, "steps=6", "state_every=2", "log_every=3")  # noqa: E731
     train_generator(run(tmp_path / "whole"))
-    check = training_state.check_finite
-
-    def interrupt(loss, terms, step, out):
-        if step == 3:
-            raise KeyboardInterrupt
-        check(loss, terms, step, out)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training_state, "check_finite", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            train_generator(run(tmp_path / "stopped"))
+    with tiny.interrupted(3):
+        train_generator(run(tmp_path / "stopped"))
     torch.manual_seed(1)  # what happened in between must not matter
     train_generator(run(tmp_path / "stopped"))
     found, expected = dict(tiny.saved(tmp_path / "stopped")), dict(tiny.saved(tmp_path / "whole"))

@@ -14,7 +14,6 @@ from robustok.data.latent_cache import LatentCache
 from robustok.errors import UserError
 from robustok.tokenizers import TOKENIZERS, encoder_digest, load_tokenizer
 from robustok.tokenizers.kl import KL, KLConfig, KLOutput
-from robustok.training import state as training_state
 from robustok.training.tokenizer import ContinuousPass, TokenizerTrainingRun, draw_inputs, train_tokenizer
 
 CONV = {"width": 8, "multipliers": [1, 1, 2], "blocks": 1, "attention": [], "middle_attention": False, "groups": 4}
@@ -83,21 +82,12 @@ def test_a_few_steps_make_a_tokenizer(tmp_path, family):
 
 
 @pytest.mark.parametrize("family", ["gigatok", "kl"])
-def test_an_interruption_changes_nothing(tmp_path, family, monkeypatch):
+def test_an_interruption_changes_nothing(tmp_path, family):
     noise = ("latent_noise=0.5",) if family == "kl" else ()
     words = (*tiny.ADVERSARY, "adversarial.start=1", "state_every=2", "log_every=3", "steps=5", *noise)
     train_tokenizer(run_of(tmp_path / "whole", family, *words))
-    check = training_state.check_finite
-
-    def interrupt(loss, terms, step, out):
-        if step == 3:
-            raise KeyboardInterrupt
-        check(loss, terms, step, out)
-
-    monkeypatch.setattr(training_state, "check_finite", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with tiny.interrupted(3):
         train_tokenizer(run_of(tmp_path / "stopped", family, *words))
-    monkeypatch.setattr(training_state, "check_finite", check)
     torch.manual_seed(7)  # what happened in between must not matter
     train_tokenizer(run_of(tmp_path / "stopped", family, *words))
     found, expected = (dict(tiny.saved(tmp_path / name)) for name in ("stopped", "whole"))
@@ -149,7 +139,7 @@ def test_the_draws_of_processes_are_rows_of_those_of_one(tmp_path, family):
     run = run_of(tmp_path, family, *words, "batch_size=8")
     tensors = lambda draws: [t for x in draws for t in (vars(x).values() if hasattr(x, "rows") else [x])]  # noqa: E731
     draw = lambda rows, step=3: [  # noqa: E731
-        t for t in tensors(draw_inputs(run, (16, 4), step, rows, torch.device("cpu"))) if isinstance(t, torch.Tensor)
+        t for t in tensors(draw_inputs(run, (16, 4), step, rows)) if isinstance(t, torch.Tensor)
     ]
     whole, halves = draw(slice(0, 8)), zip(draw(slice(0, 4)), draw(slice(4, 8)), strict=True)
     assert len(whole) == 3

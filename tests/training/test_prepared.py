@@ -18,6 +18,7 @@ from robustok.losses.semantic import contrastive_loss
 from robustok.runs import RunFolder
 from robustok.tokenizers.perturbation import PerturbationConfig, draw_perturbation
 from robustok.tokenizers.robustok import RobusTok
+from robustok.training import prepared
 from robustok.training.adversary import last_layer
 from robustok.training.decoder import train_decoder
 from robustok.training.generator import cross_entropy, train_generator
@@ -91,6 +92,37 @@ def test_a_term_goes_back_through_its_network_once_however_often_it_is_different
     (2 * term).backward()
     torch.testing.assert_close(first + layer.grad, expected)
     assert len(backward) == parts
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_losses_between_images_in_chunks(monkeypatch, parts):
+    """More pixels than fit: the same terms and gradients up to rounding, and no more images in the network at once."""
+    torch.manual_seed(0)
+    network, sizes = nn.Conv2d(3, 4, 3).double().requires_grad_(False), []
+    network.register_forward_hook(lambda _module, inputs, _output: sizes.append(len(inputs[0])))
+    images, start = torch.randn(2, 12, 3, 8, 8, dtype=torch.float64)
+
+    def terms(a, b):
+        return {"maps": (network(a) - network(b)).square().mean(), "pixel": (a - b).abs().mean()}
+
+    def found():
+        decoded = start.clone().requires_grad_()
+        run = run_with(f"gradient_accumulation={parts}")
+        layer = nn.Parameter(torch.ones(1))
+        means = PreparedInParts(nn.Linear(1, 1), run, start_accelerator(), layer).means(terms, images, decoded)
+        sum(means.values()).backward()
+        return *means.values(), decoded.grad
+
+    whole = found()
+    assert set(sizes) == {12 // parts}
+    monkeypatch.setattr(prepared, "CHUNK_PIXELS", 5 * 64)
+    sizes.clear()
+    for value, expected in zip(found(), whole, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-14)
+    assert sizes == [5, 5, 5, 5, 2, 2]
+    plain = start.clone().requires_grad_()
+    sum(terms(images, plain).values()).backward()
+    torch.testing.assert_close(whole[-1], plain.grad, rtol=1e-12, atol=1e-14)
 
 
 def test_losses_of_the_parts_alone_would_be_others():

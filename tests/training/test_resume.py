@@ -12,7 +12,6 @@ import torch
 import tiny
 from robustok.training import decoder as post_training
 from robustok.training import generator as generator_training
-from robustok.training import state as training_state
 from robustok.training import tokenizer as main_training
 
 MAIN = (
@@ -75,24 +74,16 @@ def assert_same_run(folder, other):
 
 @pytest.mark.parametrize("name", ["main", "generator", "post"])
 @pytest.mark.parametrize("stops", [[0], [1], [4], [2, 3, 5, 6]], ids=str)
-def test_interruptions_in_this_process(tmp_path, trainings, name, stops, monkeypatch):
+def test_interruptions_in_this_process(tmp_path, trainings, name, stops):
     """A run stops in the middle of these steps, before and after states and snapshots, and is started again."""
     module, function, run = trainings[name]
-    train, check = getattr(module, function), training_state.check_finite
+    train = getattr(module, function)
     train(run(tmp_path / "whole"))
 
     for stop in stops:
-
-        def interrupt(loss, terms, step, out, stop=stop):
-            if step == stop:
-                raise KeyboardInterrupt
-            check(loss, terms, step, out)
-
-        monkeypatch.setattr(training_state, "check_finite", interrupt)
         torch.manual_seed(stop)  # what happened in between must not matter
-        with pytest.raises(KeyboardInterrupt):
+        with tiny.interrupted(stop):
             train(run(tmp_path / "stopped"))
-    monkeypatch.setattr(training_state, "check_finite", check)
     train(run(tmp_path / "stopped"))
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 

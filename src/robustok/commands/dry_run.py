@@ -1,22 +1,19 @@
 """What a run needs, for ``--dry-run``: parameters, memory, steps and disk, without training or writing anything.
 
-Models are built on PyTorch's meta device, without memory. Activations are an estimate: a forward pass on the meta
-device, with fused attention, counts what autograd saves in float32. Under bf16 autocast they are ``BF16_SHARE`` of
-that, and a copy of the weights.
+Models are built on PyTorch's meta device, without memory, where a step of the training is counted in float32. Under
+bf16 autocast it needs ``BF16_SHARE`` of that, and a copy of the weights.
 """
 
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.overrides import TorchFunctionMode
 from torchvision.models import vgg16
 
 from robustok.commands.encode import EncodeRun
@@ -24,6 +21,7 @@ from robustok.commands.generate import GenerateRun
 from robustok.commands.make_pairs import MakePairsRun
 from robustok.commands.post_train import PostTrainRun
 from robustok.commands.pretrained_sources import Pretrained, check_given, look_at, pipeline_of
+from robustok.commands.step_memory import LossNetworks, generator_step, image_step, step_bytes
 from robustok.commands.train_classifier import TrainClassifierRun
 from robustok.config import Config, plain
 from robustok.data.dataset import open_images
@@ -39,24 +37,26 @@ from robustok.losses.semantic import TeacherConfig
 from robustok.metrics.features.classifier import SmallClassifier
 from robustok.metrics.lpips import check_sides
 from robustok.tokenizers import TOKENIZERS, load_tokenizer
-from robustok.training.common import TrainingConfig
+from robustok.training.common import TrainingConfig, quantizer_terms
 from robustok.training.decoder import DecoderTrainingRun, LatentDecoder
-from robustok.training.generator import GeneratorTrainingRun
+from robustok.training.generator import GeneratorTrainingRun, cross_entropy, squared_error
 from robustok.training.objectives import needed_caches
 from robustok.training.prepared import adapt_blocks, blocks_of
-from robustok.training.tokenizer import ContinuousPass, TokenizerTrainingRun
+from robustok.training.tokenizer import ContinuousPass, TokenizerTrainingRun, latent_terms
 from robustok.types import Generator, Tokenizer
 
 Estimates = dict[str, int | str]
 
 FLOAT = 4  # bytes; weights, gradients and optimiser states are float32, whatever the autocast dtype
 RECORD = 4 + 8 + 8 + 1  # bytes of a record of a cache beside its latents: label, index, seed, flip
-BF16_SHARE = 0.7  # of the activations in float32; with it the peaks measured on an H100 are met within 10 %
+BF16_SHARE = (
+    0.7  # of the activations in float32; with it the peaks of tokenizer, RAR-B and RAR-L on an H100 are met within 7 %
+)
 PAPER = {"latent_shape": (256, 64), "codebook_size": 4096, "classes": 1000}  # where there is no cache yet
 
 NOTES = {
     "training_memory_bytes": "in a process: weights, gradients, Adam's two moments, averaged weights, frozen networks",
-    "activations_bytes": "estimate, in addition: what a process keeps for the backward pass of the samples at once",
+    "activations_bytes": "estimate, in addition: the most that a step of a process needs at once",
     "checkpointed_activations_bytes": "the same with gradient_checkpointing=true",
     "cache_bytes_per_image": "of an encoded image, or crop",
     "state_bytes": "each; the two newest are kept, and a third while it is written",
@@ -115,6 +115,7 @@ def _tokenizer_training(run: TokenizerTrainingRun) -> Estimates:
             run,
             tokenizer if run.discrete else ContinuousPass(tokenizer),
             (_images(run, tokenizer), *noise),
+            partial(latent_terms, run),
             _loss_networks(run, tokenizer.image_size),
             _teacher(run.teacher, run.tokenizer),
         ),
@@ -136,13 +137,15 @@ def _generator_training(run: GeneratorTrainingRun) -> Estimates:
             model.set_latent_statistics([0.0] * width, [1.0] * width, run.generator.latent_multiplier)
         inputs = (_zeros(run, length, width), labels, _zeros(run), _zeros(run, length, width))
     else:
-        inputs = (_zeros(run, length).long(), labels)
+        orders = (_zeros(run, length).long(),) if run.generator.name == "rar" else ()
+        inputs = (_zeros(run, length).long(), labels, *orders)
+    objective = partial(squared_error, objective=model.objective) if continuous else cross_entropy
     return {
         "generator_parameters": _count(model),
         "latents": source,
         "latents_per_image": length,
         **({"latent_width": width} if continuous else {"codebook_size": sizes["codebook_size"]}),
-        **_training(run, model, inputs),
+        **_training(run, model, inputs, objective),
     }
 
 
@@ -170,7 +173,8 @@ def _post_training(run: DecoderTrainingRun | PostTrainRun) -> Estimates:
     if given and not any(map(is_remote, given)):  # remote files have no size before they are downloaded
         files = [file for path in given for file in (path, *path.rglob("*")) if file.is_file()]
         found["converted_bytes"] = sum(file.stat().st_size for file in files)
-    return found | _training(run, model, (inputs,), _loss_networks(run, tokenizer.image_size), frozen)
+    terms = partial(quantizer_terms, tokenizer.config.quantizer, run.teacher) if run.trainable == "authors" else _none
+    return found | _training(run, model, (inputs,), terms, _loss_networks(run, tokenizer.image_size), frozen)
 
 
 def _to_make(run: PostTrainRun, tokenizer: Tokenizer) -> Estimates:
@@ -196,7 +200,8 @@ def _training(
     run: TrainingConfig,
     model: nn.Module,
     inputs: tuple[Tensor, ...],
-    losses: tuple[int, int, int] = (0, 0, 0),
+    terms: Callable[[Any], dict[str, Tensor]],
+    networks: LossNetworks | None = None,
     frozen: int = 0,
 ) -> Estimates:
     """What the three trainings have in common.
@@ -204,23 +209,30 @@ def _training(
     Args:
         run: its configuration.
         model: what is trained, on the meta device.
-        inputs: of its forward pass, for the samples at once.
-        losses: from :func:`_loss_networks`.
+        inputs: of its forward pass, for all samples of a process.
+        terms: of the loss, of its output.
+        networks: of losses between images; None for a generator.
         frozen: parameters of other frozen networks.
     """
     processes, size, trained = _processes(), _count(model), _count(model, trainable=True)
-    discriminator, frozen = losses[0], frozen + losses[1]
+    others = () if networks is None else networks.modules
+    discriminator = 0 if networks is None or networks.discriminator is None else _count(networks.discriminator)
+    frozen += sum(map(_count, others)) - discriminator
     blocks = blocks_of(model)
     sharded = sum(map(_count, blocks)) if run.fsdp else 0
     # The averaged weights are not sharded.
     memory = 2 * size + 3 * trained - 4 * (sharded - sharded // processes) + 4 * discriminator + frozen
     snapshots = -(-run.steps // run.snapshot_every) if run.snapshot_every else 1
     state, snapshot = FLOAT * (2 * size + 2 * trained + 3 * discriminator), FLOAT * (size + discriminator)
-    whole = checkpointed = saved_bytes(model, *inputs)
+    if networks is None:
+        step = partial(generator_step, run, model, inputs, terms)
+    else:
+        images = torch.zeros(len(inputs[0]), 3, networks.image_size, networks.image_size, device="meta")
+        step = partial(image_step, run, model, inputs, images, networks, terms)
+    whole = checkpointed = step_bytes(step, (model, *others))
     if blocks:
         adapt_blocks(model, checkpointing=True, compiling=False)
-        kept = saved_bytes(model, *inputs)
-        checkpointed = kept + (whole - kept) // len(blocks)  # the activations of one block at a time
+        checkpointed = step_bytes(step, (model, *others))
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     bf16 = run.precision == "bf16" or (run.precision == "auto" and has_fast_bf16(device))
     scale, copy = (BF16_SHARE, 2 * size) if bf16 else (1, 0)
@@ -236,32 +248,31 @@ def _training(
         "snapshots": snapshots,
         "snapshot_bytes": snapshot,
         "disk_bytes": 2 * state + snapshots * snapshot,
-        "samples_at_once": len(inputs[0]),
-        "activations_bytes": round(scale * (losses[2] + whole)) + copy,
-        "checkpointed_activations_bytes": round(scale * (losses[2] + checkpointed)) + copy,
+        "samples_at_once": len(inputs[0]) // run.gradient_accumulation,
+        "activations_bytes": round(scale * whole) + copy,
+        "checkpointed_activations_bytes": round(scale * checkpointed) + copy,
         "activation_dtype": "bf16" if bf16 else "float32",
     }
 
 
-def _loss_networks(run: TokenizerTrainingRun | DecoderTrainingRun, image_size: int) -> tuple[int, int, int]:
-    """Parameters of the discriminator, of the frozen networks of the losses, and bytes that their activations need."""
-    discriminator, frozen, saved = 0, 0, 0
-    images = torch.zeros(run.batch_size // _processes(), 3, image_size, image_size, device="meta", requires_grad=True)
+def _loss_networks(run: TokenizerTrainingRun | DecoderTrainingRun, image_size: int) -> LossNetworks:
+    """The networks of the losses between images, on the meta device; a small classifier is neglected."""
+    vgg = backbone = discriminator = None
     if run.reconstruction.perceptual == "lpips" and run.reconstruction.perceptual_weight:
-        check_sides("vgg", images.shape[1:], LPIPSLoss.REMEDY)
-        network = _meta(lambda: vgg16(weights=None).features[:30]).requires_grad_(False)
-        frozen += _count(network)
-        saved += saved_bytes(network, images) // run.gradient_accumulation  # a part of the images at a time
+        check_sides("vgg", (image_size, image_size), LPIPSLoss.REMEDY)
+        vgg = _meta(lambda: vgg16(weights=None).features[:30]).requires_grad_(False)
     if run.adversarial.weight:
-        networks = [_meta(lambda: DISCRIMINATORS[run.discriminator.name][0](run.discriminator))]
-        discriminator = _count(networks[0])
+        discriminator = _meta(lambda: DISCRIMINATORS[run.discriminator.name][0](run.discriminator))
         if run.discriminator.name == "dino":
-            networks.insert(0, _meta(lambda: DinoBackbone(run.discriminator)))
+            backbone = _meta(lambda: DinoBackbone(run.discriminator))
         elif run.discriminator.name == "cifar-resnet":
-            networks.insert(0, frozen_features(run.discriminator, torch.device("meta")))
-        frozen += sum(map(_count, networks[:-1]))
-        saved += saved_bytes(nn.Sequential(*networks).requires_grad_(False), images)
-    return discriminator, frozen, saved
+            backbone = frozen_features(run.discriminator, torch.device("meta"))
+    return LossNetworks(image_size, vgg, backbone, discriminator)
+
+
+def _none(_output: Any) -> dict[str, Tensor]:
+    """No terms beside those between images."""
+    return {}
 
 
 def _teacher(teacher: TeacherConfig, tokenizer: Config) -> int:
@@ -271,41 +282,6 @@ def _teacher(teacher: TeacherConfig, tokenizer: Config) -> int:
     size = {"img_size": tokenizer.image_size, "patch_size": tokenizer.patch_size}
     sizes = size if teacher.model.startswith("vit_") else {}
     return _count(_meta(lambda: timm.create_model(teacher.model, num_classes=0, **sizes)))
-
-
-# Activations
-
-
-class _SaveAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        output = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, output)
-        return output
-
-
-class _FusedAttention(TorchFunctionMode):
-    """Attention that saves queries, keys, values and output, as fused kernels do, and no matrix of weights."""
-
-    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if function is F.scaled_dot_product_attention:
-            return _SaveAttention.apply(*args[:3])
-        return function(*args, **(kwargs or {}))
-
-
-def saved_bytes(model: nn.Module, *inputs: Tensor) -> int:
-    """Bytes that autograd saves in a forward pass on the meta device in float32, weights aside."""
-    storages: dict[int, torch.UntypedStorage] = {}  # by id, which is unique as long as they are held
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[id(storage)] = storage
-        return tensor
-
-    with torch.device("meta"), _FusedAttention(), saved_tensors_hooks(note, lambda x: x):
-        model.eval()(*inputs)
-    weights = {id(parameter.untyped_storage()) for parameter in model.parameters()}
-    return sum(storage.nbytes() for key, storage in storages.items() if key not in weights)
 
 
 # Caches and classifiers
@@ -377,8 +353,9 @@ def _processes() -> int:
 
 
 def _zeros(run: TrainingConfig, *shape: int) -> Tensor:
-    """Zeros of this shape for each of the samples that a process has in memory at once, on the meta device."""
-    return torch.zeros(run.batch_size // _processes() // run.gradient_accumulation, *shape, device="meta")
+    """Zeros of this shape for each sample of a process, on the meta device."""
+    parts = run.gradient_accumulation
+    return torch.zeros(run.batch_size // _processes() // parts * parts, *shape, device="meta")
 
 
 def _images(run: TrainingConfig, tokenizer: Tokenizer) -> Tensor:

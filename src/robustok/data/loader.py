@@ -236,9 +236,9 @@ def _share(value: Any) -> Any:
 
 
 def _move(value: Any, device: torch.device) -> Any:
-    """Tensors on the device. Those in pinned memory are copied while the host goes on."""
+    """Tensors on the device, copied while the host goes on: for CUDA they are in pinned memory."""
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=device.type == "cuda")
+        return value.to(device, non_blocking=True)
     return value.to(device) if hasattr(value, "to") else value
 
 

@@ -21,6 +21,15 @@ def to_pixels(images: Tensor) -> Tensor:
         raise UserError(
             f"{bad} of {len(images)} images hold NaN, expected numbers in [-1, 1]; use an earlier snapshot of the model"
         )
+    return _nearest_pixels(images)
+
+
+def rounded(images: Tensor) -> Tensor:
+    """Images (N, 3, H, W) as they are in a PNG file. Unlike ``to_pixels`` it does not look for NaN on a device."""
+    return from_pixels(_nearest_pixels(images))
+
+
+def _nearest_pixels(images: Tensor) -> Tensor:
     return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
 
 

@@ -40,17 +40,17 @@ def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 @dataclass
 class LeCam:
-    """Moving averages of the mean logits; part of the training state.
+    """Moving averages of the mean logits; part of the training state. Those of a device are scalars in float64 on it.
 
     Attributes:
         real: of real images.
         fake: of reconstructions.
     """
 
-    real: float = 0.0
-    fake: float = 0.0
+    real: Tensor | float = 0.0
+    fake: Tensor | float = 0.0
 
-    def update(self, real: float, fake: float, decay: float) -> None:
+    def update(self, real: Tensor | float, fake: Tensor | float, decay: float) -> None:
         """Update the averages. The authors' code does this before using them."""
         self.real = decay * self.real + (1 - decay) * real
         self.fake = decay * self.fake + (1 - decay) * fake

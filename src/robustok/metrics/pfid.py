@@ -252,7 +252,7 @@ def perturbed_tokens(
     draws = image_draws(torch.rand, f"pfid {seed} {float(rate)} {strength}", indices, (2, length))  # (n, 2, L)
     positions = draws[:, 0].argsort(dim=1).argsort(dim=1) < round(rate * length)  # (n, L)
     draw = PerturbationDraw(torch.ones(len(indices), dtype=torch.bool), positions, draws[:, 1])
-    return apply_draw(tokens[indices], neighbours, draw.to(tokens.device))
+    return apply_draw(tokens[indices], neighbours, draw)
 
 
 def _round(value: float) -> int:

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from robustok.config import Config
+from robustok.devices import to_device
 from robustok.errors import UserError
 from robustok.tokenizers.levels import GridNeighbours
 
@@ -87,6 +88,8 @@ def annealing_ratio(step: int, start: int, end: int, end_ratio: float) -> float:
 class PerturbationDraw:
     """The random numbers of one perturbation, drawn for a whole batch of which every process takes its rows.
 
+    They stay on the CPU. A mask on a GPU would have to tell the CPU how many tokens it holds, which would wait for it.
+
     Attributes:
         images: (N,) bool, which images are perturbed.
         positions: (N, L) bool, which tokens of them are replaced.
@@ -101,14 +104,15 @@ class PerturbationDraw:
         """The draw for images ``start`` to ``stop`` of the batch."""
         return PerturbationDraw(self.images[start:stop], self.positions[start:stop], self.ranks[start:stop])
 
-    def to(self, device: torch.device) -> "PerturbationDraw":
-        """The same draw on another device."""
-        return PerturbationDraw(self.images.to(device), self.positions.to(device), self.ranks.to(device))
-
     @property
     def mask(self) -> Tensor:
         """(N, L) bool: tokens that are replaced."""
         return self.positions & self.images[:, None]  # (N, L)
+
+    def replaced(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The M tokens that are replaced, on a device: their indices (M,) among all N x L, and their ranks (M,)."""
+        at = self.mask.flatten().nonzero()[:, 0]  # (M,)
+        return to_device(at, device), to_device(self.ranks.flatten()[at], device)
 
 
 def draw_perturbation(
@@ -240,11 +244,16 @@ def apply_draw(tokens: Tensor, neighbours: Tensor | GridNeighbours, draw: Pertur
     strength = neighbours.shape[1]
     if strength == 0:
         return tokens
-    mask = draw.mask  # (N, L)
-    own, ranks = tokens[mask], draw.ranks[mask]  # (M,)
+    at, ranks = draw.replaced(tokens.device)  # (M,)
+    own = tokens.flatten()[at]  # (M,)
     if isinstance(neighbours, GridNeighbours):
-        return tokens.masked_scatter(mask, neighbours.drawn(own, ranks))
-    return tokens.masked_scatter(mask, neighbours[own, _rank(ranks, strength)])
+        return _replace(tokens, at, neighbours.drawn(own, ranks))
+    return _replace(tokens, at, neighbours[own, _rank(ranks, strength)])
+
+
+def _replace(tokens: Tensor, at: Tensor, chosen: Tensor) -> Tensor:
+    """Tokens (N, L) with those at the indices (M,) replaced by the chosen ones (M,)."""
+    return tokens.flatten().scatter(0, at, chosen).view_as(tokens)
 
 
 def _rank(uniforms: Tensor, strength: int) -> Tensor:
@@ -276,7 +285,7 @@ def perturb(
         (N, L) int64. rate 0, proportion 0 and strength 0 are identities.
     """
     draw = draw_perturbation(*tokens.shape, rate, proportion, rng, selection, image_selection)
-    return apply_draw(tokens, neighbours, draw.to(tokens.device))
+    return apply_draw(tokens, neighbours, draw)
 
 
 def perturb_latents(
@@ -305,15 +314,14 @@ def perturb_latents(
     Returns:
         The straight-through vectors (N, L, D) of all tokens, perturbed and not, and their tokens (N, L).
     """
-    mask = draw.mask
     if strength > 0 and levels is not None and config.neighbour_of == "code":
         tokens = apply_draw(tokens, nearest_codes(codebook, strength, config.include_self, levels), draw)
-    elif strength > 0 and bool(mask.any()):
-        own = tokens[mask]  # (M,)
-        queries = codebook[own] if config.neighbour_of == "code" else features[mask]  # (M, D)
+    elif strength > 0:
+        at, ranks = draw.replaced(tokens.device)  # (M,)
+        own = tokens.flatten()[at]  # (M,)
+        queries = codebook[own] if config.neighbour_of == "code" else features.flatten(0, 1)[at]  # (M, D)
         near = nearest_to(queries, codebook, strength, own, config.include_self, ordered=False)  # (M, strength)
-        chosen = near.gather(1, _rank(draw.ranks[mask], strength)[:, None])[:, 0]  # (M,)
-        tokens = tokens.masked_scatter(mask, chosen)
+        tokens = _replace(tokens, at, near.gather(1, _rank(ranks, strength)[:, None])[:, 0])
     return straight_through(features, codebook[tokens]), tokens
 
 

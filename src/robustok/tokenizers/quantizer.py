@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from robustok.config import Config
+from robustok.devices import to_device
 from robustok.tokenizers.perturbation import straight_through
 
 
@@ -101,9 +102,11 @@ class VectorQuantizer(nn.Module):
             features: (N, L, D) features of the current batch, in the geometry of the codebook.
             rng: CPU random generator.
         """
-        pool = features.flatten(0, -2)  # (N * L, D)
-        chosen = torch.randint(len(pool), (int(dead.sum()),), generator=rng).to(pool.device)
-        self.embedding.weight[dead] = pool[chosen].to(self.embedding.weight.dtype)
+        pool, weight = features.flatten(0, -2), self.embedding.weight  # (N * L, D) and (K, D)
+        # One draw for each code: how many are dead only the device knows. The first dead code takes the first draw.
+        draws = to_device(torch.randint(len(pool), (len(dead),), generator=rng), pool.device)  # (K,)
+        chosen = draws[(dead.cumsum(0) - 1).clamp(min=0)]  # (K,)
+        weight.copy_(torch.where(dead[:, None], pool[chosen].to(weight.dtype), weight))
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -26,7 +26,8 @@ from robustok.losses.discriminators import (
 )
 from robustok.randomness import step_rng
 from robustok.snapshots import check_finite_weights, read_weights
-from robustok.training.common import TrainingConfig, adversary_learning_rate, check_finite, made, set_learning_rate
+from robustok.training.common import TrainingConfig, adversary_learning_rate, made, set_learning_rate
+from robustok.training.finite import FiniteCheck, step_optimizer
 from robustok.training.prepared import differentiated
 
 
@@ -73,6 +74,7 @@ class Adversary:
         )
         self.prepared, self.optimizer = accelerator.prepare(network, optimizer)
         self.network = accelerator.unwrap_model(self.prepared)
+        self.finite = FiniteCheck(run.out, accelerator)
         self.lecam = LeCam()
         self.rows = rank_rows(run.batch_size, accelerator.process_index, accelerator.num_processes)
 
@@ -120,20 +122,19 @@ class Adversary:
             weight = adaptive_weight(*averaged, self.config.max_adaptive)
         return self.config.weight * weight * loss, weight
 
-    def step(self, images: Tensor, fake: Tensor, step: int, out: Path) -> dict[str, Tensor]:
+    def step(self, images: Tensor, fake: Tensor, step: int) -> dict[str, Tensor]:
         """One step of the discriminator, on images and reconstructions.
 
         Args:
             images: (N, 3, H, W).
             fake: :meth:`features` of the reconstructions.
             step: of the training; negative before it, with the peak learning rate.
-            out: run folder, for the error.
 
         Returns:
             Values for the log.
 
         Raises:
-            UserError: the loss is not finite.
+            UserError: the loss of the step before was not finite.
         """
         rate = adversary_learning_rate(self.run, self.config, step) if step >= 0 else self.config.learning_rate
         set_learning_rate(self.optimizer, rate)
@@ -141,21 +142,19 @@ class Adversary:
         with autocast(images.device, self.run.precision):
             real, fake = self.prepared(real, fake.detach()).float().chunk(2)  # logits (N, positions) each
         means = self.accelerator.reduce(torch.stack([real.detach().mean(), fake.detach().mean()]), "mean")
-        self.lecam.update(*means.tolist(), self.config.lecam_decay)
+        self.lecam.update(*means.double(), self.config.lecam_decay)
         terms = {
             "d_hinge": hinge_loss(real, fake),
             "d_lecam": self.config.lecam_weight * lecam_loss(real, fake, self.lecam),
         }
-        total = sum(terms.values())
-        check_finite(total, terms, step, out)
         self.optimizer.zero_grad(set_to_none=True)
-        self.accelerator.backward(total)
-        self.optimizer.step()
+        self.accelerator.backward(sum(terms.values()))
+        step_optimizer(self.optimizer, self.finite.add(terms, step))
         return {**terms, "d_real": means[0], "d_fake": means[1]}
 
     def state(self) -> dict[str, Any]:
         """Everything that resume needs."""
-        lecam = {"real": self.lecam.real, "fake": self.lecam.fake}
+        lecam = {"real": float(self.lecam.real), "fake": float(self.lecam.fake)}
         return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "lecam": lecam}
 
     def load_state(self, state: dict[str, Any]) -> None:

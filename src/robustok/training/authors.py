@@ -10,7 +10,7 @@ import copy
 import torch
 from torch import Tensor
 
-from robustok.data.pixels import from_pixels, to_pixels
+from robustok.data.pixels import rounded
 from robustok.errors import UserError
 from robustok.losses.semantic import Teacher
 from robustok.tokenizers.robustok import RobusTok
@@ -56,7 +56,7 @@ class AuthorsStep:
     @torch.no_grad()
     def inputs(self, latents: Tensor) -> tuple:
         """Inputs of the model's forward: images (N, 3, H, W) of the mixtures, and the teacher's features."""
-        images = from_pixels(to_pixels(self.original.decode(latents)))  # rounded to 8 bits, as in a PNG
+        images = rounded(self.original.decode(latents))  # to 8 bits, as in a PNG
         return images, None, None, 0, None if self.teacher is None else self.teacher(images)
 
     def reconstructions(self, output: TokenizerOutput) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the three trainings share: settings, learning rate, averaged weights, the finite check and the log's means."""
+"""What the three trainings share: settings, learning rate, averaged weights, and the means in the log."""
 
 import copy
 import math
@@ -15,7 +15,6 @@ from torch.distributed.tensor import DTensor
 
 from robustok.config import Config
 from robustok.data.loader import Workers
-from robustok.errors import UserError
 from robustok.losses.adversarial import AdversarialConfig
 from robustok.losses.semantic import TeacherConfig, contrastive_loss
 from robustok.snapshots import outline_of
@@ -144,39 +143,29 @@ def quantizer_terms(
     return terms
 
 
-def check_finite(loss: Tensor, terms: Mapping[str, Tensor], step: int, out: Path) -> None:
-    """Check the loss before its gradients reach the weights.
-
-    Raises:
-        UserError: the loss is not finite; names the step and the terms.
-    """
-    if not torch.isfinite(loss):
-        broken = [f"{name} = {value.item()}" for name, value in terms.items() if not math.isfinite(value.item())]
-        states = sorted((out / "state").glob("[0-9]*"))
-        raise UserError(
-            f"the loss is not finite at step {step} ({', '.join(broken) or loss.item()}); "
-            f"{f'the last good state, {states[-1]}, is kept' if states else 'no state was saved before'}; "
-            "lower learning_rate, set clip_norm, or precision=float32, in a new run folder, from step 0"
-        )
-
-
 class Meter:
-    """Means of scalars over the steps since the last line of the log."""
+    """Means of scalars over the steps since the last line of the log.
+
+    Values on a device are summed there, in float64, and read when a line or a state is due: the host does not wait for
+    them in between.
+    """
 
     def __init__(self) -> None:
-        self.sums: dict[str, float] = {}
+        self.sums: dict[str, Tensor | float] = {}
         self.counts: dict[str, int] = {}
 
     def add(self, values: Mapping[str, Tensor | float]) -> None:
         """Add one step's values."""
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + (value.item() if isinstance(value, Tensor) else value)
+            number = value.detach().double() if isinstance(value, Tensor) else value
+            self.sums[name] = self.sums.get(name, 0.0) + number
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:
         """Means over steps and processes. The values are forgotten."""
-        names = sorted(self.sums)
-        values = torch.tensor([self.sums[n] / self.counts[n] for n in names], dtype=torch.float64)
+        sums = self._read()
+        names = sorted(sums)
+        values = torch.tensor([sums[n] / self.counts[n] for n in names], dtype=torch.float64)
         if names and accelerator.num_processes > 1:
             values = accelerator.reduce(values.to(accelerator.device, torch.float32), "mean")
         self.sums, self.counts = {}, {}
@@ -184,8 +173,14 @@ class Meter:
 
     def state(self) -> dict[str, dict[str, float]]:
         """Everything that resume needs."""
-        return {"sums": dict(self.sums), "counts": dict(self.counts)}
+        return {"sums": self._read(), "counts": dict(self.counts)}
 
     def load_state(self, state: dict[str, dict[str, Any]]) -> None:
         """Undo :meth:`state`."""
         self.sums, self.counts = state["sums"], state["counts"]
+
+    def _read(self) -> dict[str, float]:
+        """The sums, all read from the device at once."""
+        there = [name for name, value in self.sums.items() if isinstance(value, Tensor)]
+        read = torch.stack([self.sums[name] for name in there]).tolist() if there else []
+        return self.sums | dict(zip(there, read, strict=True))

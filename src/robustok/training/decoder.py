@@ -32,6 +32,7 @@ from robustok.training.common import average_copy
 from robustok.training.decoder_losses import frechet_term, make_adversary, start_frechet, warm_up
 from robustok.training.decoder_settings import DecoderTrainingRun, adversary_policy
 from robustok.training.decoder_snapshots import Snapshots
+from robustok.training.finite import FiniteCheck
 from robustok.training.inputs import input_digests, may_change
 from robustok.training.objectives import Examples, Material, Steps, mixture, needed_caches, open_caches
 from robustok.training.prepared import PreparedInParts, differentiated
@@ -120,7 +121,8 @@ def train_decoder(run: DecoderTrainingRun, enough: Callable[[int, Path], bool] |
     untouched = average_copy(average) if "free" in run.objective else average  # copied before a state is loaded
     material = Material(untouched, data, caches, run.noise, run.precision)
     snapshots = Snapshots(run, folder, average, adversary, caches, score)
-    state = TrainingState("tokenizer", bare, average, optimizer, adversary, [snapshots, *filter(None, [frechet])])
+    finite, extras = FiniteCheck(run.out, accelerator), [snapshots, *filter(None, [frechet])]
+    state = TrainingState("tokenizer", bare, average, optimizer, finite, adversary, extras)
     first = folder.restore(state, input_digests(run, data))
     fresh = first == 0
     if fresh and run.continue_from is not None:
@@ -160,13 +162,14 @@ def train_decoder(run: DecoderTrainingRun, enough: Callable[[int, Path], bool] |
             state.meter.add({"adaptive_weight": weight})
         optimise(decoder, state, [terms], step)
         if adversary is not None and adversary.started(step):
-            state.meter.add(adversary.step(batch.real, fake, step, run.out))
+            state.meter.add(adversary.step(batch.real, fake, step))
 
         # 3. Log; snapshot with its score.
         done = step + 1
         if run.due(run.log_every, done):
-            folder.log(done, state.meter.means(accelerator))
+            folder.log(done, state.means())
         if run.due(run.snapshot_every, done):
+            state.settle()
             snapshots.write(done)
             accelerator.wait_for_everyone()
             if enough is not None and enough(done, snapshots.path(done)) and done < run.steps:

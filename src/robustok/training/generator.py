@@ -30,6 +30,7 @@ from robustok.randomness import seed_step, step_rng
 from robustok.runs import RunFolder
 from robustok.snapshots import write_snapshot
 from robustok.training.common import Meter, TrainingConfig, average_copy, made
+from robustok.training.finite import FiniteCheck
 from robustok.training.inputs import input_digests, may_change
 from robustok.training.prepared import Prepared
 from robustok.training.state import TrainingState, optimise
@@ -105,7 +106,7 @@ def train_generator(run: GeneratorTrainingRun) -> Path:
     average = average_copy(bare)
     generator = Prepared(bare, run, accelerator)
     optimizer = generator.optimizer(parameter_groups(bare, run.weight_decay))
-    state = TrainingState("generator", bare, average, optimizer)
+    state = TrainingState("generator", bare, average, optimizer, FiniteCheck(run.out, accelerator))
     first = folder.restore(state, input_digests(run))
     batch_indices(len(cache), run.batch_size, run.seed, first)  # raise now rather than at the first batch
     make = partial(step_inputs, run, cache, rows, bare.null_label)
@@ -125,8 +126,9 @@ def train_generator(run: GeneratorTrainingRun) -> Path:
         # 2. Log, snapshot.
         done = step + 1
         if run.due(run.log_every, done):
-            folder.log(done, state.meter.means(accelerator))
+            folder.log(done, state.means())
         if run.due(run.snapshot_every, done):
+            state.settle()
             if accelerator.is_main_process:
                 write(done)
             accelerator.wait_for_everyone()

@@ -23,6 +23,8 @@ from robustok.errors import UserError
 from robustok.tokenizers.perturbation import PerturbationDraw
 from robustok.training.common import TrainingConfig
 
+CHUNK_PIXELS = 2**21  # of images that a loss compares at a time: 32 of 256x256
+
 
 class Prepared:
     """A model in training.
@@ -159,13 +161,20 @@ class PreparedInParts(Prepared):
     def means(
         self, terms: Callable[[Tensor, Tensor], dict[str, Tensor]], images: Tensor, outputs: Tensor
     ) -> dict[str, Tensor]:
-        """``terms(images, outputs)``, means over samples, :func:`differentiated`, computed one part at a time."""
-        size, found = len(images) // self.run.gradient_accumulation, []
+        """``terms(images, outputs)``, means over samples, :func:`differentiated`, computed for a few samples at a time.
+
+        The network of a perceptual term keeps a quarter of a GB for each image of 256x256 pixels. It is freed before
+        the next samples come: of a part, or of ``CHUNK_PIXELS`` if that is less.
+        """
+        pixels = images.shape[-2] * images.shape[-1]
+        size = min(len(images) // self.run.gradient_accumulation, max(1, CHUNK_PIXELS // pixels))
+        found = []
         for targets, part in zip(images.split(size), outputs.split(size), strict=True):
             with autocast(self.accelerator.device, self.run.precision):
                 computed = terms(targets, part)
-            found.append({name: differentiated(term, part) for name, term in computed.items()})
-        return {name: torch.stack([part[name] for part in found]).mean(0) for name in found[0]}
+            share = len(part) / len(outputs)
+            found.append({name: share * differentiated(term, part) for name, term in computed.items()})
+        return {name: torch.stack([part[name] for part in found]).sum(0) for name in found[0]}
 
     def backward(self, loss: Tensor) -> None:
         """As :meth:`Prepared.backward`, for the loss of all parts."""

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from robustok.training.adversary import Adversary
-from robustok.training.common import Meter, check_finite, learning_rate, set_learning_rate, update_average
+from robustok.training.common import Meter, learning_rate, set_learning_rate, update_average
+from robustok.training.finite import FiniteCheck, step_optimizer
 from robustok.training.prepared import Prepared
 
 
@@ -36,6 +37,7 @@ class TrainingState:
         model: the weights; its parameters may be sharded.
         average: their exponential moving average.
         optimizer: of the model.
+        finite: check of the model's losses.
         adversary: the discriminator with its optimiser, if there is one.
         extras: what only this training saves.
         meter: values since the last line of the log.
@@ -45,12 +47,37 @@ class TrainingState:
     model: nn.Module
     average: nn.Module
     optimizer: torch.optim.Optimizer
+    finite: FiniteCheck
     adversary: Adversary | None = None
     extras: Sequence[Extra] = ()
     meter: Meter = field(default_factory=Meter)
 
+    def settle(self) -> None:
+        """Look at the last losses; needed before anything that the weights make is written.
+
+        Raises:
+            UserError: a loss was not finite.
+        """
+        self.finite.settle()
+        if self.adversary is not None:
+            self.adversary.finite.settle()
+
+    def means(self) -> dict[str, float]:
+        """Values for a line of the log: means since the last one. All processes call this.
+
+        Raises:
+            UserError: a loss was not finite.
+        """
+        self.settle()
+        return self.meter.means(self.finite.accelerator)
+
     def save(self, keep: bool) -> dict[str, Any]:
-        """The state with shards gathered. All processes call this; only those with ``keep`` get the weights."""
+        """The state with shards gathered. All processes call this; only those with ``keep`` get the weights.
+
+        Raises:
+            UserError: a loss was not finite.
+        """
+        self.settle()
         state = {
             self.name: self.model.state_dict(),
             "average": self.average.state_dict(),
@@ -83,24 +110,25 @@ def optimise(model: Prepared, state: TrainingState, losses: Iterable[Mapping[str
         losses: terms of the loss, weighted; one mapping for each part of the batch.
         step: counted from 0; decides the learning rate.
 
+    The gradients are freed at the end, so that the next step's activations have their memory.
+
     Raises:
-        UserError: a loss is not finite; the weights have not changed.
+        UserError: a loss of the step before was not finite. That step has changed no weights, nor does this one if its
+            own loss is not finite.
     """
-    run, logged = model.run, []
+    run, sums = model.run, {}
     rate = learning_rate(run, step)
     set_learning_rate(state.optimizer, rate)
-    state.optimizer.zero_grad(set_to_none=True)
     for terms in losses:
         total = sum(terms.values())
-        check_finite(total, terms, step, run.out)
         model.backward(total)
-        logged.append({name: term.detach() for name, term in terms.items()} | {"total": total.detach(), "lr": rate})
+        state.meter.add({**terms, "total": total, "lr": rate})
+        sums = {name: term.detach() + sums.get(name, 0.0) for name, term in terms.items()}
     if run.clip_norm:
-        logged.append({"gradient_norm": model.clip(run.clip_norm)})
-    state.optimizer.step()
+        state.meter.add({"gradient_norm": model.clip(run.clip_norm)})
+    step_optimizer(state.optimizer, state.finite.add(sums, step))
+    state.optimizer.zero_grad(set_to_none=True)
     update_average(state.average, state.model, run.ema_decay)
-    for values in logged:
-        state.meter.add(values)
 
 
 def gather(tree: Any, keep: bool = True) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from robustok.config import plain
 from robustok.data.dataset import Augmentation, open_images
-from robustok.data.loader import CPU, training_batches
+from robustok.data.loader import training_batches
 from robustok.data.pixels import save_picture
 from robustok.data.sources import Data
 from robustok.devices import autocast, rank_rows, start_accelerator
@@ -33,6 +33,7 @@ from robustok.tokenizers.perturbation import PerturbationConfig, draw_perturbati
 from robustok.tokenizers.robustok import RobusTokConfig, load_pretrained_backbones
 from robustok.training.adversary import Adversary, last_layer
 from robustok.training.common import TrainingConfig, average_copy, made, quantizer_terms
+from robustok.training.finite import FiniteCheck
 from robustok.training.inputs import input_digests, may_change
 from robustok.training.prepared import PreparedInParts
 from robustok.training.state import TrainingState, optimise
@@ -114,9 +115,9 @@ def train_tokenizer(run: TokenizerTrainingRun) -> Path:
     optimizer = tokenizer.optimizer()
     adversary = Adversary(run, run.adversarial, run.discriminator, accelerator) if run.adversarial.weight else None
     codes = CodeCounts(run, accelerator)
-    state = TrainingState("tokenizer", bare, average, optimizer, adversary, [codes])
+    state = TrainingState("tokenizer", bare, average, optimizer, FiniteCheck(run.out, accelerator), adversary, [codes])
     first = folder.restore(state, input_digests(run, data))
-    draw = partial(draw_inputs, run, bare.latent_shape, rows=rows, device=CPU)
+    draw = partial(draw_inputs, run, bare.latent_shape, rows=rows)
     span = run.batch_size, run.seed, first, run.steps - first, rank, world
     batches = training_batches(data, *span, run.workers, device, draw)
     write = partial(_write_snapshot, folder, run, average, adversary, data.describe(), _guides(run))
@@ -144,7 +145,7 @@ def train_tokenizer(run: TokenizerTrainingRun) -> Path:
             state.meter.add({"adaptive_weight": weight})
         optimise(tokenizer, state, [terms], step)
         if adversary is not None and adversary.started(step):
-            state.meter.add(adversary.step(images, fake, step, run.out))
+            state.meter.add(adversary.step(images, fake, step))
 
         # 3. Count the codes in use; log, picture, snapshot.
         done = step + 1
@@ -153,10 +154,11 @@ def train_tokenizer(run: TokenizerTrainingRun) -> Path:
             if codes.revival_due(done):
                 codes.revive(bare, average, output.features.detach(), step_rng(run.seed, step, "revive"))
         if run.due(run.log_every, done):
-            folder.log(done, state.meter.means(accelerator) | codes.usage())
+            folder.log(done, state.means() | codes.usage())
         if run.picture_every and done % run.picture_every == 0 and accelerator.is_main_process:
             _picture(folder.path / "samples" / f"{done:08d}.png", images[:8], average)
         if run.due(run.snapshot_every, done):
+            state.settle()
             if accelerator.is_main_process:
                 write(done)
             accelerator.wait_for_everyone()
@@ -196,9 +198,7 @@ class ContinuousPass(nn.Module):
         return KLOutput(reconstructions, latents, posterior, posterior.divergence())
 
 
-def draw_inputs(
-    run: TokenizerTrainingRun, latent_shape: tuple[int, int], step: int, rows: slice, device: torch.device
-) -> tuple:
+def draw_inputs(run: TokenizerTrainingRun, latent_shape: tuple[int, int], step: int, rows: slice) -> tuple:
     """Inputs of the tokenizer's forward after the images, drawn for the global batch; ``rows`` are this process's.
 
     Returns:
@@ -214,13 +214,13 @@ def draw_inputs(
         draw = draw_perturbation(
             run.batch_size, latent_shape[0], rate, p.proportion, rng, p.selection, p.image_selection
         )
-        return p, draw.rows(rows.start, rows.stop).to(device), strength
+        return p, draw.rows(rows.start, rows.stop), strength
     rng = step_rng(run.seed, step, "latents")
-    sample = torch.randn(run.batch_size, *latent_shape, generator=rng)[rows].to(device)  # (N, L, D)
+    sample = torch.randn(run.batch_size, *latent_shape, generator=rng)[rows]  # (N, L, D)
     if not run.latent_noise:
         return (sample,)
-    noise = torch.randn(run.batch_size, *latent_shape, generator=rng)[rows].to(device)  # (N, L, D)
-    levels = run.latent_noise * torch.rand(run.batch_size, generator=rng)[rows].to(device)  # (N,)
+    noise = torch.randn(run.batch_size, *latent_shape, generator=rng)[rows]  # (N, L, D)
+    levels = run.latent_noise * torch.rand(run.batch_size, generator=rng)[rows]  # (N,)
     return sample, noise, levels
 
 
@@ -249,9 +249,9 @@ class CodeCounts:
 
     def add(self, tokens: Tensor) -> None:
         """Count tokens (N, L)."""
-        counts = torch.bincount(tokens.flatten(), minlength=len(self.logged))
-        self.logged += counts
-        self.recent += counts
+        codes = tokens.flatten()  # (N * L,)
+        for counts in (self.logged, self.recent):
+            counts.scatter_add_(0, codes, torch.ones_like(codes))  # bincount would wait for the largest code
 
     def usage(self) -> dict[str, float]:
         """Usage and perplexity of the codebook over all processes; starts counting again."""
@@ -270,7 +270,8 @@ class CodeCounts:
         """Move unused codes onto features (N, L, D), at once in the averaged weights too; starts counting again."""
         unused = self.accelerator.reduce(self.recent.float(), "sum") == 0  # (K,)
         tokenizer.quantizer.revive(unused, self.accelerator.gather(features), rng)
-        average.quantizer.embedding.weight[unused] = tokenizer.quantizer.embedding.weight[unused].detach()
+        weight = average.quantizer.embedding.weight
+        weight.copy_(torch.where(unused[:, None], tokenizer.quantizer.embedding.weight.detach(), weight))
         self.recent.zero_()
 
     def state(self) -> dict[str, Tensor]:

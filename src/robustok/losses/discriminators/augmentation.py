@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from robustok.devices import to_device
+
 
 def augmentation_draw(count: int, rng: torch.Generator) -> Tensor:
     """The random numbers of :func:`augment`: (7, N, 1, 1) uniform in [0, 1)."""
@@ -22,7 +24,7 @@ def augment(images: Tensor, draw: Tensor) -> Tensor:
         (N, 3, H, W).
     """
     images = images.float()
-    vertical, horizontal, brightness, saturation, contrast, top, left = draw.to(images.device)  # each (N, 1, 1)
+    vertical, horizontal, brightness, saturation, contrast, top, left = to_device(draw, images.device)  # each (N, 1, 1)
     images = _translate(images, vertical, horizontal)
     images = images + (brightness - 0.5)[..., None]
     mean = images.mean(1, keepdim=True)  # (N, 1, H, W)
