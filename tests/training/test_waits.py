@@ -4,8 +4,8 @@ The trainings run on PyTorch's meta device, whose tensors have shapes and no con
 for a GPU is an error there, because there is nothing to read: ``item``, ``tolist``, ``bool``, ``nonzero``, boolean
 indices, ``bincount``, copies to the CPU. Copies to the device wait if their memory is not pinned: they are counted.
 
-Allowed is: numbers that are drawn on the CPU, which are no tensors of the device; and the copy of the losses to the host,
-which :class:`robustok.devices.Reading` starts in one step and looks at in the next, when the device has other work.
+Allowed are numbers that are drawn on the CPU, which are no tensors of the device, and the copy of the losses to the
+host, which :class:`robustok.devices.Reading` starts in one step and looks at in the next.
 """
 
 import json
