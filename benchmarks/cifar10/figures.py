@@ -135,7 +135,7 @@ def gaps(out: Path) -> Iterator[tuple[str, dict[str, float]]]:
             if None in changes.values():
                 continue
             figures = {key: line["value"] for key, line in changes.items()}
-            figures |= {line["metric"]: line["value"] for line in lines if str(line["metric"]).startswith("gap")}
+            figures |= {line["metric"]: line["value"] for line in lines if line["extractor"] is None}  # of the gap
             quality = find(lines_of(out / pair.name / "reconstructions-before"), "rfid")
             yield (
                 f"{pair.name}{f' {step}' if step else ''}",
@@ -186,17 +186,19 @@ def draw_pays(out: Path, file: Path) -> None:
 
 
 @torch.no_grad()
-def draw_samples(out: Path, file: Path, columns: int = 16) -> None:
-    """The first samples of each pair (not chosen), upscaled: three rows of the same latents, decoded three ways."""
+def draw_samples(out: Path, file: Path, columns: int = 12) -> None:
+    """The first samples of each pair (not chosen): a row for each decoder of the same latents."""
+    names = {"before": "tokenizer", "clean": "post-clean", "free": "post-free", "free-frechet": "post-free-frechet"}
     drawn = [pair for pair in PAIRS if lines_of(out / pair.name / "gfid")]
-    figure, axes = plt.subplots(len(drawn), 1, figsize=(columns * 0.7, 2.3 * len(drawn)), squeeze=False)
+    figure, axes = plt.subplots(len(drawn), 1, figsize=(columns * 0.7, 3.0 * len(drawn)), squeeze=False)
     for axis, pair in zip(axes[:, 0], drawn, strict=True):
         latents = LatentCache(out / pair.name / "samples-1").read(slice(0, columns)).latents
-        decoders = (out / pair.name / name for name in ("tokenizer", "post-clean", "post-free"))
-        rows = torch.stack([to_pixels(load_tokenizer(path).decode(latents)) for path in decoders])  # (3, n, 3, H, W)
+        decoders = (load_tokenizer(out / pair.name / folder) for folder in names.values())
+        rows = torch.stack([to_pixels(decoder.decode(latents)) for decoder in decoders])  # (4, n, 3, H, W)
         n, size = rows.shape[1], rows.shape[-1]
-        axis.imshow(rows.permute(0, 3, 1, 4, 2).reshape(3 * size, n * size, 3), interpolation="nearest")
-        axis.set_yticks([size * (i + 0.5) for i in range(3)], ["before", "clean", "free"])
+        sheet = rows.permute(0, 3, 1, 4, 2).reshape(len(names) * size, n * size, 3)  # (4 * H, n * W, 3)
+        axis.imshow(sheet, interpolation="nearest")
+        axis.set_yticks([size * (i + 0.5) for i in range(len(names))], names)
         axis.set_xticks([])
         axis.set_title(pair.name)
     _save(figure, file)
@@ -321,5 +323,5 @@ def draw_codes(out: Path, file: Path) -> None:
 
 def _save(figure: plt.Figure, file: Path) -> None:
     figure.tight_layout()
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=110, bbox_inches="tight")
     plt.close(figure)
