@@ -205,6 +205,7 @@ from robustok.data.loader import ahead
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: None)  # as a training, which goes on for a while
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     for number in ahead(neg, range(10**6), workers=2):
         print(number, flush=True)
         time.sleep(0.02)

@@ -82,7 +82,11 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, before: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._known = {tensor.untyped_storage()._cdata for tensor in before}
+        self._known: set[int] = set()  # addresses of storages, which are used again once a storage is freed
+        for tensor in before:
+            storage = tensor.untyped_storage()
+            self._known.add(storage._cdata)
+            weakref.finalize(storage, self._known.discard, storage._cdata)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = function(*args, **(kwargs or {}))
