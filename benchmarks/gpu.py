@@ -292,12 +292,10 @@ class Clock:
         warm: first steps, which are not timed.
         steps: number of timed steps.
         eager: whether the model is not compiled, so that FLOP can be counted.
-        parts: checks of the loss in a step.
     """
 
-    def __init__(self, bench: Bench, warm: int, steps: int, eager: bool, parts: int = 1) -> None:
+    def __init__(self, bench: Bench, warm: int, steps: int, eager: bool) -> None:
         self.bench, self.warm, self.steps = bench, warm, steps
-        self.parts, self.checks = parts, 0
         self.moments: list[float] = []
         self.flops, self.busy, self.calls = 0, None, 0
         self.extra: list[Callable[[], Any]] = [self._count] if eager else []
@@ -310,10 +308,7 @@ class Clock:
         return self.warm + self.steps + 1 + 2 * len(self.extra)
 
     def __call__(self) -> None:
-        """Note that a loss was checked."""
-        self.checks += 1
-        if self.checks % self.parts:
-            return
+        """Note that a step's loss was checked."""
         call, timed = self.calls, self.warm + self.steps
         self.calls += 1
         if call == self.warm and self.bench.cuda:
@@ -454,8 +449,7 @@ def timed_training(bench: Bench, name: str, batch: int, words: tuple[str, ...], 
     """Train for a few steps."""
     bench.free()
     steps, warm = bench.sizes.steps
-    in_parts = name.startswith("rar") and "gradient_accumulation=2" in words
-    clock = Clock(bench, warm, steps, eager=not compiling, parts=2 if in_parts else 1)
+    clock = Clock(bench, warm, steps, eager=not compiling)
     words = (f"batch_size={batch}", f"compile={str(compiling).lower()}", *words)
     torch._dynamo.utils.counters.clear()
     with tempfile.TemporaryDirectory(dir=bench.folder) as folder:

@@ -44,6 +44,7 @@ SIZES = {
     "llamagen lfq": SIDES | {"z_channels": 12, "quantizer": {"name": "lfq", "bits": 5}},
     "diffusers_dc": TINY_TOKENIZERS["diffusers_dc"],
     "diffusers_vq": TINY_TOKENIZERS["diffusers_vq"],
+    "diffusers_qwen": TINY_TOKENIZERS["diffusers_qwen"],
 }
 GENERATOR = ("generator.name=sit", "generator.width=16", "generator.depth=1", "generator.heads=2")
 ADVERSARY = (*tiny.ADVERSARY, "adversary_warmup=3")
