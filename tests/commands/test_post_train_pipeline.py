@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import robustok
 import tiny
 from robustok.cli import main
+from robustok.data.captions import caption_digest
 from robustok.data.latent_cache import LatentCache
 from robustok.generators.pipeline import PipelineGenerator
 from robustok.randomness import image_rngs
@@ -171,7 +172,10 @@ def test_prompts_come_from_settings_classes_or_a_table(tmp_path, given, captions
     if captions == "prompt":
         words.append("generator.config.prompt=a photo")
     if captions == "text":
-        lines = [json.dumps({"file_name": f"{i:02}.png", "text": "a photo"}) for i in range(16)]
+        texts = ["a photo", "", "a bee"]  # an empty one is the empty prompt
+        lines = [json.dumps({"file_name": f"{i:02}.png", "text": texts[i % 3]}) for i in range(16)]
+        expected = sorted(texts, key=caption_digest)
+        assert expected[-1]  # the empty one is not the last, as among the generator's prompts
         (folder / "metadata.jsonl").write_text("\n".join(lines))
         words.append("data.captions=text")
     post = run(tmp_path / "post", f"data.path={folder}", *words)

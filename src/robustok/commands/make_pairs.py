@@ -81,7 +81,7 @@ def make_pairs(run: MakePairsRun) -> Path:
     check_cache(cache, generator.latent_space, generator.latent_shape, generator.codebook_size)
     names, known = cache.manifest.class_names, read_header(run.generator).get("class_names")
     if known is None and isinstance(generator, PipelineGenerator):
-        known = [caption_digest(prompt) for prompt in generator.prompts]
+        known = [caption_digest(prompt) for prompt in generator.prompts[:-1]]  # without that of null_label
     check_same_classes(known, names, str(run.generator), str(run.latents))
     tokenizer = load_tokenizer(run.tokenizer).to(accelerator.device) if run.mode == "reencoded" else None
     if tokenizer is not None:
