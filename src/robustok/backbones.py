@@ -4,6 +4,8 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +106,15 @@ def silent_diffusers() -> Iterator[None]:
 
     What they warn of is checked by us, or is an error.
     """
-    from diffusers.utils import logging as progress
-
-    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
-    shown = progress.is_progress_bar_enabled()
+    names = [name for name in ("diffusers", "transformers") if find_spec(name)]
+    loggers = [logging.getLogger(name) for name in names]
+    bars = [import_module(f"{name}.utils.logging") for name in names]
+    shown = [bar for bar in bars if bar.is_progress_bar_enabled()]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
-    progress.disable_progress_bar()
+    for bar in shown:
+        bar.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -119,5 +122,5 @@ def silent_diffusers() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-        if shown:
-            progress.enable_progress_bar()
+        for bar in shown:
+            bar.enable_progress_bar()
