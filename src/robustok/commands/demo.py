@@ -160,9 +160,16 @@ class Stages:
 
     def train_classifiers(self) -> None:
         """Train the feature space of the distances and that of the perceptual loss."""
+        names = "classifier-metric", "classifier-guide"
+        seeds = {name: 2 * self.seed + i for i, name in enumerate(names)}
         with self.timed("two classifiers"):
-            for i, name in enumerate(("classifier-metric", "classifier-guide")):
-                train_classifier(self.configure(TrainClassifierRun, name, data=self.run.data, seed=2 * self.seed + i))
+            # Each with its share of the cores: they are so small that more threads mostly wait for one another.
+            run_parallel(
+                {
+                    name: (train_classifier, self.configure(TrainClassifierRun, name, data=self.run.data, seed=seed))
+                    for name, seed in seeds.items()
+                }
+            )
 
     def train(self, name: str) -> None:
         """Train a tokenizer and a generator of its tokens."""
