@@ -49,9 +49,8 @@ Estimates = dict[str, int | str]
 
 FLOAT = 4  # bytes; weights, gradients and optimiser states are float32, whatever the autocast dtype
 RECORD = 4 + 8 + 8 + 1  # bytes of a record of a cache beside its latents: label, index, seed, flip
-BF16_SHARE = (
-    0.7  # of the activations in float32; with it the peaks of tokenizer, RAR-B and RAR-L on an H100 are met within 7 %
-)
+# Of the activations in float32. With it the peaks of tokenizer, RAR-B and RAR-L on an H100 are met within 7 %.
+BF16_SHARE = 0.7
 PAPER = {"latent_shape": (256, 64), "codebook_size": 4096, "classes": 1000}  # where there is no cache yet
 
 NOTES = {

@@ -1,6 +1,6 @@
 """Captions of images: text files beside them, or a column of a table or of parquet files.
 
-An image whose caption is missing is an error, so that no pair is made with a prompt that nobody chose. Captions are
+An image whose caption is missing is an error, so that no pair is made with a prompt that was not chosen. Captions are
 numbered, and called by a digest wherever they could be read by others: in manifests, logs and model cards.
 """
 

@@ -66,7 +66,7 @@ def interpolations(
 def _encoded(evaluator: Evaluator, tokenizer: Tokenizer, images: ImageDataset, count: int) -> Tensor:
     """Latents of at most ``count`` evenly spread images, the same in every process."""
     rows, parts = torch.arange(0, len(images), -(-len(images) // count)), []
-    draws = (Draw(rows[places].numpy()) for places in evaluator.own(len(rows)))
+    draws = (Draw(rows[indices].numpy()) for indices in evaluator.own(len(rows)))
     for batch in batches_of(images, draws, evaluator.run.workers, evaluator.device):
         if len(batch.indices):
             parts.append((batch.indices, tokenizer.encode(batch.images).cpu()))

@@ -68,10 +68,9 @@ def load_parts(
         reason = f"cannot be loaded as {family.image} ({one_line(error, 300)})"
         raise UserError(f"{folder} {reason}; copy it again, with weights as safetensors") from None
     _make_quiet(pipe)
+    # The empty autoencoder too: the device of a pipeline is that of its first part.
     for value in pipe.components.values():
-        if isinstance(
-            value, nn.Module
-        ):  # the empty autoencoder too: the device of a pipeline is that of its first part
+        if isinstance(value, nn.Module):
             value.requires_grad_(False).eval().to(device)
     return pipe
 

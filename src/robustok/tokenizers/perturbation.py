@@ -88,7 +88,7 @@ def annealing_ratio(step: int, start: int, end: int, end_ratio: float) -> float:
 class PerturbationDraw:
     """The random numbers of one perturbation, drawn for a whole batch of which every process takes its rows.
 
-    They stay on the CPU. A mask on a GPU would have to tell the CPU how many tokens it holds, which would wait for it.
+    They stay on the CPU: to learn from a mask on a GPU how many tokens are replaced, the CPU would have to wait for it.
 
     Attributes:
         images: (N,) bool, which images are perturbed.
