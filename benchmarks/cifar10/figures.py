@@ -82,6 +82,7 @@ def draw_post_training(out: Path) -> None:
     print("\n\n".join(parts))
     draw_changes(out, out / "post-training.png")
     draw_pays(out, out / "when-it-pays.png")
+    draw_long(out, out / "how-long.png")
     draw_samples(out, out / "samples.png")
 
 
@@ -124,7 +125,7 @@ def transfer_table(out: Path) -> str:
 def gaps(out: Path) -> Iterator[tuple[str, dict[str, float]]]:
     """Figures of each generator, weak ones too: gain of ``free``, of the control, and of the gap between latents."""
     for pair in PAIRS:
-        for step in (*(post_training.weak_steps() if pair.name in post_training.PAYS else ()), None):
+        for step in (*post_training.weak_steps(), None):
             lines = lines_of(out / pair.name / (f"gfid-{step}" if step else "gfid"))
             free = f"free-step{step}" if step else "free"
             changes = {
@@ -182,6 +183,29 @@ def draw_pays(out: Path, file: Path) -> None:
     axis.set_xlabel("gFD before / rFD (ResNet-56)")
     axis.set_ylabel("free minus control, % of gFD before")
     axis.axhline(0, color="black", linewidth=0.8)
+    _save(figure, file)
+
+
+def draw_long(out: Path, file: Path) -> None:
+    """Curves: change of gFD over the steps of longer post-trainings."""
+    pairs = [name for name in post_training.LONG_PAIRS if lines_of(out / name / "gfid-long")]
+    figure, axes = plt.subplots(1, max(len(pairs), 1), figsize=(5 * max(len(pairs), 1), 4), squeeze=False)
+    for axis, pair in zip(axes[0], pairs, strict=False):
+        lines = lines_of(out / pair / "gfid-long")
+        for objective, style in (("clean", "--"), ("free", "-")):
+            for i, space in enumerate(SPACES.values()):
+                before = find(lines, "gfid", space, decoder="before")
+                curve = {0: 0.0}
+                for step in range(post_training.EVERY, post_training.LONG + 1, post_training.EVERY):
+                    name = f"{objective}-{post_training.LONG}steps/{step}"
+                    line = find(lines, "gfid_difference", space, decoder=name, versus="before")
+                    curve[step] = 100 * line["value"] / before["value"]
+                axis.plot(*zip(*curve.items(), strict=True), style, color=f"C{i}", label=f"{objective}, {space}")
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set_title(pair)
+        axis.set_xlabel("steps of post-training")
+    axes[0, 0].set_ylabel("change of gFD in %")
+    axes[0, 0].legend(fontsize=7)
     _save(figure, file)
 
 

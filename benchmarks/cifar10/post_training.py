@@ -1,7 +1,7 @@
 """Post-training on CIFAR-10: four pairs of tokenizer and generator, every objective beside its controls.
 
-Also: whether a decoder that was post-trained for one generator serves another one, and for which generators, weak to
-strong, it pays.
+Also: whether a decoder that was post-trained for one generator serves another one, for which generators, weak to
+strong, it pays, and after how many steps gFD turns.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,8 @@ TOKENIZER_STEPS, GENERATOR_STEPS = 800, 1000
 STEPS, BATCH = 150, 32
 SETS, CHOOSING = (1, 2, 3, 4), 11  # seeds of the reported samples, and of those that choose sigma
 SAMPLES = 1_000  # in a set
-PAYS = ("gpt", "lightningdit")  # pairs whose generators are measured from weak to strong
+LONG, EVERY = 600, 100  # steps of a longer post-training, and of its measurements
+LONG_PAIRS = ("gpt", "lightningdit")
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Post:
         frechet: whether the Frechet term is added.
         seed: of the training.
         step: of the generator; None is the last.
+        steps: of the post-training.
     """
 
     objective: str
@@ -68,6 +70,7 @@ class Post:
     frechet: bool = False
     seed: int = 0
     step: int | None = None
+    steps: int = STEPS
 
     @property
     def name(self) -> str:
@@ -75,6 +78,7 @@ class Post:
         parts = [self.objective, *([f"{self.sigma:g}"] if self.sigma is not None else [])]
         parts += ["reencoded"] * self.reencoded + ["frechet"] * self.frechet
         parts += [f"seed{self.seed}"] * bool(self.seed) + ([f"step{self.step}"] if self.step else [])
+        parts += [f"{self.steps}steps"] * (self.steps != STEPS)
         return "-".join(parts)
 
 
@@ -108,8 +112,9 @@ def last_jobs(setting: Setting, best: dict[str, float]) -> Iterator[Job]:
             yield reconstructed(setting, pair, post)
     yield from transfer(setting, best)
     for pair in PAIRS:
-        if pair.name in PAYS:
-            yield from weak_generators(setting, pair)
+        yield from weak_generators(setting, pair)
+        if pair.name in LONG_PAIRS:
+            yield from how_long(setting, pair)
     for pair in PAIRS:
         others = [Post("clean"), Post("paired", best[pair.name]), Post("free"), Post("free+clean")]
         posts = [replace(post, seed=1) for post in others]
@@ -164,7 +169,8 @@ def post_trained(setting: Setting, pair: Pair, post: Post) -> Iterator[Job]:
     """The post-training, and re-encoded pairs before it."""
     if post.reencoded:
         yield mixed(setting, pair, post)
-    words = [f"tokenizer={setting.path(pair.name, 'tokenizer')}", f"seed={post.seed}", f"steps={STEPS}"]
+    words = [f"tokenizer={setting.path(pair.name, 'tokenizer')}", f"seed={post.seed}", f"steps={post.steps}"]
+    words += [f"snapshot_every={EVERY}"] if post.steps != STEPS else []
     words.append("objective={free: 1, clean: 1}" if post.objective == "free+clean" else f"objective={post.objective}")
     needs = [f"{pair.name}/tokenizer"]
     if "clean" in post.objective or post.objective == "noise":
@@ -192,15 +198,18 @@ def post_trained(setting: Setting, pair: Pair, post: Post) -> Iterator[Job]:
 
 
 def decoders(setting: Setting, pair: Pair, names: list[str]) -> list[str]:
-    """Words that name decoders, the untouched one first."""
-    paths = {"before": (pair.name, "tokenizer")} | {name: (pair.name, f"post-{name}") for name in names}
+    """Words that name decoders, the untouched one first; ``free-600steps/100`` is a snapshot."""
+    paths = {"before": (pair.name, "tokenizer")}
+    for name in names:
+        run, _, step = name.partition("/")
+        paths[name] = (pair.name, f"post-{run}", *(["snapshot", f"{int(step):08d}"] if step else []))
     return [f"samples.decoders={{{', '.join(f'{name}: {setting.path(*path)}' for name, path in paths.items())}}}"]
 
 
 def evaluated(setting: Setting, pair: Pair, out: str, names: list[str], samples: tuple[str, ...]) -> Job:
     """Distances of all decoders' images of the same samples, those of this or of another generator."""
     samples = tuple(name if "/" in name else f"{pair.name}/{name}" for name in samples)
-    needs = (*samples, "small", *(f"{pair.name}/post-{name}" for name in names))
+    needs = (*samples, "small", *dict.fromkeys(f"{pair.name}/post-{name.partition('/')[0]}" for name in names))
     words = [
         f"samples.latents=[{', '.join(setting.path(name) for name in samples)}]",
         *decoders(setting, pair, names),
@@ -241,3 +250,12 @@ def weak_generators(setting: Setting, pair: Pair) -> Iterator[Job]:
         yield setting.samples(source, cache_of(pair, post), STEPS * BATCH, 987654321)
         yield from post_trained(setting, pair, post)
         yield evaluated(setting, pair, f"gfid-{step}", ["clean", post.name], (f"reported-{step}",))
+
+
+def how_long(setting: Setting, pair: Pair) -> Iterator[Job]:
+    """Measure gFD over the steps of longer post-trainings, on half of the reported samples."""
+    posts = [Post("clean", steps=LONG), Post("free", steps=LONG)]
+    for post in posts:
+        yield from post_trained(setting, pair, post)
+    names = [f"{post.name}/{step}" for post in posts for step in range(EVERY, LONG + 1, EVERY)]
+    yield evaluated(setting, pair, "gfid-long", names, sets()[:2])
