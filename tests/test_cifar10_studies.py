@@ -131,3 +131,15 @@ def test_spearman_has_an_interval_over_tokenizers(study):
     x = np.arange(8.0)
     assert study.figures.interval(np.stack([x, x**3], 1)) == "+1.00 (+1.00 to +1.00)"
     assert study.figures.interval(np.stack([x, -x], 1)).startswith("-1.00")
+
+
+def test_what_perturbation_changes_is_paired_by_seed(study):
+    last = f"gfid {study.main_training.GENERATOR_STEPS} 1"
+    found = {"vq256-b0": {last: 10.0}, "vq256-b0.3": {last: 9.0}, "vq256-b0-seed1": {last: 20.0}}
+    found |= {"vq256-b0.3-seed1": {last: 17.0}, "vq256-b0-seed2": {last: 99.0}}  # has no partner
+    rows = {
+        row.split(" | ")[1]: row for row in study.figures.seeds_table(found).splitlines() if row.startswith("| 256")
+    }
+    assert "| 2 |" in rows["without"]
+    assert "| 15.00 ± 5.00 |" in rows["without"]
+    assert "| -2.00 ± 1.00 |" in rows["difference"]

@@ -239,7 +239,11 @@ def draw_main_training(out: Path) -> None:
     keys += [f"gfid {step} {g:g}" for step in main_training.steps() for g in main_training.GUIDANCE]
     keys = [key for key in keys if any(key in figures for figures in found.values())]
     rows = [[name, *(f"{f[key]:.2f}" if key in f else "" for key in keys)] for name, f in found.items()]
-    parts = [table(["tokenizer", *keys], rows), f"## Which number predicts gFD\n\n{correlations(found)}"]
+    parts = [
+        table(["tokenizer", *keys], rows),
+        f"## Over seeds\n\n{seeds_table(found)}",
+        f"## Which number predicts gFD\n\n{correlations(found)}",
+    ]
     (out / "main-training.md").write_text("\n\n".join(parts) + "\n")
     print("\n\n".join(parts))
     draw_convergence(found, out / "convergence.png")
@@ -261,6 +265,30 @@ def tokenizer_figures(out: Path, name: str) -> dict[str, float]:
             line = find(lines_of(out / name / f"gfid-{step}-{guidance:g}"), "gfid")
             found |= {f"gfid {step} {guidance:g}": line["value"]} if line else {}
     return found
+
+
+def seeds_table(found: Mapping[str, Mapping[str, float]]) -> str:
+    """Mean and standard error over seeds of what perturbation changes: with minus without, seed by seed."""
+    keys = [
+        "psnr",
+        "rfid",
+        "pfid",
+        "ifid",
+        *(f"gfid {main_training.GENERATOR_STEPS} {g:g}" for g in main_training.GUIDANCE),
+    ]
+    rows = []
+    for size in main_training.STRENGTHS:
+        names = [(f"vq{size}-b0{end}", f"vq{size}-b0.3{end}") for end in ("", "-seed1", "-seed2")]
+        both = [(found[a], found[b]) for a, b in names if a in found and b in found]
+        for label, value in (("without", lambda a, b: a), ("with", lambda a, b: b), ("difference", lambda a, b: b - a)):
+            cells = []
+            for key in keys:
+                values = np.array([value(a[key], b[key]) for a, b in both if key in a and key in b])
+                error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
+                sign = "+" if label == "difference" else ""
+                cells.append(f"{values.mean():{sign}.2f} ± {error:.2f}" if len(values) else "")
+            rows.append([str(size), label, str(len(both)), *cells])
+    return table(["codes", "perturbation", "seeds", *keys], rows)
 
 
 def correlations(found: Mapping[str, Mapping[str, float]]) -> str:
@@ -297,6 +325,8 @@ def draw_convergence(found: Mapping[str, Mapping[str, float]], file: Path) -> No
     for axis, guidance in zip(axes, main_training.GUIDANCE, strict=True):
         for name, figures in found.items():
             steps = [s for s in main_training.steps() if f"gfid {s} {guidance:g}" in figures]
+            if len(steps) < 2:  # of other seeds only the end is measured
+                continue
             style = "--" if "-b0" in name and "-b0." not in name else "-"
             axis.plot(steps, [figures[f"gfid {s} {guidance:g}"] for s in steps], style, marker="o", label=name)
         axis.set_title(f"guidance {guidance:g}" if guidance != 1 else "no guidance")
