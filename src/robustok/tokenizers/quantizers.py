@@ -102,7 +102,8 @@ class FSQ(GridQuantizer):
 
     The features z are bounded by (l - 1) / 2 tanh(z + shift) - offset and rounded to one of l integers around 0; offset
     is 1/2 for even l and 0 for odd ones, and shift keeps z = 0 at 0. The decoder receives them divided by floor(l / 2),
-    in [-1, 1]. For l = 2, which the paper does not use, there is no shift: it would be infinite.
+    in [-1, 1]. For l = 2, which the paper does not use, there is no shift: it would be infinite. Equal to
+    vector-quantize-pytorch 1.24 without its margin of 0.1 % in the range; the margin changes 2 to 5 tokens in 1,000.
     """
 
     def __init__(self, config: FSQConfig) -> None:
@@ -138,8 +139,10 @@ class LFQ(GridQuantizer):
 
     The entropy loss is E[H(q(z))] - H[E[q(z)]] in nats. q(z) gives code c the probability softmax(-|z - c|^2), which is
     sigmoid(4 z) for each bit: the paper states no temperature, here it is 1. Means are over the features of a batch in
-    one process. The second entropy is that of all bits together; beyond 8 bits it is the sum over groups of up to 8
-    neighbouring bits, an upper bound: a distribution over all codes for each feature does not fit into memory.
+    one process. Values and both entropies equal vector-quantize-pytorch 1.24 (inv_temperature=1; its tokens have the
+    bits in the opposite order). The second entropy is that of all bits together; beyond 8 bits it is the sum over
+    groups of up to 8 neighbouring bits, an upper bound: a distribution over all codes for each feature does not fit
+    into memory.
     """
 
     def __init__(self, config: LFQConfig) -> None:
