@@ -14,6 +14,7 @@ TOKENIZER_STEPS, GENERATOR_STEPS = 800, 1000
 STEPS, BATCH = 150, 32
 SETS, CHOOSING = (1, 2, 3, 4), 11  # seeds of the reported samples, and of those that choose sigma
 SAMPLES = 1_000  # in a set
+SEEDS = (1, 2)  # of further post-trainings
 LONG, EVERY = 600, 100  # steps of a longer post-training, and of its measurements
 LONG_PAIRS = ("gpt", "lightningdit")
 
@@ -115,12 +116,12 @@ def last_jobs(setting: Setting, best: dict[str, float]) -> Iterator[Job]:
         yield from weak_generators(setting, pair)
         if pair.name in LONG_PAIRS:
             yield from how_long(setting, pair)
-    for pair in PAIRS:
-        others = [Post("clean"), Post("paired", best[pair.name]), Post("free"), Post("free+clean")]
-        posts = [replace(post, seed=1) for post in others]
-        for post in posts:
-            yield from post_trained(setting, pair, post)
-        yield evaluated(setting, pair, "gfid-seed1", [p.name for p in posts], sets())
+    for seed in SEEDS:
+        for pair in PAIRS:
+            posts = [Post("clean", seed=seed), Post("free", seed=seed)]
+            for post in posts:
+                yield from post_trained(setting, pair, post)
+            yield evaluated(setting, pair, f"gfid-seed{seed}", [p.name for p in posts], sets())
 
 
 def sets() -> tuple[str, ...]:
