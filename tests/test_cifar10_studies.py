@@ -143,3 +143,19 @@ def test_what_perturbation_changes_is_paired_by_seed(study):
     assert "| 2 |" in rows["without"]
     assert "| 15.00 ± 5.00 |" in rows["without"]
     assert "| -2.00 ± 1.00 |" in rows["difference"]
+
+
+def test_post_training_has_a_mean_and_an_error_over_seeds(study, tmp_path):
+    for name, end, clean, free in (("gfid", "", -1.0, -2.0), ("gfid-seed1", "-seed1", -2.0, -4.0)):
+        folder = tmp_path / study.post_training.PAIRS[0].name / name
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text("".join(
+            line("gfid_difference", value, f"{objective}{end}", "before", extractor=space)
+            for objective, value in (("clean", clean), ("free", free)) for space in study.figures.SPACES
+        ))  # fmt: skip
+    rows = study.figures.post_seeds_table(tmp_path).splitlines()[2:]
+    assert [row.split(" | ")[1:4] for row in rows] == [
+        ["2", "clean", "-1.50 ± 0.50"],
+        ["2", "free", "-3.00 ± 1.00"],
+        ["2", "free minus clean", "-1.50 ± 0.50"],
+    ]

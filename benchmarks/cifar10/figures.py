@@ -77,6 +77,7 @@ def best_sigmas(out: Path) -> dict[str, float]:
 def draw_post_training(out: Path) -> None:
     """Write ``post-training.md`` and the plots."""
     parts = [f"## {pair.name}\n\n{pair_table(out, pair)}" for pair in PAIRS if lines_of(out / pair.name / "gfid")]
+    parts += [f"## Over seeds\n\n{post_seeds_table(out)}"]
     parts += [f"## Transfer\n\n{transfer_table(out)}", f"## When it pays\n\n{pays_table(out)}"]
     (out / "post-training.md").write_text("\n\n".join(parts) + "\n")
     print("\n\n".join(parts))
@@ -107,6 +108,29 @@ def pair_table(out: Path, pair: Pair) -> str:
         ["decoder", *SPACES.values(), "validation", "KID", "rFD ResNet-56", "rFD small", "PSNR"],
         rows,
     )
+
+
+def post_seeds_table(out: Path) -> str:
+    """Change of gFD by the control and by free samples: mean and standard error over seeds of the post-training."""
+    rows = []
+    for pair in PAIRS:
+        found = {0: lines_of(out / pair.name / "gfid")}
+        found |= {seed: lines_of(out / pair.name / f"gfid-seed{seed}") for seed in post_training.SEEDS}
+        found = {seed: lines for seed, lines in found.items() if lines}
+        changes = {}  # of each objective, (seeds, spaces)
+        for objective in ("clean", "free"):
+            values = []
+            for seed, lines in found.items():
+                of = {"decoder": f"{objective}-seed{seed}" if seed else objective, "versus": "before"}
+                values.append([find(lines, "gfid_difference", space, **of)["value"] for space in SPACES.values()])
+            changes[objective] = np.array(values)
+        if len(found) > 1:
+            changes["free minus clean"] = changes["free"] - changes["clean"]
+            for name, values in changes.items():
+                errors = values.std(0, ddof=1) / len(values) ** 0.5
+                cells = (f"{m:+.2f} ± {e:.2f}" for m, e in zip(values.mean(0), errors, strict=True))
+                rows.append([pair.name, str(len(values)), name, *cells])
+    return table(["pair", "seeds", "decoder", *SPACES.values()], rows)
 
 
 def transfer_table(out: Path) -> str:

@@ -5,7 +5,7 @@ strong, it pays, and after how many steps gFD turns.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from jobs import Job
 from setting import GUIDES, Setting
