@@ -49,7 +49,10 @@ class TrainingConfig(Config):
     gradient_checkpointing: bool = Field(
         False, description="compute the activations of transformer blocks again in the backward pass: less memory"
     )
-    compile: bool = Field(False, description="compile the transformer blocks with torch.compile; a slower start")
+    compile: bool = Field(
+        False,
+        description="torch.compile of transformer blocks and whole convolutional encoders and decoders; a slow start",
+    )
     fsdp: bool = Field(False, description="shard the blocks' weights and optimiser among the processes (FSDP2)")
     workers: Workers = None
     log_every: int = Field(50, ge=1, description="steps between lines of log.jsonl")
