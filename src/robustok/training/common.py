@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +17,7 @@ from robustok.config import Config
 from robustok.data.loader import Workers
 from robustok.losses.adversarial import AdversarialConfig
 from robustok.losses.semantic import TeacherConfig, contrastive_loss
+from robustok.precision import DESCRIPTION, Precision
 from robustok.snapshots import outline_of
 from robustok.tokenizers.quantizers import AnyQuantizerConfig
 from robustok.types import TokenizerOutput
@@ -40,9 +41,7 @@ class TrainingConfig(Config):
     ema_decay: float = Field(
         0.9999, ge=0, lt=1, description="decay of the averaged weights, which snapshots hold; 0 keeps the last"
     )
-    precision: Literal["auto", "bf16", "float32"] = Field(
-        "auto", description="autocast dtype; auto is bf16 where the hardware multiplies it fast, else float32"
-    )
+    precision: Precision = Field("bf16", description=f"of products and convolutions: {DESCRIPTION}")
     gradient_accumulation: int = Field(
         1, ge=1, description="parts in which a process goes through its share of the batch; more need less memory"
     )

@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.checkpoint import checkpoint
 
-from robustok.devices import autocast
 from robustok.errors import UserError
+from robustok.precision import autocast
 from robustok.tokenizers.perturbation import PerturbationDraw
 from robustok.training.common import TrainingConfig
 
