@@ -20,7 +20,6 @@ CASES = (  # of every part; together they run most of the code
     "encoding/bf16-compiled",
     "inception/bf16-NHWC",
     "lpips/bf16-4-compiled",
-    "lpips/float32-4-package",
     "fid/decode-and-features@2",
     "fid/distance",
     "loader",
