@@ -48,13 +48,16 @@ from robustok.data.latent_cache import Manifest, create_cache, write_shard
 from robustok.data.loader import training_batches
 from robustok.data.pixels import to_pixels
 from robustok.data.sources import data_at
+from robustok.devices import layout
 from robustok.evaluation.collector import FeatureCollector
 from robustok.generators.rar import RAR, RAR_SIZES
 from robustok.generators.sampling import Sampling, draw_tokens
 from robustok.losses import perceptual, semantic
 from robustok.losses.discriminators import dino
+from robustok.metrics import lpips as lpips_module
 from robustok.metrics.features import inception
 from robustok.metrics.frechet import GaussianStatistics, covariance_factor, frechet_distance
+from robustok.precision import Precision, at_precision, cast_weights
 from robustok.randomness import image_rngs, image_uniforms
 from robustok.runs import RunFolder
 from robustok.snapshots import write_snapshot
@@ -511,17 +514,8 @@ def training(bench: Bench) -> Cases:
 
     yield "post/jpeg", decoding
 
-    def same_blocks() -> dict[str, Any]:
-        words = (*bf16, "tokenizer.encoder.drop_path=0", "tokenizer.decoder.drop_path=0")
-        return case("tokenizer", words, True)()
-
-    yield "tokenizer/compiled-without-drop-path", same_blocks
-
-    def no_limit() -> dict[str, Any]:
-        with torch._dynamo.config.patch(recompile_limit=64):
-            return case("tokenizer", compiling=True)()
-
-    yield "tokenizer/compiled-64-variants", no_limit
+    for name in ("float32", "tf32"):
+        yield f"tokenizer/{name}", case("tokenizer", (f"precision={name}",))
 
 
 # Sampling
@@ -620,21 +614,6 @@ def sampler(bench: Bench) -> Cases:
 # Encoding, decoding, Inception, evaluation
 
 
-@contextmanager
-def precision(bench: Bench, name: str) -> Iterator[None]:
-    """Context: ``float32``, ``tf32``, ``bf16``, or ``tf32-convolutions``, PyTorch's default, with float32 products."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-    try:
-        with (
-            torch.backends.cudnn.flags(enabled=True, allow_tf32=name.startswith("tf32")),
-            torch.autocast(bench.device.type, torch.bfloat16, enabled=name == "bf16"),
-        ):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 @torch.no_grad()
 def build_tokenizer(bench: Bench) -> RobusTok:
     """A tokenizer with random weights. Its codes are features of other images, and so as near as after training."""
@@ -646,7 +625,7 @@ def build_tokenizer(bench: Bench) -> RobusTok:
             scale.gamma.fill_(1.0)  # with the initial 1e-5 the blocks change nearly nothing
     model = model.requires_grad_(False).to(bench.device)
     images = torch.rand(max(2, bench.sizes.encoded // 4), 3, bench.sizes.side, bench.sizes.side, device=bench.device)
-    with precision(bench, "float32"):
+    with at_precision(bench.device, "float32"):
         features = model.features(images * 2 - 1).flatten(0, 1)
     chosen = torch.randint(len(features), (bench.sizes.codes,), generator=torch.Generator().manual_seed(0))
     model.quantizer.embedding.weight.copy_(nn.functional.normalize(features[chosen.to(bench.device)], dim=-1))
@@ -655,16 +634,20 @@ def build_tokenizer(bench: Bench) -> RobusTok:
 
 def encoding(bench: Bench) -> Cases:
     """The tokenizer on images on the device: images per second, and the share of tokens equal to those of float32."""
-    names = ("float32", "tf32-convolutions", "tf32", "bf16", "bf16-compiled")
+    names = ("float32", "tf32", "bf16-autocast", "bf16", "bf16-compiled")
 
     def measure(name: str) -> dict[str, Any]:
         model = bench.once("tokenizer", lambda: build_tokenizer(bench))
         images = bench.pixels(bench.sizes.encoded).float() / 127.5 - 1
-        encode, decode = model.encode, model.decode
+        setting = name.partition("-")[0]
+        if name.startswith("bf16") and name != "bf16-autocast":  # as the commands do it
+            model = cast_weights(copy.deepcopy(model), "bf16")
         if name.endswith("compiled"):
-            compiled = partial(COMPILE, backend="eager") if bench.tiny else COMPILE
-            encode, decode = compiled(encode), compiled(decode)
-        with torch.no_grad(), precision(bench, name.removesuffix("-compiled")):
+            backend = {"backend": "eager"} if bench.tiny else {}
+            for half in (model.encoder, model.decoder):
+                half.forward = COMPILE(half.forward, dynamic=False, **backend)
+        encode, decode = model.encode, model.decode
+        with torch.no_grad(), at_precision(bench.device, setting):
             tokens = encode(images)
             exact = bench.made.setdefault("tokens", tokens)
             row = {"batch": len(images), "encoded/s": len(images) / bench.seconds(lambda: encode(images))}
@@ -695,11 +678,11 @@ def build_inception(bench: Bench) -> inception.InceptionExtractor:
 def inception_features(bench: Bench) -> Cases:
     """Pixels on the device to pool features, and the relative distance of these to those of float32."""
 
-    def measure(name: str, layout: str) -> dict[str, Any]:
+    def measure(name: str, order: str) -> dict[str, Any]:
         extractor = bench.once("inception", lambda: build_inception(bench))
         pixels = bench.pixels(bench.sizes.encoded)
         dtype = torch.bfloat16 if name == "bf16" else torch.float32
-        memory = torch.channels_last if layout == "NHWC" else torch.contiguous_format
+        memory = torch.channels_last if order == "NHWC" else torch.contiguous_format
         network = copy.deepcopy(extractor.network).to(dtype, memory_format=memory)
 
         def features() -> Tensor:
@@ -710,7 +693,7 @@ def inception_features(bench: Bench) -> Cases:
                     x = stage(x)
             return x.float().mean(dim=(2, 3))
 
-        with torch.no_grad(), precision(bench, "tf32" if name == "tf32" else "float32"):
+        with torch.no_grad(), at_precision(bench.device, "tf32" if name == "tf32" else "float32"):
             found = features()
             seconds = bench.seconds(features)
         exact = bench.made.setdefault("features", found)
@@ -720,9 +703,9 @@ def inception_features(bench: Bench) -> Cases:
             "difference": ((found - exact).norm() / exact.norm()).item(),
         }
 
-    for layout in ("NCHW", "NHWC"):
+    for order in ("NCHW", "NHWC"):
         for name in ("float32", "tf32", "bf16"):
-            yield f"{name}-{layout}", partial(measure, name, layout)
+            yield f"{name}-{order}", partial(measure, name, order)
 
 
 def fid(bench: Bench) -> Cases:
@@ -769,31 +752,55 @@ def fid(bench: Bench) -> Cases:
 
 
 def lpips(bench: Bench) -> Cases:
-    """Forward and backward pass of LPIPS (VGG) at the recipe's batch, whole or in chunks."""
+    """Forward and backward pass of LPIPS (VGG) at the recipe's batch, whole or in chunks; ours and the package's."""
 
-    def measure(chunks: int, name: str, layout: torch.memory_format = torch.contiguous_format) -> dict[str, Any]:
+    def package() -> Callable[[Tensor, Tensor], Tensor]:
+        import lpips
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torchvision's deprecated settings
+            network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval().requires_grad_(False)
+        state = torch.load(bench.vgg(), weights_only=True)  # slice1.0.weight is features.0.weight
+        names = network.net.state_dict()
+        network.net.load_state_dict({name: state[f"features.{name.partition('.')[2]}"] for name in names})
+        network = network.to(bench.device)
+        return lambda a, b: network(b, a).mean()
+
+    def measure(
+        chunks: int, name: Precision, theirs: bool = False, compiling: bool = False, nchw: bool = False
+    ) -> dict[str, Any]:
         bench.free()
-        network = bench.once("lpips loss", lambda: perceptual.LPIPSLoss(str(bench.vgg()))).to(bench.device)
-        network = network.to(memory_format=layout)
+        network = package() if theirs else perceptual.LPIPSLoss(str(bench.vgg()), name).to(bench.device)
+        if compiling:
+            network = COMPILE(network, dynamic=False, **({"backend": "eager"} if bench.tiny else {}))
         count, side = bench.sizes.batches["tokenizer"], bench.sizes.side
-        images, found = (torch.rand(count, 3, side, side, device=bench.device) * 2 - 1 for _ in range(2))
-        images, found = (x.contiguous(memory_format=layout) for x in (images, found))
+        rng = torch.Generator().manual_seed(0)
+        images, found = (torch.rand(count, 3, side, side, generator=rng).to(bench.device) * 2 - 1 for _ in range(2))
+        values = []
 
         def step() -> None:
+            values.clear()
             for a, b in zip(images.chunk(chunks), found.chunk(chunks), strict=True):
                 b = b.detach().requires_grad_()
-                with precision(bench, name):
-                    (network(a, b) / chunks).backward()
+                with at_precision(bench.device, name):
+                    values.append(network(a, b) / chunks)
+                    values[-1].backward()
 
         before = torch.cuda.memory_allocated() if bench.cuda else 0
-        row = {"batch": count, "chunks": chunks, "ms": 1e3 * bench.seconds(step, warm=2)}
+        memory = torch.contiguous_format if nchw else layout(bench.device)
+        with mock.patch.object(lpips_module, "layout", return_value=memory):
+            row = {"batch": count, "chunks": chunks, "ms": 1e3 * bench.seconds(step, warm=2)}
+        row["value"] = sum(value.item() for value in values)
         return row | ({"peak GB": bench.peak_gb() - before / 1e9} if bench.cuda else {})
 
-    for chunks in (1, 4):
+    for chunks in (4, 1):
         yield f"bf16-{chunks}", partial(measure, chunks, "bf16")
-    yield "bf16-channels-last-4", partial(measure, 4, "bf16", torch.channels_last)
+    yield "bf16-4-compiled", partial(measure, 4, "bf16", compiling=True)
+    yield "bf16-4-package", partial(measure, 4, "bf16", theirs=True)
+    yield "bf16-4-NCHW", partial(measure, 4, "bf16", nchw=True)
     for name in ("tf32", "float32"):
         yield f"{name}-4", partial(measure, 4, name)
+    yield "float32-4-package", partial(measure, 4, "float32", theirs=True)
 
 
 # Data
@@ -875,7 +882,7 @@ def waits(bench: Bench) -> Cases:
                 stack.close()
 
         with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
-            words = ("batch_size=4", "precision=bf16", *words)
+            words = ("batch_size=4", "precision=bf16", "compile=false", *words)
             train, run = training_run(inner, name, Path(folder), words, 16)
             run = run.model_copy(update={"steps": 5})
             with short_training(inner, between), stack:

@@ -2,8 +2,7 @@
 
     python benchmarks/precision.py
 
-bf16 is faster where the hardware multiplies it (a GPU, a CPU with AMX or AVX512-BF16); ``precision=auto`` chooses it
-there.
+bf16 is faster where the hardware multiplies it: a GPU, a CPU with AMX or AVX512-BF16.
 """
 
 import time
@@ -11,7 +10,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from robustok.devices import autocast, has_fast_bf16
+from robustok.precision import autocast, has_fast_bf16
 from robustok.tokenizers.quantizer import QuantizerConfig
 from robustok.tokenizers.robustok import RobusTok, RobusTokConfig, ViTConfig
 

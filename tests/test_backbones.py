@@ -73,9 +73,6 @@ def test_encoder_decoder_and_teacher_start_alike(files):
         assert torch.equal(starts[2].state_dict()[name], value)
     assert torch.equal(starts[0].patch_embed.proj.weight, starts[2].patch_embed.proj.weight)
     assert starts[0].pos_embed.shape == (1, 17, 384)
-    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in starts[0].blocks]
-    assert rates == pytest.approx([0.1 * i / 11 for i in range(12)])
-    assert not any(getattr(block.drop_path1, "drop_prob", 0.0) for block in starts[2].blocks)
     with torch.device("meta"):  # as a snapshot is loaded, without the backbone's file
         assert RobusTok(config).state_dict().keys() == tokenizer.state_dict().keys()
 

@@ -341,9 +341,14 @@ HOW = {
     "bf16": ("precision=bf16",),
     "parts": ("gradient_accumulation=2", "gradient_checkpointing=true"),
     "compiled": ("compile=true",),
+    "tf32": ("precision=tf32",),
 }
 TRAININGS = ["tokenizer", "continuous", "rar", "gpt", "sit", "lightningdit", "post", "authors"]
-FEWER = {"parts": ["tokenizer", "rar", "post"], "compiled": ["tokenizer", "rar"]}  # the rest: same code, or no blocks
+FEWER = {  # the rest is the same code
+    "parts": ["tokenizer", "rar", "post"],
+    "compiled": ["tokenizer", "continuous", "rar", "post"],
+    "tf32": ["tokenizer", "continuous", "post"],
+}
 
 
 @pytest.mark.parametrize(("name", "how"), [(name, how) for how in HOW for name in FEWER.get(how, TRAININGS)])

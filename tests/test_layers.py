@@ -18,6 +18,7 @@ LAYERS = (
         "files",
         "hub",
         "devices",
+        "precision",
         "console",
         "settings",
         "yaml_text",

@@ -1,9 +1,7 @@
-"""Devices, precision and processes: the only module beside commands and training that imports accelerate."""
+"""Devices and processes: the only module beside commands and training that imports accelerate."""
 
 import os
-from contextlib import nullcontext
 from datetime import timedelta
-from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -11,6 +9,7 @@ from torch import Tensor
 
 from robustok.environment import ignore_leftovers
 from robustok.errors import UserError
+from robustok.precision import Precision, note_slow, use_precision
 
 
 def rank_rows(global_batch: int, rank: int, world: int) -> slice:
@@ -26,23 +25,24 @@ def rank_rows(global_batch: int, rank: int, world: int) -> slice:
     return slice(rank * global_batch // world, (rank + 1) * global_batch // world)
 
 
-def start_accelerator(batch_size: int = 0, parts: int = 1) -> Accelerator:
+def start_accelerator(batch_size: int = 0, parts: int = 1, precision: Precision = "float32") -> Accelerator:
     """The accelerator of this process, alone or of several under `torchrun` or `accelerate launch`.
 
     Args:
         batch_size: global batch.
         parts: steps of gradient accumulation, into which every process divides its rows.
+        precision: of float32 in this process from now on; a training in bf16 has autocast besides.
 
     Raises:
         UserError: the global batch does not divide among the processes, or its rows into parts; or the environment
             has some of a launcher's variables only.
     """
     ignore_leftovers()
-    # By default PyTorch's float32 is TF32 in a GPU's convolutions and exact in its products: here it is exact in both.
-    torch.backends.cudnn.allow_tf32 = False
+    use_precision(precision)
     # Without cpu=True, every process of a `torchrun` without GPUs would be the only process of its own run.
     views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # no second copy of the gradients
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no", kwargs_handlers=[views])
+    note_slow(accelerator.device, precision)
     share = rank_rows(batch_size, accelerator.process_index, accelerator.num_processes)
     if (share.stop - share.start) % parts:
         raise UserError(
@@ -77,26 +77,19 @@ def first_to_fail() -> bool:
         return os.environ["RANK"] == "0"
 
 
-def autocast(device: torch.device, precision: str) -> Any:
-    """Autocast to bf16 if ``precision`` is "bf16", or "auto" and the hardware is fast at it; else a null context."""
-    if precision == "auto":
-        precision = "bf16" if has_fast_bf16(device) else "float32"
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-
-
-def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bf16: recent GPUs, and CPUs with AMX or AVX512-BF16."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return False
-
-
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A CPU tensor on a device. The host does not wait: CUDA copies pinned memory while the host goes on."""
     pinned = tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
     return pinned.to(device, non_blocking=True)
+
+
+def layout(device: torch.device) -> torch.memory_format:
+    """Order in memory of the images and features of a convolutional network.
+
+    Channels last on a GPU, whose convolutions would rearrange them otherwise: LPIPS takes 14 % less time on an H100. On
+    a CPU it takes 10 % more, and group norms lose up to three digits.
+    """
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
 class Reading:

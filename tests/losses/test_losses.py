@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torchvision.models.vgg import cfgs, make_layers
 
 from robustok.errors import UserError
 from robustok.losses.adversarial import LeCam, adaptive_weight, generator_loss, hinge_loss, lecam_loss
@@ -90,13 +91,10 @@ def test_perceptual_loss_of_a_classifier(classifier):
     torch.testing.assert_close(loss, plain)
 
 
-@pytest.mark.filterwarnings("ignore:The parameter 'pretrained':UserWarning", "ignore:Arguments other than:UserWarning")
 def test_lpips_from_a_local_file(tmp_path):
     pytest.importorskip("lpips", reason="the extra robustok[lpips] is not installed")
-    from torchvision.models import vgg16
-
     torch.manual_seed(0)
-    network = vgg16(weights=None, init_weights=False).features
+    network = make_layers(cfgs["D"])
     state = {f"features.{name}": value for name, value in network.state_dict().items()}  # as in torchvision's file
     torch.save(state, tmp_path / "vgg16.pth")
     loss = LPIPSLoss(str(tmp_path / "vgg16.pth"))
@@ -118,16 +116,25 @@ def test_lpips_from_a_local_file(tmp_path):
         torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1),
     )
     a, b, plain = (images - shift) / scale, (other.detach() - shift) / scale, 0.0
-    heads = iter(loss.network.lins)
+    heads = iter(loss.network.heads)
     for i, layer in enumerate(network):
         a, b = layer(a), layer(b)
         if i in (3, 8, 15, 22, 29):  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
             difference = (F.normalize(a, dim=1, eps=1e-10) - F.normalize(b, dim=1, eps=1e-10)).square()
-            plain = plain + next(heads)(difference).mean()
+            plain = plain + F.conv2d(difference, next(heads)).mean()
     torch.testing.assert_close(found, plain, rtol=1e-3, atol=1e-6)
 
+    rounded = LPIPSLoss(str(tmp_path / "vgg16.pth"), "bf16")  # is in bf16 whatever is around it
+    seen = []
+    rounded.network.features[-1].register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        value = rounded(images, other)
+    assert torch.equal(value, rounded(images, other))
+    assert set(seen) == {torch.bfloat16}
+    assert value.dtype == torch.float32  # the mean over positions
+    torch.testing.assert_close(value, found, rtol=0.02, atol=0)
 
-@pytest.mark.filterwarnings("ignore:The parameter 'pretrained':UserWarning", "ignore:Arguments other than:UserWarning")
+
 def test_lpips_with_unusable_weights(tmp_path):
     pytest.importorskip("lpips", reason="the extra robustok[lpips] is not installed")
     torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "other.pth")

@@ -1,13 +1,18 @@
 import os
+import shutil
 import sys
+import warnings
+from pathlib import Path
 from urllib.error import URLError
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torchvision.models import alexnet
+from torchvision.models.vgg import cfgs, make_layers
 
 from robustok.errors import UserError
-from robustok.metrics.lpips import LPIPS
+from robustok.metrics.lpips import LPIPS, load_lpips
 
 SHAPES = {0: (64, 3, 11, 11), 3: (192, 64, 5, 5), 6: (384, 192, 3, 3), 8: (256, 384, 3, 3), 10: (256, 256, 3, 3)}
 
@@ -60,7 +65,7 @@ def by_hand(a, b, state, heads):
 
 def test_it_is_the_distance_of_the_paper_with_the_package_s_linear_layers(metric, state):
     a, b = pair()
-    heads = [layer.model[-1].weight for layer in metric.network.lins]  # each (1, C, 1, 1)
+    heads = list(metric.network.heads)  # each (1, C, 1, 1)
     assert (torch.cat([head.flatten() for head in heads]) >= 0).all()
     found = metric(a, b)
     assert found.shape == (3,)
@@ -144,6 +149,47 @@ def test_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)
     with pytest.raises(UserError, match=r"pip install 'robustok\[lpips\]'"):
         LPIPS()
+
+
+@pytest.mark.parametrize("net", ["alex", "vgg"])
+def test_it_is_the_package_s(tmp_path, net):
+    """With the same random weights below; its linear layers may come from a file, without the package."""
+    import lpips
+
+    torch.manual_seed(0)
+    network = alexnet(weights=None).features if net == "alex" else make_layers(cfgs["D"])
+    for layer in network:
+        if isinstance(layer, torch.nn.Conv2d):  # so that deep features vary as much as the first ones
+            torch.nn.init.kaiming_normal_(layer.weight)
+    weights = {f"features.{name}": tensor for name, tensor in network.state_dict().items()}
+    torch.save(weights, tmp_path / "weights.pth")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torchvision's deprecated settings
+        theirs = lpips.LPIPS(net=net, pnet_rand=True, verbose=False).eval()
+    own = theirs.net.state_dict()  # slice1.0.weight is features.0.weight
+    theirs.net.load_state_dict({name: weights[f"features.{name.partition('.')[2]}"] for name in own})
+    images = torch.randint(0, 256, (2, 3, 3, 64, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    a, b = (x.float() / 127.5 - 1 for x in images)
+    with torch.no_grad():
+        expected = theirs(a, b).flatten()
+    linear = shutil.copy(Path(lpips.__file__).parent / f"weights/v0.1/{net}.pth", tmp_path / "linear.pth")
+    assert expected.min() > 0.05
+    for path in (None, linear):
+        assert (LPIPS(net, tmp_path / "weights.pth", linear=path)(*images) - expected).abs().max() < 1e-5
+
+    x, y = (b.clone().requires_grad_() for _ in range(2))
+    load_lpips(net, tmp_path / "weights.pth", linear, ("", ""))[0](a, x).sum().backward()
+    theirs(a, y).sum().backward()
+    assert (x.grad - y.grad).norm() < 1e-4 * y.grad.norm()
+
+
+def test_linear_layers_of_another_network(tmp_path, weights):
+    import lpips
+
+    other = Path(lpips.__file__).parent / "weights/v0.1/vgg.pth"
+    for file, said in ((other, "of another network than AlexNet"), (weights, "holds no linear layers of LPIPS")):
+        with pytest.raises(UserError, match=f"{said}.*alex.pth as lpips.linear"):
+            LPIPS("alex", weights, linear=file)
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0"

@@ -304,14 +304,6 @@ def test_weights_that_are_not_finite_do_not_replace_a_good_state(folder):
 # Devices, signals and pictures
 
 
-def test_float32_is_nowhere_tf32(monkeypatch):
-    """PyTorch starts with TF32 in convolutions, which flips tokens: on a GPU ``encode`` would not be in float32."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    start_accelerator()
-    assert not torch.backends.cudnn.allow_tf32
-    assert torch.get_float32_matmul_precision() == "highest"
-
-
 def test_sigterm_is_noted():
     before = signal.getsignal(signal.SIGTERM)
     with termination() as received:

@@ -189,7 +189,9 @@ def test_checkpointing_keeps_less_and_changes_no_gradient():
 
 def test_compilation_leaves_the_names(monkeypatch):
     compiled, original = [], torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f: compiled.append(f) or original(f, backend="eager"))
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **words: compiled.append(f) or original(f, backend="eager", **words)
+    )
     model, plain = rar(), rar()
     adapt_blocks(model, checkpointing=True, compiling=True)
     assert len(compiled) == 2

@@ -26,7 +26,6 @@ from robustok.commands.train_classifier import TrainClassifierRun
 from robustok.config import Config, plain
 from robustok.data.dataset import open_images
 from robustok.data.latent_cache import LatentCache
-from robustok.devices import has_fast_bf16
 from robustok.generators import build_generator, check_kind, load_generator
 from robustok.generators.continuous import ContinuousConfig
 from robustok.hub import is_remote
@@ -232,8 +231,7 @@ def _training(
     if blocks:
         adapt_blocks(model, checkpointing=True, compiling=False)
         checkpointed = step_bytes(step, (model, *others))
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    bf16 = run.precision == "bf16" or (run.precision == "auto" and has_fast_bf16(device))
+    bf16 = run.precision == "bf16"
     scale, copy = (BF16_SHARE, 2 * size) if bf16 else (1, 0)
     return {
         **({"discriminator_parameters": discriminator} if discriminator else {}),

@@ -27,8 +27,9 @@ from robustok.data.loader import Workers, batches_of
 from robustok.data.manifest import LatentType, Manifest
 from robustok.data.pixels import from_pixels
 from robustok.data.sources import Data
-from robustok.devices import autocast, start_accelerator
+from robustok.devices import start_accelerator
 from robustok.files import inside, locked, writing
+from robustok.precision import DESCRIPTION, Precision, at_precision, cast_weights
 from robustok.randomness import seeded
 from robustok.tokenizers import encoder_digest, load_tokenizer
 from robustok.training.inputs import image_digest
@@ -41,7 +42,7 @@ class CacheSettings(Config):
 
     batch_size: int = Field(64, ge=1, description="records computed at a time")
     shard_size: int = Field(10_000, ge=1, description="records in a shard")
-    precision: Literal["auto", "bf16", "float32"] = Field("float32", description="autocast dtype")
+    precision: Precision = Field("float32", description=f"of products and convolutions: {DESCRIPTION}")
     dtype: LatentType = Field("float32", description="type of continuous latents on disk")
 
 
@@ -105,6 +106,8 @@ def encode(run: EncodeRun) -> Path:
         dtype=run.cache.dtype,
     )
 
+    cast_weights(tokenizer, run.cache.precision)  # after its digest
+
     def read_ahead(stream: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, Batch]]:
         """Record numbers with their images, each of which is decoded once for all its records."""
         records, draws = tee(stream)
@@ -122,7 +125,7 @@ def encode(run: EncodeRun) -> Path:
         pixels = batch.pixels
         pixels = five_crops(pixels, size)[rows, crops - 1] if run.crops == "ten" else pixels[rows]  # (n, 3, H, W)
         pixels = torch.where(flips.bool().to(pixels.device)[:, None, None, None], pixels.flip(-1), pixels)
-        with autocast(accelerator.device, run.cache.precision):
+        with at_precision(accelerator.device, run.cache.precision):
             latents = tokenizer.encode(from_pixels(pixels))
         labels, indices = batch.labels[rows], batch.indices[rows]
         seeds = torch.zeros_like(indices)

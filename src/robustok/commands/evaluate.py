@@ -81,6 +81,6 @@ def _sample(run: EvaluateRun, number: int) -> Path:
             count=run.samples.count,
             sampling=run.samples.sampling,
             seed=seed,
-            cache=SampleCacheSettings(batch_size=run.batch_size),
+            cache=SampleCacheSettings(batch_size=run.batch_size, precision=run.precision),
         )
     )

@@ -15,11 +15,12 @@ from robustok.commands.encode import CacheSettings, fill_cache
 from robustok.commands.image_files import write_images
 from robustok.config import Config, plain
 from robustok.data.manifest import Manifest
-from robustok.devices import autocast, start_accelerator
+from robustok.devices import start_accelerator
 from robustok.errors import UserError
 from robustok.files import tensor_digest
 from robustok.generators import SamplingConfig, check_sampling, load_generator
 from robustok.generators.pipeline import PipelineGenerator
+from robustok.precision import at_precision, cast_weights
 from robustok.randomness import image_rngs
 from robustok.snapshots import read_header
 from robustok.tokenizers import encoder_digest, load_tokenizer
@@ -88,7 +89,7 @@ def generate(run: GenerateRun) -> Path:
 
     def make(records: np.ndarray) -> dict[str, Tensor]:
         labels = wanted[records % len(wanted)]
-        with autocast(accelerator.device, run.cache.precision):
+        with at_precision(accelerator.device, run.cache.precision):
             latents = generator.generate(labels, sampling, image_rngs(run.seed, records.tolist()))
         return record_fields(latents, labels, indices=torch.full((len(records),), -1), records=records)
 
@@ -104,9 +105,10 @@ def generate(run: GenerateRun) -> Path:
     }
     names = read_header(run.generator).get("class_names")
     manifest = manifest_of(generator, run.cache, run.count, None, source, names)
+    cast_weights(generator, run.cache.precision)  # after its digest
     fill_cache(run.out, manifest, make, run.cache.batch_size, accelerator, "generate")
     if tokenizer is not None:
-        write_images(run.out, tokenizer, run.images, run.cache.batch_size, accelerator)
+        write_images(run.out, tokenizer, run.images, run.cache.batch_size, accelerator, run.cache.precision)
     return run.out
 
 

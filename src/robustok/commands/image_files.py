@@ -20,12 +20,18 @@ from robustok.data.latent_checks import check_cache
 from robustok.data.pixels import to_pixels
 from robustok.errors import UserError
 from robustok.files import json_lines, regular_file, tensor_digest, write_file, writing
+from robustok.precision import Precision, at_precision, cast_weights
 from robustok.tokenizers import encoder_digest
 from robustok.types import Tokenizer
 
 
 def write_images(
-    out: Path, tokenizer: Tokenizer, kind: Literal["npz", "png"], batch_size: int, accelerator: Accelerator
+    out: Path,
+    tokenizer: Tokenizer,
+    kind: Literal["npz", "png"],
+    batch_size: int,
+    accelerator: Accelerator,
+    precision: Precision = "float32",
 ) -> None:
     """Decode a cache to images on disk; what is already there is kept, what is missing is made.
 
@@ -40,10 +46,14 @@ def write_images(
     cache = LatentCache(out)
     check_cache(cache, encoder_digest(tokenizer))
     target = out / ("samples.npz" if kind == "npz" else "png")
-    with writing(out):
+    facts = {"decoder": tensor_digest(tokenizer.state_dict()), "images": len(cache)}
+    facts |= {} if precision == "float32" else {"precision": precision}
+    device = next(tokenizer.parameters()).device
+    with writing(out), at_precision(device, precision):
         if accelerator.is_main_process:
-            _claim(target, {"decoder": tensor_digest(tokenizer.state_dict()), "images": len(cache)})
+            _claim(target, facts)
         accelerator.wait_for_everyone()
+        cast_weights(tokenizer, precision)
         if kind == "png":
             _write_pngs(target, cache, tokenizer, batch_size, accelerator)
         elif not target.exists():

@@ -17,10 +17,11 @@ from robustok.data.labels import check_same_classes
 from robustok.data.latent_cache import LatentCache
 from robustok.data.latent_checks import check_cache, check_center_crops, check_real_latents
 from robustok.data.pixels import from_pixels, to_pixels
-from robustok.devices import autocast, start_accelerator
+from robustok.devices import start_accelerator
 from robustok.files import tensor_digest
 from robustok.generators import SamplingConfig, check_kind, check_sampling
 from robustok.generators.pipeline import PipelineGenerator
+from robustok.precision import at_precision, cast_weights
 from robustok.randomness import image_rngs
 from robustok.snapshots import read_header
 from robustok.tokenizers import encoder_digest, load_tokenizer
@@ -96,7 +97,7 @@ def make_pairs(run: MakePairsRun) -> Path:
     def make(records: np.ndarray) -> dict[str, Tensor]:
         real = cache.read(rows[records])
         rngs = image_rngs(run.seed, records.tolist())
-        with autocast(accelerator.device, run.cache.precision):
+        with at_precision(accelerator.device, run.cache.precision):
             latents = generator.generate(real.labels, sampling, rngs, real.latents, run.sigma)
             if tokenizer is not None:
                 latents = reencode(tokenizer, latents)
@@ -119,6 +120,8 @@ def make_pairs(run: MakePairsRun) -> Path:
         for problem in generator.check(cache.read(rows[:CHECKED]).latents):
             warnings.warn(problem, stacklevel=1)
     manifest = manifest_of(generator, run.cache, len(rows), cache.manifest.data, source, names)
+    for model in filter(None, (generator, tokenizer)):
+        cast_weights(model, run.cache.precision)  # after their digests
     fill_cache(run.out, manifest, make, run.cache.batch_size, accelerator, "make-pairs")
     return run.out
 

@@ -3,6 +3,7 @@
 import importlib.metadata
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from robustok.metrics.frechet import Estimate, check_varied, frechet_distance
 from robustok.metrics.lpips import LPIPS
 from robustok.metrics.processes import ALONE, Processes
 from robustok.metrics.reference import Part, Reference, cached_reference, load_reference
+from robustok.precision import Model, at_precision, cast_weights
 from robustok.snapshots import read_header
 from robustok.types import FeatureExtractor, Measurement, Tokenizer
 
@@ -54,7 +56,7 @@ class Evaluator:
         self.official = [config.name in ("inception", "dinov2") for config in configs]  # spaces of published values
         self.pair_metrics = {name: m.function for name, m in METRICS.items() if m.applies_to == "pairs"}
         if "lpips" in self.wanted:
-            self.pair_metrics["lpips"] = LPIPS(run.lpips.net, run.lpips.weights, device)
+            self.pair_metrics["lpips"] = LPIPS(run.lpips.net, run.lpips.weights, device, run.lpips.linear)
         self.opened: dict[tuple[Any, ...], ImageDataset] = {}
         self.references: dict[tuple[str, int], Reference] = {}
         self.normalisers: dict[tuple[int | tuple[int, int], int], float] = {}  # of FDr-k, by size and space
@@ -244,9 +246,24 @@ class Evaluator:
 
         @torch.no_grad()
         def decode(latents: Tensor) -> Tensor:
-            return to_pixels(tokenizer.decode(latents.to(self.device)))
+            with self.precisely():
+                return to_pixels(tokenizer.decode(latents.to(self.device)))
 
         return decode
+
+    @torch.no_grad()
+    def encode(self, tokenizer: Tokenizer, images: Tensor) -> Tensor:
+        """Latents of images (n, 3, H, W) in [-1, 1]."""
+        with self.precisely():
+            return tokenizer.encode(images)
+
+    def ready(self, model: Model) -> Model:
+        """A tokenizer or generator for computations in the run's precision, which changes digests of its weights."""
+        return cast_weights(model, self.run.precision)
+
+    def precisely(self) -> AbstractContextManager[Any]:
+        """Context: the run's precision."""
+        return at_precision(self.device, self.run.precision)
 
     def decoded(self, tokenizer: Tokenizer, cache: LatentCache) -> Iterator[tuple[Tensor, Tensor]]:
         """Indices (n,) and pixels (n, 3, H, W) of this process's share of the latents, a batch at a time."""
@@ -282,6 +299,8 @@ class Evaluator:
         ``extractor`` names the feature spaces of a metric of several; otherwise it is that of ``space``.
         """
         versions = {name: importlib.metadata.version(name) for name in ("robustok", "torch")}
+        if "source" not in details:  # which finished images have, that no network of this run made
+            details = {"precision": self.run.precision} | details
         for name in sorted(self.run.tags.keys() & details):
             warnings.warn(f"tags.{name} is left out of the lines in which {name} is measured", stacklevel=2)
         details = {"uint8": "trunc(127.5 x + 128)"} | dict(self.run.tags) | details | {"versions": versions}

@@ -21,6 +21,7 @@ from robustok.metrics.grid import decoded_statistics
 from robustok.metrics.lpips import BACKBONES, LPIPS
 from robustok.metrics.pixels import capped_psnr
 from robustok.metrics.processes import ALONE, Processes
+from robustok.precision import exact_float32
 from robustok.tokenizers import encoder_digest
 from robustok.types import FeatureExtractor, Tokenizer
 
@@ -83,7 +84,11 @@ class HeldOutScore:
     @torch.no_grad()
     def __call__(self, decode: Callable[[Tensor], Tensor]) -> list[float]:
         """The distance of each set, decoded by ``decode``, a function of latents."""
-        images = lambda part: to_pixels(decode(part.to(self._device)))  # noqa: E731
+
+        def images(part: Tensor) -> Tensor:
+            with exact_float32(self._device):  # whatever the training's precision is
+                return to_pixels(decode(part.to(self._device)))
+
         found = (decoded_statistics(latents, images, self._extract) for latents in self._sets)
         return [frechet_distance(statistics, self._reference, self._factor) for statistics in found]
 
@@ -108,7 +113,7 @@ class ReconstructionScore:
         self._real, left = GaussianStatistics(self._extract.dim), count
         for batch in batches_in_order(data, batch_size=64, workers=workers, device=self._device):
             pixels = batch.pixels[:left]
-            with torch.no_grad():
+            with torch.no_grad(), exact_float32(self._device):
                 self._batches.append((pixels.cpu(), tokenizer.encode(from_pixels(pixels)).cpu()))
             self._real.update(self._extract(pixels).cpu())
             if (left := left - len(pixels)) <= 0:
@@ -119,7 +124,8 @@ class ReconstructionScore:
         """``rfd``, ``psnr`` in dB and, where its weights are at hand, ``lpips_alex`` of the reconstructions."""
         statistics, pairs = GaussianStatistics(self._extract.dim), {"psnr": [], "lpips_alex": []}
         for real, latents in self._batches:
-            pixels = to_pixels(decode(latents.to(self._device)))
+            with exact_float32(self._device):
+                pixels = to_pixels(decode(latents.to(self._device)))
             statistics.update(self._extract(pixels).cpu())
             pairs["psnr"].append(capped_psnr(pixels.cpu(), real))
             if self._lpips is not None:

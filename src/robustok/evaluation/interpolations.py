@@ -44,7 +44,8 @@ def interpolations(
     for rows in torch.arange(len(own)).split(evaluator.run.batch_size):
         indices = own[rows]
         between = interpolated_latents(latents[indices], near[rows], keys, vectors, settings.alpha, seed, indices)
-        pixels = to_pixels(decode(between))
+        with evaluator.precisely():
+            pixels = to_pixels(decode(between))
         for collector in collectors:
             collector.update(indices, pixels)
     details = {
@@ -69,5 +70,5 @@ def _encoded(evaluator: Evaluator, tokenizer: Tokenizer, images: ImageDataset, c
     draws = (Draw(rows[indices].numpy()) for indices in evaluator.own(len(rows)))
     for batch in batches_of(images, draws, evaluator.run.workers, evaluator.device):
         if len(batch.indices):
-            parts.append((batch.indices, tokenizer.encode(batch.images).cpu()))
+            parts.append((batch.indices, evaluator.encode(tokenizer, batch.images).cpu()))
     return evaluator.processes.in_order(parts)

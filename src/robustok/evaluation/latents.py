@@ -30,8 +30,7 @@ def gap(
     images = evaluator.open(evaluator.run.data, tokenizer.image_size, "train")
     encoded, labels = [], []
     for batch in evaluator.batches(images):
-        with torch.no_grad():
-            encoded.append((batch.indices, tokenizer.encode(batch.images).cpu()))
+        encoded.append((batch.indices, evaluator.encode(tokenizer, batch.images).cpu()))
         labels.append((batch.indices, batch.labels))
     encoded, labels = evaluator.processes.in_order(encoded), evaluator.processes.in_order(labels)
     generated = torch.cat([cache.read(slice(None)).latents for cache in sets])
@@ -60,8 +59,7 @@ def _encoded_again(evaluator: Evaluator, tokenizer: Tokenizer, latents: Tensor) 
     """The latents of the images, rounded to uint8, that these latents decode to."""
     decode, found = evaluator.decoder(tokenizer), []
     for indices in evaluator.own(len(latents)):
-        with torch.no_grad():
-            found.append((indices, tokenizer.encode(from_pixels(decode(latents[indices]))).cpu()))
+        found.append((indices, evaluator.encode(tokenizer, from_pixels(decode(latents[indices]))).cpu()))
     return evaluator.processes.in_order(found)
 
 
@@ -70,12 +68,12 @@ def _teacher_forced(
 ) -> list[Measurement]:
     """How well the generator predicts the tokens (N, L) of real images with these labels (N,) of these classes."""
     path = evaluator.run.samples.generator
-    generator = load_generator(path).to(evaluator.device)
+    generator = evaluator.ready(load_generator(path)).to(evaluator.device)
     check_same_classes(read_header(path).get("class_names"), classes, str(path), "the images")
     k, scores = min(BEST, generator.codebook_size), []
     for indices in evaluator.own(len(tokens)):
         real = tokens[indices].to(evaluator.device)
-        with torch.no_grad():
+        with torch.no_grad(), evaluator.precisely():
             logits = generator.logits(real, labels[indices].to(evaluator.device))[:, :-1]
         scores.append((indices, prediction_scores(logits, real, k)))
     counts = count_tokens(tokens, generator.codebook_size)

@@ -42,6 +42,7 @@ def reconstructions(evaluator: Evaluator, path: Path, samples: Sequence[Path] = 
     for cache in caches:
         check_free_samples(cache)
         check_cache(cache, encoder_digest(tokenizer))
+    evaluator.ready(tokenizer)
     generated = torch.cat([cache.read(slice(None)).latents for cache in caches]) if caches else None
     images, decode = evaluator.open(evaluator.run.data, tokenizer.image_size, "test"), evaluator.decoder(tokenizer)
     evaluator.check_count("reconstructions", len(images))
@@ -53,14 +54,12 @@ def reconstructions(evaluator: Evaluator, path: Path, samples: Sequence[Path] = 
     collectors = [FeatureCollector(extractor, parts) for extractor in evaluator.extractors if compared]
     encoded, pairs, again = [], [], []
     for batch in evaluator.batches(images):
-        with torch.no_grad():
-            latents = tokenizer.encode(batch.images)
+        latents = evaluator.encode(tokenizer, batch.images)
         pixels, real = decode(latents), batch.pixels
         encoded.append((batch.indices, latents.cpu()))
         pairs.append((batch.indices, pair_values(evaluator, pixels, real)))
         if "token_agreement" in of_tokens:
-            with torch.no_grad():
-                same = (tokenizer.encode(from_pixels(pixels)) == latents).double().mean(dim=1)
+            same = (evaluator.encode(tokenizer, from_pixels(pixels)) == latents).double().mean(dim=1)
             again.append((batch.indices, same.cpu()))
         for collector in collectors:
             collector.update(batch.indices, pixels)

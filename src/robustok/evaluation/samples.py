@@ -45,6 +45,7 @@ def decoded_samples(evaluator: Evaluator, latents: list[Path], decoders: Mapping
         tokenizer = load_tokenizer(path).to(evaluator.device)
         for cache in sets:
             check_cache(cache, encoder_digest(tokenizer))
+        evaluator.ready(tokenizer)
         details = {"decoder": name} | _post_training_details(path) | shared
         if evaluator.wanted_of("samples"):
             compared = [

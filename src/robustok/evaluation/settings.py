@@ -26,6 +26,7 @@ from robustok.metrics.interpolation import InterpolationConfig
 from robustok.metrics.lpips import Backbone
 from robustok.metrics.noise import AnyNoiseGrid, NoiseGrid
 from robustok.metrics.pfid import PerturbedGrid, RelativeGrid
+from robustok.precision import DESCRIPTION, Precision
 from robustok.types import Measurement
 
 
@@ -37,7 +38,7 @@ def _known_metrics(names: list[str] | Literal["all"]) -> list[str] | Literal["al
 
 
 def _no_measured_fields(tags: dict[str, str | float | int]) -> dict[str, str | float | int]:
-    measured = {field.name for field in fields(Measurement)} | {"uint8", "versions"}
+    measured = {field.name for field in fields(Measurement)} | {"uint8", "precision", "versions"}
     if taken := sorted(tags.keys() & measured):
         raise ValueError(f"{taken[0]!r} is measured and would be replaced; give the tag another name")
     return tags
@@ -74,6 +75,9 @@ class LPIPSConfig(Config):
 
     net: Backbone = Field("alex", description="it is part of the metric's name")
     weights: Path | None = Field(None, description="file of its weights; null is torch.hub's cache or download")
+    linear: Path | None = Field(
+        None, description="file of the linear layers, weights/v0.1/NET.pth; null: that of the lpips package"
+    )
 
 
 class PFIDConfig(Config):
@@ -144,6 +148,10 @@ class EvaluateRun(Config):
     comparison: ComparisonConfig = ComparisonConfig()
     allow_fewer: bool = Field(
         False, description="measure published protocols on fewer than their 50,000 images; the name then has @COUNT"
+    )
+    precision: Precision = Field(
+        "float32",
+        description=f"of encoding, sampling and decoding: {DESCRIPTION}; features and statistics are exact",
     )
     seed: int = Field(0, ge=0, description="seed of samples, perturbations, halves and shuffles")
     batch_size: int = Field(64, ge=1, description="images at a time")

@@ -75,8 +75,8 @@ class ContinuousGenerator(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of its weights."""
-        return next(self.parameters()).dtype
+        """Type of noise and latents: that of its weights, at least float32, as some weights may be rounded."""
+        return torch.promote_types(next(self.parameters()).dtype, torch.float32)
 
     # Normalised latents
 

@@ -16,7 +16,7 @@ from robustok.errors import UserError
 from robustok.losses.semantic import gather_with_gradient
 from robustok.metrics.features import ExtractorConfig, load_extractor
 from robustok.metrics.frechet import GaussianStatistics, check_varied, covariance_factor
-from robustok.metrics.guards import exact_float32
+from robustok.precision import exact_float32
 from robustok.types import FeatureExtractor
 
 # The extractors' differentiable functions of images (N, 3, H, W) in [-1, 1].

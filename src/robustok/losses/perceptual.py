@@ -1,12 +1,14 @@
 """Perceptual losses: LPIPS, and the same without learned weights on any network's feature maps."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustok.metrics.lpips import check_sides, load_lpips
+from robustok.precision import Precision
 
 
 def perceptual_loss(maps: Callable[[Tensor], Sequence[Tensor]], images: Tensor, reconstructions: Tensor) -> Tensor:
@@ -26,23 +28,29 @@ def perceptual_loss(maps: Callable[[Tensor], Sequence[Tensor]], images: Tensor, 
 
 
 class LPIPSLoss(nn.Module):
-    """LPIPS with VGG-16 from the lpips package, in eval mode (in the authors' code its dropout is on).
+    """LPIPS with VGG-16, without dropout (in the authors' code it is on).
 
     Args:
         weights: local file with torchvision's vgg16 state dict; None uses torchvision's cache or download.
+        precision: of the features; in bf16 they are normalised in bf16, too.
+        linear: file of the linear layers; None takes that of the lpips package.
 
     Raises:
         UserError: the package or the weights are missing; images of fewer than 16 pixels a side.
     """
 
     REMEDY = "set reconstruction.perceptual=classifier or none"
+    SETTINGS = ("reconstruction.perceptual_weights", "reconstruction.perceptual_linear")
 
-    def __init__(self, weights: str | None = None) -> None:
+    def __init__(
+        self, weights: str | None = None, precision: Precision = "float32", linear: str | Path | None = None
+    ) -> None:
         super().__init__()
-        self.network, _ = load_lpips("vgg", weights, setting="reconstruction.perceptual_weights")
+        network, _ = load_lpips("vgg", weights, linear, self.SETTINGS)
+        self.network = network.to(torch.bfloat16 if precision == "bf16" else torch.float32)
         self.eval()
 
     def forward(self, images: Tensor, reconstructions: Tensor) -> Tensor:
-        """Mean LPIPS of images (N, 3, H, W) in [-1, 1]."""
+        """Mean LPIPS of images (N, 3, H, W) in [-1, 1], the first of which get no gradient."""
         check_sides("vgg", images.shape, self.REMEDY)
-        return self.network(reconstructions, images).mean()
+        return self.network(images, reconstructions).mean()

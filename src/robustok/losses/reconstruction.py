@@ -13,6 +13,7 @@ from robustok.errors import UserError
 from robustok.losses.perceptual import LPIPSLoss, perceptual_loss
 from robustok.metrics.features.cifar_resnet import load_cifar_resnet
 from robustok.metrics.features.classifier import load_classifier
+from robustok.precision import Precision, cast_weights
 
 # Classifiers whose feature maps are a perceptual space: how to load them, and from what.
 CLASSIFIERS = {
@@ -37,6 +38,9 @@ class ReconstructionConfig(Config):
         description="lpips: local file of VGG weights; classifier: folder of a saved one; cifar-resnet: file of "
         "akamaster/pytorch_resnet_cifar10",
     )
+    perceptual_linear: str | None = Field(
+        None, description="lpips: file of its linear layers, weights/v0.1/vgg.pth; null: that of the lpips package"
+    )
 
 
 def pixel_loss(kind: Literal["l1", "l2"], images: Tensor, reconstructions: Tensor) -> Tensor:
@@ -48,22 +52,28 @@ def pixel_loss(kind: Literal["l1", "l2"], images: Tensor, reconstructions: Tenso
 class ReconstructionTerms:
     """Pixel and perceptual terms between images and reconstructions, weighted.
 
+    Args:
+        config: weights and networks.
+        device: where they are computed.
+        precision: of the training under whose autocast they are; weights of frozen networks are rounded once.
+
     Raises:
         UserError: the perceptual network's weights are missing.
     """
 
-    def __init__(self, config: ReconstructionConfig, device: torch.device) -> None:
+    def __init__(self, config: ReconstructionConfig, device: torch.device, precision: Precision = "float32") -> None:
         self.config = config
         self.perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
         if config.perceptual == "lpips" and config.perceptual_weight:
-            self.perceptual = LPIPSLoss(config.perceptual_weights).to(device)
+            self.perceptual = LPIPSLoss(config.perceptual_weights, precision, config.perceptual_linear).to(device)
         elif config.perceptual != "none" and config.perceptual_weight:
             load, what = CLASSIFIERS[config.perceptual]
             if config.perceptual_weights is None:
                 raise UserError(
                     f"reconstruction.perceptual={config.perceptual} needs reconstruction.perceptual_weights, {what}"
                 )
-            classifier = load(Path(config.perceptual_weights)).to(device).eval().requires_grad_(False)
+            classifier = load(Path(config.perceptual_weights)).to(device)
+            classifier = cast_weights(classifier.eval().requires_grad_(False), precision)
             self.perceptual = lambda a, b: perceptual_loss(classifier.feature_maps, a, b)
 
     def __call__(self, images: Tensor, reconstructions: Tensor) -> dict[str, Tensor]:

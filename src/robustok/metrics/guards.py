@@ -1,7 +1,4 @@
-"""What every extractor and every metric of pixels needs: uint8 pixels, and computation in float32."""
-
-import contextlib
-from collections.abc import Iterator
+"""What every extractor and every metric of pixels needs: uint8 pixels."""
 
 import torch
 from torch import Tensor
@@ -33,18 +30,3 @@ def check_pair(pixels: Tensor, reference: Tensor) -> None:
         raise UserError(
             f"got pixels {shapes}, expected pairs of equal shape; compare each image with its own reference"
         )
-
-
-@contextlib.contextmanager
-def exact_float32(device: torch.device) -> Iterator[None]:
-    """Neither autocast nor TF32: they would change features by more than a good tokenizer does."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with (
-            torch.autocast(device.type, enabled=False),
-            torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
-        ):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from robustok.config import Config
 from robustok.errors import UserError
-from robustok.metrics.guards import exact_float32
+from robustok.precision import exact_float32
 from robustok.randomness import image_draws
 
 QUERIES, KEYS = 2048, 4096  # rows of a block of similarities: latents of validation images, and of training images

@@ -18,6 +18,7 @@ from torch import Tensor
 from robustok.config import Config
 from robustok.devices import to_device
 from robustok.errors import UserError
+from robustok.precision import exact_float32
 from robustok.tokenizers.levels import GridNeighbours
 
 Selection = Literal["exact", "bernoulli"]
@@ -214,7 +215,8 @@ def nearest_to(
     found, rows = [], max(1, min(4096, 2**26 // len(codebook)))  # bounds memory at 2^26 distances
     for start in range(0, len(queries), rows):
         chunk = queries[start : start + rows].detach().float()
-        distances = torch.addmm(squares, chunk, codebook.T, alpha=-2)  # (m, K), short of the constant |query|^2
+        with exact_float32(codebook.device):
+            distances = torch.addmm(squares, chunk, codebook.T, alpha=-2)  # (m, K), short of the constant |query|^2
         # The rank of the own code is set here: rounding, or a duplicate of it, must not decide it.
         distances.scatter_(1, own[start : start + rows, None], -torch.inf if include_self else torch.inf)
         found.append(distances.topk(strength, largest=False, sorted=ordered).indices)  # (m, strength)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from robustok.config import Config
 from robustok.devices import to_device
+from robustok.precision import exact_float32
 from robustok.tokenizers.perturbation import straight_through
 
 
@@ -127,5 +128,6 @@ def nearest_code(features: Tensor, codebook: Tensor) -> Tensor:
     """
     flat = features.reshape(-1, features.shape[-1])
     squares = codebook.square().sum(1)  # (K,)
-    chunks = [torch.addmm(squares, chunk, codebook.T, alpha=-2).argmin(1) for chunk in flat.split(16384)]
+    with exact_float32(features.device):  # TF32 would change a code in a hundred
+        chunks = [torch.addmm(squares, chunk, codebook.T, alpha=-2).argmin(1) for chunk in flat.split(16384)]
     return torch.cat(chunks).reshape(features.shape[:-1])

@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
+from timm.models import vision_transformer as timm_vit
 from timm.models.vision_transformer import LayerScale, VisionTransformer
 from torch import Tensor, nn
 
@@ -138,7 +139,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: RobusTokConfig) -> None:
         super().__init__()
-        self.backbone = vision_transformer(config.encoder, config)
+        self.backbone, self.drop_path = vision_transformer(config.encoder, config), config.encoder.drop_path
         self.width = self.backbone.embed_dim
         self.latent_tokens = nn.Parameter(torch.randn(1, config.length, self.width) * 1e-6)
         self.latent_positions = latent_positions(config, self.width)
@@ -154,7 +155,7 @@ class Encoder(nn.Module):
         positions = vit.pos_embed[:, 1:] if self.latent_positions is None else self.latent_positions
         z = (self.latent_tokens + positions).expand(n, -1, -1)  # (N, L, width)
         s = torch.cat([x + self.level_embed.weight[0], z + self.level_embed.weight[1]], 1)  # (N, 1 + P + L, width)
-        return vit.norm(vit.blocks(s))[:, x.shape[1] :]  # (N, L, width)
+        return vit.norm(through_blocks(vit, s, self.drop_path))[:, x.shape[1] :]  # (N, L, width)
 
 
 class Decoder(nn.Module):
@@ -162,7 +163,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: RobusTokConfig) -> None:
         super().__init__()
-        self.backbone = vision_transformer(config.decoder, config)
+        self.backbone, self.drop_path = vision_transformer(config.decoder, config), config.decoder.drop_path
         del self.backbone.patch_embed  # no pixels enter the decoder; DDP refuses parameters that nothing uses
         width = self.backbone.embed_dim
         self.patch_size = config.patch_size
@@ -181,7 +182,36 @@ class Decoder(nn.Module):
         positions = vit.pos_embed[:, 1:] if self.latent_positions is None else self.latent_positions
         z = torch.cat([cls, z + positions], 1) + self.level_embed.weight[1]  # (N, 1 + L, width)
         s = torch.cat([(x + self.level_embed.weight[0]).expand(len(z), -1, -1), z], 1)  # (N, 2 + P + L, width)
-        return unpatchify(self.to_pixels(vit.norm(vit.blocks(s))[:, 1 : 1 + patches]), self.patch_size)
+        s = vit.norm(through_blocks(vit, s, self.drop_path))  # (N, 2 + P + L, width)
+        return unpatchify(self.to_pixels(s[:, 1 : 1 + patches]), self.patch_size)
+
+
+class Block(timm_vit.Block):
+    """timm's block with drop path whose random numbers are drawn outside, so that all blocks compile to one graph."""
+
+    def forward(self, x: Tensor, scales: Tensor | None = None) -> Tensor:
+        """Tokens (N, T, width); ``scales`` (2, N, 1, 1) multiply the results of attention and MLP, None is 1."""
+        first, second = (None, None) if scales is None else scales.unbind()  # (N, 1, 1) each
+        attended = self.ls1(self.attn(self.norm1(x)))
+        x = x + (attended if first is None else attended * first)
+        found = self.ls2(self.mlp(self.norm2(x)))
+        return x + (found if second is None else found * second)
+
+
+def through_blocks(vit: VisionTransformer, x: Tensor, drop_path: float) -> Tensor:
+    """Tokens (N, T, width) through all blocks, in training with drop path.
+
+    Stochastic depth (Huang et al., arXiv 1603.09382): of each image and block, attention and MLP are left out with a
+    probability that rises linearly from 0 at the first block to ``drop_path`` at the last; what is kept is divided by
+    the probability of keeping it.
+    """
+    if not (vit.training and drop_path):
+        return vit.blocks(x)
+    keep = 1 - torch.linspace(0, drop_path, len(vit.blocks), device=x.device)[:, None, None, None, None]
+    draws = torch.rand(len(vit.blocks), 2, len(x), 1, 1, device=x.device)
+    for block, scales in zip(vit.blocks, (draws < keep) / keep, strict=True):  # scales: (2, N, 1, 1)
+        x = block(x, scales)
+    return x
 
 
 def vision_transformer(config: ViTConfig, tokenizer: RobusTokConfig) -> VisionTransformer:
@@ -195,8 +225,8 @@ def vision_transformer(config: ViTConfig, tokenizer: RobusTokConfig) -> VisionTr
         init_values=config.layer_scale,
         # timm rounds the hidden width down: half an element more keeps it where a ratio is not exact.
         mlp_ratio=(int(config.width * config.mlp_ratio + 1e-6) + 0.5) / config.width,
-        drop_path_rate=config.drop_path,
         num_classes=0,
+        block_fn=Block,
     )
     if config.init == "local":
         _start_local(vit)

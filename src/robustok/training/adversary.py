@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from robustok.devices import autocast, rank_rows
+from robustok.devices import rank_rows
 from robustok.errors import UserError
 from robustok.losses.adversarial import (
     AdversarialConfig,
@@ -24,6 +24,7 @@ from robustok.losses.discriminators import (
     augmentation_draw,
     frozen_features,
 )
+from robustok.precision import autocast, cast_weights
 from robustok.randomness import step_rng
 from robustok.snapshots import check_finite_weights, read_weights
 from robustok.training.common import TrainingConfig, adversary_learning_rate, made, set_learning_rate
@@ -57,6 +58,8 @@ class Adversary:
     ) -> None:
         self.run, self.config, self.settings, self.accelerator = run, config, discriminator, accelerator
         self.backbone = frozen_features(discriminator, accelerator.device)
+        if isinstance(self.backbone, nn.Module):
+            cast_weights(self.backbone, run.precision)
         network = made(lambda: DISCRIMINATORS[discriminator.name][0](discriminator), "the settings discriminator.*")
         if weights is not None:
             trained = read_weights(weights)

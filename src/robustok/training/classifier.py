@@ -8,6 +8,7 @@ from torch import Tensor
 
 from robustok.data.pixels import from_pixels
 from robustok.metrics.features.classifier import ClassifierConfig, Convolution, SmallClassifier, check_images
+from robustok.precision import at_precision
 from robustok.randomness import seeded
 
 
@@ -44,7 +45,7 @@ def fit_classifier(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=config.steps + 1)
     rng = seeded(seed)
     order = torch.empty(0, dtype=torch.int64)
-    with torch.enable_grad():
+    with torch.enable_grad(), at_precision(device, "tf32" if config.precision == "tf32" else "float32"):
         for step in range(config.steps):
             while len(order) < config.batch_size:
                 order = torch.cat([order, torch.randperm(len(pixels), generator=rng)])

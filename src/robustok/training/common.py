@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +17,7 @@ from robustok.config import Config
 from robustok.data.loader import Workers
 from robustok.losses.adversarial import AdversarialConfig
 from robustok.losses.semantic import TeacherConfig, contrastive_loss
+from robustok.precision import DESCRIPTION, Precision
 from robustok.snapshots import outline_of
 from robustok.tokenizers.quantizers import AnyQuantizerConfig
 from robustok.types import TokenizerOutput
@@ -40,16 +41,17 @@ class TrainingConfig(Config):
     ema_decay: float = Field(
         0.9999, ge=0, lt=1, description="decay of the averaged weights, which snapshots hold; 0 keeps the last"
     )
-    precision: Literal["auto", "bf16", "float32"] = Field(
-        "auto", description="autocast dtype; auto is bf16 where the hardware multiplies it fast, else float32"
-    )
+    precision: Precision = Field("bf16", description=f"of products and convolutions: {DESCRIPTION}")
     gradient_accumulation: int = Field(
         1, ge=1, description="parts in which a process goes through its share of the batch; more need less memory"
     )
     gradient_checkpointing: bool = Field(
         False, description="compute the activations of transformer blocks again in the backward pass: less memory"
     )
-    compile: bool = Field(False, description="compile the transformer blocks with torch.compile; a slower start")
+    compile: bool = Field(
+        False,
+        description="torch.compile of transformer blocks and whole convolutional encoders and decoders; a slow start",
+    )
     fsdp: bool = Field(False, description="shard the blocks' weights and optimiser among the processes (FSDP2)")
     workers: Workers = None
     log_every: int = Field(50, ge=1, description="steps between lines of log.jsonl")

@@ -97,13 +97,13 @@ def train_decoder(run: DecoderTrainingRun, enough: Callable[[int, Path], bool] |
     Raises:
         UserError: tokenizer, pairs, data, configuration or run folder do not fit; the loss is not finite.
     """
-    accelerator = start_accelerator(run.batch_size, run.gradient_accumulation)
+    accelerator = start_accelerator(run.batch_size, run.gradient_accumulation, run.precision)
     device, rank = accelerator.device, accelerator.process_index
     bare = load_tokenizer(run.tokenizer).to(device)
     before = encoder_digest(bare)
     caches = open_caches({name: getattr(run, name) for name in needed_caches(run.objective)}, before)
     data = _open_images(run, bare, caches)
-    reconstruction_terms = ReconstructionTerms(run.reconstruction, device)
+    reconstruction_terms = ReconstructionTerms(run.reconstruction, device, run.precision)
     frechet = frechet_term(run, device, data.fingerprint)
     score = _held_out_score(run, bare, data, device) if run.held_out and accelerator.is_main_process else None
     folder = RunFolder(run, accelerator.is_main_process, later=may_change(run))

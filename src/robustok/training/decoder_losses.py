@@ -8,7 +8,6 @@ import torch
 from accelerate import Accelerator
 
 from robustok.data.latent_cache import training_latents
-from robustok.devices import autocast
 from robustok.errors import UserError
 from robustok.evaluation.held_out import real_statistics
 from robustok.losses.discriminators import DiscriminatorConfig, carried_config, frozen_features
@@ -16,6 +15,7 @@ from robustok.losses.frechet import FrechetTerm
 from robustok.losses.reconstruction import ReconstructionTerms
 from robustok.metrics.features import load_extractor
 from robustok.metrics.processes import Processes
+from robustok.precision import autocast
 from robustok.snapshots import read_header, resolve
 from robustok.training.adversary import Adversary
 from robustok.training.decoder_settings import DecoderTrainingRun, adversary_policy

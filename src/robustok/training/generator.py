@@ -86,7 +86,7 @@ def train_generator(run: GeneratorTrainingRun) -> Path:
     Raises:
         UserError: latents, configuration or run folder are not usable; the loss is not finite.
     """
-    accelerator = start_accelerator(run.batch_size, run.gradient_accumulation)
+    accelerator = start_accelerator(run.batch_size, run.gradient_accumulation, run.precision)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     rows = rank_rows(run.batch_size, rank, world)  # of the global batch
     cache = LatentCache(run.latents)

@@ -22,9 +22,10 @@ from robustok.data.latent_cache import LatentCache, LatentRecords
 from robustok.data.latent_checks import check_cache, check_center_crops, check_free_samples, check_real_latents
 from robustok.data.loader import MOST_WORKERS, ahead, training_draw, worker_count
 from robustok.data.order import batch_indices
-from robustok.devices import autocast, rank_rows
+from robustok.devices import rank_rows
 from robustok.errors import UserError
 from robustok.metrics.noise import latent_scale
+from robustok.precision import Precision, autocast
 from robustok.randomness import step_rng
 from robustok.tokenizers.perturbation import PerturbationDraw, apply_draw, draw_perturbation, nearest_codes
 from robustok.types import Tokenizer
@@ -150,7 +151,7 @@ class Material:
     data: ImageDataset
     caches: Mapping[str, LatentCache]
     noise: LatentNoise
-    precision: str
+    precision: Precision
 
     @property
     def device(self) -> torch.device:

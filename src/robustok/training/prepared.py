@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.checkpoint import checkpoint
 
-from robustok.devices import autocast
 from robustok.errors import UserError
+from robustok.precision import autocast
 from robustok.tokenizers.perturbation import PerturbationDraw
 from robustok.training.common import TrainingConfig
 
@@ -229,30 +229,55 @@ def differentiated(term: Tensor, inputs: Tensor) -> Tensor:
 
 # Blocks
 
+STACKS = ("blocks", "layers", "transformer", "transformer_blocks")  # names of lists of blocks
+
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The trainable blocks of a model: the modules in its lists called ``blocks`` or ``layers``, outermost first."""
+    """The trainable blocks of a model: the modules in its lists that are called so (``STACKS``), outermost first."""
     stacks = [
         module
         for name, module in model.named_modules()
-        if name.rpartition(".")[2] in ("blocks", "layers") and isinstance(module, nn.ModuleList | nn.Sequential)
+        if name.rpartition(".")[2] in STACKS and isinstance(module, nn.ModuleList | nn.Sequential)
     ]
     return [block for stack in stacks for block in stack if any(p.requires_grad for p in block.parameters())]
 
 
-def adapt_blocks(model: nn.Module, checkpointing: bool, compiling: bool) -> None:
-    """Checkpoint the activations of the blocks, and compile them.
+def compiled_parts(model: nn.Module) -> list[nn.Module]:
+    """The modules that are compiled, each with a static shape and without a break.
 
-    Equal blocks are compiled once. Only the call of a block changes, not the names of its weights.
+    Blocks of a transformer are alike and share a graph. Those of a convolutional encoder or decoder differ, so it is
+    compiled as a whole.
+    """
+    whole, inside = [], set()
+    for name, module in model.named_modules():
+        role, learns = name.rpartition(".")[2], any(p.requires_grad for p in module.parameters())
+        if role in ("encoder", "decoder") and learns and id(module) not in inside and not _alike(blocks_of(module)):
+            whole.append(module)
+            inside |= {id(part) for part in module.modules()}
+    return whole + [block for block in blocks_of(model) if id(block) not in inside]
+
+
+def _alike(blocks: list[nn.Module]) -> bool:
+    return len({(type(block), *(tuple(p.shape) for p in block.parameters())) for block in blocks}) == 1
+
+
+def adapt_blocks(model: nn.Module, checkpointing: bool, compiling: bool) -> None:
+    """Checkpoint the activations of the blocks, and compile :func:`compiled_parts`.
+
+    Only the calls of modules change, not the names of their weights.
 
     Raises:
-        UserError: the model has no blocks.
+        UserError: the model has no blocks, or nothing to compile.
     """
-    if not (checkpointing or compiling):
-        return
-    for block in _some_blocks(model, "gradient_checkpointing" if checkpointing else "compile"):
-        call = torch.compile(block.forward) if compiling else block.forward
-        block.forward = partial(checkpoint, call, use_reentrant=False) if checkpointing else call
+    parts = _present(compiled_parts(model), "compile") if compiling else []
+    if checkpointing:
+        for block in _some_blocks(model, "gradient_checkpointing"):
+            # A block that is compiled by itself is compiled inside.
+            call = torch.compile(block.forward, dynamic=False) if block in parts else block.forward
+            block.forward = partial(checkpoint, call, use_reentrant=False)
+            parts = [part for part in parts if part is not block]
+    for part in parts:
+        part.forward = torch.compile(part.forward, dynamic=False)
 
 
 def shard_blocks(model: nn.Module, accelerator: Accelerator) -> None:
@@ -274,7 +299,10 @@ def shard_blocks(model: nn.Module, accelerator: Accelerator) -> None:
 
 
 def _some_blocks(model: nn.Module, setting: str) -> list[nn.Module]:
-    blocks = blocks_of(model)
+    return _present(blocks_of(model), setting)
+
+
+def _present(blocks: list[nn.Module], setting: str) -> list[nn.Module]:
     if not blocks:
         raise UserError(f"{setting} works on blocks, and this model has none that learn; set {setting}=false")
     return blocks

@@ -15,7 +15,7 @@ from robustok.data.dataset import Augmentation, open_images
 from robustok.data.loader import training_batches
 from robustok.data.pixels import save_picture
 from robustok.data.sources import Data
-from robustok.devices import autocast, rank_rows, start_accelerator
+from robustok.devices import rank_rows, start_accelerator
 from robustok.losses.adversarial import AdversarialConfig
 from robustok.losses.discriminators import DiscriminatorConfig, PatchConfig
 from robustok.losses.guides import guide_names
@@ -23,6 +23,7 @@ from robustok.losses.reconstruction import ReconstructionConfig, ReconstructionT
 from robustok.losses.semantic import Teacher, TeacherConfig
 from robustok.metrics.codebook import codebook_perplexity, codebook_usage
 from robustok.metrics.features import ExtractorConfig
+from robustok.precision import autocast, cast_weights
 from robustok.randomness import seed_step, step_rng
 from robustok.runs import RunFolder
 from robustok.snapshots import write_snapshot
@@ -100,11 +101,11 @@ def train_tokenizer(run: TokenizerTrainingRun) -> Path:
     Raises:
         UserError: data, configuration or run folder are not usable; the loss is not finite.
     """
-    accelerator = start_accelerator(run.batch_size, run.gradient_accumulation)
+    accelerator = start_accelerator(run.batch_size, run.gradient_accumulation, run.precision)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     rows = rank_rows(run.batch_size, rank, world)  # of the global batch
     data = open_images(run.data, run.tokenizer.image_size, split="train", augment=run.augmentation)
-    reconstruction_terms = ReconstructionTerms(run.reconstruction, device)
+    reconstruction_terms = ReconstructionTerms(run.reconstruction, device, run.precision)
     teacher = _teacher(run, device)
     folder = RunFolder(run, accelerator.is_main_process, later=may_change(run))
 
@@ -291,7 +292,8 @@ class CodeCounts:
 def _teacher(run: TokenizerTrainingRun, device: torch.device) -> Teacher | None:
     if run.teacher.name == "none":
         return None
-    return Teacher(run.teacher, run.tokenizer.image_size, run.tokenizer.patch_size).to(device)
+    teacher = Teacher(run.teacher, run.tokenizer.image_size, run.tokenizer.patch_size).to(device)
+    return cast_weights(teacher, run.precision)
 
 
 def _guides(run: TokenizerTrainingRun) -> list[str]:

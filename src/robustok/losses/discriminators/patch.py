@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from robustok.config import Config
+from robustok.devices import layout
 
 
 class PatchConfig(Config):
@@ -34,4 +35,5 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, *sides: Tensor) -> Tensor:
         """Images of one or more sides, each (N, 3, H, W) in [-1, 1], to logits (sides * N, h * w)."""
-        return self.layers(torch.cat(sides)).flatten(1)  # (sides * N, h * w)
+        images = torch.cat(sides)  # (sides * N, 3, H, W)
+        return self.layers(images.contiguous(memory_format=layout(images.device))).flatten(1)  # (sides * N, h * w)

@@ -14,7 +14,8 @@ from robustok.config import Config
 from robustok.metrics.features.cifar_resnet import CifarResNetExtractor
 from robustok.metrics.features.classifier import ClassifierExtractor, load_classifier
 from robustok.metrics.features.dinov2 import DINOV2_MODEL, DINOv2Extractor
-from robustok.metrics.features.inception import InceptionExtractor, Precision
+from robustok.metrics.features.inception import InceptionExtractor
+from robustok.precision import Precision
 from robustok.types import FeatureExtractor
 
 
@@ -33,7 +34,7 @@ class ExtractorConfig(Config):
     )
     precision: Precision = Field(
         "float32",
-        description="inception: bf16 is faster where hardware multiplies it, for trends; both sides need the same",
+        description="inception: tf32 and bf16 are faster where hardware has them, for trends; both sides need the same",
     )
     model: str = Field(DINOV2_MODEL, description="dinov2: timm model name")
 

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from robustok.checkpoints import read_checkpoint
 from robustok.data.pixels import from_pixels
+from robustok.devices import layout
 from robustok.errors import UserError
 from robustok.files import tensor_digest
-from robustok.metrics.guards import check_pixels, exact_float32
+from robustok.metrics.guards import check_pixels
+from robustok.precision import exact_float32
 
 WIDTHS = (16, 32, 64)  # channels of the three stages
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the input in [0, 1]
@@ -68,6 +70,7 @@ class CifarResNet(nn.Module):
         Returns:
             Maps (N, 16, H, W), (N, 32, H/2, W/2) and (N, 64, H/4, W/4), not negative.
         """
+        images = images.contiguous(memory_format=layout(images.device))
         x = F.relu(self.bn1(self.conv1((images / 2 + 0.5 - self.mean) / self.std)))
         maps = []
         for stage in (self.layer1, self.layer2, self.layer3):

@@ -18,7 +18,8 @@ from robustok.config import Config, plain, validate
 from robustok.data.pixels import from_pixels
 from robustok.errors import UserError
 from robustok.files import tensor_digest
-from robustok.metrics.guards import check_pixels, exact_float32
+from robustok.metrics.guards import check_pixels
+from robustok.precision import DESCRIPTION, Precision, exact_float32
 from robustok.snapshots import build, read_snapshot, write_snapshot
 
 
@@ -34,7 +35,7 @@ class ClassifierConfig(Config):
     weight_decay: float = Field(0.05, ge=0, description="decoupled weight decay of AdamW")
     shift: float = Field(0.0625, ge=0, lt=0.5, description="largest shift in training, as a share of the image size")
     flip: bool = Field(False, description="mirror half of the training images; wrong for digits, right for photographs")
-    precision: Literal["float32", "bf16"] = Field("float32", description="of training; bf16 suits hardware that has it")
+    precision: Precision = Field("float32", description=f"of its training: {DESCRIPTION}")
 
 
 class Convolution(nn.Module):

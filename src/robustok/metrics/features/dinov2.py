@@ -17,7 +17,8 @@ from robustok.backbones import ImageNetRange, pretrained_backbone
 from robustok.data.pixels import from_pixels
 from robustok.errors import UserError
 from robustok.files import tensor_digest
-from robustok.metrics.guards import check_pixels, exact_float32
+from robustok.metrics.guards import check_pixels
+from robustok.precision import exact_float32
 
 DINOV2_MODEL = "vit_large_patch14_dinov2.lvd142m"
 IMAGE_SIZE, PATCH_SIZE = 224, 14

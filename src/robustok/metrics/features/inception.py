@@ -7,7 +7,6 @@ matrix product. None of it changes a feature by more than the rounding of float3
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from robustok.data.pixels import unrounded_pixels
 from robustok.errors import UserError
 from robustok.metrics.features.official_weights import OfficialWeights, load_weights, unfit
-from robustok.metrics.guards import check_pixels, exact_float32
+from robustok.metrics.guards import check_pixels
+from robustok.precision import Precision, at_precision
 
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
@@ -24,8 +24,6 @@ INCEPTION_URL = (
 INCEPTION_DIM = 2048
 SPATIAL_DIM = 7 * 17 * 17
 INPUT_SIZE = 299
-
-Precision = Literal["float32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -49,13 +47,13 @@ class InceptionExtractor:
     Args:
         path: file of weights; None takes the official one, from torch.hub's cache or its address.
         device: where it runs.
-        precision: "float32" for numbers to report. "bf16" is several times faster where hardware multiplies it, and
-            another feature space: the same images in the two precisions have a distance above zero, so both sides of a
+        precision: "float32" for numbers to report. "tf32" and "bf16" are several times faster where hardware has them,
+            and other feature spaces: the same images in two precisions have a distance above zero, so both sides of a
             comparison need the same.
 
     Attributes:
         name: ``inception-2048-6726825d`` for the official weights, ``custom-inception-2048-DIGEST`` (of the file's
-            SHA-256) for others, whose distances are not FID; in bf16 with ``-bf16`` at its end.
+            SHA-256) for others, whose distances are not FID; with ``-tf32`` or ``-bf16`` at its end in these.
         dim: 2048.
 
     Raises:
@@ -75,10 +73,11 @@ class InceptionExtractor:
         except ImportError:
             raise UserError("extractor.name=inception needs torch-fidelity; pip install 'robustok[fid]'") from None
         weights = load_weights(INCEPTION_URL, path, "Inception", "extractor.path")
-        origin, suffix = "" if weights.official else "custom-", "-bf16" if precision == "bf16" else ""
+        origin, suffix = "" if weights.official else "custom-", "" if precision == "float32" else f"-{precision}"
         self.name, self.device = f"{origin}inception-{self.dim}-{weights.digest}{suffix}", torch.device(device)
         network = _fold(_build(weights))
         self.head = network.fc.weight.detach().to(self.device)  # (1008, 2048), always float32
+        self.precision = "tf32" if precision == "tf32" else "float32"  # of what is not bf16
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.network = network.to(self.device, self.dtype, memory_format=torch.channels_last)
 
@@ -109,7 +108,7 @@ class InceptionExtractor:
         # ADM's sFID reads TensorFlow's mixed_6/conv, which is this branch.
         hook = self.network.Mixed_6d.branch1x1.register_forward_hook(lambda _, __, output: maps.append(output[:, :7]))
         try:
-            with exact_float32(self.device):
+            with at_precision(self.device, self.precision):
                 x = (resize_like_tensorflow(pixels.to(self.device)) - 128) / 128  # (N, 3, 299, 299)
                 x = x.to(self.dtype, memory_format=torch.channels_last)
                 for name, stage in self.network.named_children():
