@@ -197,7 +197,7 @@ class TokenGenerator(nn.Module):
         memory = {
             "count": count,
             "rows": count * (1 + sampling.guided),
-            "dtype": torch.get_autocast_dtype(device.type) if _autocast(device.type) else dtype,
+            "dtype": self._cache_type(),
             "device": device,
         }
         batch = self._compiled.batch
@@ -209,6 +209,19 @@ class TokenGenerator(nn.Module):
         if self._compiled.step is not None:
             self._compiled.batch = batch
         return batch
+
+    def cache_bytes(self, sampling: Sampling) -> int:
+        """Memory of the keys and values of one image, under the present autocast."""
+        sequence = self._sequence()
+        heads, width = sequence["heads"]
+        positions = sequence["first"] + sequence["length"]
+        values = 2 * (1 + sampling.guided) * sequence["depth"] * heads * width * positions
+        return values * self._cache_type().itemsize
+
+    def _cache_type(self) -> torch.dtype:
+        weight = next(self.parameters())
+        device = weight.device.type
+        return torch.get_autocast_dtype(device) if _autocast(device) else weight.dtype
 
     def _sequence(self) -> dict[str, Any]:
         """``length``, ``first``, ``heads`` and ``depth`` of this family's :class:`TokenBatch`."""
