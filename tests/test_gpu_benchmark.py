@@ -25,7 +25,10 @@ CASES = (  # of every part; together they run most of the code
     "lpips/bf16-4",
     "fid/decode-and-features@2",
     "fid/distance",
+    "fid/kid-and-precision-recall",
     "loader",
+    "tests",
+    "demo",
 )
 
 
