@@ -143,9 +143,8 @@ class TokenGenerator(nn.Module):
         if reference is not None and sigma == 1:
             return reference.to(device, copy=True)
         with evaluating(self):
-            return (
-                self._at_autocast(device.type)._sample(labels, sampling, uniforms, kept).tokens[: len(labels)].clone()
-            )
+            batch = self._at_autocast(device.type)._sample(labels, sampling, uniforms, kept)
+        return batch.tokens[: len(labels)].clone()
 
     @torch.no_grad()
     def cached_logits(self, tokens: Tensor, labels: Tensor, sampling: Sampling) -> Tensor:
@@ -178,9 +177,14 @@ class TokenGenerator(nn.Module):
                 batch.position += 1
             logits = self._outputs(x, batch, position + 1)  # (R, K)
         batch.draw(logits)
-        step = self._compiled.step or self._next
-        for position in range(batch.first + 1, batch.first + self.length):
-            step(batch, batch.end(position))
+        step, positions = self._compiled.step, range(batch.first + 1, batch.first + self.length)
+        if step is None:
+            for position in positions:
+                self._next(batch, batch.end(position))
+            return batch
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+            for position in positions:
+                step(batch, batch.end(position))
         return batch
 
     def _next(self, batch: TokenBatch, end: int) -> Tensor:
@@ -240,7 +244,7 @@ class TokenGenerator(nn.Module):
         raise NotImplementedError
 
     def _rows(self, labels: Tensor, batch: TokenBatch) -> Tensor:
-        """The label of each row (R,) on the CPU or wherever they are."""
+        """The label of each row (R,), of the images' labels (N,)."""
         return labels if batch.rows == batch.count else torch.cat([labels, torch.full_like(labels, self.null_label)])
 
     def _at_autocast(self, device: str) -> "TokenGenerator":
@@ -280,13 +284,7 @@ class TokenGenerator(nn.Module):
             raise UserError(
                 f"cache.compile=true needs a C++ compiler and {compiler} is none; install g++, or leave it out"
             )
-        compiled = torch.compile(self._next, mode="reduce-overhead", dynamic=False, fullgraph=True)
-
-        def step(batch: TokenBatch, end: int) -> Tensor:
-            with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
-                return compiled(batch, end)
-
-        self._compiled = Compiled(step)
+        self._compiled = Compiled(torch.compile(self._next, mode="reduce-overhead", dynamic=False, fullgraph=True))
 
 
 def _autocast(device: str) -> bool:
