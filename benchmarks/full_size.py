@@ -1,6 +1,6 @@
 """Seconds and peak memory of one training step at full size on this machine, and the estimate of ``--dry-run``.
 
-    python benchmarks/full_size.py [tokenizer] [generator] [post] [authors] [KEY=VALUE ...]
+    python benchmarks/full_size.py [tokenizer] [generator] [post] [authors] [KEY=VALUE ...] [--device cpu]
 
 The ImageNet 256x256 recipes run with all their losses on one random image: the tokenizer with discriminator, teacher
 and LPIPS; RAR-L; post-training; post-training by the authors' procedure. Two steps each; the second is timed.
@@ -38,6 +38,7 @@ from robustok.training.common import TrainingConfig
 from robustok.training.decoder import DecoderTrainingRun, train_decoder
 from robustok.training.generator import GeneratorTrainingRun, train_generator
 from robustok.training.tokenizer import TokenizerTrainingRun, train_tokenizer
+from timing import arguments, trainings_on
 
 COMMON = ["batch_size=1", "steps=2", "warmup_steps=0", "log_every=1", "precision=float32", "snapshot_every=0"]
 LOSSES = ["adversarial.start=0", "adversarial.warmup_steps=null"]
@@ -104,8 +105,13 @@ def use_random_backbones() -> None:
         module.pretrained_backbone = random_backbone
 
 
-def step_times(run: TrainingConfig, clock: Callable[[], float]) -> list[float]:
-    """Train, and return the time at the end of each step; the training ends before it saves anything."""
+def step_times(run: TrainingConfig, device: str, clock: Callable[[], float] = time.process_time) -> list[float]:
+    """Train, and return the time at the end of each step; the training ends before it saves anything.
+
+    The clock is of a CPU; on a GPU it is the time at which the device has finished.
+    """
+    if device == "cuda":
+        clock = lambda: (torch.cuda.synchronize(), time.perf_counter())[1]  # noqa: E731
     times: dict[int, list[float]] = {}  # of each optimiser: the decoder's or generator's, the discriminator's
 
     def after_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
@@ -115,7 +121,8 @@ def step_times(run: TrainingConfig, clock: Callable[[], float]) -> list[float]:
 
     hook = register_optimizer_step_post_hook(after_step)
     try:
-        TRAIN[type(run)](run)
+        with trainings_on(device):
+            TRAIN[type(run)](run)
     except StepsDoneError:
         return list(times.values())[-1]
     finally:
@@ -123,17 +130,18 @@ def step_times(run: TrainingConfig, clock: Callable[[], float]) -> list[float]:
     raise RuntimeError("the training ended early")
 
 
-def measure(name: str, words: list[str]) -> dict[str, float]:
+def measure(name: str, words: list[str], device: str) -> dict[str, float]:
     """Run two steps in this process."""
     use_random_backbones()
     start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with tempfile.TemporaryDirectory() as folder:
         run = prepare(name, Path(folder), words)
         sizes = estimate(run)
-        first, second = step_times(run, time.perf_counter)
+        first, second = step_times(run, device, time.perf_counter)
     activations = "checkpointed_activations_bytes" if run.gradient_checkpointing else "activations_bytes"
     return {
         "seconds": second - first,
+        "gpu_gb": torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0,
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
         "start_gb": start * 1024 / 1e9,
         "estimate_gb": (sizes["training_memory_bytes"] + sizes[activations]) / 1e9,
@@ -142,20 +150,23 @@ def measure(name: str, words: list[str]) -> dict[str, float]:
 
 
 def main() -> None:
-    names = [word for word in sys.argv[1:] if "=" not in word] or ["tokenizer", "generator", "post", "authors"]
-    settings = [word for word in sys.argv[1:] if "=" in word]
+    parser = arguments(__doc__)
+    parser.add_argument("words", nargs="*", help="trainings, and settings KEY=VALUE")
+    given = parser.parse_args()
+    names = [word for word in given.words if "=" not in word] or ["tokenizer", "generator", "post", "authors"]
+    settings = [word for word in given.words if "=" in word]
     if names[0] == "measure":
-        print(json.dumps(measure(names[1], settings)))
+        print(json.dumps(measure(names[1], settings, given.device)))
         return
-    print(f"one step of batch 1 with {torch.get_num_threads()} threads {' '.join(settings)}")
+    print(f"one step of batch 1 on {given.device} with {torch.get_num_threads()} threads {' '.join(settings)}")
     for name in names:  # each in a process of its own, so that peaks are separate
-        command = [sys.executable, __file__, "measure", name, *settings]
+        command = [sys.executable, __file__, "measure", name, *settings, "--device", given.device]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         found = json.loads(done.stdout.splitlines()[-1])
         print(
             f"{name:10} {found['parameters']:13,} parameters  {found['seconds']:6.1f} s  "
             f"peak {found['peak_gb']:5.2f} GB, {found['start_gb']:.2f} GB of it Python and PyTorch; "
-            f"estimated {found['estimate_gb']:5.2f} GB"
+            f"estimated {found['estimate_gb']:5.2f} GB, on the GPU {found['gpu_gb']:.2f} GB"
         )
 
 

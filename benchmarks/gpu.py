@@ -1,4 +1,4 @@
-"""Speed and memory of one GPU: training steps, sampling, encoding, Inception, LPIPS, evaluation, loader, waits.
+"""One GPU: speed and memory of training, sampling, encoding, Inception, LPIPS, evaluation, loader; waits; tests; demo.
 
     python benchmarks/gpu.py --out gpu.json
     python benchmarks/gpu.py --only sampler,training/rar-b --limit 200
@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -57,6 +58,8 @@ from robustok.losses.discriminators import dino
 from robustok.metrics import lpips as lpips_module
 from robustok.metrics.features import inception
 from robustok.metrics.frechet import GaussianStatistics, covariance_factor, frechet_distance
+from robustok.metrics.kernel import kernel_distance
+from robustok.metrics.manifold import precision_recall
 from robustok.precision import Precision, at_precision, cast_weights
 from robustok.randomness import image_rngs, image_uniforms
 from robustok.runs import RunFolder
@@ -71,6 +74,7 @@ SAMPLING = Sampling(guidance_scale=6.0, guidance_power=1.15, temperature=1.02)  
 POSITION_ROWS, TIMESTEP_ROWS = 1280, 356  # of the published checkpoints
 CLASSES = 1000
 TOKENIZER = "imagenet256/tokenizer.yaml"
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -548,16 +552,10 @@ def sampler(bench: Bench) -> Cases:
         rngs = image_rngs(0, range(len(given)))
         image_uniforms(rngs, given.shape[1])  # sampling first draws which tokens of a mixture are kept
         uniforms = image_uniforms(rngs, given.shape[1]).to(bench.device)
-        drawn = torch.empty_like(given)
-
-        def choose(step: int, logits: Tensor) -> Tensor:
-            drawn[:, step] = draw_tokens(logits, uniforms[:, step], SAMPLING)
-            return given[:, step]
-
-        labels = (torch.arange(len(given)) * 37 % CLASSES).to(bench.device)
-        with torch.no_grad(), torch.autocast(bench.device.type, torch.bfloat16, enabled=amp):
-            model._sample(labels, SAMPLING, choose)
-        return drawn
+        labels = torch.arange(len(given)) * 37 % CLASSES
+        with torch.autocast(bench.device.type, torch.bfloat16, enabled=amp):
+            logits = model.cached_logits(given, labels, SAMPLING)
+        return torch.stack([draw_tokens(logits[:, i], uniforms[:, i], SAMPLING) for i in range(given.shape[1])], 1)
 
     def measure(size: str, dtype: torch.dtype, count: int, amp: bool = False, compiling: bool = False) -> dict:
         bench.free()
@@ -587,11 +585,12 @@ def sampler(bench: Bench) -> Cases:
                 bench.made["samples", size, count] = found
             elif reference is not None:
                 row["equal"] = (found == reference).float().mean().item()
-            if reference is not None and count == bench.sizes.samples[0]:
+            if reference is not None and count == bench.sizes.samples[0] and not compiling:
                 row["equal drawn"] = (draws(model, reference, amp) == reference).float().mean().item()
         if compiling:
-            skips = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
-            row |= {"start s": first, "graph skips": skips}
+            counters = torch._dynamo.utils.counters
+            row |= {"start s": first, "graphs": counters["stats"]["unique_graphs"]}
+            row |= {"breaks": sum(counters["graph_break"].values()), "skips": counters["inductor"]["cudagraph_skips"]}
         return row | ({"peak GB": bench.peak_gb()} if bench.cuda else {})
 
     single, half = torch.float32, torch.bfloat16
@@ -744,11 +743,20 @@ def fid(bench: Bench) -> Cases:
             "distance s": bench.seconds(lambda: frechet_distance(a, b, factor), 1, 0),
         }
 
+    def pairwise(device: torch.device) -> dict[str, Any]:
+        real, fake, dim = (20, 30, 8) if bench.tiny else (10_000, 50_000, 2048)
+        rng = torch.Generator().manual_seed(0)
+        features = [torch.randn(n, dim, generator=rng).to(device) for n in (real, fake)]
+        kid = bench.seconds(lambda: kernel_distance(features[1], features[0]), 1, 0)
+        manifold = bench.seconds(lambda: precision_recall(real=features[0], fake=features[1]), 1, 0)
+        return {"images": fake, "KID s": kid, "precision and recall s": manifold}
+
     yield "decode-and-features@64", partial(stream, 64)
     yield f"decode-and-features@{bench.sizes.encoded}", partial(stream, bench.sizes.encoded)
     yield f"statistics-on-device@{bench.sizes.encoded}", partial(stream, bench.sizes.encoded, True)
     yield "distance-on-device", partial(distance, bench.device)
     yield "distance-on-cpu", partial(distance, torch.device("cpu"))
+    yield "kid-and-precision-recall", partial(pairwise, bench.device)
 
 
 def lpips(bench: Bench) -> Cases:
@@ -910,6 +918,30 @@ def waits(bench: Bench) -> Cases:
     yield "sampler", partial(sample, 2)
 
 
+# Commands
+
+
+def command(bench: Bench, words: list[str]) -> str:
+    """Run a command of Python in a process of its own, which must succeed; returns its last line."""
+    environment = os.environ | ({} if bench.cuda else {"CUDA_VISIBLE_DEVICES": ""})
+    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, env=environment, cwd=ROOT)
+    if done.returncode:
+        raise RuntimeError((done.stdout + done.stderr)[-2000:])
+    return (done.stdout.strip().splitlines() or [""])[-1]
+
+
+def cuda_tests(bench: Bench) -> Cases:
+    """The tests of the library on this GPU, from a checkout; toy sizes only collect them."""
+    words = ["pytest", "-q", "-m", "cuda", "tests/test_cuda.py", *(["--collect-only"] if bench.tiny else [])]
+    yield "all", lambda: {"result": command(bench, words)}
+
+
+def demo(bench: Bench) -> Cases:
+    """`robustok demo` from beginning to end; toy sizes only its `--dry-run`."""
+    words = ["robustok", "demo", f"out={bench.folder / 'demo'}", *(["--dry-run"] if bench.tiny else [])]
+    yield "all", lambda: {"result": command(bench, words)}
+
+
 PARTS: dict[str, Callable[[Bench], Cases]] = {
     "ceilings": ceilings,
     "waits": waits,
@@ -920,6 +952,8 @@ PARTS: dict[str, Callable[[Bench], Cases]] = {
     "lpips": lpips,
     "fid": fid,
     "loader": loader,
+    "tests": cuda_tests,
+    "demo": demo,
 }
 
 

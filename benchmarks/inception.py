@@ -6,10 +6,8 @@ Without ``--data`` it reads scikit-learn's digits. Without ``--weights`` it uses
 calibrated so that no feature vanishes: enough for speed and for ratios of distances, but the distances are not FIDs.
 """
 
-import argparse
 import resource
 import tempfile
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -27,6 +25,7 @@ from robustok.data.pixels import to_pixels
 from robustok.data.sources import Digits, Folder, Parquet
 from robustok.metrics.features.inception import INPUT_SIZE, InceptionExtractor, resize_like_tensorflow
 from robustok.metrics.frechet import GaussianStatistics, frechet_distance
+from timing import Cost, arguments, measure
 
 BATCH = 16
 REPEATS = 3
@@ -35,7 +34,7 @@ Network = Callable[[Tensor], Tensor]
 
 
 def main() -> None:
-    words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    words = arguments(__doc__)
     words.add_argument("--data", type=Path, help="folder of images or parquet file; default: scikit-learn's digits")
     words.add_argument("--size", type=int, default=256, help="height and width of the images")
     words.add_argument("--count", type=int, default=200, help="number of images for the distances")
@@ -44,7 +43,8 @@ def main() -> None:
     parquet = given.data is not None and given.data.suffix == ".parquet"
     source = (Parquet if parquet else Folder)(path=given.data, holdout=0) if given.data else Digits(holdout=0)
     images = open_images(source.model_copy(update={"limit": given.count}), given.size, "test")
-    print(f"{torch.get_num_threads()} threads; {images.describe()}")
+    device = given.device
+    print(f"{device}, {torch.get_num_threads()} threads; {images.describe()}")
 
     def batches() -> Iterable[Tensor]:
         return (to_pixels(batch.images) for batch in batches_in_order(images, BATCH, 0, 1))
@@ -54,10 +54,11 @@ def main() -> None:
         print(
             f"weights: {'random, calibrated: the distances below are not FIDs' if given.weights is None else weights}"
         )
-        shipped = FeatureExtractorInceptionV3("shipped", ["2048"], str(weights))
-        ours = {precision: InceptionExtractor(weights, precision=precision) for precision in ("float32", "bf16")}
-    compare_resizing()
-    compare_speed({"torch-fidelity float32": lambda pixels: shipped(pixels)[0], **ours}, next(iter(batches())))
+        shipped = FeatureExtractorInceptionV3("shipped", ["2048"], str(weights)).to(device)
+        ours = {name: InceptionExtractor(weights, torch.device(device), precision=name) for name in ("float32", "bf16")}
+    compare_resizing(device)
+    first = next(iter(batches())).to(device)
+    compare_speed({"torch-fidelity float32": lambda pixels: shipped(pixels)[0], **ours}, first)
     compare_distances(ours, batches)
 
 
@@ -81,15 +82,15 @@ def random_weights(path: Path, batches: Iterable[Tensor]) -> Path:
     return path
 
 
-def compare_resizing() -> None:
+def compare_resizing(device: str) -> None:
     """Speed of TensorFlow's resizing alone, in images per CPU second."""
     rng = torch.Generator().manual_seed(0)
     for size in (32, 64, 256, 512):
-        pixels = torch.randint(0, 256, (BATCH, 3, size, size), dtype=torch.uint8, generator=rng)
+        pixels = torch.randint(0, 256, (BATCH, 3, size, size), dtype=torch.uint8, generator=rng).to(device)
         theirs, ours = resize_as_shipped(pixels), resize_like_tensorflow(pixels)
         costs = time_in_turns({"shipped": resize_as_shipped, "ours": resize_like_tensorflow}, pixels)
-        speed = {name: BATCH / cpu for name, (cpu, _) in costs.items()}
-        line = f"{speed['shipped']:7.0f} -> {speed['ours']:7.0f} images per CPU second"
+        speed = {name: BATCH / cost.seconds for name, cost in costs.items()}
+        line = f"{speed['shipped']:7.0f} -> {speed['ours']:7.0f} images per {'CPU ' if device == 'cpu' else ''}second"
         print(f"resizing {size:3d} -> 299: {line}, {speed['ours'] / speed['shipped']:5.2f}x", end="; ")
         print(f"largest difference {(theirs - ours).abs().max():.1e} of 255")
 
@@ -102,24 +103,23 @@ def compare_speed(networks: dict[str, Network], pixels: Tensor) -> None:
     """Speed from pixels to features in images per second, best of a few rounds in turns."""
     baseline, *_ = expected = [network(pixels) for network in networks.values()]
     costs = time_in_turns(networks, pixels)
-    first_cpu, first_wall = next(iter(costs.values()))
-    for (name, (cpu, wall)), features in zip(costs.items(), expected, strict=True):
-        speed = f"{len(pixels) / cpu:6.1f} images per CPU second ({first_cpu / cpu:.2f}x)"
+    first = next(iter(costs.values()))
+    for (name, cost), features in zip(costs.items(), expected, strict=True):
+        speed = f"{len(pixels) / cost.cpu:6.1f} images per CPU second ({first.cpu / cost.cpu:.2f}x)"
         error = ((features - baseline).norm() / baseline.norm()).item()
-        print(f"{name:<22} {speed}, {len(pixels) / wall:6.1f} per second ({first_wall / wall:.2f}x)", end="; ")
-        print(f"features differ by {error:.1e}", flush=True)
+        print(
+            f"{name:<22} {speed}, {len(pixels) / cost.wall:6.1f} per second ({first.wall / cost.wall:.2f}x)", end="; "
+        )
+        print(f"peak {cost.peak:.2f} GB; features differ by {error:.1e}", flush=True)
 
 
-def time_in_turns(functions: dict[str, Network], pixels: Tensor) -> dict[str, tuple[float, float]]:
-    """Smallest CPU and wall seconds of each, in turns, so that other load on the machine affects all of them."""
-    best = dict.fromkeys(functions, (float("inf"), float("inf")))
+def time_in_turns(functions: dict[str, Network], pixels: Tensor) -> dict[str, Cost]:
+    """Smallest cost of each, in turns, so that other load on the machine affects all of them."""
+    costs: dict[str, list[Cost]] = {name: [] for name in functions}
     for _ in range(1 + REPEATS):  # the first warms up
         for name, function in functions.items():
-            start = time.process_time(), time.perf_counter()
-            function(pixels)
-            used = time.process_time() - start[0], time.perf_counter() - start[1]
-            best[name] = min(best[name][0], used[0]), min(best[name][1], used[1])
-    return best
+            costs[name].append(measure(lambda function=function: function(pixels), pixels.device.type)[1])
+    return {name: min(found[1:], key=lambda cost: cost.seconds) for name, found in costs.items()}
 
 
 def compare_distances(extractors: dict[str, InceptionExtractor], batches: Callable[[], Iterable[Tensor]]) -> None:
@@ -136,14 +136,17 @@ def compare_distances(extractors: dict[str, InceptionExtractor], batches: Callab
             ("one side in bf16", frechet_distance(fast_changed, exact)),
         ):
             print(f"; {how} {value:.4f} ({value / both - 1:+.2%})", end="")
-        print(f"; peak memory so far {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB", flush=True)
+        print(
+            f"; peak memory of the process so far {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB",
+            flush=True,
+        )
 
 
 def of_all(extractor: InceptionExtractor, batches: Iterable[Tensor]) -> GaussianStatistics:
     """Mean and covariance of the features of all images, one batch at a time."""
     statistics = GaussianStatistics(extractor.dim)
     for pixels in batches:
-        statistics.update(extractor(pixels))
+        statistics.update(extractor(pixels).cpu())
     return statistics
 
 

@@ -7,7 +7,6 @@ time, which other work on the machine changes little: of the main process for a 
 image. On a GPU the device does the conversion to float32 and the mirroring; they are listed apart.
 """
 
-import argparse
 import multiprocessing
 import os
 import tempfile
@@ -22,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from robustok.data.crops import center_crop
-from robustok.data.dataset import Augmentation, ImageDataset, open_images
+from robustok.data.dataset import Augmentation, open_images
 from robustok.data.latent_cache import LatentCache, create_cache, training_latents, write_shard
 from robustok.data.loader import ahead, training_batches, training_draw
 from robustok.data.manifest import Manifest
@@ -30,6 +29,7 @@ from robustok.data.parquet_files import open_row, read_table
 from robustok.data.pixels import from_pixels
 from robustok.data.sources import Folder
 from robustok.training.objectives import Steps, _read_records
+from timing import arguments
 
 PHOTOGRAPHS, BATCH, SIZE, TOKENS, CODES = 256, 128, 256, 256, 4096
 BATCHES = 3
@@ -90,10 +90,10 @@ def plain_post_training(files: list[Path], pairs: LatentCache) -> Iterator[Tenso
         yield torch.where(records.flips.bool()[:, None, None, None], images.flip(-1), images)
 
 
-def on_the_device(data: ImageDataset) -> Iterator[Tensor]:
-    """Mirroring and conversion of pixels, on one thread of the CPU."""
-    pixels = torch.randint(0, 256, (BATCH, 3, SIZE, SIZE), dtype=torch.uint8)
-    mirrored = torch.arange(BATCH) % 2 == 0
+def on_the_device(device: torch.device) -> Iterator[Tensor]:
+    """Mirroring and conversion of pixels on the device; the main process waits, as a step does not."""
+    pixels = torch.randint(0, 256, (BATCH, 3, SIZE, SIZE), dtype=torch.uint8, device=device)
+    mirrored = torch.arange(BATCH, device=device) % 2 == 0
     for _ in range(BATCHES):
         yield from_pixels(torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels))
 
@@ -109,9 +109,13 @@ def worker_seconds() -> float:
 def measure(name: str, batches: Iterator, workers: int) -> None:
     """Print CPU time and rates of all batches but the first, for which workers start."""
     next(batches)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     main, others, wall = time.process_time(), worker_seconds(), time.perf_counter()
     for _ in range(BATCHES - 1):
         next(batches)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     main, others, wall = time.process_time() - main, worker_seconds() - others, time.perf_counter() - wall
     images = (BATCHES - 1) * BATCH
     row = f"{1e3 * main / (BATCHES - 1):8.1f} ms of the main process a batch"
@@ -121,11 +125,12 @@ def measure(name: str, batches: Iterator, workers: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("photographs", type=Path, help="parquet file of photographs")
     parser.add_argument("--workers", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(1)
+    device = torch.device(given.device)
     with tempfile.TemporaryDirectory() as folder:
         save_photographs(given.photographs, Path(folder) / "images")
         files = sorted((Path(folder) / "images").iterdir())
@@ -134,13 +139,13 @@ def main() -> None:
         pairs = make_pairs(Path(folder) / "pairs", data.fingerprint)
         measure("main training, plain", plain_main_training(files), 0)
         for workers in (0, given.workers):
-            batches = training_batches(data, BATCH, 0, 0, BATCHES, workers=workers)
+            batches = training_batches(data, BATCH, 0, 0, BATCHES, workers=workers, device=device)
             measure(f"main training, {workers} workers", batches, workers)
         measure("post-training, plain", plain_post_training(files, pairs), 0)
         read = partial(_read_records, data, pairs, Steps(BATCH, 0, 0, BATCHES, 0, 1), None)
         for workers in (0, given.workers):
-            measure(f"post-training, {workers} workers", ahead(read, range(BATCHES), workers), workers)
-        measure("mirroring and conversion, on the device", on_the_device(data), 0)
+            measure(f"post-training, {workers} workers", ahead(read, range(BATCHES), workers, device), workers)
+        measure("mirroring and conversion, on the device", on_the_device(device), 0)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ for every token of the batch, although only a tenth of the images is perturbed. 
 nearest 100; that is timed too. Goals: under 1 % of a step, 50 times faster than ranking all codes.
 """
 
-import time
 from collections.abc import Callable
 
 import torch
@@ -17,29 +16,19 @@ from robustok.tokenizers.perturbation import PerturbationConfig, draw_perturbati
 from robustok.tokenizers.quantizer import QuantizerConfig
 from robustok.tokenizers.robustok import RobusTok, RobusTokConfig, ViTConfig
 from robustok.training.common import average_copy, update_average
+from timing import arguments, median
 
 IMAGES, TOKENS, CODES, WIDTH = 32, 256, 4096, 64
 CONFIG = PerturbationConfig(rate=1.0, proportion=0.1, strength=100)
 
 
-def seconds(function: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """Medians of process CPU time and wall time, after one call that warms up."""
-    function()
-    cpu, wall = [], []
-    for _ in range(repeats):
-        start = time.process_time(), time.perf_counter()
-        function()
-        cpu.append(time.process_time() - start[0])
-        wall.append(time.perf_counter() - start[1])
-    return torch.tensor(cpu).median().item(), torch.tensor(wall).median().item()
-
-
-def training_step() -> Callable[[], object]:
+def training_step(device: str) -> Callable[[], object]:
     """A small step of main training: width 384, depth 6, without adversary and teacher."""
     vit = ViTConfig(width=384, depth=6, heads=6)
-    model = RobusTok(RobusTokConfig(encoder=vit, decoder=vit, quantizer=QuantizerConfig(size=CODES, dim=WIDTH))).train()
+    model = RobusTok(RobusTokConfig(encoder=vit, decoder=vit, quantizer=QuantizerConfig(size=CODES, dim=WIDTH)))
+    model = model.train().to(device)
     average, optimizer = average_copy(model), torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    images, rng = torch.rand(IMAGES, 3, 256, 256) * 2 - 1, torch.Generator().manual_seed(0)
+    images, rng = torch.rand(IMAGES, 3, 256, 256, device=device) * 2 - 1, torch.Generator().manual_seed(0)
 
     def step() -> None:
         draw = draw_perturbation(IMAGES, TOKENS, CONFIG.rate, CONFIG.proportion, rng)
@@ -63,6 +52,7 @@ def ranking(
     near = distances.argsort(1)[:, :delta] if whole else distances.topk(delta, largest=False, sorted=True).indices
     ranks = torch.randint(delta, (len(z), 1), generator=rng)
     ranks[torch.rand(len(z), 1, generator=rng) > CONFIG.rate] = 0
+    ranks = ranks.to(z.device)
     perturbed = straight_through(features, codebook[near.gather(1, ranks)[:, 0]].view_as(features))
     chosen = int(CONFIG.proportion * len(features))
     return torch.cat([perturbed[:chosen], straight_through(features, codebook[tokens])[chosen:]])
@@ -70,29 +60,27 @@ def ranking(
 
 @torch.no_grad()
 def main() -> None:
+    device = arguments(__doc__).parse_args().device
     torch.manual_seed(0)
-    features = F.normalize(torch.randn(IMAGES, TOKENS, WIDTH), dim=-1)
-    codebook, rng = F.normalize(torch.randn(CODES, WIDTH), dim=-1), torch.Generator().manual_seed(0)
-    tokens = (features @ codebook.T).argmax(-1)
+    features = F.normalize(torch.randn(IMAGES, TOKENS, WIDTH), dim=-1).to(device)
+    codebook = F.normalize(torch.randn(CODES, WIDTH), dim=-1).to(device)
+    tokens, rng = (features @ codebook.T).argmax(-1), torch.Generator().manual_seed(0)
 
     def ours() -> None:
         draw = draw_perturbation(IMAGES, TOKENS, CONFIG.rate, CONFIG.proportion, rng)
         perturb_latents(features, tokens, codebook, draw, CONFIG.strength, CONFIG)
 
-    threads = torch.get_num_threads()
-    print(
-        f"{IMAGES} images x {TOKENS} tokens, {CODES} codes x {WIDTH}, strength 100, proportion 0.1, {threads} threads"
-    )
-    cpu, wall = seconds(ours, 20)
-    row = "{:<35} {:9.1f} ms CPU {:9.1f} ms wall".format
-    print(row("perturbation", 1e3 * cpu, 1e3 * wall))
+    where = f"{device}, {torch.get_num_threads()} threads"
+    print(f"{IMAGES} images x {TOKENS} tokens, {CODES} codes x {WIDTH}, strength 100, proportion 0.1, {where}")
+    own = median(ours, 20, device)
+    print(f"{'perturbation':<35} {own}")
     for name, goal in (("ranking all codes", " (goal >= 50)"), ("nearest 100, sorted (authors)", "")):
-        other = seconds(lambda goal=goal: ranking(features, tokens, codebook, rng, whole=bool(goal)), 3)
-        print(row(name, 1e3 * other[0], 1e3 * other[1]) + f", ratio {other[0] / cpu:.1f}{goal}")
+        other = median(lambda goal=goal: ranking(features, tokens, codebook, rng, whole=bool(goal)), 3, device)
+        print(f"{name:<35} {other}, ratio {other.seconds / own.seconds:.1f}{goal}")
     with torch.enable_grad():
-        step = seconds(training_step(), 1)
-    share = f", share {cpu / step[0]:.3%} (goal < 1 %)"
-    print(row("training step, width 384, depth 6", 1e3 * step[0], 1e3 * step[1]) + share)
+        step = median(training_step(device), 1, device)
+    share = f", share {own.seconds / step.seconds:.3%} (goal < 1 %)"
+    print(f"{'training step, width 384, depth 6':<35} {step}{share}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A post-training step on cached latents, compared with the authors' procedure: CPU seconds and bytes on disk.
 
-    python benchmarks/post_training.py [PHOTOGRAPHS.parquet]
+    python benchmarks/post_training.py [PHOTOGRAPHS.parquet] [--device cuda]
 
 The authors' code stores each mixture as a PNG file. At every step it reads the file, encodes and quantises the image
 again, runs the teacher, and trains everything except the encoder's transformer. Ours reads the latents and trains the
@@ -14,9 +14,7 @@ so nothing is downloaded. The photographs serve to measure the size of PNG files
 import io
 import itertools
 import resource
-import sys
 import tempfile
-import time
 from pathlib import Path
 from unittest import mock
 
@@ -34,6 +32,7 @@ from robustok.tokenizers import load_tokenizer
 from robustok.training import adversary, prepared
 from robustok.training.authors import AuthorsStep
 from robustok.training.decoder import DecoderTrainingRun
+from timing import arguments
 
 STEPS = 4  # the first is not timed
 
@@ -57,8 +56,8 @@ def from_png(path: Path):
     return inputs
 
 
-def seconds_a_step(name: str, folder: Path, twice: bool) -> list[float]:
-    """CPU seconds of each step except the first; losses are differentiated once or twice."""
+def seconds_a_step(name: str, folder: Path, twice: bool, device: str) -> list[float]:
+    """Seconds of each step except the first, CPU time on a CPU; losses are differentiated once or twice."""
     run = prepare(name, folder, [f"steps={STEPS}", "log_every=100"])
     png = folder / "mixture.png"
     decode_to_png(run, png)
@@ -68,13 +67,13 @@ def seconds_a_step(name: str, folder: Path, twice: bool) -> list[float]:
         mock.patch.object(adversary, "differentiated", differentiated),
         mock.patch.object(AuthorsStep, "inputs", from_png(png)),
     ):
-        times = step_times(run, time.process_time)
+        times = step_times(run, device)
     return [after - before for before, after in itertools.pairwise(times)]
 
 
-def png_bytes(photographs: str) -> float:
+def png_bytes(photographs: Path) -> float:
     """Mean size of 200 photographs as PNG files."""
-    data, sizes = open_images(data_at(Path(photographs)), 256), []
+    data, sizes = open_images(data_at(photographs), 256), []
     for image in data.read(range(200)).images:
         buffer = io.BytesIO()
         Image.fromarray(to_pixels(image[None])[0].permute(1, 2, 0).numpy()).save(buffer, "PNG")
@@ -83,18 +82,24 @@ def png_bytes(photographs: str) -> float:
 
 
 def main() -> None:
+    words = arguments(__doc__)
+    words.add_argument("photographs", nargs="?", type=Path, help="parquet file, to measure the size of PNG files")
+    given = words.parse_args()
     use_random_backbones()
     found = {}
     for title, name, twice in (("ours", "post", False), ("authors", "authors", False), ("twice", "authors", True)):
         with tempfile.TemporaryDirectory() as folder:
-            found[title] = seconds_a_step(name, Path(folder), twice)
-        print(f"{title:9} {'  '.join(f'{s:.1f}' for s in found[title])} CPU seconds per step", flush=True)
+            found[title] = seconds_a_step(name, Path(folder), twice, given.device)
+        kind = "CPU " if given.device == "cpu" else ""
+        print(f"{title:9} {'  '.join(f'{s:.3f}' for s in found[title])} {kind}seconds per step", flush=True)
     ratio, usual = (min(found[title]) / min(found["ours"]) for title in ("authors", "twice"))
-    print(f"full size, batch 1, {torch.get_num_threads()} threads: ratio {ratio:.2f} (goal >= 2)")
+    print(f"full size, batch 1, {given.device}, {torch.get_num_threads()} threads: ratio {ratio:.2f} (goal >= 2)")
     print(f"with losses differentiated twice: ratio {usual:.2f}")
+    if given.device == "cuda":
+        print(f"peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB of the GPU")
     print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.1f} GB, both in one process")
-    if len(sys.argv) > 1:
-        record, png = 256 * 2 + RECORD, png_bytes(sys.argv[1])
+    if given.photographs:
+        record, png = 256 * 2 + RECORD, png_bytes(given.photographs)
         print(f"{png:,.0f} bytes per PNG file, {record} per record of tokens: ratio {png / record:.0f} (goal >= 200)")
 
 

@@ -24,6 +24,8 @@ from robustok.losses.discriminators import DISCRIMINATORS, augment, augmentation
 from robustok.losses.perceptual import LPIPSLoss
 from robustok.metrics.features.inception import InceptionExtractor
 from robustok.metrics.frechet import GaussianStatistics, frechet_distance
+from robustok.metrics.kernel import kernel_distance
+from robustok.metrics.manifold import precision_recall
 from robustok.randomness import image_rngs, seed_step
 from robustok.runs import RunFolder
 from robustok.tokenizers import load_tokenizer
@@ -182,8 +184,8 @@ def test_logits_and_tokens_of_token_generators(name):
 @pytest.mark.parametrize("name", ["rar", "llamagen"])
 @torch.no_grad()
 def test_a_compiled_step_gives_the_same_tokens(name):
-    """With guidance and without, with other weights loaded, and for another number of images."""
-    model, other = build(name).to(DEVICE), build(name, seed=1).to(DEVICE)
+    """With guidance and without, with other weights loaded, and for another number of images; at four cache lengths."""
+    model, other = build(name, length=25).to(DEVICE), build(name, seed=1, length=25).to(DEVICE)
     labels = batch(4)[1]
     sample = lambda m, s, n=4: m.generate(labels[:n], s, image_rngs(0, range(n)))  # noqa: E731
     guided, plain = sample(model, GUIDED), sample(model, Sampling())
@@ -194,6 +196,36 @@ def test_a_compiled_step_gives_the_same_tokens(name):
     model.load_state_dict(other.state_dict())
     assert torch.equal(sample(model, GUIDED), sample(other, GUIDED))
     assert torch.equal(sample(model, GUIDED, 3), sample(other, GUIDED, 3))
+
+
+@pytest.mark.parametrize("compiling", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", ["rar", "gigatok_adaln"])
+def test_sampling_does_not_wait(name, compiling):
+    """Not for a token, nor for a whole mixture, whose random numbers come from the CPU."""
+    model, (reference, labels, _) = build(name).to(DEVICE), batch(4)
+    sample = lambda: model.generate(labels, GUIDED, image_rngs(0, range(4)), reference, 0.5)  # noqa: E731
+    if compiling:
+        model.compile_sampling()
+    *_, expected = (sample() for _ in range(3))  # compiles, records a CUDA graph
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = sample()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["rar", "llamagen"])
+@torch.no_grad()
+def test_sampling_in_bf16_casts_the_weights_once(name):
+    model = build(name).to(DEVICE)
+    tokens, labels, _ = batch(4)
+    there = tokens.to(DEVICE), labels.to(DEVICE)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        found, expected = forced_logits(model, *there, GUIDED), full_logits(model, *there, GUIDED)
+    assert (found - expected).std() < 0.05 * expected.std()
+    assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", CONTINUOUS)
@@ -273,6 +305,15 @@ def test_frechet_distance(count):
     assert frechet_distance(one, other) == pytest.approx(expected, rel=1e-9)
     assert frechet_distance(one, GaussianStatistics.of(b)) == pytest.approx(expected, rel=1e-9)
     assert frechet_distance(one, one) == pytest.approx(0, abs=1e-9)
+
+
+def test_kernel_distance_and_manifolds():
+    real, fake = randn(300, 64), 1.2 * randn(400, 64, seed=1)
+    expected, found = (kernel_distance(fake.to(device), real.to(device)) for device in ("cpu", DEVICE))
+    assert found.value == pytest.approx(expected.value, rel=1e-9)
+    assert found.standard_error == pytest.approx(expected.standard_error, rel=1e-9)
+    manifolds = [precision_recall(real=real.to(device), fake=fake.to(device)) for device in ("cpu", DEVICE)]
+    assert manifolds[0] == manifolds[1]
 
 
 # Training

@@ -1,10 +1,14 @@
 """The script that measures a GPU runs from end to end on the CPU, at toy sizes."""
 
+import ast
+import importlib
 import importlib.util
 import json
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 CASES = (  # of every part; together they run most of the code
@@ -22,7 +26,10 @@ CASES = (  # of every part; together they run most of the code
     "lpips/bf16-4-compiled",
     "fid/decode-and-features@2",
     "fid/distance",
+    "fid/kid-and-precision-recall",
     "loader",
+    "tests",
+    "demo",
 )
 
 
@@ -63,3 +70,28 @@ def test_a_failing_case_does_not_lose_the_others(script, capsys, monkeypatch):
     for selection in (["--only", "broken/second"], ["--without", "broken/first"]):
         selected = script.main([*selection, "--device", "cpu"])
         assert [row["case"] for row in selected["rows"]] == ["broken/second"]
+
+
+@pytest.mark.parametrize("file", sorted(SCRIPT.parent.glob("*.py")), ids=lambda file: file.stem)
+def test_every_benchmark_takes_a_device(file):
+    if file.stem == "timing":
+        return
+    calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+    words = {ast.unparse(call.func) for call in calls}
+    assert "arguments" in words or any("'--device'" in ast.unparse(call) for call in calls)
+
+
+def test_costs_of_a_benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    timing = importlib.import_module("timing")
+    assert timing.arguments("a\nb").parse_args(["--device", "cpu"]).device == "cpu"
+    assert timing.arguments("a\nb").parse_args([]).device == ("cuda" if torch.cuda.is_available() else "cpu")
+    times = iter([3.0, 1.0, 2.0, 9.0])
+    found = timing.median(lambda: next(times), 3, "cpu")
+    assert found.device == "cpu"
+    assert 0 <= found.seconds == found.cpu
+    assert found.peak > 0.01
+    result, slow = timing.measure(lambda: time.sleep(0.05) or 7, "cpu")
+    assert (result, slow.cpu < 0.05 <= slow.wall) == (7, True)
+    with timing.trainings_on("cpu"):
+        assert not torch.accelerator.is_available()

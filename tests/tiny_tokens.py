@@ -21,10 +21,11 @@ def build(name, seed=0, **settings):
     """A tiny generator in which every parameter is random and matters, those that start at zero included."""
     torch.manual_seed(seed)
     size = {"width": 32, "depth": 2, "heads": 4} | settings
+    length = size.pop("length", L)
     if name == "rar":
-        model = RAR(RARConfig(**size), K, L, CLASSES)
+        model = RAR(RARConfig(**size), K, length, CLASSES)
     else:
-        model = GPT(GPTConfig(**size, mlp_width=24, **GPTS[name]), K, L, CLASSES)
+        model = GPT(GPTConfig(**size, mlp_width=24, **GPTS[name]), K, length, CLASSES)
     return randomised(model)
 
 
@@ -46,14 +47,7 @@ def batch(count, length=L):
 @torch.no_grad()
 def forced_logits(model, tokens, labels, sampling):
     """The guided logits of the cached pass (N, L, K) when it is made to choose ``tokens``."""
-    steps = []
-
-    def choose(step, logits):
-        steps.append(logits)
-        return tokens[:, step]
-
-    assert torch.equal(model._sample(labels, sampling, choose), tokens)
-    return torch.stack(steps, dim=1)
+    return model.cached_logits(tokens, labels, sampling)
 
 
 @torch.no_grad()

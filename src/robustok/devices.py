@@ -5,11 +5,16 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 
 from robustok.environment import ignore_leftovers
 from robustok.errors import UserError
 from robustok.precision import Precision, note_slow, use_precision
+
+# How long processes wait for another in a collective. NCCL's default of 10 minutes is less than one process may take to
+# convert weights, or to compute a Frechet distance on a busy host, while the others wait.
+PATIENCE = timedelta(hours=2)
 
 
 def rank_rows(global_batch: int, rank: int, world: int) -> slice:
@@ -41,7 +46,10 @@ def start_accelerator(batch_size: int = 0, parts: int = 1, precision: Precision 
     use_precision(precision)
     # Without cpu=True, every process of a `torchrun` without GPUs would be the only process of its own run.
     views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # no second copy of the gradients
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no", kwargs_handlers=[views])
+    patience = InitProcessGroupKwargs(timeout=PATIENCE)
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(), mixed_precision="no", kwargs_handlers=[views, patience]
+    )
     note_slow(accelerator.device, precision)
     share = rank_rows(batch_size, accelerator.process_index, accelerator.num_processes)
     if (share.stop - share.start) % parts:

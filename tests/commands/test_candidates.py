@@ -3,6 +3,9 @@
 import json
 import re
 import statistics
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 
 import pytest
 import torch
@@ -25,6 +28,7 @@ from robustok.evaluation.held_out import HeldOut, HeldOutScore, ReconstructionSc
 from robustok.metrics.features import ExtractorConfig
 from robustok.metrics.frechet import GaussianStatistics, frechet_distance
 from robustok.metrics.pixels import psnr
+from robustok.metrics.processes import ALONE, Processes
 from robustok.snapshots import read_snapshot
 from robustok.tokenizers import load_tokenizer
 from robustok.training.decoder import train_decoder
@@ -326,6 +330,54 @@ def test_where_auto_finds_nothing_it_names_the_gap(tmp_path, run_of, module, tok
     assert "on the samples that chose the decoder: post-training does not pay: +1 ± 0 from 5.5 with clean" in words
     assert re.search(r"the gap of the generated latents .*: generated_usage [\d.]+ \([\d.]+\), token_divergence", words)
     assert not (tmp_path / "unseen").exists()
+
+
+def test_processes_share_the_scores_and_keep_the_statistics(tmp_path, classifier, tokenizer, samples, monkeypatch):
+    """Three processes, of which the last has no image of some sets, get the numbers of one, and read images once."""
+    model, decoder = load_tokenizer(tokenizer), load_tokenizer(tokenizer)
+    data, test = open_images(Digits(limit=70), 16), open_images(Digits(limit=90), 16, split="test")
+    given, settings = HeldOut(latents=samples[0], extractor={"path": classifier}), ExtractorConfig(path=classifier)
+
+    def scores(processes, cache):
+        score = HeldOutScore(given, model, data, torch.device("cpu"), 8, 0, processes, cache)
+        others = ReconstructionScore(settings, model, test, 65, 0, processes)
+        return score(decoder.decode), others(decoder.decode)
+
+    alone = scores(ALONE, None)
+    shared = in_threads(3, lambda processes: scores(processes, tmp_path / "statistics"))
+    assert shared[0] == shared[1] == shared[2]
+    assert shared[0][0] == pytest.approx(alone[0], rel=1e-6)
+    assert shared[0][1] == pytest.approx(alone[1], rel=1e-6)
+    assert len(list((tmp_path / "statistics").iterdir())) == 1
+    monkeypatch.setattr("robustok.evaluation.held_out.real_statistics", None)
+    assert scores(ALONE, tmp_path / "statistics")[0] == pytest.approx(alone[0], rel=1e-6)
+
+
+def in_threads(world, function):
+    """``function`` of each of several processes, as threads that add up and gather."""
+    barrier, given = threading.Barrier(world), [None] * world
+
+    def exchange(rank, value):
+        given[rank] = value
+        barrier.wait(60)
+        found = list(given)
+        barrier.wait(60)
+        return found
+
+    def run(rank):
+        add = lambda tensor: sum(exchange(rank, tensor))  # noqa: E731
+        try:
+            return function(Processes(rank, world, add, lambda parts: list(chain(*exchange(rank, parts)))))
+        except Exception:
+            barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(world) as pool:
+        waiting = [pool.submit(run, rank) for rank in range(world)]
+    failed = [one.exception() for one in waiting if one.exception() is not None]
+    if failed:
+        raise min(failed, key=lambda error: isinstance(error, threading.BrokenBarrierError))
+    return [one.result() for one in waiting]
 
 
 def test_reconstructions_are_scored_on_real_images(classifier, tokenizer, capsys):

@@ -4,14 +4,18 @@ import torch
 from PIL import Image
 
 import tiny
-from robustok.commands.generate import GenerateRun, generate
+from robustok.commands.encode import chosen_shard_size
+from robustok.commands.generate import GenerateRun, SampleCacheSettings, generate, samples_at_once
 from robustok.commands.make_pairs import MakePairsRun, make_pairs, reencode
 from robustok.data.latent_cache import LatentCache
 from robustok.data.pixels import from_pixels, to_pixels
 from robustok.errors import UserError
 from robustok.generators import load_generator
+from robustok.generators.sampling import Sampling
 from robustok.tokenizers import load_tokenizer
 from robustok.training.tokenizer import train_tokenizer
+from tiny_models import tiny_generator
+from tiny_tokens import build
 
 
 def records(path):
@@ -46,6 +50,46 @@ def test_a_sample_depends_on_its_number_alone(tmp_path, generator, samples):
     words = ("seed=1", "cache.batch_size=7", "cache.shard_size=9", "count=23")
     fewer = records(generate(tiny.samples_run(tmp_path / "a", generator, *words)))
     assert torch.equal(fewer.latents, records(samples[0]).latents[:23])
+
+
+@pytest.mark.parametrize(("count", "most"), [(50_000, 1.07), (200_000, 1.01), (1_281_167, 1.07)])
+def test_shards_leave_none_of_eight_processes_idle(count, most):
+    size = chosen_shard_size(SampleCacheSettings(), count)
+    records = [0] * 8
+    for k, start in enumerate(range(0, count, size)):
+        records[k % 8] += min(size, count - start)
+    assert max(records) <= most * count / 8
+    assert 512 <= size <= 10_000
+
+
+def test_an_unfinished_cache_keeps_its_shards(tmp_path, generator, samples):
+    """As one of an earlier version, whose default was 10,000."""
+    run = tiny.samples_run(tmp_path / "a", generator, "seed=1", "cache.shard_size=23")
+    generate(run)
+    first = (tmp_path / "a" / "shard-00000.safetensors").read_bytes()
+    (tmp_path / "a" / "shard-00001.safetensors").unlink()
+    found = records(generate(tiny.samples_run(tmp_path / "a", generator, "seed=1")))
+    assert (tmp_path / "a" / "shard-00000.safetensors").read_bytes() == first
+    assert torch.equal(found.latents, records(samples[0]).latents)
+    with pytest.raises(UserError, match="shard_size"):
+        generate(tiny.samples_run(tmp_path / "a", generator, "seed=1", "cache.shard_size=10"))
+
+
+def test_as_many_tokens_are_sampled_at_once_as_the_memory_of_a_gpu_holds(monkeypatch):
+    model, sampling = build("rar"), Sampling(guidance_scale=4)
+    one = 2 * 2 * 2 * 4 * 8 * 10 * 4  # keys and values, rows, blocks, heads, head width, positions, float32
+    assert model.cache_bytes(sampling) == one == 2 * model.cache_bytes(Sampling())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert 2 * model.cache_bytes(sampling) == one
+    settings = SampleCacheSettings()
+    assert samples_at_once(model, settings, sampling) == 64  # on a CPU
+    for free, size in ((3 * 512, 512), (3 * 511, 256), (3 * 128, 128), (3, 64)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free * one, 0))
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "is_cuda", True)
+            assert samples_at_once(model, settings, sampling) == size
+            assert samples_at_once(tiny_generator("sit"), settings, sampling) == 64
+            assert samples_at_once(model, SampleCacheSettings(batch_size=7), sampling) == 7
 
 
 def test_chosen_classes_and_settings(tmp_path, generator):

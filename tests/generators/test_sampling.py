@@ -11,8 +11,8 @@ from robustok.generators.sampling import (
     draw_tokens,
     guidance_scales,
     guide,
+    mixture_draws,
     sample_tokens,
-    token_chooser,
     truncate,
 )
 from robustok.randomness import image_rngs, image_uniforms, per_image
@@ -59,19 +59,18 @@ def test_settings_written_before_there_were_windows_mean_what_they_meant():
     assert (rising.diff() > 0).all()
 
 
-def test_the_chooser_keeps_real_tokens_at_the_asked_rate_and_draws_the_others_alike():
+def test_a_mixture_keeps_real_tokens_at_the_asked_rate_and_draws_the_others_alike():
     count, length, sigma, device = 300, 20, 0.7, torch.device("cpu")
     reference = torch.full((count, length), 3)
-    logits = torch.zeros(count, 3)  # never draws token 3
-    chosen = {}
+    found = {}
     for share in (None, sigma, 1.0):
-        choose = token_chooser(Sampling(), image_rngs(0, range(count)), length, reference, share, device)
-        chosen[share] = torch.stack([choose(step, logits) for step in range(length)], dim=1)
-    kept = chosen[sigma] == 3
-    assert torch.equal(chosen[sigma][~kept], chosen[None][~kept])
+        found[share] = mixture_draws(image_rngs(0, range(count)), length, reference, share, device)
+    kept = found[sigma][1] == 3
+    assert all(torch.equal(uniforms, found[None][0]) for uniforms, _ in found.values())
+    assert (found[sigma][1][~kept] == -1).all()
     assert abs(kept.float().mean().item() - sigma) < 4 * math.sqrt(sigma * (1 - sigma) / kept.numel())
-    assert (chosen[1.0] == 3).all()
-    assert not (chosen[None] == 3).any()
+    assert (found[1.0][1] == 3).all()
+    assert (found[None][1] == -1).all()
 
 
 def test_guide_goes_from_unconditional_through_conditional():

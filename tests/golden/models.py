@@ -143,18 +143,6 @@ def vavae(golden: Golden) -> None:
 # Generators of tokens
 
 
-def step_logits(model: nn.Module, labels: Tensor, tokens: Tensor, sampling: Sampling) -> Tensor:
-    """Guided logits (N, L, K) of cached sampling in which the tokens are given."""
-    found = []
-
-    def choose(step: int, logits: Tensor) -> Tensor:
-        found.append(logits)
-        return tokens[:, step]
-
-    model._sample(labels, sampling, choose)
-    return torch.stack(found, dim=1)
-
-
 def rar_generator(golden: Golden) -> None:
     """Teacher-forced logits in two orders, and cached sampling with three guidances."""
     notes, model = golden.notes, load_pretrained("rar", golden.path)
@@ -173,9 +161,9 @@ def rar_generator(golden: Golden) -> None:
         sampling = Sampling(guidance_scale=scale, guidance_power=power, temperature=notes["temperature_of_forced_runs"])
         name = f"guidance_scale_per_step{suffix}"
         golden.row(name, guidance_scales(model.length, sampling), golden[f"output.{name}"], Tolerance(relative=1e-5))
-        found = step_logits(model, labels, forced, sampling)
+        found = model.cached_logits(forced, labels, sampling)
         golden.row(f"guided_logits{suffix}", found, golden[f"output.guided_logits{suffix}"], Tolerance(tolerance))
-    found = step_logits(model, labels, forced, Sampling(guidance_scale=0))
+    found = model.cached_logits(forced, labels, Sampling(guidance_scale=0))
     golden.row("unguided_logits", found, golden["output.unguided_logits"], Tolerance(1e-4))
 
     cold = {"temperature": notes["temperature_of_greedy_runs"]}
@@ -219,7 +207,7 @@ def llamagen_gpt(golden: Golden) -> None:
             ("cfg", Sampling(**scale)),
             ("cfg_interval", Sampling(**scale, guidance_until=until)),
         ):
-            run.row(f"logits_step_{name}", step_logits(model, run.input("labels"), run.input("tokens"), sampling))
+            run.row(f"logits_step_{name}", model.cached_logits(run.input("tokens"), run.input("labels"), sampling))
 
 
 def gigatok_gpt(golden: Golden) -> None:
@@ -230,7 +218,7 @@ def gigatok_gpt(golden: Golden) -> None:
         step = constant.model_copy(update={"guidance_from": settings["window_start"]})
         _teacher_forced(run)
         for name, sampling in (("constant", constant), ("step", step)):
-            found = step_logits(run.model, run.input("labels"), run.input("tokens"), sampling)
+            found = run.model.cached_logits(run.input("tokens"), run.input("labels"), sampling)
             run.row(f"logits_step_cfg_{name}", found)
     scales = guidance_scales(run.model.length, step)
     golden.row("step_scales", scales, golden["input.step_scales"], Tolerance(5e-5))

@@ -12,6 +12,7 @@ from robustok.errors import UserError
 from robustok.generators import load_generator
 from robustok.generators.rar import RAR, RARConfig
 from robustok.tokenizers import encoder_digest, load_tokenizer
+from robustok.training import state as state_module
 from robustok.training.generator import accuracy, cross_entropy, parameter_groups, train_generator
 from robustok.types import GeneratorOutput
 
@@ -40,8 +41,13 @@ def test_the_snapshot_says_what_sampling_needs(generator, tokenizer):
     assert sorted(p.name for p in generator.iterdir()) == ["config.yaml", "log.jsonl", "snapshot", "state"]
 
 
-def test_without_averaging_the_snapshot_holds_the_last_weights(tmp_path, latents):
-    train_generator(tiny.generator_run(tmp_path / "run", latents, "steps=2", "ema_decay=0", "sampling.temperature=0.9"))
+def test_without_averaging_the_snapshot_holds_the_last_weights(tmp_path, latents, monkeypatch):
+    """They are copied, and gathered where they are sharded, only when something is written."""
+    copied, update = [], state_module.update_average
+    monkeypatch.setattr(state_module, "update_average", lambda *words: copied.append(words[2]) or update(*words))
+    words = ("steps=2", "log_every=2", "ema_decay=0", "sampling.temperature=0.9")
+    train_generator(tiny.generator_run(tmp_path / "run", latents, *words))
+    assert copied == [0.0]
     snapshot = load_file(tmp_path / "run" / "snapshot" / "00000002" / "model.safetensors")
     state = load_file(tmp_path / "run" / "state" / "00000002" / "state.safetensors")
     assert all(torch.equal(state[f"/generator/{name}"], value) for name, value in snapshot.items())

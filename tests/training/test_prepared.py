@@ -30,6 +30,19 @@ def run_with(*words):
     return tiny.main_run("x", *words)
 
 
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("float32", None)])
+def test_sharded_blocks_are_gathered_in_the_precision_of_the_run(monkeypatch, precision, dtype):
+    found = []
+    monkeypatch.setattr(prepared, "init_device_mesh", lambda *_: None)
+    monkeypatch.setattr(prepared, "fully_shard", lambda *_, mp_policy=None, **__: found.append(mp_policy))
+    prepared.shard_blocks(rar(), start_accelerator(), precision)
+    policies = found[:-1]  # the last call shards nothing
+    assert len(policies) == 4
+    assert {policy.param_dtype for policy in policies} == {dtype}
+    assert {policy.reduce_dtype for policy in policies} == {torch.float32 if dtype else None}
+    assert {policy.cast_forward_inputs for policy in policies} == {dtype is None}  # the stream between blocks: float32
+
+
 def rar(dropout=0.0, depth=2):
     torch.manual_seed(0)
     model = RAR(RARConfig(width=16, depth=depth, heads=2, dropout=dropout), codebook_size=32, length=16, classes=3)

@@ -9,7 +9,6 @@ host, which :class:`robustok.devices.Reading` starts in one step and looks at in
 """
 
 import json
-from collections import Counter
 from importlib import import_module
 from pathlib import Path
 from typing import ClassVar
@@ -18,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
 from robustok.config import load
@@ -32,29 +30,13 @@ from robustok.training import decoder, finite
 from robustok.training.decoder import train_decoder
 from robustok.training.generator import train_generator
 from robustok.training.tokenizer import TokenizerTrainingRun, train_tokenizer
+from waiting_copies import Copies
 
 META, STEPS = torch.device("meta"), 3
 
 
 class FinishedError(Exception):
     """The steps are done; the last one's line of the log is not written."""
-
-
-class Copies(TorchDispatchMode):
-    """Counts copies from the CPU to the device that make the host wait, by shape."""
-
-    def __init__(self):
-        super().__init__()
-        self.waiting = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        result = function(*args, **kwargs)
-        copy = function in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
-        waits = copy and result.is_meta and not (kwargs.get("non_blocking") or args[2:] == (True,))
-        if waits and any(isinstance(x, torch.Tensor) and not x.is_meta for x in args):
-            self.waiting[tuple(result.shape)] += 1
-        return result
 
 
 class Reading:

@@ -82,7 +82,7 @@ class Search:
         folder: run folder.
         make_score: makes the score; called when the first decoder needs it.
         make_reconstructions: makes that of real images, or None.
-        accelerator: its main process computes, all of them read.
+        accelerator: all processes compute, the main one writes.
         seed: of the run.
         reference: description of the real images.
 
@@ -119,13 +119,14 @@ class Search:
         scored = ScoredDecoder(stage, candidate, steps, path, [], {})
         if scored.key() in (other.key() for other in self.found):
             return
-        if self.accelerator.is_main_process and self._known(scored) is None:
+        if self._known(scored) is None:  # in all processes alike: the line is written once all have computed
             self._scores = self._scores or tuple(make() for make in self._make)
             distances, reconstructions = self._scores
             decode = distances.decoder(load_tokenizer(path))
             measured = {} if reconstructions is None else reconstructions(decode)
             new = ScoredDecoder(stage, candidate, steps, path, distances(decode), measured)
-            append_line(self.file, self._line(new))
+            if self.accelerator.is_main_process:
+                append_line(self.file, self._line(new))
         self.accelerator.wait_for_everyone()
         line = self._known(scored)
         measured = {name: line[name] for name in RECONSTRUCTIONS if name in line}

@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor, nn
 from torchvision.models import vgg16
 
-from robustok.commands.encode import EncodeRun
+from robustok.commands.encode import EncodeRun, chosen_shard_size
 from robustok.commands.generate import GenerateRun
 from robustok.commands.make_pairs import MakePairsRun
 from robustok.commands.post_train import PostTrainRun
@@ -305,7 +305,7 @@ def _make_pairs(run: MakePairsRun) -> Estimates:
 
 def _cache(model: Tokenizer | Generator, records: int, run: EncodeRun | GenerateRun | MakePairsRun) -> Estimates:
     size = records * (_latent_bytes(model, run.cache.dtype) + RECORD)
-    return {"records": records, "shards": -(-records // run.cache.shard_size), "cache_bytes": size}
+    return {"records": records, "shards": -(-records // chosen_shard_size(run.cache, records)), "cache_bytes": size}
 
 
 def _latent_bytes(model: Tokenizer | Generator, dtype: str = "float32") -> int:

@@ -24,7 +24,7 @@ from robustok.data.latent_cache import (
     write_shard,
 )
 from robustok.data.loader import Workers, batches_of
-from robustok.data.manifest import LatentType, Manifest
+from robustok.data.manifest import LatentType, Manifest, read_manifest
 from robustok.data.pixels import from_pixels
 from robustok.data.sources import Data
 from robustok.devices import start_accelerator
@@ -34,16 +34,37 @@ from robustok.randomness import seeded
 from robustok.tokenizers import encoder_digest, load_tokenizer
 from robustok.training.inputs import image_digest
 
+BATCH = 64  # records at a time
+SHARDS, SHARD_MULTIPLE, LEAST_SHARD, MOST_SHARD = 128, 256, 512, 10_000
 VARIANTS = {"center": 1, "center-flip": 2, "ten": 10}  # records of an image
 
 
 class CacheSettings(Config):
     """How a cache of latents is computed and stored."""
 
-    batch_size: int = Field(64, ge=1, description="records computed at a time")
-    shard_size: int = Field(10_000, ge=1, description="records in a shard")
+    batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="records computed at a time; null: 64, and on a GPU as many samples of a generator of tokens as a "
+        "third of its free memory holds, up to 512",
+    )
+    shard_size: int | None = Field(
+        None,
+        ge=1,
+        description="records in a shard; null: a 128th of all, but 512 to 10,000, so that no process is idle for long",
+    )
     precision: Precision = Field("float32", description=f"of products and convolutions: {DESCRIPTION}")
     dtype: LatentType = Field("float32", description="type of continuous latents on disk")
+
+
+def chosen_shard_size(settings: CacheSettings, count: int, out: Path | None = None) -> int:
+    """Records in a shard of a cache of ``count``; whatever the settings do not say is as in a cache that is there."""
+    if settings.shard_size is not None:
+        return settings.shard_size
+    if out is not None and any(out.glob("shard-*.safetensors")) and (out / "manifest.json").exists():
+        return read_manifest(out).shard_size
+    even = -(-count // (SHARDS * SHARD_MULTIPLE)) * SHARD_MULTIPLE
+    return min(max(even, LEAST_SHARD), MOST_SHARD)
 
 
 class EncodeRun(Config):
@@ -99,7 +120,7 @@ def encode(run: EncodeRun) -> Path:
         classes=len(data.classes),
         class_names=data.classes,
         count=len(chosen) * variants,
-        shard_size=run.cache.shard_size,
+        shard_size=chosen_shard_size(run.cache, len(chosen) * variants, run.out),
         tokenizer=encoder_digest(tokenizer),
         data=data.fingerprint,
         source=source,
@@ -132,7 +153,7 @@ def encode(run: EncodeRun) -> Path:
         fields = dict(latents=latents, labels=labels, indices=indices, seeds=seeds, flips=flips)
         return fields | ({"crops": crops} if run.crops == "ten" else {})
 
-    fill_cache(run.out, manifest, make, run.cache.batch_size, accelerator, "encode", read_ahead)
+    fill_cache(run.out, manifest, make, run.cache.batch_size or BATCH, accelerator, "encode", read_ahead)
     return run.out
 
 

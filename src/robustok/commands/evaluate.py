@@ -2,9 +2,6 @@
 
 from pathlib import Path
 
-from accelerate import Accelerator
-from accelerate.utils import gather_object
-
 from robustok.commands.generate import GenerateRun, SampleCacheSettings, generate
 from robustok.devices import start_accelerator
 from robustok.evaluation.adm import write_adm_reference
@@ -13,7 +10,7 @@ from robustok.evaluation.reconstructions import reconstructions
 from robustok.evaluation.samples import decoded_samples, finished_images
 from robustok.evaluation.settings import EvaluateRun
 from robustok.files import append_line, check_appendable, inside, writing
-from robustok.metrics.processes import ALONE, Processes
+from robustok.training.common import processes_of
 from robustok.types import Measurement
 
 
@@ -27,7 +24,7 @@ def evaluate(run: EvaluateRun) -> list[Measurement]:
     accelerator = start_accelerator()
     file = inside(run.out, "metrics.jsonl")
     check_appendable(file)
-    evaluator = Evaluator(run, accelerator.device, _processes(accelerator))
+    evaluator = Evaluator(run, accelerator.device, processes_of(accelerator))
     decoders = [run.tokenizer, *(run.samples.decoders.values() if run.samples is not None else ())]
     for path in dict.fromkeys(path for path in decoders if path is not None):
         evaluator.note_guides(path)
@@ -49,17 +46,6 @@ def evaluate(run: EvaluateRun) -> list[Measurement]:
         for measurement in found:
             append_line(file, measurement.line())
     return found
-
-
-def _processes(accelerator: Accelerator) -> Processes:
-    if accelerator.num_processes == 1:
-        return ALONE
-    return Processes(
-        accelerator.process_index,
-        accelerator.num_processes,
-        lambda tensor: accelerator.reduce(tensor.to(accelerator.device), "sum").cpu(),
-        gather_object,
-    )
 
 
 def _samples(evaluator: Evaluator) -> list[Path]:

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from robustok.commands.encode import CacheSettings, fill_cache
+from robustok.commands.encode import BATCH, CacheSettings, chosen_shard_size, fill_cache
 from robustok.commands.image_files import write_images
 from robustok.config import Config, plain
 from robustok.data.manifest import Manifest
@@ -20,11 +20,14 @@ from robustok.errors import UserError
 from robustok.files import tensor_digest
 from robustok.generators import SamplingConfig, check_sampling, load_generator
 from robustok.generators.pipeline import PipelineGenerator
+from robustok.generators.tokens import TokenGenerator
 from robustok.precision import at_precision, cast_weights
 from robustok.randomness import image_rngs
 from robustok.snapshots import read_header
 from robustok.tokenizers import encoder_digest, load_tokenizer
 from robustok.types import Generator
+
+LARGE_BATCHES = (512, 256, 128)  # of tokens on a GPU
 
 
 class SampleCacheSettings(CacheSettings):
@@ -104,11 +107,11 @@ def generate(run: GenerateRun) -> Path:
         **licence_of(run.generator),
     }
     names = read_header(run.generator).get("class_names")
-    manifest = manifest_of(generator, run.cache, run.count, None, source, names)
+    manifest = manifest_of(generator, run, run.count, None, source, names)
     cast_weights(generator, run.cache.precision)  # after its digest
-    fill_cache(run.out, manifest, make, run.cache.batch_size, accelerator, "generate")
+    fill_cache(run.out, manifest, make, samples_at_once(generator, run.cache, sampling), accelerator, "generate")
     if tokenizer is not None:
-        write_images(run.out, tokenizer, run.images, run.cache.batch_size, accelerator, run.cache.precision)
+        write_images(run.out, tokenizer, run.images, run.cache.batch_size or BATCH, accelerator, run.cache.precision)
     return run.out
 
 
@@ -130,6 +133,22 @@ def load_for_sampling(path: str | Path, settings: SampleCacheSettings, device: t
     return generator
 
 
+def samples_at_once(generator: Generator, settings: SampleCacheSettings, sampling: Config) -> int:
+    """The batch size: of the settings, or what suits generator and device.
+
+    A GPU takes about as long for a token of few images as for one of many. What limits their number is the memory of
+    keys and values.
+    """
+    if settings.batch_size is not None:
+        return settings.batch_size
+    if not isinstance(generator, TokenGenerator) or not next(generator.parameters()).is_cuda:
+        return BATCH
+    device = next(generator.parameters()).device
+    with at_precision(device, settings.precision):
+        fitting = torch.cuda.mem_get_info(device)[0] // 3 // generator.cache_bytes(sampling)
+    return next((size for size in LARGE_BATCHES if size <= fitting), BATCH)
+
+
 def record_fields(latents: Tensor, labels: Tensor, indices: Tensor, records: np.ndarray) -> dict[str, Tensor]:
     """The fields of these records of a latent cache; the seed of a record is its number."""
     return {
@@ -142,23 +161,23 @@ def record_fields(latents: Tensor, labels: Tensor, indices: Tensor, records: np.
 
 def manifest_of(
     generator: Generator,
-    settings: CacheSettings,
+    run: Any,
     count: int,
     data: str | None,
     source: dict[str, Any],
     class_names: list[str] | None = None,
 ) -> Manifest:
-    """The manifest of a cache of a generator's latents."""
+    """The manifest of a cache of a generator's latents; ``run`` has ``out`` and ``cache``."""
     return Manifest(
         kind=generator.kind,
         latent_shape=generator.latent_shape,
         codebook_size=generator.codebook_size,
         classes=generator.classes,
         count=count,
-        shard_size=settings.shard_size,
+        shard_size=chosen_shard_size(run.cache, count, run.out),
         tokenizer=generator.latent_space,
         data=data,
         source=source,
-        dtype=settings.dtype,
+        dtype=run.cache.dtype,
         class_names=class_names,
     )

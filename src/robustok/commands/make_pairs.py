@@ -9,8 +9,15 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from robustok.commands.encode import fill_cache, random_subset
-from robustok.commands.generate import SampleCacheSettings, licence_of, load_for_sampling, manifest_of, record_fields
+from robustok.commands.encode import BATCH, fill_cache, random_subset
+from robustok.commands.generate import (
+    SampleCacheSettings,
+    licence_of,
+    load_for_sampling,
+    manifest_of,
+    record_fields,
+    samples_at_once,
+)
 from robustok.config import Config, plain
 from robustok.data.captions import caption_digest
 from robustok.data.labels import check_same_classes
@@ -100,7 +107,7 @@ def make_pairs(run: MakePairsRun) -> Path:
         with at_precision(accelerator.device, run.cache.precision):
             latents = generator.generate(real.labels, sampling, rngs, real.latents, run.sigma)
             if tokenizer is not None:
-                latents = reencode(tokenizer, latents)
+                latents = torch.cat([reencode(tokenizer, part) for part in latents.split(BATCH)])
         return record_fields(latents, real.labels, real.indices, records) | {"flips": real.flips}
 
     source = {
@@ -119,10 +126,10 @@ def make_pairs(run: MakePairsRun) -> Path:
     if generator.kind == "continuous":
         for problem in generator.check(cache.read(rows[:CHECKED]).latents):
             warnings.warn(problem, stacklevel=1)
-    manifest = manifest_of(generator, run.cache, len(rows), cache.manifest.data, source, names)
+    manifest = manifest_of(generator, run, len(rows), cache.manifest.data, source, names)
     for model in filter(None, (generator, tokenizer)):
         cast_weights(model, run.cache.precision)  # after their digests
-    fill_cache(run.out, manifest, make, run.cache.batch_size, accelerator, "make-pairs")
+    fill_cache(run.out, manifest, make, samples_at_once(generator, run.cache, sampling), accelerator, "make-pairs")
     return run.out
 
 

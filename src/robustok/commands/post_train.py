@@ -41,12 +41,15 @@ from robustok.data.order import batch_indices
 from robustok.devices import start_accelerator
 from robustok.errors import UserError
 from robustok.evaluation.held_out import HeldOutScore, ReconstructionScore
+from robustok.files import inside
 from robustok.metrics.latent_gap import latent_gap
+from robustok.metrics.processes import Processes
 from robustok.pretrained.pipelines import export_pipeline
 from robustok.randomness import step_rng
 from robustok.runs import RunFolder
 from robustok.snapshots import read_extra, read_header, write_snapshot
 from robustok.tokenizers import load_tokenizer
+from robustok.training.common import STATISTICS, processes_of
 from robustok.training.decoder import train_decoder
 from robustok.training.decoder_losses import check_networks
 from robustok.training.objectives import needed_caches
@@ -165,12 +168,17 @@ def _start_search(run: PostTrainRun, accelerator: Accelerator, held_out: Path, c
     tokenizer = load_tokenizer(run.tokenizer)
     data = open_images(run.data, tokenizer.image_size, split="train")
     config = run.held_out.model_copy(update={"latents": held_out})
-    make_score = lambda: HeldOutScore(config, tokenizer, data, accelerator.device, run.sweep.sets, run.workers)  # noqa: E731
-    make_other = (lambda: _reconstructions(run, tokenizer.to(accelerator.device))) if chooses else lambda: None
+    processes, cache = processes_of(accelerator), config.cache or inside(run.out, STATISTICS)
+    make_score = lambda: HeldOutScore(  # noqa: E731
+        config, tokenizer, data, accelerator.device, run.sweep.sets, run.workers, processes, cache
+    )
+    make_other = (
+        (lambda: _reconstructions(run, tokenizer.to(accelerator.device), processes)) if chooses else lambda: None
+    )
     return Search(run.out, make_score, make_other, accelerator, run.seed, data.describe())
 
 
-def _reconstructions(run: PostTrainRun, tokenizer: Tokenizer) -> ReconstructionScore | None:
+def _reconstructions(run: PostTrainRun, tokenizer: Tokenizer, processes: Processes) -> ReconstructionScore | None:
     """The score on test images, if there are any."""
     try:
         data = open_images(run.data, tokenizer.image_size, split="test")
@@ -180,7 +188,7 @@ def _reconstructions(run: PostTrainRun, tokenizer: Tokenizer) -> ReconstructionS
     if len(data) < 2:
         note(f"rFD and PSNR are left out: {data.describe()} is too few images", "yellow")
         return None
-    return ReconstructionScore(run.held_out.extractor, tokenizer, data, run.sweep.images, run.workers)
+    return ReconstructionScore(run.held_out.extractor, tokenizer, data, run.sweep.images, run.workers, processes)
 
 
 def _continue(run: PostTrainRun, search: Search, candidate: Candidate) -> None:

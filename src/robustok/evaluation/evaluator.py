@@ -157,7 +157,9 @@ class Evaluator:
             UserError: the features of the reference are all alike.
         """
         check_varied(real.statistics, real.describe())
-        return Comparison(fake, real, self.run.comparison, self.run.seed, self.official[space], paired)
+        device = self.device if self.device.type == "cuda" else "cpu"  # MPS has no float64
+        official = self.official[space]
+        return Comparison(fake, real, self.run.comparison, self.run.seed, official, paired, device=device)
 
     def reference_of(self, shape: int | tuple[int, int], space: int, parts: set[Part] = frozenset()) -> Reference:
         """What samples of this size are compared with: the reference, or the train split."""

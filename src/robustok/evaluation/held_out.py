@@ -16,11 +16,12 @@ from robustok.data.loader import batches_in_order
 from robustok.data.pixels import from_pixels, to_pixels
 from robustok.errors import UserError
 from robustok.metrics.features import ExtractorConfig, load_extractor
-from robustok.metrics.frechet import GaussianStatistics, covariance_factor, frechet_distance
+from robustok.metrics.frechet import GaussianStatistics, frechet_distance
 from robustok.metrics.grid import decoded_statistics
 from robustok.metrics.lpips import BACKBONES, LPIPS
 from robustok.metrics.pixels import capped_psnr
 from robustok.metrics.processes import ALONE, Processes
+from robustok.metrics.reference import Reference, cached_reference
 from robustok.precision import exact_float32
 from robustok.tokenizers import encoder_digest
 from robustok.types import FeatureExtractor, Tokenizer
@@ -33,6 +34,9 @@ class HeldOut(Config):
         None, description="cache of free samples, made by `robustok generate`; null only where sigma=auto makes them"
     )
     extractor: ExtractorConfig = Field(description="feature space of the Frechet distance to the real images")
+    cache: Path | None = Field(
+        None, description="folder for the statistics of the real images, as that of evaluate; null: in the run folder"
+    )
 
 
 class HeldOutScore:
@@ -45,6 +49,8 @@ class HeldOutScore:
         device: device of the computation.
         sets: number of disjoint sets of equal size; over several, differences have a standard error.
         workers: processes that decode images.
+        processes: which share the images and the samples: all of them make the score, and call it.
+        cache: folder for the statistics of the real images, which all processes share; None keeps none.
 
     Attributes:
         samples: number of samples in a set.
@@ -62,20 +68,23 @@ class HeldOutScore:
         device: torch.device,
         sets: int = 1,
         workers: int | None = 0,
+        processes: Processes = ALONE,
+        cache: Path | None = None,
     ) -> None:
         if config.latents is None:
             raise UserError("held_out.latents is missing; give a cache of free samples, made by `robustok generate`")
-        self._extract, self._device = load_extractor(config.extractor, device), device
-        cache = LatentCache(config.latents)
-        check_cache(cache, encoder_digest(tokenizer))
-        check_free_samples(cache)
-        self.samples, self.extractor = len(cache) // sets, self._extract.name
+        self._extract, self._device, self._processes = load_extractor(config.extractor, device), device, processes
+        latents = LatentCache(config.latents)
+        check_cache(latents, encoder_digest(tokenizer))
+        check_free_samples(latents)
+        self.samples, self.extractor = len(latents) // sets, self._extract.name
         if self.samples < 2:
-            raise UserError(f"{config.latents} holds {len(cache)} samples, {sets} sets need at least {2 * sets}")
+            raise UserError(f"{config.latents} holds {len(latents)} samples, {sets} sets need at least {2 * sets}")
         # A set is a run of neighbouring records, whose classes cycle, so every set has all classes.
-        self._sets = [cache.read(slice(i * self.samples, (i + 1) * self.samples)).latents for i in range(sets)]
-        self._reference = real_statistics(data, [self._extract], device, workers=workers)[0]
-        self._factor = covariance_factor(self._reference)
+        ends = [(i * self.samples, (i + 1) * self.samples) for i in range(sets)]
+        self._sets = [latents.read(slice(start + processes.rank, end, processes.world)).latents for start, end in ends]
+        self._real: Reference | None = None
+        self._make_real = lambda: _cached_statistics(data, self._extract, device, processes, workers, cache)
 
     def decoder(self, tokenizer: nn.Module) -> Callable[[Tensor], Tensor]:
         """The decoder of a tokenizer, on the device of the computation."""
@@ -83,14 +92,16 @@ class HeldOutScore:
 
     @torch.no_grad()
     def __call__(self, decode: Callable[[Tensor], Tensor]) -> list[float]:
-        """The distance of each set, decoded by ``decode``, a function of latents."""
+        """The distance of each set, decoded by ``decode``, a function of latents; the same in every process."""
 
         def images(part: Tensor) -> Tensor:
             with exact_float32(self._device):  # whatever the training's precision is
                 return to_pixels(decode(part.to(self._device)))
 
-        found = (decoded_statistics(latents, images, self._extract) for latents in self._sets)
-        return [frechet_distance(statistics, self._reference, self._factor) for statistics in found]
+        found = (decoded_statistics(latents, images, self._extract).summed(self._processes) for latents in self._sets)
+        real = self._real = self._real or self._make_real()  # when the first score needs them
+        distances = [frechet_distance(statistics, real.statistics, real.factor) for statistics in found]
+        return self._processes.of_the_first(distances)
 
 
 class ReconstructionScore:
@@ -102,27 +113,44 @@ class ReconstructionScore:
         data: the images.
         count: how many of them.
         workers: processes that decode images.
+        processes: which share the images: all of them make the score, and call it.
     """
 
     def __init__(
-        self, extractor: ExtractorConfig, tokenizer: Tokenizer, data: ImageDataset, count: int, workers: int | None = 0
+        self,
+        extractor: ExtractorConfig,
+        tokenizer: Tokenizer,
+        data: ImageDataset,
+        count: int,
+        workers: int | None = 0,
+        processes: Processes = ALONE,
     ) -> None:
+        self._processes = processes
         self._device = next(tokenizer.parameters()).device
         self._extract, self._lpips = load_extractor(extractor, self._device), _lpips(data.image_size, self._device)
+        if processes.add(torch.tensor([self._lpips is None], dtype=torch.float64)).item():
+            self._lpips = None  # in all processes or in none
         self._batches: list[tuple[Tensor, Tensor]] = []  # pixels and latents
-        self._real, left = GaussianStatistics(self._extract.dim), count
-        for batch in batches_in_order(data, batch_size=64, workers=workers, device=self._device):
+        real, left = GaussianStatistics(self._extract.dim), -(-(count - processes.rank) // processes.world)
+        for batch in batches_in_order(data, 64, processes.rank, processes.world, workers, self._device):
+            if left <= 0:
+                break
             pixels = batch.pixels[:left]
             with torch.no_grad(), exact_float32(self._device):
                 self._batches.append((pixels.cpu(), tokenizer.encode(from_pixels(pixels)).cpu()))
-            self._real.update(self._extract(pixels).cpu())
-            if (left := left - len(pixels)) <= 0:
-                break
+            real.update(self._extract(pixels).cpu())
+            left -= len(pixels)
+        self._real = real.summed(processes)
 
     @torch.no_grad()
     def __call__(self, decode: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """``rfd``, ``psnr`` in dB and, where its weights are at hand, ``lpips_alex`` of the reconstructions."""
-        statistics, pairs = GaussianStatistics(self._extract.dim), {"psnr": [], "lpips_alex": []}
+        """``rfd``, ``psnr`` in dB and, where its weights are at hand, ``lpips_alex`` of the reconstructions.
+
+        The same in every process.
+        """
+        statistics, pairs = GaussianStatistics(self._extract.dim), {"psnr": []}
+        if self._lpips is not None:
+            pairs["lpips_alex"] = []
         for real, latents in self._batches:
             with exact_float32(self._device):
                 pixels = to_pixels(decode(latents.to(self._device)))
@@ -130,8 +158,11 @@ class ReconstructionScore:
             pairs["psnr"].append(capped_psnr(pixels.cpu(), real))
             if self._lpips is not None:
                 pairs["lpips_alex"].append(self._lpips(pixels, real).cpu())
-        means = {name: torch.cat(values).mean().item() for name, values in pairs.items() if values}
-        return {"rfd": frechet_distance(statistics, self._real), **means}
+        statistics = statistics.summed(self._processes)
+        sums = torch.stack([torch.cat([torch.zeros(0), *values]).double().sum() for values in pairs.values()])
+        means = (self._processes.add(sums) / statistics.count).tolist()
+        found = self._processes.of_the_first([frechet_distance(statistics, self._real), *means])
+        return dict(zip(("rfd", *pairs), found, strict=True))
 
 
 def _lpips(image_size: int, device: torch.device) -> LPIPS | None:
@@ -147,6 +178,32 @@ def _lpips(image_size: int, device: torch.device) -> LPIPS | None:
         except UserError as error:
             note(f"LPIPS is left out: {error}")
     return None
+
+
+def _cached_statistics(
+    data: ImageDataset,
+    extract: FeatureExtractor,
+    device: torch.device,
+    processes: Processes,
+    workers: int | None,
+    folder: Path | None,
+) -> Reference:
+    """Statistics of all real images, which `evaluate` with the same ``cache`` would find too."""
+    made: list[Reference] = []
+
+    def make() -> Reference:
+        made.append(Reference(real_statistics(data, [extract], device, processes, workers)[0]))
+        return made[0]
+
+    if folder is None:
+        return make()
+    count, write = len(data) - len(data.broken), processes.rank == 0
+    try:
+        return cached_reference(folder, extract.name, data.describe(), count, make, (), write, data.stamp)
+    except UserError:
+        if not made or made[0].count == count:
+            raise
+        return made[0]  # images that cannot be read were left out: not kept
 
 
 def real_statistics(

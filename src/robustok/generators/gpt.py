@@ -10,7 +10,7 @@ Parameters have the names of the authors' code, so that its checkpoints load as 
 
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from robustok.config import Config
+from robustok.devices import to_device
 from robustok.errors import UserError
-from robustok.generators.key_value_cache import KeyValueCache
+from robustok.generators.key_value_cache import KeyValueCache, Window
+from robustok.generators.token_batch import TokenBatch
 from robustok.generators.tokens import TokenGenerator, initialise, modulate, project
 
 QUERY_KEY_NORM_EPSILON = 1e-5
@@ -90,10 +92,12 @@ class Attention(nn.Module):
         self.q_norm = nn.LayerNorm(self.head_width, eps=QUERY_KEY_NORM_EPSILON) if normed else nn.Identity()
         self.k_norm = nn.LayerNorm(self.head_width, eps=QUERY_KEY_NORM_EPSILON) if normed else nn.Identity()
 
-    def forward(self, x: Tensor, rotation: Tensor | None, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotation: Tensor | None, cache: KeyValueCache | None = None, window: Window | None = None
+    ) -> Tensor:
         """Attend from every position of ``x`` (N, T, W) to itself and those before it.
 
-        With a cache, ``x`` is one new position (T = 1) that attends to itself and to all cached positions.
+        With a cache, ``x`` is one new position (T = 1) that attends to itself and to the cached ones of the window.
         ``rotation`` (2, T, head width / 2) holds the cosines and sines of the positions.
         """
         x = project(self.wqkv, x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)  # (N, all heads, T, head width)
@@ -105,7 +109,8 @@ class Attention(nn.Module):
         queries, keys = queries.to(values.dtype), keys.to(values.dtype)
         mask = None
         if cache is not None:
-            keys, values, mask = cache.append(keys, values)
+            keys, values = cache.append(keys, values, window)
+            mask = window.mask
         # is_causal instead of a mask, so that the fused kernels apply. The one query of a cached step attends to all.
         x = F.scaled_dot_product_attention(
             queries, keys, values, mask, is_causal=cache is None, enable_gqa=self.kv_heads != self.heads
@@ -143,14 +148,19 @@ class Block(nn.Module):
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
 
     def forward(
-        self, x: Tensor, modulation: Tensor | None, rotation: Tensor | None, cache: KeyValueCache | None = None
+        self,
+        x: Tensor,
+        modulation: Tensor | None,
+        rotation: Tensor | None,
+        cache: KeyValueCache | None = None,
+        window: Window | None = None,
     ) -> Tensor:
         """``x`` (N, T, W) and ``modulation`` (N, 1, 6W), this block's ``adaLN_modulation`` of the class."""
         if modulation is None:
-            x = x + self.attention(self.attention_norm(x), rotation, cache)
+            x = x + self.attention(self.attention_norm(x), rotation, cache, window)
             return x + self.feed_forward(self.ffn_norm(x))
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)  # each (N, 1, W)
-        x = x + gate1 * self.attention(modulate(self.attention_norm(x), shift1, scale1), rotation, cache)
+        x = x + gate1 * self.attention(modulate(self.attention_norm(x), shift1, scale1), rotation, cache, window)
         return x + gate2 * self.feed_forward(modulate(self.ffn_norm(x), shift2, scale2))
 
 
@@ -211,19 +221,18 @@ class GPT(TokenGenerator):
         condition = self._condition(labels)  # (N, 1, W)
         x = torch.cat([condition, self._embed(tokens)], dim=1)  # (N, T + 1, W)
         x = F.dropout(x, self.config.dropout, self.training)
-        return self._transform(x, self._modulations(condition), self._rotation(0, x.shape[1]))
+        rotation = None if self.rotation is None else self.rotation[:, : x.shape[1]]
+        return self._transform(x, self._modulations(condition), rotation)
 
     def _condition(self, labels: Tensor) -> Tensor:
         """Labels (N,) to the first input of the sequence (N, 1, W)."""
         condition = self.cls_embedding["embedding_table"](labels)[:, None]  # (N, 1, W)
         return condition if self.positional_embedding is None else condition + self.positional_embedding[:1]
 
-    def _embed(self, tokens: Tensor, first: int = 0) -> Tensor:
-        """Tokens (N, T), of which the first is token ``first`` of the image, to inputs (N, T, W)."""
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """The first tokens of an image (N, T) to inputs (N, T, W)."""
         x = self.tok_embeddings(tokens)  # (N, T, W)
-        if self.positional_embedding is None:
-            return x
-        return x + self.positional_embedding[1 + first : 1 + first + tokens.shape[1]]
+        return x if self.positional_embedding is None else x + self.positional_embedding[1 : 1 + tokens.shape[1]]
 
     def _modulations(self, condition: Tensor) -> list[Tensor | None]:
         """Modulation of each block (N, 1, 6W) and, last, of the final norm (N, 1, 2W) by the class (N, 1, W)."""
@@ -231,34 +240,43 @@ class GPT(TokenGenerator):
             return [None] * (len(self.layers) + 1)
         return [*(layer.adaLN_modulation(condition) for layer in self.layers), self.final_adaLN(condition)]
 
-    def _rotation(self, first: int, end: int) -> Tensor | None:
-        """Cosines and sines (2, T, head width / 2) of the positions from ``first`` to ``end``."""
-        return None if self.rotation is None else self.rotation[:, first:end]
-
     def _transform(
         self,
         x: Tensor,
         modulations: list[Tensor | None],
         rotation: Tensor | None,
         caches: list[KeyValueCache] | None = None,
+        window: Window | None = None,
     ) -> Tensor:
         """Inputs (N, T, W) through the blocks and the head to logits (N, T, K)."""
         for i, layer in enumerate(self.layers):
-            x = layer(x, modulations[i], rotation, caches[i] if caches else None)
+            x = layer(x, modulations[i], rotation, caches[i] if caches else None, window)
         x = self.norm(x)
         if modulations[-1] is not None:
             x = modulate(x, *modulations[-1].chunk(2, dim=-1))
         return project(self.output, x)
 
-    def _steps(self, labels: Tensor, tokens: Tensor) -> Iterator[Tensor]:
-        caches = self._caches(len(self.layers), self.length)
-        x = self._condition(labels)  # (N or 2N, 1, W)
-        modulations = self._modulations(x)
-        for step in range(self.length):
-            if step:
-                x = self._embed(tokens[:, step - 1 : step], first=step - 1)  # (N, 1, W)
-                x = x.repeat(len(labels) // max(1, len(tokens)), 1, 1)  # (N or 2N, 1, W)
-            yield self._step(step, x, modulations, self._rotation(step, step + 1), caches)[:, 0]
+    def _sequence(self) -> dict[str, Any]:
+        config = self.config
+        heads = (config.kv_heads or config.heads, config.head_width)
+        return {"length": self.length, "first": 0, "heads": heads, "depth": len(self.layers)}
+
+    def _start(self, labels: Tensor, batch: TokenBatch) -> Iterator[Tensor]:
+        condition = self._condition(to_device(self._rows(labels, batch), batch.position.device))  # (R, 1, W)
+        if self.config.adaptive_norm:
+            batch.hold(self._modulations(condition))
+        yield condition
+
+    def _inputs(self, batch: TokenBatch) -> Tensor:
+        x = self.tok_embeddings(batch.previous())  # (R, 1, W)
+        if self.positional_embedding is None:
+            return x
+        return x + self.positional_embedding.index_select(0, batch.position)
+
+    def _outputs(self, x: Tensor, batch: TokenBatch, end: int) -> Tensor:
+        modulations = batch.conditions or [None] * (len(self.layers) + 1)
+        rotation = None if self.rotation is None else self.rotation.index_select(1, batch.position)
+        return self._transform(x, modulations, rotation, batch.caches, batch.window(end))[:, 0]
 
     def check(self, latents: Tensor | None = None) -> list[str]:
         """Sentences on what is wrong with the class embeddings or the sampling settings; empty if nothing is."""

@@ -14,7 +14,7 @@ Parameters have the names of the authors' code, so that its checkpoints load as 
 """
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from robustok.config import Config, Heads
+from robustok.devices import to_device
 from robustok.errors import UserError
-from robustok.generators.key_value_cache import KeyValueCache
+from robustok.generators.key_value_cache import KeyValueCache, Window
+from robustok.generators.token_batch import TokenBatch
 from robustok.generators.tokens import TokenGenerator, initialise, modulate, project
 
 LAYER_NORM_EPSILON = 1e-6
@@ -78,10 +80,10 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(width // heads, eps=LAYER_NORM_EPSILON)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None, window: Window | None = None) -> Tensor:
         """Attend from every position of ``x`` (N, T, W) to itself and those before it.
 
-        With a cache, ``x`` is one new position (T = 1) that attends to itself and to all cached positions.
+        With a cache, ``x`` is one new position (T = 1) that attends to itself and to the cached ones of the window.
         """
         count, positions, width = x.shape
         qkv = project(self.qkv, x).view(count, positions, 3, self.heads, width // self.heads)
@@ -91,7 +93,8 @@ class Attention(nn.Module):
         keys = self.k_norm(keys).to(values.dtype)
         mask = None
         if cache is not None:
-            keys, values, mask = cache.append(keys, values)
+            keys, values = cache.append(keys, values, window)
+            mask = window.mask
         dropout = self.dropout if self.training else 0.0
         # is_causal instead of a mask, so that the fused kernels apply. The one query of a cached step attends to all.
         x = F.scaled_dot_product_attention(queries, keys, values, mask, dropout, is_causal=cache is None)
@@ -133,10 +136,12 @@ class Block(nn.Module):
         """
         return self.modulated(x, self.adaLN_modulation(conditions))
 
-    def modulated(self, x: Tensor, modulation: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def modulated(
+        self, x: Tensor, modulation: Tensor, cache: KeyValueCache | None = None, window: Window | None = None
+    ) -> Tensor:
         """``x`` (N, T, W) and ``modulation`` (N, T, 6W), this block's ``adaLN_modulation`` of the conditions."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)  # each (N, T, W)
-        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), cache)
+        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), cache, window)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
@@ -245,34 +250,54 @@ class RAR(TokenGenerator):
         conditions = F.silu(conditions)  # once for all
         return [module.adaLN_modulation[1](conditions) for module in (*self.blocks, self.adaln_before_head)]
 
-    def _transform(self, x: Tensor, modulations: list[Tensor], caches: list[KeyValueCache]) -> Tensor:
-        """Inputs (N, T, W) through the blocks and the head to logits (N, T, K)."""
-        for block, modulation, cache in zip(self.blocks, modulations, caches, strict=False):
-            x = block.modulated(x, modulation, cache)
-        return project(self.lm_head, self.adaln_before_head(x, modulations[-1]))
+    def _sequence(self) -> dict[str, Any]:
+        heads = (self.config.heads, self.config.width // self.config.heads)
+        return {"length": self.length, "first": 1, "heads": heads, "depth": len(self.blocks)}
 
-    def _steps(self, labels: Tensor, tokens: Tensor) -> Iterator[Tensor]:
-        # The modulation depends on class and position only. So it is computed once per class, not per image, and for
-        # many positions at once: step by step it would read a third of all parameters again for every token.
-        classes, rows = labels.unique(return_inverse=True)
-        class_conditions = self._condition(classes)  # (classes, W)
+    def _start(self, labels: Tensor, batch: TokenBatch) -> Iterator[Tensor]:
+        # The modulation depends on class and position only. So it is computed once per class, not per image; those of
+        # a compiled step are the labels of all images and "no class", because their number must not change.
+        device, rows = batch.position.device, self._rows(labels, batch)
+        if batch.static:
+            classes = rows[: batch.count + 1]
+            index = torch.arange(batch.rows).clamp(max=batch.count)
+        else:
+            classes, index = rows.unique(return_inverse=True)
+        batch.hold([self._condition(to_device(classes, device)), to_device(index, device)])
+        batch.ahead = None
+        start = self.cls_token.expand(batch.rows, -1, -1) + self.pos_embed[:, :1]  # (R, 1, W)
+        yield start
+        condition = self._condition(to_device(rows, device))[:, None]  # (R, 1, W)
+        yield condition + (self.pos_embed[:, 1:2] + self.target_aware_pos_embed[:, 2:3])
+
+    def _inputs(self, batch: TokenBatch) -> Tensor:
+        own = self.pos_embed.index_select(1, batch.position)  # (1, 1, W)
+        target = self.target_aware_pos_embed.index_select(1, batch.position + 1)  # (1, 1, W)
+        return self.embeddings(batch.previous()) + (own + target)
+
+    def _outputs(self, x: Tensor, batch: TokenBatch, end: int) -> Tensor:
+        window, modulations = batch.window(end), self._class_modulations(batch, end)
+        for block, modulation, cache in zip(self.blocks, modulations, batch.caches, strict=False):
+            x = block.modulated(x, modulation, cache, window)
+        return project(self.lm_head, self.adaln_before_head(x, modulations[-1]))[:, 0]
+
+    def _class_modulations(self, batch: TokenBatch, end: int) -> list[Tensor]:
+        """Modulation of each block (R, 1, 6W) and, last, of the final norm (R, 1, 2W) at the present position.
+
+        They are computed for many positions at once: step by step it would read a third of all parameters again for
+        every token. A compiled step computes those of its position itself: with the large batches of a GPU the products
+        take as long either way, and the modulations of many positions do not fit into memory.
+        """
+        classes, rows = batch.conditions
+        if batch.static:
+            times = self.timesteps_embeddings[0].index_select(0, batch.position)  # (1, W)
+            return [m[rows, None] for m in self._modulations(classes + times)]
         values = max(1, len(classes)) * len(self.blocks) * 6 * self.config.width
-        ahead = max(1, MODULATION_VALUES // values)
-        positions = self._positions(None)  # (1, L + 2, W)
-        caches = self._caches(len(self.blocks), self.length + 1)
-        x = self.cls_token[0].expand(len(labels), -1)  # (N or 2N, W)
-        for position in range(self.length + 1):
-            if position % ahead == 0:
-                times = self.timesteps_embeddings[0, position : min(position + ahead, self.length + 1), None]
-                class_modulations = self._modulations(class_conditions + times)  # each (ahead, classes, 6W or 2W)
-            modulations = [m[position % ahead, rows, None] for m in class_modulations]  # each (N or 2N, 1, 6W or 2W)
-            x = (x + positions[:, position])[:, None]  # (N or 2N, 1, W)
-            logits = self._step(position, x, modulations, caches)[:, 0]  # (N or 2N, K)
-            if position == 0:  # the start predicts nothing
-                x = self._condition(labels)  # (N or 2N, W)
-                continue
-            yield logits
-            x = self.embeddings(tokens[:, position - 1]).repeat(len(labels) // max(1, len(tokens)), 1)  # (N or 2N, W)
+        ahead, position = max(1, MODULATION_VALUES // values), end - 1
+        if position % ahead == 0:
+            times = self.timesteps_embeddings[0, position : min(end - 1 + ahead, self.length + 1), None]
+            batch.ahead = self._modulations(classes + times)  # each (ahead, classes, 6W or 2W)
+        return [m[position % ahead, rows, None] for m in batch.ahead]
 
 
 def random_share(step: int, start: int, end: int) -> float:

@@ -5,7 +5,7 @@ the same in any batch and on any process (up to the rounding of the logits).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from robustok.config import Config
+from robustok.devices import to_device
 from robustok.errors import UserError
 from robustok.randomness import image_uniforms
 
@@ -125,39 +126,29 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
     return sample_tokens(truncate(logits.float() / sampling.temperature, sampling.top_k, sampling.top_p), uniforms)
 
 
-def token_chooser(
-    sampling: Sampling,
-    rngs: Sequence[torch.Generator],
-    length: int,
-    reference: Tensor | None,
-    sigma: float | None,
-    device: torch.device,
-) -> Callable[[int, Tensor], Tensor]:
-    """The function that draws each token of a sample, or of its mixture with real tokens.
+def mixture_draws(
+    rngs: Sequence[torch.Generator], length: int, reference: Tensor | None, sigma: float | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The random numbers of a sample, or of its mixture with real tokens, and the real tokens that the mixture keeps.
 
     Each position keeps its real token with probability ``sigma``, drawn once per image before all other numbers.
     All numbers are drawn whatever sigma is, so that the tokens of an image use the same ones at every sigma.
 
     Args:
-        sampling: temperature, top_k, top_p.
         rngs: one per image.
         length: L.
         reference: tokens (N, L) int64 of real images, or None.
         sigma: sigma in [0, 1], or None for 0.
-        device: of the logits.
+        device: where they are needed.
 
     Returns:
-        A function of the step and the guided logits (N, K) that returns tokens (N,) int64.
+        Uniforms (N, L) float32, and kept tokens (N, L) int64, -1 where a token is drawn.
     """
-    keep = image_uniforms(rngs, length).to(device) < (sigma or 0.0)  # (N, L)
-    uniforms = image_uniforms(rngs, length).to(device)  # (N, L)
-    real = None if reference is None else reference.to(device)
-
-    def choose(step: int, logits: Tensor) -> Tensor:
-        tokens = draw_tokens(logits, uniforms[:, step], sampling)
-        return tokens if real is None else torch.where(keep[:, step], real[:, step], tokens)
-
-    return choose
+    keep = to_device(image_uniforms(rngs, length) < (sigma or 0.0), device)  # (N, L)
+    uniforms = to_device(image_uniforms(rngs, length), device)  # (N, L)
+    if reference is None:
+        return uniforms, torch.full_like(uniforms, -1, dtype=torch.int64)
+    return uniforms, torch.where(keep, to_device(reference, device), -1)
 
 
 def check_labels(labels: Tensor, classes: int) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,23 +15,33 @@ from torch import Tensor, nn
 
 from robustok.config import Config
 from robustok.errors import UserError
-from robustok.generators.key_value_cache import KeyValueCache, StaticCache
-from robustok.generators.sampling import (
-    Sampling,
-    check_labels,
-    check_mixture,
-    guidance_scales,
-    guide,
-    token_chooser,
-)
+from robustok.generators.sampling import Sampling, check_labels, check_mixture, mixture_draws
+from robustok.generators.token_batch import TokenBatch
 from robustok.randomness import per_image
 from robustok.types import GeneratorOutput
 
 COLUMN_ROWS = 8  # rows from which on `project` is faster
+RECOMPILE_LIMIT = 64  # lengths of the cache times sizes of a batch
+
+
+@dataclass
+class Compiled:
+    """What compiled sampling keeps from one batch to the next; a copy of a model starts without.
+
+    Attributes:
+        step: the compiled ``_next``.
+        batch: the memory of the last batch.
+    """
+
+    step: Callable[[TokenBatch, int], Tensor] | None = None
+    batch: TokenBatch | None = None
+
+    def __deepcopy__(self, memo: dict) -> "Compiled":
+        return Compiled()
 
 
 class TokenGenerator(nn.Module):
-    """A class-conditional model of tokens. Families implement ``logits``, ``_steps`` and ``_transform``.
+    """A class-conditional model of tokens. Families implement ``logits``, ``_start``, ``_inputs`` and ``_outputs``.
 
     Args:
         config: size and variant of the transformer.
@@ -61,8 +72,7 @@ class TokenGenerator(nn.Module):
         self.latent_shape: tuple[int, int] | None = None
         self.latent_space: str | None = None
         self.sampling = Sampling()
-        self._compiled: Callable[..., Tensor] | None = None
-        self._static_caches: list[StaticCache] | None = None
+        self._compiled = Compiled()
 
     def forward(self, tokens: Tensor, labels: Tensor, orders: Tensor | None = None) -> GeneratorOutput:
         """Predict every token from those before it in its image's order, for the cross-entropy of training.
@@ -126,47 +136,119 @@ class TokenGenerator(nn.Module):
         check_labels(labels, self.classes)
         check_mixture(sigma, reference, (len(labels), self.length), self.codebook_size)
         device, rngs = next(self.parameters()).device, per_image(rng, len(labels))
-        choose = token_chooser(sampling, rngs, self.length, reference, sigma, device)
+        uniforms, kept = mixture_draws(rngs, self.length, reference, sigma, device)
         if reference is not None and sigma == 1:
             return reference.to(device, copy=True)
         with evaluating(self):
-            return self._sample(labels.to(device), sampling, choose)
+            batch = self._sample(labels, sampling, uniforms, kept)
+        return batch.tokens[: len(labels)].clone()
 
-    def _sample(self, labels: Tensor, sampling: Sampling, choose: Callable[[int, Tensor], Tensor]) -> Tensor:
-        """Sample one token after another; ``choose(step, guided logits (N, K))`` returns each token (N,)."""
-        count = len(labels)
-        if sampling.guided:  # both passes in one batch
-            labels = torch.cat([labels, torch.full_like(labels, self.null_label)])  # (2N,)
-        scales = guidance_scales(self.length, sampling).tolist()
-        tokens = torch.empty(count, self.length, dtype=torch.int64, device=labels.device)
-        for step, logits in enumerate(self._steps(labels, tokens)):
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # guidance amplifies rounding
-            if sampling.guided:
-                logits = guide(logits[:count], logits[count:], scales[step])  # (N, K)
-            tokens[:, step] = choose(step, logits)
-        return tokens
+    @torch.no_grad()
+    def cached_logits(self, tokens: Tensor, labels: Tensor, sampling: Sampling) -> Tensor:
+        """The guided logits (N, L, K) of sampling that is made to choose these tokens (N, L) for labels (N,)."""
+        with evaluating(self):
+            return self._sample(labels, sampling, torch.zeros(tokens.shape, device=tokens.device), tokens, True).logits
 
-    def _steps(self, labels: Tensor, tokens: Tensor) -> Iterator[Tensor]:
-        """Logits of one step after another, with a cache.
+    def _sample(
+        self, labels: Tensor, sampling: Sampling, uniforms: Tensor, kept: Tensor, record: bool = False
+    ) -> TokenBatch:
+        """Sample one token after another.
 
         Args:
-            labels: (N,), or (2N,) with the second half for guidance.
-            tokens: (N, L); step i reads the first i columns, which the caller fills between the steps.
+            labels: (N,) int64, better on the CPU.
+            sampling: guidance, temperature, top_k, top_p.
+            uniforms: (N, L) on the model's device.
+            kept: tokens (N, L) int64 to keep, on the model's device; -1 where one is drawn.
+            record: whether to record the guided logits.
 
-        Yields:
-            Logits (N or 2N, K).
+        Returns:
+            The batch, of N or more images.
         """
+        batch = self._batch(sampling, len(labels), record)
+        batch.start(sampling, uniforms, kept)
+        rest = labels.new_full((batch.count - len(labels),), self.null_label)
+        # The first inputs do not depend on tokens.
+        for position, x in enumerate(self._start(torch.cat([labels, rest]), batch)):
+            if position:
+                batch.position += 1
+            logits = self._outputs(x, batch, position + 1)  # (R, K)
+        batch.draw(logits)
+        step, positions = self._compiled.step, range(batch.first + 1, batch.first + self.length)
+        if step is None:
+            for position in positions:
+                self._next(batch, batch.end(position))
+            return batch
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+            for position in positions:
+                step(batch, batch.end(position))
+        return batch
+
+    def _next(self, batch: TokenBatch, end: int) -> Tensor:
+        """Sample the next token of every image (N,); ``end`` is how much of the cache attention reads.
+
+        Without a wait for the device, and of static shapes: ``compile_sampling`` compiles this as a whole.
+        """
+        return batch.draw(self._outputs(self._inputs(batch), batch, end))
+
+    def _batch(self, sampling: Sampling, count: int, record: bool) -> TokenBatch:
+        """Memory for a batch of images: new, or that of the last batch if the step is compiled."""
+        weight = next(self.parameters())
+        device, dtype = weight.device, weight.dtype
+        memory = {
+            "count": count,
+            "rows": count * (1 + sampling.guided),
+            "dtype": self._cache_type(),
+            "device": device,
+        }
+        batch = self._compiled.batch
+        if batch is None or not batch.fits(memory) or record or batch.logits is not None:
+            batch = TokenBatch(**memory, **self._sequence(), static=self._compiled.step is not None)
+            if record:
+                wide = torch.promote_types(dtype, torch.float32)
+                batch.logits = torch.zeros(count, self.length, self.codebook_size, dtype=wide, device=device)
+        if self._compiled.step is not None:
+            self._compiled.batch = batch
+        return batch
+
+    def cache_bytes(self, sampling: Sampling) -> int:
+        """Memory of the keys and values of one image, under the present autocast."""
+        sequence = self._sequence()
+        heads, width = sequence["heads"]
+        positions = sequence["first"] + sequence["length"]
+        values = 2 * (1 + sampling.guided) * sequence["depth"] * heads * width * positions
+        return values * self._cache_type().itemsize
+
+    def _cache_type(self) -> torch.dtype:
+        weight = next(self.parameters())
+        device = weight.device.type
+        return torch.get_autocast_dtype(device) if _autocast(device) else weight.dtype
+
+    def _sequence(self) -> dict[str, Any]:
+        """``length``, ``first``, ``heads`` and ``depth`` of this family's :class:`TokenBatch`."""
         raise NotImplementedError
 
-    def _transform(self, *inputs: Any) -> Tensor:
-        """Inputs (N, T, W), and what the family passes with them, through blocks and head to logits (N, T, K)."""
+    def _start(self, labels: Tensor, batch: TokenBatch) -> Iterator[Tensor]:
+        """Inputs (R, 1, W) of the positions before the first token; the batch holds what else the labels (N,) give."""
         raise NotImplementedError
+
+    def _inputs(self, batch: TokenBatch) -> Tensor:
+        """Inputs (R, 1, W) of the batch's present position, from the last token."""
+        raise NotImplementedError
+
+    def _outputs(self, x: Tensor, batch: TokenBatch, end: int) -> Tensor:
+        """Inputs (R, 1, W) of the present position to logits (R, K); attention reads the cache up to ``end``."""
+        raise NotImplementedError
+
+    def _rows(self, labels: Tensor, batch: TokenBatch) -> Tensor:
+        """The label of each row (R,), of the images' labels (N,)."""
+        return labels if batch.rows == batch.count else torch.cat([labels, torch.full_like(labels, self.null_label)])
 
     def compile_sampling(self) -> None:
-        """Compile the sampling step from now on, on CUDA into a CUDA graph; no gain on a CPU.
+        """Compile the sampling step from now on, on CUDA into CUDA graphs; no gain on a CPU.
 
-        The first batch of a size takes longer, and the key-value cache of the last batch stays in memory. The weights
-        may change afterwards: the compiled step holds no copy of them.
+        The first batch takes longer, because each of a few lengths of the cache is compiled, and the memory of the last
+        batch stays allocated. A smaller batch is sampled in the memory of a larger one, and nothing is compiled again.
+        The weights may change afterwards.
 
         Raises:
             UserError: the model is on a CPU and there is no C++ compiler.
@@ -176,21 +258,11 @@ class TokenGenerator(nn.Module):
             raise UserError(
                 f"cache.compile=true needs a C++ compiler and {compiler} is none; install g++, or leave it out"
             )
-        self._compiled = torch.compile(self._transform, mode="reduce-overhead", dynamic=False)
+        self._compiled = Compiled(torch.compile(self._next, mode="reduce-overhead", dynamic=False, fullgraph=True))
 
-    def _step(self, position: int, *inputs: Any) -> Tensor:
-        """``_transform`` of one position, compiled if asked for; not the first one, which allocates the caches."""
-        return (self._compiled if self._compiled and position else self._transform)(*inputs)
 
-    def _caches(self, layers: int, capacity: int) -> list[KeyValueCache]:
-        """Empty caches for a sample: new ones, or the same ones every time for a compiled step."""
-        if self._compiled is None:
-            return [KeyValueCache(capacity) for _ in range(layers)]
-        if self._static_caches is None:
-            self._static_caches = [StaticCache(capacity) for _ in range(layers)]
-        for cache in self._static_caches:
-            cache.restart()
-        return self._static_caches
+def _autocast(device: str) -> bool:
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def project(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -68,6 +68,7 @@ class Comparison:
         inception: whether the features are Inception's, for which the bias of a small set is known.
         paired: whether image i of ``fake`` was made from image i of ``real``.
         validation: real images that trained nothing, where a metric compares with them too.
+        device: where single features are compared, a block at a time.
     """
 
     fake: Reference
@@ -77,6 +78,7 @@ class Comparison:
     inception: bool = False
     paired: bool = False
     validation: Reference | None = None
+    device: torch.device | str = "cpu"
 
     def rng(self) -> torch.Generator:
         """A random generator, seeded anew for each metric."""
@@ -99,7 +101,8 @@ class Comparison:
     @cached_property
     def precision_recall(self) -> PrecisionRecall:
         """Both at once, because they share their distances."""
-        return precision_recall(real=self.some_real, fake=self.fake.features, distance_dtype=self.config.distance_dtype)
+        real, fake = self.some_real.to(self.device), self.fake.features.to(self.device)
+        return precision_recall(real=real, fake=fake, distance_dtype=self.config.distance_dtype)
 
     @cached_property
     def distance(self) -> float:
@@ -170,7 +173,8 @@ def sfid(sets: Comparison) -> Score:
 
 def kid(sets: Comparison) -> Score:
     """Kernel distance. It is unbiased at every size and its cost is quadratic: a part of the reference is enough."""
-    return Score(kernel_distance(sets.fake.features, sets.some_real), {"reference_samples": len(sets.some_real)})
+    real, fake = sets.some_real.to(sets.device), sets.fake.features.to(sets.device)
+    return Score(kernel_distance(fake, real), {"reference_samples": len(sets.some_real)})
 
 
 def sliced(sets: Comparison) -> Score:

@@ -155,7 +155,7 @@ def decoded_statistics(
 ) -> GaussianStatistics:
     """Statistics of the images that latents (N, L) or (N, L, D) decode to."""
     statistics = GaussianStatistics(extractor.dim)
-    for batch in latents.split(batch_size):
+    for batch in latents.split(batch_size) if len(latents) else ():
         statistics.update(extractor(decode(batch)))
     return statistics
 

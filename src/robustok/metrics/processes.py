@@ -30,6 +30,11 @@ class Processes:
         own = torch.arange(self.rank, count, self.world)
         return iter(own.split(batch_size)) if len(own) else iter(())
 
+    def of_the_first(self, numbers: Sequence[float]) -> list[float]:
+        """The numbers of process 0, in every process: what they decide is then decided alike everywhere."""
+        own = torch.tensor(numbers, dtype=torch.float64)
+        return self.add(own if self.rank == 0 else torch.zeros_like(own)).tolist()
+
     def in_order(self, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """Rows (N, ...) of all processes in the order of the set, from pairs of indices (n,) and rows (n, ...).
 

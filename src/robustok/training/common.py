@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -17,10 +18,13 @@ from robustok.config import Config
 from robustok.data.loader import Workers
 from robustok.losses.adversarial import AdversarialConfig
 from robustok.losses.semantic import TeacherConfig, contrastive_loss
+from robustok.metrics.processes import ALONE, Processes
 from robustok.precision import DESCRIPTION, Precision
 from robustok.snapshots import outline_of
 from robustok.tokenizers.quantizers import AnyQuantizerConfig
 from robustok.types import TokenizerOutput
+
+STATISTICS = "statistics"  # folder of a run with those of the real images
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -132,6 +136,18 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
             a.lerp_(p.full_tensor(), 1 - decay)
     for a, b in zip(average.buffers(), model.buffers(), strict=True):
         a.copy_(b)
+
+
+def processes_of(accelerator: Accelerator) -> Processes:
+    """The processes of an accelerator, as metrics share images among them."""
+    if accelerator.num_processes == 1:
+        return ALONE
+    return Processes(
+        accelerator.process_index,
+        accelerator.num_processes,
+        lambda tensor: accelerator.reduce(tensor.to(accelerator.device), "sum").cpu(),
+        gather_object,
+    )
 
 
 def quantizer_terms(

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from robustok.config import load
@@ -20,7 +19,7 @@ from robustok.data.latent_checks import check_indices
 from robustok.devices import start_accelerator
 from robustok.errors import UserError
 from robustok.evaluation.held_out import HeldOutScore
-from robustok.files import tensor_digest
+from robustok.files import inside, tensor_digest
 from robustok.losses.frechet import FrechetTerm
 from robustok.losses.reconstruction import ReconstructionTerms
 from robustok.randomness import seed_step
@@ -28,7 +27,7 @@ from robustok.runs import RunFolder
 from robustok.tokenizers import encoder_digest, load_tokenizer
 from robustok.training.adversary import last_layer
 from robustok.training.authors import AuthorsStep
-from robustok.training.common import average_copy
+from robustok.training.common import STATISTICS, average_copy, processes_of
 from robustok.training.decoder_losses import frechet_term, make_adversary, start_frechet, warm_up
 from robustok.training.decoder_settings import DecoderTrainingRun, adversary_policy
 from robustok.training.decoder_snapshots import Snapshots
@@ -105,8 +104,8 @@ def train_decoder(run: DecoderTrainingRun, enough: Callable[[int, Path], bool] |
     data = _open_images(run, bare, caches)
     reconstruction_terms = ReconstructionTerms(run.reconstruction, device, run.precision)
     frechet = frechet_term(run, device, data.fingerprint)
-    score = _held_out_score(run, bare, data, device) if run.held_out and accelerator.is_main_process else None
     folder = RunFolder(run, accelerator.is_main_process, later=may_change(run))
+    score = _held_out_score(run, bare, data, accelerator) if run.held_out else None
 
     authors = run.trainable == "authors"
     bare.latent_space = before if authors else None  # the digest of the latents it decodes, though its weights change
@@ -226,10 +225,14 @@ def _digest(tokenizer: nn.Module, names: set[str]) -> str:
 
 
 def _held_out_score(
-    run: DecoderTrainingRun, tokenizer: Tokenizer, data: ImageDataset, device: torch.device
+    run: DecoderTrainingRun, tokenizer: Tokenizer, data: ImageDataset, accelerator: Any
 ) -> Callable[[Callable], float]:
-    """Function of a decoder: Fréchet distance of its images of the held-out samples to the real images."""
-    score = HeldOutScore(run.held_out, tokenizer, data, device, workers=run.workers)
+    """Function of a decoder: Fréchet distance of its images of the held-out samples to the real images.
+
+    All processes make it, and call it.
+    """
+    processes, cache = processes_of(accelerator), run.held_out.cache or inside(run.out, STATISTICS)
+    score = HeldOutScore(run.held_out, tokenizer, data, accelerator.device, 1, run.workers, processes, cache)
     return lambda decode: score(decode)[0]
 
 

@@ -14,10 +14,10 @@ from robustok.losses.discriminators import DiscriminatorConfig, carried_config, 
 from robustok.losses.frechet import FrechetTerm
 from robustok.losses.reconstruction import ReconstructionTerms
 from robustok.metrics.features import load_extractor
-from robustok.metrics.processes import Processes
 from robustok.precision import autocast
 from robustok.snapshots import read_header, resolve
 from robustok.training.adversary import Adversary
+from robustok.training.common import processes_of
 from robustok.training.decoder_settings import DecoderTrainingRun, adversary_policy
 from robustok.training.objectives import Examples, Material, Steps, rows_of
 from robustok.types import Tokenizer
@@ -59,8 +59,7 @@ def frechet_term(run: DecoderTrainingRun, device: torch.device, data: str) -> Fr
 def start_frechet(term: FrechetTerm, run: DecoderTrainingRun, material: Material, accelerator: Accelerator) -> None:
     """Start its moments with all real images, and with as many samples of the untouched decoder as they remember."""
     rank, world = accelerator.process_index, accelerator.num_processes
-    processes = Processes(rank, world, lambda x: accelerator.reduce(x.to(accelerator.device), "sum"))
-    real = real_statistics(material.data, term.extractors, accelerator.device, processes, run.workers)
+    real = real_statistics(material.data, term.extractors, accelerator.device, processes_of(accelerator), run.workers)
     rows = rows_of(run.objective, run.batch_size, world * run.gradient_accumulation)["free"]
     steps = Steps(rows, run.seed, 0, round(1 / (1 - run.frechet.decay)), rank, world)
     samples = training_latents(material.caches["samples"], *steps)

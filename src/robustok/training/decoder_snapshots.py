@@ -30,7 +30,7 @@ class Snapshots:
         average: the averaged weights.
         adversary: its discriminator is saved too.
         caches: of latents, named in the model card.
-        score: Fréchet distance of a decoder's images to real ones, in the first process; None: no score.
+        score: Fréchet distance of a decoder's images to real ones, computed by all processes; None: no score.
     """
 
     def __init__(
@@ -54,15 +54,18 @@ class Snapshots:
         return self.folder.path / "snapshot" / f"{step:08d}"
 
     def write(self, step: int) -> None:
-        """Write the snapshot of a step and its score; of step 0, the original decoder, only the score."""
-        if not self.folder.main:
-            return
-        header = self._header(step)
-        if step:
+        """Write the snapshot of a step and its score; of step 0, the original decoder, only the score.
+
+        All processes call this.
+        """
+        header = self._header(step) if self.folder.main else {}
+        if step and self.folder.main:
             self._write(f"{step:08d}", header)
         if self.score is None:
             return
         value = self.score(self.average.decode)
+        if not self.folder.main:
+            return
         self.folder.log(step, {"held_out": value})
         self.best.setdefault("first", {"step": step, "value": value})
         if value < self.best["value"]:

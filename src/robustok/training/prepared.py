@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.checkpoint import checkpoint
@@ -43,7 +43,7 @@ class Prepared:
         adapt_blocks(model, run.gradient_checkpointing, run.compile)
         self.sharded = run.fsdp and accelerator.num_processes > 1
         if self.sharded:
-            shard_blocks(model, accelerator)
+            shard_blocks(model, accelerator, run.precision)
         self.module = model if self.sharded else accelerator.prepare(model)
         self._exchanging = True
 
@@ -280,8 +280,11 @@ def adapt_blocks(model: nn.Module, checkpointing: bool, compiling: bool) -> None
         part.forward = torch.compile(part.forward, dynamic=False)
 
 
-def shard_blocks(model: nn.Module, accelerator: Accelerator) -> None:
+def shard_blocks(model: nn.Module, accelerator: Accelerator, precision: str) -> None:
     """Shard the blocks' parameters among all processes (FSDP2), in place.
+
+    In bf16 a block's weights are gathered in bf16, which is half the bytes; shards, sums of gradients and activations
+    between the blocks stay in float32.
 
     The other parameters are not sharded: revival reads the codebook and the adaptive weight the last layer.
 
@@ -290,10 +293,14 @@ def shard_blocks(model: nn.Module, accelerator: Accelerator) -> None:
     """
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     blocks = _some_blocks(model, "fsdp")
+    with autocast(accelerator.device, precision):
+        half = torch.is_autocast_enabled(accelerator.device.type)
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    policy = policy if half else MixedPrecisionPolicy()
     for block in blocks:
         modulation = getattr(block, "adaLN_modulation", None)  # called outside of the block by some models
         for module in (modulation, block) if modulation is not None else (block,):
-            fully_shard(module, mesh=mesh)
+            fully_shard(module, mesh=mesh, mp_policy=policy)
     inside = {id(p) for block in blocks for p in block.parameters()}
     fully_shard(model, mesh=mesh, ignored_params={p for p in model.parameters() if id(p) not in inside})
 

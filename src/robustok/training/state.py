@@ -41,6 +41,7 @@ class TrainingState:
         adversary: the discriminator with its optimiser, if there is one.
         extras: what only this training saves.
         meter: values since the last line of the log.
+        last_is_due: whether the average, of decay 0, is yet to become the last weights.
     """
 
     name: str
@@ -51,9 +52,12 @@ class TrainingState:
     adversary: Adversary | None = None
     extras: Sequence[Extra] = ()
     meter: Meter = field(default_factory=Meter)
+    last_is_due: bool = False
 
     def settle(self) -> None:
-        """Look at the last losses; needed before anything that the weights make is written.
+        """Look at the last losses; needed before anything that the weights make is written. All processes call this.
+
+        An average of decay 0 is the last weights: they are copied, and gathered where they are sharded, only here.
 
         Raises:
             UserError: a loss was not finite.
@@ -61,6 +65,9 @@ class TrainingState:
         self.finite.settle()
         if self.adversary is not None:
             self.adversary.finite.settle()
+        if self.last_is_due:
+            update_average(self.average, self.model, 0.0)
+            self.last_is_due = False
 
     def means(self) -> dict[str, float]:
         """Values for a line of the log: means since the last one. All processes call this.
@@ -128,7 +135,10 @@ def optimise(model: Prepared, state: TrainingState, losses: Iterable[Mapping[str
         state.meter.add({"gradient_norm": model.clip(run.clip_norm)})
     step_optimizer(state.optimizer, state.finite.add(sums, step))
     state.optimizer.zero_grad(set_to_none=True)
-    update_average(state.average, state.model, run.ema_decay)
+    if run.ema_decay:
+        update_average(state.average, state.model, run.ema_decay)
+    else:
+        state.last_is_due = True
 
 
 def gather(tree: Any, keep: bool = True) -> Any:

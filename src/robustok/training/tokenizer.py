@@ -156,8 +156,10 @@ def train_tokenizer(run: TokenizerTrainingRun) -> Path:
                 codes.revive(bare, average, output.features.detach(), step_rng(run.seed, step, "revive"))
         if run.due(run.log_every, done):
             folder.log(done, state.means() | codes.usage())
-        if run.picture_every and done % run.picture_every == 0 and accelerator.is_main_process:
-            _picture(folder.path / "samples" / f"{done:08d}.png", images[:8], average)
+        if run.picture_every and done % run.picture_every == 0:
+            state.settle()
+            if accelerator.is_main_process:
+                _picture(folder.path / "samples" / f"{done:08d}.png", images[:8], average)
         if run.due(run.snapshot_every, done):
             state.settle()
             if accelerator.is_main_process:
