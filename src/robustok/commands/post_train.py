@@ -39,8 +39,7 @@ from robustok.data.dataset import open_images
 from robustok.data.latent_cache import LatentCache
 from robustok.data.order import batch_indices
 from robustok.devices import start_accelerator
-from robustok.errors import UserError
-from robustok.evaluation.held_out import HeldOutScore, ReconstructionScore
+from robustok.evaluation.held_out import HeldOutScore, held_out_images, reconstruction_score
 from robustok.metrics.latent_gap import latent_gap
 from robustok.pretrained.pipelines import export_pipeline
 from robustok.randomness import step_rng
@@ -50,7 +49,6 @@ from robustok.tokenizers import load_tokenizer
 from robustok.training.decoder import train_decoder
 from robustok.training.decoder_losses import check_networks
 from robustok.training.objectives import needed_caches
-from robustok.types import Tokenizer
 
 GAP_IMAGES = 10_000  # on either side
 
@@ -108,6 +106,8 @@ def _prepare(run: PostTrainRun, accelerator: Accelerator) -> PostTrainRun:
             caches = {name: getattr(run, name) or run.out / name for name in needed_caches(run.used)}
             one = max(run.bank, key=lambda objective: "free" in objective)  # with the Frechet term
             check_networks(run.training(one, tokenizer=paths["tokenizer"], **caches))
+            if run.max_reconstruction_loss is not None:
+                held_out_images(run.data, load_tokenizer(paths["tokenizer"]).image_size)
             if run.makes_pairs:
                 batch_indices(min(run.pairs_used(), available), run.batch_size, run.seed, 0)  # refuses too few pairs
     accelerator.wait_for_everyone()
@@ -145,7 +145,9 @@ def _search(run: PostTrainRun, accelerator: Accelerator) -> Path:
         search.add("candidate", candidate, steps, _train_candidate(run, candidate, steps))
     best = search.best()
     if best is search.untouched:
-        note("no candidate made the decoder better on the held-out samples: it stays as it was", "yellow")
+        priced = len(search.found) - len(search.allowed)
+        cost = f" (the reconstructions of {priced} of them lose more than the limit)" if priced else ""
+        note(f"no candidate made the decoder better on the held-out samples{cost}: it stays as it was", "yellow")
     elif steps < run.steps:
         _continue(run, search, best.candidate)
     search.show()
@@ -153,6 +155,7 @@ def _search(run: PostTrainRun, accelerator: Accelerator) -> Path:
     fields = {
         "held_out": {"distance": best.distance, "at_the_start": search.untouched.distance},
         "sweep": search.rows(),
+        **search.price(),
     }
     if run.objective == "auto":
         fields["verdict"] = _verdict(run, search, held_out, count)
@@ -166,21 +169,24 @@ def _start_search(run: PostTrainRun, accelerator: Accelerator, held_out: Path, c
     data = open_images(run.data, tokenizer.image_size, split="train")
     config = run.held_out.model_copy(update={"latents": held_out})
     make_score = lambda: HeldOutScore(config, tokenizer, data, accelerator.device, run.sweep.sets, run.workers)  # noqa: E731
-    make_other = (lambda: _reconstructions(run, tokenizer.to(accelerator.device))) if chooses else lambda: None
-    return Search(run.out, make_score, make_other, accelerator, run.seed, data.describe())
-
-
-def _reconstructions(run: PostTrainRun, tokenizer: Tokenizer) -> ReconstructionScore | None:
-    """The score on test images, if there are any."""
-    try:
-        data = open_images(run.data, tokenizer.image_size, split="test")
-    except UserError as error:
-        note(f"rFD and PSNR are left out: {error}", "yellow")
-        return None
-    if len(data) < 2:
-        note(f"rFD and PSNR are left out: {data.describe()} is too few images", "yellow")
-        return None
-    return ReconstructionScore(run.held_out.extractor, tokenizer, data, run.sweep.images, run.workers)
+    limit = run.max_reconstruction_loss
+    make_other = lambda: reconstruction_score(  # noqa: E731
+        run.data,
+        tokenizer.to(accelerator.device),
+        run.held_out.extractor,
+        limit is not None,
+        run.sweep.images,
+        run.workers,
+    )
+    return Search(
+        run.out,
+        make_score,
+        make_other if chooses else lambda: None,
+        accelerator,
+        run.seed,
+        data.describe(),
+        limit if chooses else None,
+    )
 
 
 def _continue(run: PostTrainRun, search: Search, candidate: Candidate) -> None:
@@ -198,14 +204,14 @@ def _continue(run: PostTrainRun, search: Search, candidate: Candidate) -> None:
     made = {"pairs": _pairs(run, candidate.sigma, run.steps)} if candidate.sigma is not None else {}
     every = run.snapshot_every or (max(1, run.steps // 10) if auto else 0)
     start = run.out / f"candidate-{candidate.name}"
-    changes = {"held_out": None, "continue_from": start, "snapshot_every": every}
+    changes = {"held_out": None, "max_reconstruction_loss": None, "continue_from": start, "snapshot_every": every}
     train_decoder(run.training(candidate.objective, out=folder, **made, **changes), enough)
 
 
 def _verdict(run: PostTrainRun, search: Search, held_out: Path, count: int) -> str:
     """Whether post-training pays, on samples that chose nothing, and what the gap says where it does not."""
     chosen, before, control = search.best(), search.untouched, search.control
-    best = min(search.found[1:], key=lambda scored: scored.distance)
+    best = min(search.allowed[1:] or search.found[1:], key=lambda scored: scored.distance)
     short = next(one for one in search.found if one.stage == "candidate" and one.candidate == best.candidate)
     roles, where = [before, best, short, control], "the samples that chose the decoder"
     if run.generator is not None and chosen is not before:
@@ -248,9 +254,11 @@ def _train_candidate(run: PostTrainRun, candidate: Candidate, steps: int) -> Pat
         "ema_decay": min(run.ema_decay, max(0.0, 1 - 10 / steps)),  # or the average would stay close to its start
         "adversarial": adversarial,
         "snapshot_every": 0,
+        "held_out": None,
+        "max_reconstruction_loss": None,
     }
     made = {"pairs": _pairs(run, candidate.sigma, steps)} if candidate.sigma is not None else {}
-    return train_decoder(run.training(candidate.objective, out=out, held_out=None, **made, **shorter))
+    return train_decoder(run.training(candidate.objective, out=out, **made, **shorter))
 
 
 def _pairs(run: PostTrainRun, sigma: float, steps: int) -> Path:

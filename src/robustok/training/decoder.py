@@ -19,7 +19,7 @@ from robustok.data.latent_cache import LatentCache
 from robustok.data.latent_checks import check_indices
 from robustok.devices import start_accelerator
 from robustok.errors import UserError
-from robustok.evaluation.held_out import HeldOutScore
+from robustok.evaluation.held_out import HeldOutScore, ReconstructionScore, reconstruction_score
 from robustok.files import tensor_digest
 from robustok.losses.frechet import FrechetTerm
 from robustok.losses.reconstruction import ReconstructionTerms
@@ -92,7 +92,7 @@ def train_decoder(run: DecoderTrainingRun, enough: Callable[[int, Path], bool] |
         enough: called after each snapshot with its step and folder, in all processes: whether to stop there.
 
     Returns:
-        The folder of the best snapshot with ``held_out``, else of the last one.
+        The folder of the best snapshot with ``held_out`` or ``max_reconstruction_loss``, else of the last one.
 
     Raises:
         UserError: tokenizer, pairs, data, configuration or run folder do not fit; the loss is not finite.
@@ -106,6 +106,7 @@ def train_decoder(run: DecoderTrainingRun, enough: Callable[[int, Path], bool] |
     reconstruction_terms = ReconstructionTerms(run.reconstruction, device)
     frechet = frechet_term(run, device, data.fingerprint)
     score = _held_out_score(run, bare, data, device) if run.held_out and accelerator.is_main_process else None
+    price = _price(run, bare) if accelerator.is_main_process else None
     folder = RunFolder(run, accelerator.is_main_process, later=may_change(run))
 
     authors = run.trainable == "authors"
@@ -120,7 +121,7 @@ def train_decoder(run: DecoderTrainingRun, enough: Callable[[int, Path], bool] |
     adversary = make_adversary(run, accelerator)
     untouched = average_copy(average) if "free" in run.objective else average  # copied before a state is loaded
     material = Material(untouched, data, caches, run.noise, run.precision)
-    snapshots = Snapshots(run, folder, average, adversary, caches, score)
+    snapshots = Snapshots(run, folder, average, adversary, caches, score, price)
     finite, extras = FiniteCheck(run.out, accelerator), [snapshots, *filter(None, [frechet])]
     state = TrainingState("tokenizer", bare, average, optimizer, finite, adversary, extras)
     first = folder.restore(state, input_digests(run, data))
@@ -231,6 +232,15 @@ def _held_out_score(
     """Function of a decoder: Fréchet distance of its images of the held-out samples to the real images."""
     score = HeldOutScore(run.held_out, tokenizer, data, device, workers=run.workers)
     return lambda decode: score(decode)[0]
+
+
+def _price(run: DecoderTrainingRun, tokenizer: Tokenizer) -> ReconstructionScore | None:
+    """The score of reconstructions of held-out real images, where decoders are compared."""
+    limited = run.max_reconstruction_loss is not None
+    if run.held_out is None and not limited:
+        return None
+    extractor = None if run.held_out is None else run.held_out.extractor
+    return reconstruction_score(run.data, tokenizer, extractor, limited, workers=run.workers)
 
 
 def _previous_state(path: Path) -> tuple[int, dict[str, Any]]:

@@ -65,6 +65,12 @@ class DecoderTrainingRun(TrainingConfig):
     held_out: HeldOut | None = Field(
         None, description="choose the best snapshot, or the original decoder, on held-out samples; null: the last one"
     )
+    max_reconstruction_loss: float | None = Field(
+        None,
+        ge=0,
+        description="refuse decoders that cost more than this: PSNR in dB which reconstructions of the test images "
+        "lose against the decoder at the start, which is kept where all cost more; null: no limit",
+    )
     continue_from: Path | None = Field(
         None,
         description="post-training run whose weights, averages, optimiser, discriminator and step this run starts "
