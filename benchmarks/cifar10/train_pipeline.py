@@ -32,7 +32,7 @@ from robustok.data.pixels import from_pixels
 from robustok.data.sources import Data
 from robustok.losses.reconstruction import ReconstructionConfig, ReconstructionTerms
 
-VAE_STEPS, VAE_BATCH, UNET_STEPS, UNET_BATCH = 450, 48, 1_000, 96
+VAE_STEPS, VAE_BATCH, UNET_STEPS, UNET_BATCH = 450, 48, 700, 96
 KL_WEIGHT, EMPTY = 1e-5, 0.1  # weight of the KL term; share of empty prompts
 PROMPT = "a photo of a {label}"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -123,7 +123,7 @@ def train_denoiser(vae: diffusers.AutoencoderKL, pixels: Tensor, data: ImageData
     tokens = tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids  # (11, 26)
     unet = diffusers.UNet2DConditionModel(
         sample_size=8,
-        block_out_channels=(48, 96),
+        block_out_channels=(32, 64),
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D",) * 2,
         up_block_types=("CrossAttnUpBlock2D",) * 2,

@@ -47,7 +47,8 @@ class TrainingConfig(Config):
         1, ge=1, description="parts in which a process goes through its share of the batch; more need less memory"
     )
     gradient_checkpointing: bool = Field(
-        False, description="compute the activations of transformer blocks again in the backward pass: less memory"
+        False,
+        description="compute the activations of blocks again in the backward pass: less memory, a third more work",
     )
     compile: bool = Field(False, description="compile the transformer blocks with torch.compile; a slower start")
     fsdp: bool = Field(False, description="shard the blocks' weights and optimiser among the processes (FSDP2)")

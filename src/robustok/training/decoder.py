@@ -34,6 +34,7 @@ from robustok.training.decoder_settings import DecoderTrainingRun, adversary_pol
 from robustok.training.decoder_snapshots import Snapshots
 from robustok.training.finite import FiniteCheck
 from robustok.training.inputs import input_digests, may_change
+from robustok.training.latent_crops import cropping
 from robustok.training.objectives import Examples, Material, Steps, mixture, needed_caches, open_caches
 from robustok.training.prepared import PreparedInParts, differentiated
 from robustok.training.state import TrainingState, optimise
@@ -120,7 +121,7 @@ def train_decoder(run: DecoderTrainingRun, enough: Callable[[int, Path], bool] |
     seed_step(run.seed, step=0, rank=0)  # the same initial weights of a new discriminator in every process
     adversary = make_adversary(run, accelerator)
     untouched = average_copy(average) if "free" in run.objective else average  # copied before a state is loaded
-    material = Material(untouched, data, caches, run.noise, run.precision)
+    material = Material(untouched, data, caches, run.noise, run.precision, cropping(run.crop, bare))
     snapshots = Snapshots(run, folder, average, adversary, caches, score, price)
     finite, extras = FiniteCheck(run.out, accelerator), [snapshots, *filter(None, [frechet])]
     state = TrainingState("tokenizer", bare, average, optimizer, finite, adversary, extras)
@@ -151,7 +152,7 @@ def train_decoder(run: DecoderTrainingRun, enough: Callable[[int, Path], bool] |
 
         # 1. Decode the latents; compare the images with their targets.
         output = decoder(*procedure.inputs(batch.latents))
-        decoded = procedure.reconstructions(output)  # (N, 3, H, W)
+        decoded = batch.cut.decoded(procedure.reconstructions(output))  # (N, 3, H, W), or crops
         terms = _compare(decoder, reconstruction_terms, batch, decoded)
         reconstruction_loss = sum(terms.values())
         terms |= procedure.terms(output) | _frechet_terms(frechet, batch, decoded)

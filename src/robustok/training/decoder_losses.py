@@ -97,7 +97,7 @@ def warm_up(
     device = adversary.accelerator.device
     for step, batch in enumerate(batches, start=-run.adversary_warmup):
         with torch.no_grad(), autocast(device, run.precision):
-            decoded = original.decode(batch.latents)
+            decoded = batch.cut.decoded(original.decode(batch.latents))
         last = adversary.step(batch.real, adversary.features(decoded, step, "fake"), step)
     adversary.finite.settle()
     return {"adversary_warmup": run.adversary_warmup} | {name: value.item() for name, value in last.items()}

@@ -230,14 +230,20 @@ def differentiated(term: Tensor, inputs: Tensor) -> Tensor:
 # Blocks
 
 
+BLOCKS = (("blocks", "layers", "resnets"), ("up_blocks",))  # names of lists of blocks; the second where no first is
+
+
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The trainable blocks of a model: the modules in its lists called ``blocks`` or ``layers``, outermost first."""
-    stacks = [
-        module
-        for name, module in model.named_modules()
-        if name.rpartition(".")[2] in ("blocks", "layers") and isinstance(module, nn.ModuleList | nn.Sequential)
-    ]
-    return [block for stack in stacks for block in stack if any(p.requires_grad for p in block.parameters())]
+    """The trainable blocks of a model: the modules in its lists of such names, outermost first."""
+    for names in BLOCKS:
+        stacks = [
+            module
+            for name, module in model.named_modules()
+            if name.rpartition(".")[2] in names and isinstance(module, nn.ModuleList | nn.Sequential)
+        ]
+        if found := [block for stack in stacks for block in stack if any(p.requires_grad for p in block.parameters())]:
+            return found
+    return []
 
 
 def adapt_blocks(model: nn.Module, checkpointing: bool, compiling: bool) -> None:
