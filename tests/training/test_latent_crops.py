@@ -1,10 +1,14 @@
 """Decoders trained on crops of latents, and with checkpointed blocks: the same loss and gradients in less memory."""
 
+from dataclasses import replace
+from itertools import product
+
 import pytest
 import torch
 from torch import nn
 
 import tiny
+from robustok.commands.dry_run import estimate
 from robustok.commands.encode import encode
 from robustok.config import plain, validate
 from robustok.data.dataset import open_images
@@ -51,10 +55,10 @@ def test_crops_are_decoded_as_in_the_whole_image():
     without_norms(model)
     latents = latents_of(model, 40)
     whole = model.decode(latents)
+    corners = tuple(product((0, 1, 5, 11, 13, 24), repeat=2)) + ((3, 3),) * 4  # edges, and near them
     for margin, same in ((None, True), (2, False)):
         crops = cropping(LatentCrop(size=16, margin=margin), model)
-        cut = crops.draw(40, slice(0, 40), seed=0, step=3, objective="paired")
-        assert {0, crops.side - crops.size} <= {corner for pair in cut.corners for corner in pair}  # edges are drawn
+        cut = replace(crops.draw(40, slice(0, 40), 0, 3, "paired"), corners=corners)
         windows = cut.latents(latents)
         assert windows.shape == (40, crops.window**2)
         found, expected = cut.decoded(model.decode(windows)), cut.images(whole)
@@ -86,7 +90,8 @@ def test_what_crops_do_not_fit_is_refused(tmp_path):
     for name in ("robustok", "maetok", "gigatok"):
         with pytest.raises(UserError, match=r"crop\.size needs a convolutional decoder"):
             cropping(LatentCrop(size=4), model_of(name, 8))
-    for words, said in ((("trainable=authors",), "encodes whole images"), (("frechet.weight=1",), "whole images")):
+    frechet = ("objective={paired: 1, free: 1}", "samples=s", "frechet.weight=1", "frechet.extractors=[{path: x}]")
+    for words, said in ((("trainable=authors",), "encodes whole images"), (frechet, "compares whole images")):
         with pytest.raises(UserError, match=said):
             tiny.post_run(tmp_path, "t", "p", "crop.size=8", *words)
 
@@ -155,3 +160,16 @@ def test_checkpointed_decoders_have_the_same_gradients(name):
     for key, value in plainly.items():
         torch.testing.assert_close(again[key], value, rtol=1e-4, atol=1e-6)
     assert kept[1] < 0.8 * kept[0]
+
+
+def test_a_dry_run_counts_the_crops(given):
+    tokenizer, latents = given
+    words = ("objective=clean", "pairs=null", f"latents={latents}")
+    whole, crops = (
+        estimate(tiny.post_run("x", tokenizer, "unused", *words, *more))
+        for more in ((), ("crop.size=4", "crop.margin=2"))
+    )
+    assert (crops["crop_pixels"], crops["decoded_pixels"]) == (4, 8)
+    assert crops["activations_bytes"] < 0.35 * whole["activations_bytes"]  # a quarter of the pixels
+    for facts in (whole, crops):
+        assert facts["checkpointed_activations_bytes"] < 0.8 * facts["activations_bytes"]
