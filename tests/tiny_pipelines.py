@@ -197,4 +197,5 @@ def saved_with_text(path: Path) -> Path:
     torch.manual_seed(0)
     sd(**text_encoder()).save_pretrained(path)
     (path / "README.md").write_text("---\nlicense: creativeml-openrail-m\n---\n# Tiny\n")
+    (path / "vae" / "README.md").write_text("---\nlicense: mit\n---\n# Its autoencoder\n")
     return path

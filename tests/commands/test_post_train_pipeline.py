@@ -100,12 +100,25 @@ def test_one_command_turns_a_pipeline_into_one_with_another_decoder(tmp_path, gi
     assert mixing("a b", image=image, strength=0.5, num_inference_steps=4).images[0].size == (32, 32)
     single = diffusers.AutoencoderKL.from_single_file(post / "export" / "vae.safetensors", config=str(given / "vae"))
     assert all(torch.equal(weight, after[name]) for name, weight in single.state_dict().items())
-    assert load_file(post / "export" / "vae.safetensors")["decoder.mid.attn_1.q.weight"].ndim == 4
+    file = load_file(post / "export" / "vae.safetensors")
+    assert file["decoder.mid.attn_1.q.weight"].ndim == 4
+    for kind, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        half = load_file(post / "export" / f"vae.{kind}.safetensors")
+        assert half.keys() == file.keys()
+        assert all(torch.equal(half[name], weight.to(dtype)) for name, weight in file.items())
+
+    # The card shows four generated images, before and after.
+    with Image.open(post / "export" / "before-after.png") as picture:
+        shown = np.array(picture)
+    assert shown.shape == (2 * 32, 4 * 32, 3)
+    assert not np.array_equal(shown[:32], shown[32:])
+    assert "](before-after.png)" in (post / "export" / "README.md").read_text()
 
     # The card names pipeline and licence. No prompt is in what is printed, logged or shared.
     card = (post / "export" / "README.md").read_text()
     assert "tiny-diffusion" in card
-    assert "creativeml-openrail-m" in card
+    assert "creativeml-openrail-m (generator)" in card
+    assert "mit (tokenizer)" in card  # the autoencoder has its own
     printed = "".join(capsys.readouterr())
     texts = [path for path in post.rglob("*") if path.suffix in (".md", ".jsonl", ".json", ".yaml")]
     assert len(texts) > 8

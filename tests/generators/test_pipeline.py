@@ -120,6 +120,24 @@ def test_half_precision_changes_latents_by_little(family):
     assert 0 < (found - exact).std() < 0.05 * exact.std()
 
 
+@pytest.mark.parametrize("name", ["Stable Diffusion", "Flux"])
+def test_offloaded_parts_make_the_same(tmp_path, name):
+    folder = tiny.saved(name, tmp_path / "given")
+    found = []
+    for offload in (False, True):
+        config = PipelineConfig(folder=folder, image_size=tiny.SIZE, offload=offload)
+        made = PipelineGenerator(config, ["a", "b"])
+        made.conditions = tiny.conditions(name, "a", "b")
+        reference = torch.zeros(2, *made.latent_shape)
+        rngs = lambda: image_rngs(0, [0, 1])  # noqa: E731
+        mixed = made.generate(LABELS, STEPS, rngs(), reference, 0.5)
+        free = made.generate(LABELS, STEPS, rngs())
+        found.append((mixed, free, made.generate(LABELS, STEPS, rngs(), reference, 0.5)))
+        assert hasattr(getattr(made.pipe, made.family.denoiser), "_hf_hook") is offload
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize(
     ("name", "size", "kept"),
     [

@@ -228,9 +228,10 @@ def _training(
     blocks = blocks_of(model)
     sharded = sum(map(_count, blocks)) if run.fsdp else 0
     # The averaged weights are not sharded.
-    memory = 2 * size + 3 * trained - 4 * (sharded - sharded // processes) + 4 * discriminator + frozen
+    moments = 2 * trained if run.optimizer == "adamw" else trained // 2  # of 8 bits
+    memory = 2 * size + trained + moments - 4 * (sharded - sharded // processes) + 4 * discriminator + frozen
     snapshots = -(-run.steps // run.snapshot_every) if run.snapshot_every else 1
-    state, snapshot = FLOAT * (2 * size + 2 * trained + 3 * discriminator), FLOAT * (size + discriminator)
+    state, snapshot = FLOAT * (2 * size + moments + 3 * discriminator), FLOAT * (size + discriminator)
     if networks is None:
         step = partial(generator_step, run, model, inputs, terms)
     else:

@@ -25,8 +25,10 @@ from robustok.commands.candidates import Search, gap_in_words, verdict
 from robustok.commands.encode import EncodeRun, encode
 from robustok.commands.generate import GenerateRun, generate
 from robustok.commands.make_pairs import MakePairsRun, make_pairs
+from robustok.commands.pictures import draw_before_after
 from robustok.commands.post_train_settings import BANK, Candidate, PostTrainRun, objective_name
 from robustok.commands.pretrained_sources import (
+    Pretrained,
     check_given,
     check_together,
     convert_sources,
@@ -40,6 +42,7 @@ from robustok.data.latent_cache import LatentCache
 from robustok.data.order import batch_indices
 from robustok.devices import start_accelerator
 from robustok.evaluation.held_out import HeldOutScore, held_out_images, reconstruction_score
+from robustok.files import writing
 from robustok.metrics.latent_gap import latent_gap
 from robustok.pretrained.pipelines import export_pipeline
 from robustok.randomness import step_rng
@@ -82,11 +85,24 @@ def post_train(run: PostTrainRun) -> Path:
     if accelerator.is_main_process:
         pipeline, export = pipeline_of(run.sources), run.out / "export"
         if pipeline is not None:
-            note(f"the pipeline with this decoder: {export_pipeline(best, pipeline, export)}")
+            picture = _picture(run, best, export / "before-after.png", accelerator)
+            note(f"the pipeline with this decoder: {export_pipeline(best, pipeline, export, picture)}")
         elif file := export_decoder(best, run.tokenizer, export):
             note(f"in the authors' layout: {file}")
     accelerator.wait_for_everyone()
     return best
+
+
+def _picture(run: PostTrainRun, best: Path, file: Path, accelerator: Accelerator) -> str | None:
+    """A picture of generated latents, free samples if there are, before and after; its name, if there are any."""
+    caches = [run.out / "held-out", run.samples or run.out / "samples", *sorted((run.out / "pairs").glob("*"))]
+    cache = next((cache for cache in [*caches, run.pairs] if cache and (cache / "manifest.json").is_file()), None)
+    before = run.out / "tokenizer" if isinstance(run.tokenizer, Pretrained) else run.tokenizer
+    if cache is not None and not file.is_file():
+        with writing(file.parent):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        draw_before_after(file, (before, best), cache, accelerator.device)
+    return file.name if file.is_file() else None
 
 
 def _prepare(run: PostTrainRun, accelerator: Accelerator) -> PostTrainRun:

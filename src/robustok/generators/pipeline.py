@@ -82,6 +82,11 @@ class PipelineConfig(Config):
     precision: Literal["auto", "bf16", "fp16", "float32"] = Field(
         "auto", description="type of the weights; auto: bf16 on a GPU, else float32"
     )
+    offload: bool = Field(
+        False,
+        description="keep text encoders and denoiser in the CPU's memory, and on the device only while they run "
+        "(enable_model_cpu_offload)",
+    )
 
 
 class PipelineGenerator(nn.Module):
@@ -153,12 +158,16 @@ class PipelineGenerator(nn.Module):
     @cached_property
     def pipe(self) -> Any:
         """The image-to-image pipeline, without text encoders and autoencoder."""
-        return load_parts(self.folder, self.family, self._vae, False, self.dtype, self.device)
+        return self._load(texts=False)
 
     @cached_property
     def twin(self) -> Any:
         """The text-to-image pipeline, with the same parts."""
         return text_to_image(self.pipe, self.family)
+
+    def _load(self, texts: bool) -> Any:
+        options = self.dtype, self.device, self.config.offload
+        return load_parts(self.folder, self.family, self._vae, texts, *options)
 
     def to(self, device: torch.device) -> "PipelineGenerator":
         """Move it; what is loaded later is loaded there."""
@@ -188,7 +197,7 @@ class PipelineGenerator(nn.Module):
         if not missing:
             return
         self._drop()
-        pipe = load_parts(self.folder, self.family, self._vae, True, self.dtype, self.device)
+        pipe = self._load(texts=True)
         for i in track(range(len(missing)), "encode prompts"):
             key = missing[i]
             condition = encode(pipe, self.family, texts.get(key), self.device)

@@ -158,7 +158,7 @@ def fetch_pipeline(path: str | Path) -> Path:
     if not is_remote(path):
         return Path(path)
     inside = [f"{part}/{name}" for part in parts_of(fetch_index(path)) for name in (*FILES, *WEIGHTS)]
-    return download_folder(path, ["model_index.json", "README.md", *inside])
+    return download_folder(path, ["model_index.json", "README.md", "vae/README.md", *inside])
 
 
 def weights_digest(path: Path, family: PipelineFamily) -> str:

@@ -34,7 +34,13 @@ def empty_autoencoder(folder: Path, encode: Callable[[Tensor], SimpleNamespace])
 
 
 def load_parts(
-    folder: Path, family: PipelineFamily, vae: nn.Module, texts: bool, dtype: torch.dtype, device: torch.device
+    folder: Path,
+    family: PipelineFamily,
+    vae: nn.Module,
+    texts: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    offload: bool = False,
 ) -> Any:
     """The image-to-image pipeline of a folder, either with its text encoders or with its denoiser.
 
@@ -45,6 +51,7 @@ def load_parts(
         texts: whether it has text encoders and no denoiser.
         dtype: of the weights.
         device: of the weights.
+        offload: whether each part is on the device only while it runs.
 
     Raises:
         UserError: diffusers or transformers cannot load it.
@@ -71,7 +78,9 @@ def load_parts(
     # The empty autoencoder too: the device of a pipeline is that of its first part.
     for value in pipe.components.values():
         if isinstance(value, nn.Module):
-            value.requires_grad_(False).eval().to(device)
+            value.requires_grad_(False).eval().to("cpu" if offload else device)
+    if offload:
+        pipe.enable_model_cpu_offload(device=device)
     return pipe
 
 
@@ -84,6 +93,8 @@ def text_to_image(pipe: Any, family: PipelineFamily) -> Any:
     options = {"requires_safety_checker": False} if "safety_checker" in accepted else {}
     with silent_diffusers():
         twin = loader(**{key: value for key, value in pipe.components.items() if key in accepted}, **options)
+    if getattr(pipe, "_all_hooks", None):
+        twin.enable_model_cpu_offload(device=pipe._offload_device)
     return _make_quiet(twin)
 
 

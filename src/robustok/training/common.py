@@ -36,6 +36,9 @@ class TrainingConfig(Config):
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up from 0")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW betas")
+    optimizer: Literal["adamw", "adamw8bit"] = Field(
+        "adamw", description="adamw8bit: moments of 8 bits, a quarter of their memory; needs a GPU and bitsandbytes"
+    )
     clip_norm: float = Field(0.0, ge=0, description="clip the gradient norm to this; 0 is off")
     ema_decay: float = Field(
         0.9999, ge=0, lt=1, description="decay of the averaged weights, which snapshots hold; 0 keeps the last"

@@ -20,6 +20,7 @@ from robustok.snapshots import read_header, resolve
 from robustok.training.adversary import Adversary
 from robustok.training.decoder_settings import DecoderTrainingRun, adversary_policy
 from robustok.training.objectives import Examples, Material, Steps, rows_of
+from robustok.training.prepared import adamw
 from robustok.types import Tokenizer
 
 
@@ -34,6 +35,8 @@ def check_networks(run: DecoderTrainingRun) -> None:
     needed: list[Callable[[], Any]] = [lambda: ReconstructionTerms(run.reconstruction, device)]
     if adversary_policy(run) != "none":
         needed.append(lambda: frozen_features(_discriminator(run)[0], device))
+    accelerator = torch.accelerator.current_accelerator() or device
+    needed.append(lambda: adamw(run, accelerator))
     if run.held_out is not None:
         needed.append(lambda: load_extractor(run.held_out.extractor, device))
     if run.frechet.weight:

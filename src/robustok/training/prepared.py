@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from robustok.devices import autocast
 from robustok.errors import UserError
+from robustok.files import one_line
 from robustok.tokenizers.perturbation import PerturbationDraw
 from robustok.training.common import TrainingConfig
 
@@ -66,7 +67,8 @@ class Prepared:
                 for group in groups
                 for sharded in (False, True)
             ]
-        optimizer = torch.optim.AdamW(groups, lr=self.run.learning_rate, betas=self.run.betas, fused=True)
+        family = adamw(self.run, self.accelerator.device)
+        optimizer = family(groups, lr=self.run.learning_rate, betas=self.run.betas)
         return self.accelerator.prepare(optimizer)
 
     def train(self) -> None:
@@ -225,6 +227,29 @@ def differentiated(term: Tensor, inputs: Tensor) -> Tensor:
     """
     (gradient,) = torch.autograd.grad(term, inputs)
     return _Differentiated.apply(inputs, term.detach(), gradient)
+
+
+def adamw(run: TrainingConfig, device: torch.device) -> Callable[..., torch.optim.Optimizer]:
+    """AdamW as the run has it.
+
+    Raises:
+        UserError: 8 bits without bitsandbytes or a GPU, or with shards.
+    """
+    if run.optimizer == "adamw":
+        return partial(torch.optim.AdamW, fused=True)
+    if run.fsdp:
+        raise UserError("optimizer=adamw8bit does not work on shards; set fsdp=false or optimizer=adamw")
+    if device.type == "cpu":
+        raise UserError("optimizer=adamw8bit needs a GPU; set optimizer=adamw")
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        reason = one_line(error, 100)
+        raise UserError(
+            f"optimizer=adamw8bit needs bitsandbytes ({reason}); pip install 'robustok[adam8bit]', or set "
+            "optimizer=adamw"
+        ) from None
+    return AdamW8bit
 
 
 # Blocks
