@@ -23,7 +23,7 @@ STEPS = PipelineSampling(steps=4)
 LABELS = torch.tensor([0, 1])
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=tiny.MIXING)
 def family(request, tmp_path_factory):
     """Name, folder, generator, tokenizer and latents of two images."""
     folder = tiny.saved(request.param, tmp_path_factory.mktemp("pipeline") / "given")
@@ -118,6 +118,25 @@ def test_half_precision_changes_latents_by_little(family):
     exact, found = (g.generate(LABELS, STEPS, image_rngs(0, [0, 1])) for g in (family.generator, half))
     assert (exact.dtype, found.dtype) == (torch.float32, torch.float32)
     assert 0 < (found - exact).std() < 0.05 * exact.std()
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in tiny.MIXING])
+def test_a_pipeline_without_image_to_image_makes_free_samples(tmp_path, name):
+    folder = tiny.saved(name, tmp_path / "given")
+    generator = tiny.generator(name, folder, "a", "b")
+    tokenizer = load_pretrained("diffusers", folder, {"image_size": tiny.SIZE})
+    both = generator.generate(LABELS, STEPS, image_rngs(0, [0, 1]))
+    assert both.shape == (2, *tokenizer.latent_shape)
+    alone = generator.generate(LABELS[1:], STEPS, image_rngs(0, [1]))
+    torch.testing.assert_close(both[1:], alone, rtol=1e-4, atol=1e-4 * both.std().item())
+    family = SimpleNamespace(name=name, folder=folder, generator=generator, latents=torch.zeros(2, 256, 4))
+    theirs = own_pixels(family, "text", use_resolution_binning=False)
+    with torch.no_grad():
+        ours = (tokenizer.decode(both) / 2 + 0.5).clamp(0, 1)
+    assert torch.equal(ours, theirs)
+    assert torch.equal(generator.generate(LABELS, STEPS, image_rngs(0, [0, 1]), both, 1.0), both)
+    with pytest.raises(UserError, match=r"image-to-image in diffusers.*objective=free"):
+        generator.generate(LABELS, STEPS, image_rngs(0, [0, 1]), both, 0.5)
 
 
 @pytest.mark.parametrize("name", ["Stable Diffusion", "Flux"])

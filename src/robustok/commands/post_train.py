@@ -43,6 +43,7 @@ from robustok.data.order import batch_indices
 from robustok.devices import start_accelerator
 from robustok.evaluation.held_out import HeldOutScore, held_out_images, reconstruction_score
 from robustok.files import writing
+from robustok.generators.pipeline_families import check_mixes, family_of
 from robustok.metrics.latent_gap import latent_gap
 from robustok.pretrained.pipelines import export_pipeline
 from robustok.randomness import step_rng
@@ -112,6 +113,8 @@ def _prepare(run: PostTrainRun, accelerator: Accelerator) -> PostTrainRun:
     """
     sources = run.sources
     check_given(sources)
+    if run.makes_pairs and (pipeline := pipeline_of(sources)) is not None:
+        check_mixes(pipeline, family_of(pipeline))
     folder = RunFolder(run, accelerator.is_main_process, later={"data.path"})  # encode and the training compare images
     accelerator.wait_for_everyone()  # before the folder changes, all have read it
     with refused_as_a_whole(sources, run.out):
