@@ -1,6 +1,7 @@
 """Pipelines of diffusers as generators: every family, built tiny from the classes of the library."""
 
 import inspect
+import json
 from fnmatch import fnmatch
 from itertools import pairwise
 from types import SimpleNamespace
@@ -238,6 +239,24 @@ def test_incomplete_pipelines_are_refused(tmp_path):
         family_of(folder / "vae")
     with pytest.raises(UserError, match="is no folder"):
         family_of(folder / "nothing")
+
+
+def test_latents_that_are_not_finite_name_the_remedy(tmp_path):
+    made = tiny.generator("Stable Diffusion", tiny.saved("Stable Diffusion", tmp_path / "given"), "a", "b")
+    made.pipe.unet.conv_out.bias.data.fill_(torch.nan)
+    with pytest.raises(UserError, match=r"are not finite in torch\.float32; set precision .* to bf16 or float32"):
+        made.generate(LABELS, STEPS, image_rngs(0, [0, 1]))
+
+
+def test_a_safety_checker_is_never_asked_for(tmp_path):
+    folder = tiny.saved("Stable Diffusion", tmp_path / "given")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    made = tiny.generator("Stable Diffusion", folder, "a", "b")  # although their folders are not there
+    assert made.generate(LABELS, STEPS, image_rngs(0, [0, 1])).isfinite().all()
+    assert made.pipe.safety_checker is None
 
 
 def test_a_remote_pipeline_is_downloaded_without_what_is_not_used(tmp_path, monkeypatch):
