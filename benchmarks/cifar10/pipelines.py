@@ -10,9 +10,9 @@ from setting import Setting
 
 from post_training import Pair
 
-STEPS, BATCH = 50, 32
-SETS, SAMPLES = (1, 2), 400  # seeds of the reported samples, and how many in a set
-IMAGES, TESTS = 5_000, 1_000  # training images, for pairs and as the reference of gFD; test images to reconstruct
+STEPS, BATCH = 30, 32
+SETS, SAMPLES = (1, 2), 250  # seeds of the reported samples, and how many in a set
+IMAGES, TESTS = 3_000, 500  # training images, for pairs and as the reference of gFD; test images to reconstruct
 SIGMAS = (0.9, 0.7, 0.5)  # the first one's job also reads the pipeline and encodes images; "clean" is sigma = 1
 SAMPLING = ("name=pipeline", "steps=10", "guidance_scale=2")
 PAIR = Pair("pipeline", "", "", SIGMAS)
@@ -25,6 +25,7 @@ def jobs(setting: Setting, pipeline: str) -> Iterator[Job]:
     data = (*setting.data, f"data.limit={IMAGES}")
     path = {name: setting.path(part) for name, part in PARTS.items()}
     losses = (*setting.losses(), f"steps={STEPS}", f"batch_size={BATCH}", "adversarial.weight=0.1")
+    losses += ("adversary_warmup=20", "learning_rate=3e-4", "warmup_steps=3", "ema_decay=0.9")  # a few strong steps
     recipe = ("post-train", "cifar10/post.yaml", *data, *losses)
     yield setting.classifier()
     sampling = [f"mixture.sampling.{word}" for word in SAMPLING]
