@@ -280,7 +280,7 @@ def test_the_example_of_the_docs_runs(given, capsys):
     assert [cell.strip() for cell in row.split("|")][5] == "0.44"
 
 
-def test_bad_input_is_one_line(tmp_path, given, capsys):
+def test_bad_input_is_one_line(tmp_path, given, capsys, monkeypatch):
     folder = photos(tmp_path / "photos")
     words = [f"out={tmp_path / 'out'}", "data.name=folder", f"data.path={folder}"]
     for name in ("03", "07"):
@@ -299,6 +299,11 @@ def test_bad_input_is_one_line(tmp_path, given, capsys):
     assert "generator.config.promt is not known" in refused(
         capsys, *words, f"pipeline={given}", "generator.config.promt=a photo"
     )
+    assert "crop.margin=3 is not a multiple of the 2 pixels" in refused(
+        capsys, *words, f"pipeline={given}", "crop.size=8", "crop.margin=3"
+    )
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    assert "optimizer=adamw8bit needs" in refused(capsys, *words, f"pipeline={given}", "optimizer=adamw8bit")
     assert "pipeline is missing" in refused(capsys, *words, "tokenizer.family=diffusers", "generator.family=pipeline")
     other = tiny_pipelines.set_class(tiny_pipelines.saved_with_text(tmp_path / "flux2"), "Flux2Pipeline")
     assert "conditions on reference images" in refused(capsys, *words, f"pipeline={other}")

@@ -52,6 +52,7 @@ from robustok.snapshots import read_extra, read_header, write_snapshot
 from robustok.tokenizers import load_tokenizer
 from robustok.training.decoder import train_decoder
 from robustok.training.decoder_losses import check_networks
+from robustok.training.latent_crops import cropping
 from robustok.training.objectives import needed_caches
 
 GAP_IMAGES = 10_000  # on either side
@@ -125,6 +126,7 @@ def _prepare(run: PostTrainRun, accelerator: Accelerator) -> PostTrainRun:
             caches = {name: getattr(run, name) or run.out / name for name in needed_caches(run.used)}
             one = max(run.bank, key=lambda objective: "free" in objective)  # with the Frechet term
             check_networks(run.training(one, tokenizer=paths["tokenizer"], **caches))
+            cropping(run.crop, load_tokenizer(paths["tokenizer"]))  # refuses sizes that do not fit
             if run.max_reconstruction_loss is not None:
                 held_out_images(run.data, load_tokenizer(paths["tokenizer"]).image_size)
             if run.makes_pairs:

@@ -35,7 +35,7 @@ def check_networks(run: DecoderTrainingRun) -> None:
     needed: list[Callable[[], Any]] = [lambda: ReconstructionTerms(run.reconstruction, device)]
     if adversary_policy(run) != "none":
         needed.append(lambda: frozen_features(_discriminator(run)[0], device))
-    accelerator = torch.accelerator.current_accelerator() or device
+    accelerator = torch.accelerator.current_accelerator(check_available=True) or device
     needed.append(lambda: adamw(run, accelerator))
     if run.held_out is not None:
         needed.append(lambda: load_extractor(run.held_out.extractor, device))
