@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks" / "cifar10"
 @pytest.fixture(scope="module")
 def study():
     """The modules of the studies, by name."""
-    names = ("jobs", "setting", "main_training", "post_training", "figures")
+    names = ("jobs", "setting", "main_training", "post_training", "pipelines", "figures")
     sys.path.insert(0, str(FOLDER))
     try:
         yield type("Study", (), {name: __import__(name) for name in names})
@@ -31,7 +31,8 @@ def every_job(study, tmp_path):
     setting = study.setting.Setting(("data.name=parquet", "data.path=images"), Path("classifiers"), tmp_path)
     best = {pair.name: pair.sigmas[0] for pair in study.post_training.PAIRS}
     post = [*study.post_training.jobs(setting), *study.post_training.last_jobs(setting, best)]
-    return [*dict.fromkeys([*study.main_training.jobs(setting), *post])]
+    pipelines = study.pipelines.jobs(setting, str(tmp_path / "given"))
+    return [*dict.fromkeys([*study.main_training.jobs(setting), *post, *pipelines])]
 
 
 def test_every_command_is_valid_and_comes_after_what_it_needs(every_job, tmp_path):

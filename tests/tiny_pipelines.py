@@ -10,6 +10,7 @@ from diffusers.utils import logging
 from robustok.data.captions import caption_digest
 from robustok.generators.pipeline import PipelineConfig, PipelineGenerator
 from robustok.generators.pipeline_families import FAMILIES
+from tiny_models import TINY_TOKENIZERS
 
 logging.set_verbosity(logging.CRITICAL)
 SIZE, TOKENS = 32, 3  # pixels; tokens of a prompt
@@ -132,7 +133,39 @@ def lcm():
     )  # fmt: skip
 
 
-PIPELINES = dict(zip(FAMILIES, (sd, sdxl, sd3, flux, chroma, qwen, z_image, lcm), strict=True))
+def kolors():
+    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
+    unet = diffusers.UNet2DConditionModel(**UNET, **added, projection_class_embeddings_input_dim=16 + 6 * 4)
+    scheduler = diffusers.EulerDiscreteScheduler(**SD_NOISE)
+    return diffusers.KolorsPipeline(vae=kl(scaling_factor=0.13025), unet=unet, scheduler=scheduler, **texts(1))
+
+
+def pixart(family):
+    transformer = diffusers.PixArtTransformer2DModel(
+        sample_size=16, num_layers=1, patch_size=2, attention_head_dim=8, num_attention_heads=2, caption_channels=16,
+        in_channels=4, cross_attention_dim=16, out_channels=8,
+    )  # fmt: skip
+    scheduler = diffusers.DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02)
+    return family(vae=kl(scaling_factor=0.18215), transformer=transformer, scheduler=scheduler, **texts(1))
+
+
+def sana():
+    transformer = diffusers.SanaTransformer2DModel(
+        patch_size=1, in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=8,
+        num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=16,
+        sample_size=16,
+    )  # fmt: skip
+    vae = diffusers.AutoencoderDC(**TINY_TOKENIZERS["diffusers_dc"]["settings"], scaling_factor=0.41407)
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    return diffusers.SanaPipeline(vae=vae, transformer=transformer, scheduler=scheduler, **texts(1))
+
+
+MADE = (sd, sdxl, sd3, flux, chroma, qwen, z_image, lcm, kolors)
+MADE += (lambda: pixart(diffusers.PixArtAlphaPipeline), lambda: pixart(diffusers.PixArtSigmaPipeline), sana)
+PIPELINES = dict(zip(FAMILIES, MADE, strict=True))
+MIXING = [name for name, family in FAMILIES.items() if family.image]
 
 
 def saved(name: str, path: Path) -> Path:
@@ -197,4 +230,5 @@ def saved_with_text(path: Path) -> Path:
     torch.manual_seed(0)
     sd(**text_encoder()).save_pretrained(path)
     (path / "README.md").write_text("---\nlicense: creativeml-openrail-m\n---\n# Tiny\n")
+    (path / "vae" / "README.md").write_text("---\nlicense: mit\n---\n# Its autoencoder\n")
     return path

@@ -12,6 +12,7 @@ matplotlib.use("agg")
 import main_training
 import matplotlib.pyplot as plt
 import numpy as np
+import pipelines
 import torch
 from scipy.stats import spearmanr
 from setting import EVALUATOR, SECOND
@@ -233,7 +234,6 @@ def draw_long(out: Path, file: Path) -> None:
     _save(figure, file)
 
 
-@torch.no_grad()
 def draw_samples(out: Path, file: Path, columns: int = 12) -> None:
     """The first samples of each pair (not chosen): a row for each decoder of the same latents."""
     names = {"before": "tokenizer", "clean": "post-clean", "free": "post-free", "free-frechet": "post-free-frechet"}
@@ -241,15 +241,36 @@ def draw_samples(out: Path, file: Path, columns: int = 12) -> None:
     figure, axes = plt.subplots(len(drawn), 1, figsize=(columns * 0.7, 3.0 * len(drawn)), squeeze=False)
     for axis, pair in zip(axes[:, 0], drawn, strict=True):
         latents = LatentCache(out / pair.name / "samples-1").read(slice(0, columns)).latents
-        decoders = (load_tokenizer(out / pair.name / folder) for folder in names.values())
-        rows = torch.stack([to_pixels(decoder.decode(latents)) for decoder in decoders])  # (4, n, 3, H, W)
-        n, size = rows.shape[1], rows.shape[-1]
-        sheet = rows.permute(0, 3, 1, 4, 2).reshape(len(names) * size, n * size, 3)  # (4 * H, n * W, 3)
-        axis.imshow(sheet, interpolation="nearest")
-        axis.set_yticks([size * (i + 0.5) for i in range(len(names))], names)
-        axis.set_xticks([])
+        draw_decoders(axis, {name: out / pair.name / folder for name, folder in names.items()}, latents)
         axis.set_title(pair.name)
     _save(figure, file)
+
+
+@torch.no_grad()
+def draw_decoders(axis: plt.Axes, decoders: Mapping[str, Path], latents: torch.Tensor) -> None:
+    """A row for each decoder of the same latents."""
+    rows = torch.stack([to_pixels(load_tokenizer(folder).decode(latents)) for folder in decoders.values()])
+    n, size = rows.shape[1], rows.shape[-1]
+    sheet = rows.permute(0, 3, 1, 4, 2).reshape(len(rows) * size, n * size, 3)  # (rows * H, n * W, 3)
+    axis.imshow(sheet, interpolation="nearest")
+    axis.set_yticks([size * (i + 0.5) for i in range(len(rows))], decoders)
+    axis.set_xticks([])
+
+
+def draw_pipelines(out: Path) -> None:
+    """Write ``pipelines.md`` and the picture: the same free samples, and reconstructions."""
+    text = pair_table(out, pipelines.PAIR)
+    (out / "pipelines.md").write_text(text + "\n")
+    print(text)
+    shown = ("clean", "paired-0.7", "paired-0.5", "free")
+    decoders = {"before": out / pipelines.PARTS["tokenizer"]}
+    decoders |= {name: out / "pipeline" / f"post-{name}" for name in shown}
+    figure, axes = plt.subplots(2, 1, figsize=(11, 8.5))
+    caches = {"free samples": out / "pipeline" / "samples-1", "latents of images": out / pipelines.PARTS["latents"]}
+    for axis, (title, cache) in zip(axes, caches.items(), strict=True):
+        draw_decoders(axis, decoders, LatentCache(cache).read(slice(0, 16)).latents)
+        axis.set_title(title)
+    _save(figure, out / "pipelines.png")
 
 
 # Main training

@@ -1,14 +1,16 @@
 """Model cards: the README.md of a snapshot, from the content of its config.yaml."""
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import yaml
 
 from robustok.hub import is_remote, repository_of
 
-OWN_SECTION = ("config", "kind", "licence", "post_trained", "protocol", "held_out", "sweep", "delta", "discriminator")
+OWN_SECTION = ("config", "kind", "licence", "post_trained", "protocol", "held_out", "price", "sweep", "delta")
+OWN_SECTION += ("discriminator",)
+PRICES = {"psnr": "PSNR (dB)", "rfd": "rFD", "lpips_alex": "LPIPS"}  # of reconstructions of real images
 SEVERAL = "several: "  # begins the licence of what was made from several weights
 HUB_LICENCES = ("mit", "apache-2.0", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0")
 
@@ -39,6 +41,7 @@ def model_card(header: dict[str, Any], use: str | None = None) -> str:
         *(_delta(header["delta"]) if "delta" in header else ()),
         *(_post_training(header) if "post_trained" in header else ()),
         *(_held_out(header) if "held_out" in header else ()),
+        *(_price(header["price"]) if "price" in header else ()),
         *(["## Licence", _licence(header["licence"])] if "licence" in header else ()),
         f"## Use\n\n{use or loading}",
         f"```yaml\n{yaml.safe_dump(config, sort_keys=False)}```",
@@ -112,6 +115,18 @@ def _held_out(header: dict[str, Any]) -> list[str]:
         f"{score['at_the_start']:.4g}. This snapshot was chosen by it, so it is not a result to report."
     )
     return [text, *(["All that was tried:", _table(rows[0], (row.values() for row in rows))] if rows else [])]
+
+
+def price_fields(after: Mapping[str, float], before: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """``price`` of a header: what reconstructions of held-out real images were before post-training, and are now."""
+    found = {name: {"before": before[name], "after": after[name]} for name in PRICES if name in after}
+    return {"price": found} if found else {}
+
+
+def _price(price: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """What post-training cost in reconstructions."""
+    rows = ([PRICES[name], *(f"{value[when]:.4g}" for when in ("before", "after"))] for name, value in price.items())
+    return ["Its price, in reconstructions of held-out real images:", _table(("", "before", "after"), rows)]
 
 
 def _delta(delta: dict[str, Any]) -> list[str]:

@@ -24,7 +24,7 @@ from robustok.data.latent_cache import LatentCache
 from robustok.data.pixels import to_pixels
 from robustok.data.sources import Digits
 from robustok.errors import UserError
-from robustok.evaluation.held_out import HeldOut, HeldOutScore, ReconstructionScore
+from robustok.evaluation.held_out import HeldOut, HeldOutScore, ReconstructionScore, batch_of, reconstruction_score
 from robustok.metrics.features import ExtractorConfig
 from robustok.metrics.frechet import GaussianStatistics, frechet_distance
 from robustok.metrics.pixels import psnr
@@ -395,6 +395,31 @@ def test_reconstructions_are_scored_on_real_images(classifier, tokenizer, capsys
     ]
     assert own["rfd"] == pytest.approx(frechet_distance(*statistics), rel=1e-6)
     assert "LPIPS is left out: it needs images of 31 pixels" in " ".join(capsys.readouterr().err.split())
+    alone = ReconstructionScore(None, inside, data, count=70)
+    assert alone(inside.decode) == {"psnr": own["psnr"]}
+    assert [batch_of((side, side)) for side in (16, 256, 512, 1024, 4096)] == [64, 64, 16, 4, 1]
+
+
+def test_a_candidate_that_costs_too_much_is_refused(tmp_path, run_of, module, capsys):
+    prices = iter([20.0, 19.8, 18.0, 20.0, 19.4, 19.6])
+    module("HeldOutScore", lambda *_: ScriptedScore([5, 4, 2, 6, 1, 3]))
+    module("reconstruction_score", lambda *_: lambda decode: {"psnr": next(prices)})
+    path = post_train(run_of(tmp_path, "max_reconstruction_loss=0.5"))
+    found = lines(tmp_path)
+    assert [line["sigma"] for line in found if line.get("refused")] == [0.9, 0.5]
+    assert [(line["stage"], line["value"]) for line in found][-2:] == [("continued", 1.5), ("continued", 3.5)]
+    assert same(weights(path), weights(tmp_path / "post-0.5" / "snapshot" / "00000006"))
+    header = yaml.safe_load((path / "config.yaml").read_text())
+    assert header["price"] == {"psnr": {"before": 20.0, "after": 19.6}}
+    assert "(refused:" in capsys.readouterr().err
+
+
+def test_a_limit_without_held_out_images_is_refused(tokenizer, capsys):
+    inside = load_tokenizer(tokenizer)
+    with pytest.raises(UserError, match=r"digits test.* is too few images .*raise data\.holdout, or drop"):
+        reconstruction_score(Digits(limit=1), inside, None, limited=True)
+    assert reconstruction_score(Digits(limit=1), inside, None, limited=False) is None
+    assert "rFD and PSNR are left out" in " ".join(capsys.readouterr().err.split())
 
 
 def test_one_sigma_is_pairs_and_a_training(tmp_path, run_of, tokenizer, generator, latents):

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -100,12 +102,25 @@ def test_one_command_turns_a_pipeline_into_one_with_another_decoder(tmp_path, gi
     assert mixing("a b", image=image, strength=0.5, num_inference_steps=4).images[0].size == (32, 32)
     single = diffusers.AutoencoderKL.from_single_file(post / "export" / "vae.safetensors", config=str(given / "vae"))
     assert all(torch.equal(weight, after[name]) for name, weight in single.state_dict().items())
-    assert load_file(post / "export" / "vae.safetensors")["decoder.mid.attn_1.q.weight"].ndim == 4
+    file = load_file(post / "export" / "vae.safetensors")
+    assert file["decoder.mid.attn_1.q.weight"].ndim == 4
+    for kind, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        half = load_file(post / "export" / f"vae.{kind}.safetensors")
+        assert half.keys() == file.keys()
+        assert all(torch.equal(half[name], weight.to(dtype)) for name, weight in file.items())
+
+    # The card shows four generated images, before and after.
+    with Image.open(post / "export" / "before-after.png") as picture:
+        shown = np.array(picture)
+    assert shown.shape == (2 * 32, 4 * 32, 3)
+    assert not np.array_equal(shown[:32], shown[32:])
+    assert "](before-after.png)" in (post / "export" / "README.md").read_text()
 
     # The card names pipeline and licence. No prompt is in what is printed, logged or shared.
     card = (post / "export" / "README.md").read_text()
     assert "tiny-diffusion" in card
-    assert "creativeml-openrail-m" in card
+    assert "creativeml-openrail-m (generator)" in card
+    assert "mit (tokenizer)" in card  # the autoencoder has its own
     printed = "".join(capsys.readouterr())
     texts = [path for path in post.rglob("*") if path.suffix in (".md", ".jsonl", ".json", ".yaml")]
     assert len(texts) > 8
@@ -158,6 +173,69 @@ def test_other_families_come_back_with_another_decoder_too(tmp_path, monkeypatch
     assert (post / "export" / "vae.safetensors").exists() is (name != "Qwen-Image")
 
 
+def test_a_pipeline_without_image_to_image_learns_from_free_samples(tmp_path, monkeypatch, capsys):
+    given = tiny_pipelines.saved("Sana", tmp_path / "given")
+    folder = photos(tmp_path / "photos", captions=False)
+    monkeypatch.setattr(
+        PipelineGenerator, "embed", lambda made, _: made.conditions.update(tiny_pipelines.conditions("Sana", ""))
+    )
+    words = [f"pipeline={given}", "data.name=folder", f"data.path={folder}", "tokenizer.config.image_size=32"]
+    assert "learn from its free samples" in refused(capsys, f"out={tmp_path / 'post'}", *words)
+    free = [*tiny.ADVERSARY, "adversary_warmup=1", "adversarial.adaptive=false", "objective=free", "sigma=null"]
+    post = run(tmp_path / "post", *words, *free, "adversarial.weight=0.1")
+    before, after = (
+        diffusers.AutoencoderDC.from_pretrained(path / "vae").state_dict() for path in (given, post / "export/pipeline")
+    )
+    assert {name.split(".")[0] for name in after if not torch.equal(after[name], before[name])} == {"decoder"}
+    assert (post / "export" / "before-after.png").is_file()
+
+
+def test_a_killed_command_goes_on_and_ends_the_same(tmp_path, given, monkeypatch):
+    folder = photos(tmp_path / "photos")
+    words = [f"pipeline={given}", f"data.path={folder}", "data.name=folder", "data.captions=txt", "steps=3"]
+    whole, out = run(tmp_path / "whole", *words), tmp_path / "killed"
+
+    def killed(*_arguments, **_options):
+        raise KeyboardInterrupt
+
+    command = sys.modules["robustok.commands.post_train"]
+    for name in ("make_pairs", "train_decoder", "export_pipeline"):  # before each of its stages
+        with monkeypatch.context() as patch:
+            patch.setattr(command, name, killed)
+            assert main(["post-train", f"out={out}", *WORDS, *words]) == 130
+    made = {path: path.stat().st_mtime_ns for path in (out / "pairs").rglob("*.safetensors")}
+    run(out, *words)
+    assert made
+    assert made == {path: path.stat().st_mtime_ns for path in made}
+    for name in ("export/vae.safetensors", "snapshot/best/model.safetensors"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_two_processes_make_the_pairs_of_one(tmp_path, given, monkeypatch):
+    """One process after the other, as torchrun would start them at once."""
+    folder = photos(tmp_path / "photos")
+    words = [f"pipeline={given}", f"data.path={folder}", "data.name=folder", "data.captions=txt"]
+    post = run(tmp_path / "post", *words)
+    sources = [f"generator={post / 'generator'}", f"latents={post / 'latents'}", "sigma=0.5"]
+    settings = ["sampling.name=pipeline", "sampling.steps=4", "cache.shard_size=5", "cache.batch_size=5"]
+    command = sys.modules["robustok.commands.make_pairs"]
+    for rank, world, name in ((0, 1, "one"), (0, 2, "two"), (1, 2, "two")):
+
+        class Process:
+            process_index, num_processes, is_main_process, device = rank, world, rank == 0, torch.device("cpu")
+            wait_for_everyone, main_process_first = staticmethod(lambda: None), staticmethod(nullcontext)
+
+        monkeypatch.setattr(command, "start_accelerator", lambda process=Process: process)
+        assert main(["make-pairs", f"out={tmp_path / name}", *sources, *settings]) == 0
+        shards = list((tmp_path / name).glob("*.safetensors"))
+        assert len(shards) == {(0, 2): 2}.get((rank, world), 4)
+    one, two = (LatentCache(tmp_path / name).read(slice(None)) for name in ("one", "two"))
+    assert len(one.latents) == 18
+    assert all(
+        torch.equal(getattr(one, name), getattr(two, name)) for name in ("latents", "labels", "indices", "seeds")
+    )
+
+
 @pytest.mark.parametrize("captions", ["none", "prompt", "label", "text"])
 def test_prompts_come_from_settings_classes_or_a_table(tmp_path, given, captions):
     folder, words = tmp_path / "photos", [f"pipeline={given}", "data.name=folder", "data.holdout=0"]
@@ -202,7 +280,7 @@ def test_the_example_of_the_docs_runs(given, capsys):
     assert [cell.strip() for cell in row.split("|")][5] == "0.44"
 
 
-def test_bad_input_is_one_line(tmp_path, given, capsys):
+def test_bad_input_is_one_line(tmp_path, given, capsys, monkeypatch):
     folder = photos(tmp_path / "photos")
     words = [f"out={tmp_path / 'out'}", "data.name=folder", f"data.path={folder}"]
     for name in ("03", "07"):
@@ -221,6 +299,11 @@ def test_bad_input_is_one_line(tmp_path, given, capsys):
     assert "generator.config.promt is not known" in refused(
         capsys, *words, f"pipeline={given}", "generator.config.promt=a photo"
     )
+    assert "crop.margin=3 is not a multiple of the 2 pixels" in refused(
+        capsys, *words, f"pipeline={given}", "crop.size=8", "crop.margin=3"
+    )
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    assert "optimizer=adamw8bit needs" in refused(capsys, *words, f"pipeline={given}", "optimizer=adamw8bit")
     assert "pipeline is missing" in refused(capsys, *words, "tokenizer.family=diffusers", "generator.family=pipeline")
     other = tiny_pipelines.set_class(tiny_pipelines.saved_with_text(tmp_path / "flux2"), "Flux2Pipeline")
     assert "conditions on reference images" in refused(capsys, *words, f"pipeline={other}")

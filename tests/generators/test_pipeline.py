@@ -1,6 +1,7 @@
 """Pipelines of diffusers as generators: every family, built tiny from the classes of the library."""
 
 import inspect
+import json
 from fnmatch import fnmatch
 from itertools import pairwise
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ STEPS = PipelineSampling(steps=4)
 LABELS = torch.tensor([0, 1])
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=tiny.MIXING)
 def family(request, tmp_path_factory):
     """Name, folder, generator, tokenizer and latents of two images."""
     folder = tiny.saved(request.param, tmp_path_factory.mktemp("pipeline") / "given")
@@ -120,6 +121,43 @@ def test_half_precision_changes_latents_by_little(family):
     assert 0 < (found - exact).std() < 0.05 * exact.std()
 
 
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in tiny.MIXING])
+def test_a_pipeline_without_image_to_image_makes_free_samples(tmp_path, name):
+    folder = tiny.saved(name, tmp_path / "given")
+    generator = tiny.generator(name, folder, "a", "b")
+    tokenizer = load_pretrained("diffusers", folder, {"image_size": tiny.SIZE})
+    both = generator.generate(LABELS, STEPS, image_rngs(0, [0, 1]))
+    assert both.shape == (2, *tokenizer.latent_shape)
+    alone = generator.generate(LABELS[1:], STEPS, image_rngs(0, [1]))
+    torch.testing.assert_close(both[1:], alone, rtol=1e-4, atol=1e-4 * both.std().item())
+    family = SimpleNamespace(name=name, folder=folder, generator=generator, latents=torch.zeros(2, 256, 4))
+    theirs = own_pixels(family, "text", use_resolution_binning=False)
+    with torch.no_grad():
+        ours = (tokenizer.decode(both) / 2 + 0.5).clamp(0, 1)
+    assert torch.equal(ours, theirs)
+    assert torch.equal(generator.generate(LABELS, STEPS, image_rngs(0, [0, 1]), both, 1.0), both)
+    with pytest.raises(UserError, match=r"image-to-image in diffusers.*objective=free"):
+        generator.generate(LABELS, STEPS, image_rngs(0, [0, 1]), both, 0.5)
+
+
+@pytest.mark.parametrize("name", ["Stable Diffusion", "Flux"])
+def test_offloaded_parts_make_the_same(tmp_path, name):
+    folder = tiny.saved(name, tmp_path / "given")
+    found = []
+    for offload in (False, True):
+        config = PipelineConfig(folder=folder, image_size=tiny.SIZE, offload=offload)
+        made = PipelineGenerator(config, ["a", "b"])
+        made.conditions = tiny.conditions(name, "a", "b")
+        reference = torch.zeros(2, *made.latent_shape)
+        rngs = lambda: image_rngs(0, [0, 1])  # noqa: E731
+        mixed = made.generate(LABELS, STEPS, rngs(), reference, 0.5)
+        free = made.generate(LABELS, STEPS, rngs())
+        found.append((mixed, free, made.generate(LABELS, STEPS, rngs(), reference, 0.5)))
+        assert hasattr(getattr(made.pipe, made.family.denoiser), "_hf_hook") is offload
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize(
     ("name", "size", "kept"),
     [
@@ -201,6 +239,24 @@ def test_incomplete_pipelines_are_refused(tmp_path):
         family_of(folder / "vae")
     with pytest.raises(UserError, match="is no folder"):
         family_of(folder / "nothing")
+
+
+def test_latents_that_are_not_finite_name_the_remedy(tmp_path):
+    made = tiny.generator("Stable Diffusion", tiny.saved("Stable Diffusion", tmp_path / "given"), "a", "b")
+    made.pipe.unet.conv_out.bias.data.fill_(torch.nan)
+    with pytest.raises(UserError, match=r"are not finite in torch\.float32; set precision .* to bf16 or float32"):
+        made.generate(LABELS, STEPS, image_rngs(0, [0, 1]))
+
+
+def test_a_safety_checker_is_never_asked_for(tmp_path):
+    folder = tiny.saved("Stable Diffusion", tmp_path / "given")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    made = tiny.generator("Stable Diffusion", folder, "a", "b")  # although their folders are not there
+    assert made.generate(LABELS, STEPS, image_rngs(0, [0, 1])).isfinite().all()
+    assert made.pipe.safety_checker is None
 
 
 def test_a_remote_pipeline_is_downloaded_without_what_is_not_used(tmp_path, monkeypatch):

@@ -174,6 +174,37 @@ def test_a_decoder_that_only_gets_worse_is_not_kept(tmp_path, tokenizer, pairs, 
     assert not torch.equal(weights(path.with_name("00000004"))["decoder.mask_token"], untouched["decoder.mask_token"])
 
 
+@pytest.mark.parametrize("scored", [True, False])
+def test_a_decoder_that_costs_too_much_is_refused(
+    tmp_path, tokenizer, pairs, samples, classifier, monkeypatch, scored, capsys
+):
+    """The best of steps 0, 2, 4, 6 costs 2 dB; the next one half a dB."""
+    values, prices = iter([5.0, 4.0, 1.0, 3.0]), iter([20.0, 19.5, 18.0, 19.6])
+    monkeypatch.setattr(post_training, "_held_out_score", lambda *_: lambda decode: next(values))
+    price = lambda *_, **__: lambda decode: {"psnr": next(prices)}  # noqa: E731
+    monkeypatch.setattr(post_training, "reconstruction_score", price)
+    words = ["steps=6", "snapshot_every=2", "max_reconstruction_loss=0.5"]
+    words += [f"held_out.latents={samples[0]}", f"held_out.extractor.path={classifier}"] * scored
+    path = train_decoder(tiny.post_run(tmp_path / "run", tokenizer, pairs, *words))
+    assert path.name == "best"
+    header = yaml.safe_load((path / "config.yaml").read_text())
+    assert header["post_trained"]["steps"] == 6
+    assert header["price"] == {"psnr": {"before": 20.0, "after": 19.6}}
+    assert ("held_out" in header) is scored
+    assert "| PSNR (dB) | 20 | 19.6 |" in (path / "README.md").read_text()
+    assert "the decoder of step 4 is refused" in " ".join(capsys.readouterr().err.split())
+
+
+def test_where_all_cost_too_much_the_decoder_stays_as_it_was(tmp_path, tokenizer, pairs):
+    words = ("steps=2", "learning_rate=0.05", "data.limit=128", "max_reconstruction_loss=0")
+    path = train_decoder(tiny.post_run(tmp_path / "run", tokenizer, pairs, *words))
+    untouched, last = weights(tokenizer / "snapshot" / "00000060"), weights(path.with_name("00000002"))
+    lines = [line["reconstruction_psnr"] for line in tiny.log(tmp_path / "run") if "reconstruction_psnr" in line]
+    assert lines[0] > lines[1]
+    assert all(torch.equal(weights(path)[name], value) for name, value in untouched.items())
+    assert not torch.equal(last["decoder.mask_token"], untouched["decoder.mask_token"])
+
+
 def test_the_snapshot_names_its_pairs(tokenizer, post_trained, pairs):
     header = yaml.safe_load((post_trained / "snapshot" / "00000006" / "config.yaml").read_text())
     assert header["post_trained"] == {"steps": 6, "pairs": 128, "sigma": 0.5, "mode": "direct"}

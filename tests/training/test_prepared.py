@@ -1,6 +1,8 @@
 """Accumulation, checkpointing and compilation change memory and time, and nothing else."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import tiny
+from robustok.commands.dry_run import estimate
 from robustok.devices import start_accelerator
 from robustok.errors import UserError
 from robustok.generators.rar import RAR, RARConfig
@@ -22,7 +25,7 @@ from robustok.training import prepared
 from robustok.training.adversary import last_layer
 from robustok.training.decoder import train_decoder
 from robustok.training.generator import cross_entropy, train_generator
-from robustok.training.prepared import Prepared, PreparedInParts, adapt_blocks, blocks_of
+from robustok.training.prepared import Prepared, PreparedInParts, adamw, adapt_blocks, blocks_of
 from robustok.training.tokenizer import train_tokenizer
 
 
@@ -285,3 +288,23 @@ def test_runs_from_before_these_settings_go_on(tmp_path):
     file.write_text(json.dumps({"latents": "elsewhere", "steps": 6}))  # of another command
     with pytest.raises(UserError, match=r"another configuration: .*: None ->"):
         RunFolder(run)
+
+
+class Eight(torch.optim.AdamW):
+    """In the place of bitsandbytes' own."""
+
+
+def test_adam_of_8_bits(tmp_path, monkeypatch):
+    run = tiny.main_run(tmp_path, "optimizer=adamw8bit", "betas=[0.5,0.6]")
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(UserError, match=r"needs bitsandbytes .*robustok\[adam8bit\]"):
+        adamw(run, torch.device("cuda"))
+    with pytest.raises(UserError, match="needs a GPU"):
+        adamw(run, torch.device("cpu"))
+    with pytest.raises(UserError, match="does not work on shards"):
+        adamw(run.model_copy(update={"fsdp": True}), torch.device("cuda"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", SimpleNamespace(AdamW8bit=Eight))
+    assert adamw(run, torch.device("cuda")) is Eight
+    few, many = (estimate(tiny.main_run(tmp_path, f"optimizer={name}")) for name in ("adamw8bit", "adamw"))
+    saved = many["training_memory_bytes"] - few["training_memory_bytes"]
+    assert saved == pytest.approx(6 * many["tokenizer_parameters"], rel=0.01)  # two moments of 1 byte, not 4

@@ -19,6 +19,7 @@ from robustok.evaluation.held_out import HeldOutScore, ReconstructionScore
 from robustok.files import append_line, json_lines, regular_file
 from robustok.metrics.frechet import Estimate, mean_and_standard_error
 from robustok.metrics.latent_gap import Figure
+from robustok.model_card import price_fields
 from robustok.tokenizers import load_tokenizer
 from robustok.types import Measurement
 
@@ -85,6 +86,7 @@ class Search:
         accelerator: all processes compute, the main one writes.
         seed: of the run.
         reference: description of the real images.
+        limit: PSNR in dB that reconstructions may lose; None: no limit.
 
     Attributes:
         found: decoders in the order in which they were added, the untouched one first.
@@ -98,9 +100,11 @@ class Search:
         accelerator: Accelerator,
         seed: int,
         reference: str,
+        limit: float | None = None,
     ) -> None:
         self.file, self.accelerator = folder / "metrics.jsonl", accelerator
         self._make, self._seed, self._reference = (make_score, make_reconstructions), seed, reference
+        self._limit = limit
         self._scores: tuple[HeldOutScore, ReconstructionScore | None] | None = None
         self.found: list[ScoredDecoder] = []
 
@@ -136,9 +140,23 @@ class Search:
         """The same decoder as that of another search."""
         return next(scored for scored in self.found if scored.key()[1:] == other.key()[1:])
 
+    @property
+    def allowed(self) -> list[ScoredDecoder]:
+        """Those whose reconstructions lose no more than the limit, the untouched decoder first."""
+        return [scored for scored in self.found if not self.refused(scored)]
+
+    def refused(self, scored: ScoredDecoder) -> bool:
+        """Whether reconstructions lose more than the limit."""
+        before = (self.found[0] if self.found else scored).reconstructions
+        return self._limit is not None and scored.reconstructions["psnr"] < before["psnr"] - self._limit
+
     def best(self) -> ScoredDecoder:
-        """The lowest mean distance; of equals the first, so that a tie keeps the untouched decoder."""
-        return min(self.found, key=lambda scored: scored.distance)
+        """The lowest mean distance that is allowed; of equals the first, so that a tie keeps the untouched decoder."""
+        return min(self.allowed, key=lambda scored: scored.distance)
+
+    def price(self) -> dict[str, dict[str, float]]:
+        """``price`` for the header of the best decoder; nothing where reconstructions were not measured."""
+        return price_fields(self.best().reconstructions, self.untouched.reconstructions)
 
     def stalled(self, patience: int) -> bool:
         """Whether so many snapshots of the continued training gained no more than a standard error."""
@@ -167,7 +185,8 @@ class Search:
         for scored in self.found:
             changes = ["" if b in (None, scored) else plus_minus(scored.change(b)) for b in (self.untouched, control)]
             numbers = [f"{scored.reconstructions[name]:.4g}" if scored.reconstructions else "" for name in measured]
-            row = [scored.name, str(scored.steps), f"{scored.distance:.4g}", *changes, *numbers]
+            name = scored.name + " (refused: its price)" * self.refused(scored)
+            row = [name, str(scored.steps), f"{scored.distance:.4g}", *changes, *numbers]
             table.add_row(*row, style="bold" if scored is best else None)
         console.print(table)
 
@@ -217,6 +236,7 @@ class Search:
                 "change": change.value,
                 "change_error": change.standard_error,
                 **scored.reconstructions,
+                **({"refused": True} if self.refused(scored) else {}),
             },
         ).line()
 

@@ -39,6 +39,7 @@ from robustok.tokenizers import TOKENIZERS, load_tokenizer
 from robustok.training.common import TrainingConfig, quantizer_terms
 from robustok.training.decoder import DecoderTrainingRun, LatentDecoder
 from robustok.training.generator import GeneratorTrainingRun, cross_entropy, squared_error
+from robustok.training.latent_crops import cropping
 from robustok.training.objectives import needed_caches
 from robustok.training.prepared import adapt_blocks, blocks_of
 from robustok.training.tokenizer import ContinuousPass, TokenizerTrainingRun, latent_terms
@@ -57,6 +58,8 @@ NOTES = {
     "activations_bytes": "estimate, in addition: the most that a step of a process needs at once",
     "checkpointed_activations_bytes": "the same with gradient_checkpointing=true",
     "cache_bytes_per_image": "of an encoded image, or crop",
+    "crop_pixels": "a side of what the loss sees",
+    "decoded_pixels": "a side, with the margin",
     "state_bytes": "each; the two newest are kept, and a third while it is written",
     "snapshot_bytes": "each",
     "disk_bytes": "states and snapshots; logs and pictures come on top",
@@ -151,15 +154,20 @@ def _post_training(run: DecoderTrainingRun | PostTrainRun) -> Estimates:
     sources = {"tokenizer": run.tokenizer} | ({"generator": run.generator} if isinstance(run, PostTrainRun) else {})
     check_given(sources)
     tokenizer = look_at(run.tokenizer, run.out).to("meta")
-    size, frozen = _count(tokenizer), 0
+    size, frozen, image_size, crops = _count(tokenizer), 0, run.crop.size or tokenizer.image_size, None
     if run.trainable == "authors":
         model, inputs = tokenizer.requires_grad_(True), _images(run, tokenizer)
         model.encoder.backbone.requires_grad_(False)
         frozen = size + _teacher(run.teacher, tokenizer.config)  # a copy of the original tokenizer decodes
     else:
+        crops = cropping(run.crop, tokenizer)
         model, (length, width) = LatentDecoder(tokenizer), tokenizer.latent_shape
+        if crops is not None:
+            length = crops.window**2
         inputs = _zeros(run, length).long() if tokenizer.kind == "discrete" else _zeros(run, length, width)
     found = {"tokenizer_parameters": size, "trained_parameters": _count(model, trainable=True)}
+    if crops is not None:
+        found |= {"crop_pixels": image_size, "decoded_pixels": crops.window * crops.factor}
     used = run.used if isinstance(run, PostTrainRun) else run.objective
     caches = {name: getattr(run, name) for name in needed_caches(used)}
     found |= {name: len(LatentCache(path)) for name, path in caches.items() if path is not None}
@@ -172,7 +180,7 @@ def _post_training(run: DecoderTrainingRun | PostTrainRun) -> Estimates:
         files = [file for path in given for file in (path, *path.rglob("*")) if file.is_file()]
         found["converted_bytes"] = sum(file.stat().st_size for file in files)
     terms = partial(quantizer_terms, tokenizer.config.quantizer, run.teacher) if run.trainable == "authors" else _none
-    return found | _training(run, model, (inputs,), terms, _loss_networks(run, tokenizer.image_size), frozen)
+    return found | _training(run, model, (inputs,), terms, _loss_networks(run, image_size), frozen)
 
 
 def _to_make(run: PostTrainRun, tokenizer: Tokenizer) -> Estimates:
@@ -219,9 +227,10 @@ def _training(
     blocks = blocks_of(model)
     sharded = sum(map(_count, blocks)) if run.fsdp else 0
     # The averaged weights are not sharded.
-    memory = 2 * size + 3 * trained - 4 * (sharded - sharded // processes) + 4 * discriminator + frozen
+    moments = 2 * trained if run.optimizer == "adamw" else trained // 2  # of 8 bits
+    memory = 2 * size + trained + moments - 4 * (sharded - sharded // processes) + 4 * discriminator + frozen
     snapshots = -(-run.steps // run.snapshot_every) if run.snapshot_every else 1
-    state, snapshot = FLOAT * (2 * size + 2 * trained + 3 * discriminator), FLOAT * (size + discriminator)
+    state, snapshot = FLOAT * (2 * size + moments + 3 * discriminator), FLOAT * (size + discriminator)
     if networks is None:
         step = partial(generator_step, run, model, inputs, terms)
     else:

@@ -1,11 +1,13 @@
 """Pictures for the report: reconstructions, clean and perturbed, and the same samples decoded by several decoders."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import center_crop
 
 from robustok.data.dataset import open_images
 from robustok.data.latent_cache import LatentCache
@@ -89,6 +91,30 @@ def draw_samples(
         labels=records.labels.numpy(),
         title=np.array("Samples, before and after post-training"),
     )
+
+
+@torch.no_grad()
+def draw_before_after(
+    file: Path, decoders: Sequence[Path], cache: Path, device: torch.device, count: int = 4, side: int = 512
+) -> None:
+    """Write a PNG of the middle of some generated images: a row for each decoder of the same latents.
+
+    Args:
+        file: what to write.
+        decoders: snapshots or run folders, such as before and after.
+        cache: of generated latents.
+        device: of decoding, one image at a time.
+        count: images.
+        side: most pixels of each that are shown.
+    """
+    latents, rows = LatentCache(cache).read(slice(0, count)).latents, []
+    for path in decoders:
+        tokenizer = load_tokenizer(path).to(device)
+        images = torch.cat([to_pixels(tokenizer.decode(one.to(device))).cpu() for one in latents.split(1)])
+        shown = center_crop(images, [min(side, size) for size in images.shape[-2:]])
+        rows.append(torch.cat([*shown], dim=-1))  # (3, h, n * w)
+    with atomic_file(file) as temporary:
+        Image.fromarray(torch.cat(rows, dim=1).permute(1, 2, 0).numpy()).save(temporary, "PNG")
 
 
 def _nhwc(pixels: Tensor) -> np.ndarray:

@@ -25,8 +25,10 @@ from robustok.commands.candidates import Search, gap_in_words, verdict
 from robustok.commands.encode import EncodeRun, encode
 from robustok.commands.generate import GenerateRun, generate
 from robustok.commands.make_pairs import MakePairsRun, make_pairs
+from robustok.commands.pictures import draw_before_after
 from robustok.commands.post_train_settings import BANK, Candidate, PostTrainRun, objective_name
 from robustok.commands.pretrained_sources import (
+    Pretrained,
     check_given,
     check_together,
     convert_sources,
@@ -39,11 +41,10 @@ from robustok.data.dataset import open_images
 from robustok.data.latent_cache import LatentCache
 from robustok.data.order import batch_indices
 from robustok.devices import start_accelerator
-from robustok.errors import UserError
-from robustok.evaluation.held_out import HeldOutScore, ReconstructionScore
-from robustok.files import inside
+from robustok.evaluation.held_out import HeldOutScore, held_out_images, reconstruction_score
+from robustok.files import inside, writing
+from robustok.generators.pipeline_families import check_mixes, family_of
 from robustok.metrics.latent_gap import latent_gap
-from robustok.metrics.processes import Processes
 from robustok.pretrained.pipelines import export_pipeline
 from robustok.randomness import step_rng
 from robustok.runs import RunFolder
@@ -52,8 +53,8 @@ from robustok.tokenizers import load_tokenizer
 from robustok.training.common import STATISTICS, processes_of
 from robustok.training.decoder import train_decoder
 from robustok.training.decoder_losses import check_networks
+from robustok.training.latent_crops import cropping
 from robustok.training.objectives import needed_caches
-from robustok.types import Tokenizer
 
 GAP_IMAGES = 10_000  # on either side
 
@@ -87,11 +88,24 @@ def post_train(run: PostTrainRun) -> Path:
     if accelerator.is_main_process:
         pipeline, export = pipeline_of(run.sources), run.out / "export"
         if pipeline is not None:
-            note(f"the pipeline with this decoder: {export_pipeline(best, pipeline, export)}")
+            picture = _picture(run, best, export / "before-after.png", accelerator)
+            note(f"the pipeline with this decoder: {export_pipeline(best, pipeline, export, picture)}")
         elif file := export_decoder(best, run.tokenizer, export):
             note(f"in the authors' layout: {file}")
     accelerator.wait_for_everyone()
     return best
+
+
+def _picture(run: PostTrainRun, best: Path, file: Path, accelerator: Accelerator) -> str | None:
+    """A picture of generated latents, free samples if there are, before and after; its name, if there are any."""
+    caches = [run.out / "held-out", run.samples or run.out / "samples", *sorted((run.out / "pairs").glob("*"))]
+    cache = next((cache for cache in [*caches, run.pairs] if cache and (cache / "manifest.json").is_file()), None)
+    before = run.out / "tokenizer" if isinstance(run.tokenizer, Pretrained) else run.tokenizer
+    if cache is not None and not file.is_file():
+        with writing(file.parent):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        draw_before_after(file, (before, best), cache, accelerator.device)
+    return file.name if file.is_file() else None
 
 
 def _prepare(run: PostTrainRun, accelerator: Accelerator) -> PostTrainRun:
@@ -101,6 +115,8 @@ def _prepare(run: PostTrainRun, accelerator: Accelerator) -> PostTrainRun:
     """
     sources = run.sources
     check_given(sources)
+    if run.makes_pairs and (pipeline := pipeline_of(sources)) is not None:
+        check_mixes(pipeline, family_of(pipeline))
     folder = RunFolder(run, accelerator.is_main_process, later={"data.path"})  # encode and the training compare images
     accelerator.wait_for_everyone()  # before the folder changes, all have read it
     with refused_as_a_whole(sources, run.out):
@@ -111,6 +127,9 @@ def _prepare(run: PostTrainRun, accelerator: Accelerator) -> PostTrainRun:
             caches = {name: getattr(run, name) or run.out / name for name in needed_caches(run.used)}
             one = max(run.bank, key=lambda objective: "free" in objective)  # with the Frechet term
             check_networks(run.training(one, tokenizer=paths["tokenizer"], **caches))
+            cropping(run.crop, load_tokenizer(paths["tokenizer"]))  # refuses sizes that do not fit
+            if run.max_reconstruction_loss is not None:
+                held_out_images(run.data, load_tokenizer(paths["tokenizer"]).image_size)
             if run.makes_pairs:
                 batch_indices(min(run.pairs_used(), available), run.batch_size, run.seed, 0)  # refuses too few pairs
     accelerator.wait_for_everyone()
@@ -148,7 +167,9 @@ def _search(run: PostTrainRun, accelerator: Accelerator) -> Path:
         search.add("candidate", candidate, steps, _train_candidate(run, candidate, steps))
     best = search.best()
     if best is search.untouched:
-        note("no candidate made the decoder better on the held-out samples: it stays as it was", "yellow")
+        priced = len(search.found) - len(search.allowed)
+        cost = f" (the reconstructions of {priced} of them lose more than the limit)" if priced else ""
+        note(f"no candidate made the decoder better on the held-out samples{cost}: it stays as it was", "yellow")
     elif steps < run.steps:
         _continue(run, search, best.candidate)
     search.show()
@@ -156,6 +177,7 @@ def _search(run: PostTrainRun, accelerator: Accelerator) -> Path:
     fields = {
         "held_out": {"distance": best.distance, "at_the_start": search.untouched.distance},
         "sweep": search.rows(),
+        **search.price(),
     }
     if run.objective == "auto":
         fields["verdict"] = _verdict(run, search, held_out, count)
@@ -172,23 +194,25 @@ def _start_search(run: PostTrainRun, accelerator: Accelerator, held_out: Path, c
     make_score = lambda: HeldOutScore(  # noqa: E731
         config, tokenizer, data, accelerator.device, run.sweep.sets, run.workers, processes, cache
     )
-    make_other = (
-        (lambda: _reconstructions(run, tokenizer.to(accelerator.device), processes)) if chooses else lambda: None
+    limit = run.max_reconstruction_loss
+    make_other = lambda: reconstruction_score(  # noqa: E731
+        run.data,
+        tokenizer.to(accelerator.device),
+        run.held_out.extractor,
+        limit is not None,
+        run.sweep.images,
+        run.workers,
+        processes,
     )
-    return Search(run.out, make_score, make_other, accelerator, run.seed, data.describe())
-
-
-def _reconstructions(run: PostTrainRun, tokenizer: Tokenizer, processes: Processes) -> ReconstructionScore | None:
-    """The score on test images, if there are any."""
-    try:
-        data = open_images(run.data, tokenizer.image_size, split="test")
-    except UserError as error:
-        note(f"rFD and PSNR are left out: {error}", "yellow")
-        return None
-    if len(data) < 2:
-        note(f"rFD and PSNR are left out: {data.describe()} is too few images", "yellow")
-        return None
-    return ReconstructionScore(run.held_out.extractor, tokenizer, data, run.sweep.images, run.workers, processes)
+    return Search(
+        run.out,
+        make_score,
+        make_other if chooses else lambda: None,
+        accelerator,
+        run.seed,
+        data.describe(),
+        limit if chooses else None,
+    )
 
 
 def _continue(run: PostTrainRun, search: Search, candidate: Candidate) -> None:
@@ -206,14 +230,14 @@ def _continue(run: PostTrainRun, search: Search, candidate: Candidate) -> None:
     made = {"pairs": _pairs(run, candidate.sigma, run.steps)} if candidate.sigma is not None else {}
     every = run.snapshot_every or (max(1, run.steps // 10) if auto else 0)
     start = run.out / f"candidate-{candidate.name}"
-    changes = {"held_out": None, "continue_from": start, "snapshot_every": every}
+    changes = {"held_out": None, "max_reconstruction_loss": None, "continue_from": start, "snapshot_every": every}
     train_decoder(run.training(candidate.objective, out=folder, **made, **changes), enough)
 
 
 def _verdict(run: PostTrainRun, search: Search, held_out: Path, count: int) -> str:
     """Whether post-training pays, on samples that chose nothing, and what the gap says where it does not."""
     chosen, before, control = search.best(), search.untouched, search.control
-    best = min(search.found[1:], key=lambda scored: scored.distance)
+    best = min(search.allowed[1:] or search.found[1:], key=lambda scored: scored.distance)
     short = next(one for one in search.found if one.stage == "candidate" and one.candidate == best.candidate)
     roles, where = [before, best, short, control], "the samples that chose the decoder"
     if run.generator is not None and chosen is not before:
@@ -256,9 +280,11 @@ def _train_candidate(run: PostTrainRun, candidate: Candidate, steps: int) -> Pat
         "ema_decay": min(run.ema_decay, max(0.0, 1 - 10 / steps)),  # or the average would stay close to its start
         "adversarial": adversarial,
         "snapshot_every": 0,
+        "held_out": None,
+        "max_reconstruction_loss": None,
     }
     made = {"pairs": _pairs(run, candidate.sigma, steps)} if candidate.sigma is not None else {}
-    return train_decoder(run.training(candidate.objective, out=out, held_out=None, **made, **shorter))
+    return train_decoder(run.training(candidate.objective, out=out, **made, **shorter))
 
 
 def _pairs(run: PostTrainRun, sigma: float, steps: int) -> Path:

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from robustok.commands.generate import SampleCacheSettings
 from robustok.commands.pretrained_sources import GeneratorSource, Pretrained, TokenizerSource
 from robustok.config import Config
+from robustok.evaluation.held_out import IMAGES
 from robustok.generators import SamplingConfig
 from robustok.losses.frechet import FrechetConfig
 from robustok.training.decoder_settings import DecoderTrainingRun, check_objective
@@ -83,7 +84,7 @@ class Sweep(Config):
     sets: int = Field(4, ge=2, description="held-out sets, over which differences have a standard error")
     samples: int = Field(2_500, ge=2, description="samples in a held-out set, if held_out.latents does not give them")
     images: int = Field(
-        2_500, ge=2, description="test images by whose reconstructions rFD, PSNR and LPIPS are measured"
+        IMAGES, ge=2, description="test images by whose reconstructions rFD, PSNR and LPIPS are measured"
     )
     patience: int = Field(
         3,

@@ -156,7 +156,7 @@ def convert_sources(sources: Sources, out: Path, data: Data) -> dict[str, Path]:
             paths[name] = out / name
             if (out / name / "model.safetensors").exists():
                 continue
-            licence = source.licence or (pipeline and pipeline_licence(pipeline))
+            licence = source.licence or (pipeline and pipeline_licence(pipeline, vae=name == "tokenizer"))
             if source.family == PIPELINE:
                 images = open_images(data, load_tokenizer(paths["tokenizer"]).image_size, split="train")
                 write_pipeline(source.weights, source.config, licence, paths["tokenizer"], images, out / name)

@@ -150,7 +150,7 @@ def image_step(
         run: settings, among them ``reconstruction``.
         model: its forward returns images or something with ``reconstructions``.
         inputs: of its forward.
-        images: (N, 3, H, W), of all parts.
+        images: (N, 3, H, W), of all parts; a crop of what is decoded, if they are smaller.
         networks: of the losses.
         terms: of the forward's output, beside those between images.
     """
@@ -158,7 +158,8 @@ def image_step(
     prepared = PreparedInParts(model, _plain(run), ALONE, last_layer(tokenizer))
     prepared.train()
     output = prepared(*inputs)
-    decoded = getattr(output, "reconstructions", output)  # (N, 3, H, W)
+    side = images.shape[-1]
+    decoded = getattr(output, "reconstructions", output)[..., :side, :side]  # (N, 3, H, W)
 
     def compared(targets: Tensor, part: Tensor) -> dict[str, Tensor]:
         found = {"pixel": pixel_loss(run.reconstruction.pixel, targets, part)}

@@ -1,5 +1,9 @@
-"""Held-out samples: generated latents on which decoders are compared during training, never for a result."""
+"""Held-out samples and images, on which decoders are compared during training, never for a result.
 
+Generated latents say how good a decoder is at what it is trained for, real images what that costs.
+"""
+
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,11 +13,12 @@ from torch import Tensor, nn
 
 from robustok.config import Config
 from robustok.console import note
-from robustok.data.dataset import ImageDataset
+from robustok.data.dataset import ImageDataset, open_images
 from robustok.data.latent_cache import LatentCache
 from robustok.data.latent_checks import check_cache, check_free_samples
 from robustok.data.loader import batches_in_order
 from robustok.data.pixels import from_pixels, to_pixels
+from robustok.data.sources import Data
 from robustok.errors import UserError
 from robustok.metrics.features import ExtractorConfig, load_extractor
 from robustok.metrics.frechet import GaussianStatistics, frechet_distance
@@ -25,6 +30,10 @@ from robustok.metrics.reference import Reference, cached_reference
 from robustok.precision import exact_float32
 from robustok.tokenizers import encoder_digest
 from robustok.types import FeatureExtractor, Tokenizer
+
+IMAGES = 2_500  # held-out real images whose reconstructions are measured
+MEMORY = 2 * 10**9  # bytes that these images may take; of 1024x1024 pixels 635 do
+BATCH_PIXELS = 64 * 256**2  # pixels of the images decoded at a time
 
 
 class HeldOut(Config):
@@ -83,6 +92,7 @@ class HeldOutScore:
         # A set is a run of neighbouring records, whose classes cycle, so every set has all classes.
         ends = [(i * self.samples, (i + 1) * self.samples) for i in range(sets)]
         self._sets = [latents.read(slice(start + processes.rank, end, processes.world)).latents for start, end in ends]
+        self._batch = batch_of(data.shape)
         self._real: Reference | None = None
         self._make_real = lambda: _cached_statistics(data, self._extract, device, processes, workers, cache)
 
@@ -98,7 +108,8 @@ class HeldOutScore:
             with exact_float32(self._device):  # whatever the training's precision is
                 return to_pixels(decode(part.to(self._device)))
 
-        found = (decoded_statistics(latents, images, self._extract).summed(self._processes) for latents in self._sets)
+        statistics = (decoded_statistics(latents, images, self._extract, self._batch) for latents in self._sets)
+        found = (part.summed(self._processes) for part in statistics)
         real = self._real = self._real or self._make_real()  # when the first score needs them
         distances = [frechet_distance(statistics, real.statistics, real.factor) for statistics in found]
         return self._processes.of_the_first(distances)
@@ -108,61 +119,113 @@ class ReconstructionScore:
     """What a decoder does to real images that nothing was trained on: the price of better samples.
 
     Args:
-        extractor: feature space of rFD.
+        extractor: feature space of rFD; None leaves it out.
         tokenizer: one with the encoder of all decoders, on the device of the computation.
         data: the images.
-        count: how many of them.
+        count: how many of them, fewer where they would take more than ``MEMORY``.
         workers: processes that decode images.
         processes: which share the images: all of them make the score, and call it.
     """
 
     def __init__(
         self,
-        extractor: ExtractorConfig,
+        extractor: ExtractorConfig | None,
         tokenizer: Tokenizer,
         data: ImageDataset,
-        count: int,
+        count: int = IMAGES,
         workers: int | None = 0,
         processes: Processes = ALONE,
     ) -> None:
         self._processes = processes
         self._device = next(tokenizer.parameters()).device
-        self._extract, self._lpips = load_extractor(extractor, self._device), _lpips(data.image_size, self._device)
+        self._extract = None if extractor is None else load_extractor(extractor, self._device)
+        self._lpips = _lpips(data.image_size, self._device)
         if processes.add(torch.tensor([self._lpips is None], dtype=torch.float64)).item():
             self._lpips = None  # in all processes or in none
         self._batches: list[tuple[Tensor, Tensor]] = []  # pixels and latents
-        real, left = GaussianStatistics(self._extract.dim), -(-(count - processes.rank) // processes.world)
-        for batch in batches_in_order(data, 64, processes.rank, processes.world, workers, self._device):
+        real = None if self._extract is None else GaussianStatistics(self._extract.dim)
+        count = min(count, max(2, MEMORY // (3 * math.prod(data.shape))))
+        left, size = -(-(count - processes.rank) // processes.world), batch_of(data.shape)
+        for batch in batches_in_order(data, size, processes.rank, processes.world, workers, self._device):
             if left <= 0:
                 break
             pixels = batch.pixels[:left]
             with torch.no_grad(), exact_float32(self._device):
                 self._batches.append((pixels.cpu(), tokenizer.encode(from_pixels(pixels)).cpu()))
-            real.update(self._extract(pixels).cpu())
+            if real is not None:
+                real.update(self._extract(pixels).cpu())
             left -= len(pixels)
-        self._real = real.summed(processes)
+        self._real = None if real is None else real.summed(processes)
 
     @torch.no_grad()
     def __call__(self, decode: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """``rfd``, ``psnr`` in dB and, where its weights are at hand, ``lpips_alex`` of the reconstructions.
+        """``psnr`` in dB, with an extractor ``rfd``, and ``lpips_alex`` where its weights are at hand.
 
         The same in every process.
         """
-        statistics, pairs = GaussianStatistics(self._extract.dim), {"psnr": []}
-        if self._lpips is not None:
-            pairs["lpips_alex"] = []
+        statistics = None if self._extract is None else GaussianStatistics(self._extract.dim)
+        pairs: dict[str, list[Tensor]] = {"psnr": []} | ({} if self._lpips is None else {"lpips_alex": []})
         for real, latents in self._batches:
             with exact_float32(self._device):
                 pixels = to_pixels(decode(latents.to(self._device)))
-            statistics.update(self._extract(pixels).cpu())
+            if statistics is not None:
+                statistics.update(self._extract(pixels).cpu())
             pairs["psnr"].append(capped_psnr(pixels.cpu(), real))
             if self._lpips is not None:
                 pairs["lpips_alex"].append(self._lpips(pixels, real).cpu())
-        statistics = statistics.summed(self._processes)
-        sums = torch.stack([torch.cat([torch.zeros(0), *values]).double().sum() for values in pairs.values()])
-        means = (self._processes.add(sums) / statistics.count).tolist()
-        found = self._processes.of_the_first([frechet_distance(statistics, self._real), *means])
-        return dict(zip(("rfd", *pairs), found, strict=True))
+        values = [torch.cat([torch.zeros(0), *parts]).double() for parts in pairs.values()]
+        sums = torch.stack([*(part.sum() for part in values), torch.tensor(float(len(values[0])))])
+        *totals, count = self._processes.add(sums).tolist()
+        found = {name: total / count for name, total in zip(pairs, totals, strict=True)}
+        if statistics is not None:
+            found = {"rfd": frechet_distance(statistics.summed(self._processes), self._real)} | found
+        return dict(zip(found, self._processes.of_the_first([*found.values()]), strict=True))
+
+
+def reconstruction_score(
+    data: Data,
+    tokenizer: Tokenizer,
+    extractor: ExtractorConfig | None,
+    limited: bool,
+    count: int = IMAGES,
+    workers: int | None = 0,
+    processes: Processes = ALONE,
+) -> ReconstructionScore | None:
+    """The score on the test split of a data set; None, with a note, where it has too few images.
+
+    All processes make it, and call it.
+
+    Raises:
+        UserError: too few images, where decoders are ``limited`` by their score.
+    """
+    try:
+        images = held_out_images(data, tokenizer.image_size)
+    except UserError as error:
+        if limited:
+            raise
+        note(f"rFD and PSNR are left out: {error}", "yellow")
+        return None
+    return ReconstructionScore(extractor, tokenizer, images, count, workers, processes)
+
+
+def held_out_images(data: Data, image_size: int) -> ImageDataset:
+    """The real images by which reconstructions are measured.
+
+    Raises:
+        UserError: there are fewer than two.
+    """
+    images = open_images(data, image_size, split="test")
+    if len(images) < 2:
+        raise UserError(
+            f"{images.describe()} is too few images to measure reconstructions; raise data.holdout, or drop "
+            "max_reconstruction_loss"
+        )
+    return images
+
+
+def batch_of(shape: tuple[int, int]) -> int:
+    """How many images (H, W) are decoded at a time."""
+    return max(1, min(64, BATCH_PIXELS // math.prod(shape)))
 
 
 def _lpips(image_size: int, device: torch.device) -> LPIPS | None:

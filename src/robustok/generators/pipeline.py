@@ -27,7 +27,7 @@ from robustok.console import track
 from robustok.data.captions import caption_digest
 from robustok.errors import UserError
 from robustok.files import load_tensors, write_file
-from robustok.generators.pipeline_families import family_of, fetch_pipeline, weights_digest
+from robustok.generators.pipeline_families import check_mixes, family_of, fetch_pipeline, weights_digest
 from robustok.generators.pipeline_loading import (
     call,
     default_of,
@@ -41,6 +41,7 @@ from robustok.generators.pipeline_start import Start, find_start
 from robustok.generators.sampling import check_labels, check_mixture
 from robustok.randomness import per_image
 
+LEVELS = ("dim_mult", "encoder_block_out_channels", "block_out_channels")  # of autoencoders; each but one halves
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
 
 
@@ -81,6 +82,11 @@ class PipelineConfig(Config):
     image_size: int = Field(512, ge=1, description="height and width of the images, in pixels")
     precision: Literal["auto", "bf16", "fp16", "float32"] = Field(
         "auto", description="type of the weights; auto: bf16 on a GPU, else float32"
+    )
+    offload: bool = Field(
+        False,
+        description="keep text encoders and denoiser in the CPU's memory, and on the device only while they run "
+        "(enable_model_cpu_offload)",
     )
 
 
@@ -123,11 +129,11 @@ class PipelineGenerator(nn.Module):
         self.conditions: dict[str, Condition] = {}
         self._plans: dict[tuple[str, float], Start] = {}
         self.__dict__["_vae"] = empty_autoencoder(self.folder, self._next_latents)  # no submodule
-        settings, video = self._vae.config, self.family.video
-        channels = settings.z_dim if video else settings.latent_channels
+        settings = self._vae.config
+        channels = settings.z_dim if self.family.video else settings.latent_channels
         if self.family.denoiser == "unet" and channels != 4:
             raise UserError(f"{config.folder} has latents of {channels} channels; {self.family.image} takes 4 only")
-        factor = 2 ** (len(settings.dim_mult if video else settings.block_out_channels) - 1)
+        factor = next(2 ** (len(settings[name]) - 1) for name in LEVELS if name in settings)
         if config.image_size % (2 * factor):
             raise UserError(f"image_size {config.image_size} is not divisible by {2 * factor}; choose a multiple")
         self.side = config.image_size // factor
@@ -153,12 +159,16 @@ class PipelineGenerator(nn.Module):
     @cached_property
     def pipe(self) -> Any:
         """The image-to-image pipeline, without text encoders and autoencoder."""
-        return load_parts(self.folder, self.family, self._vae, False, self.dtype, self.device)
+        return self._load(texts=False)
 
     @cached_property
     def twin(self) -> Any:
         """The text-to-image pipeline, with the same parts."""
         return text_to_image(self.pipe, self.family)
+
+    def _load(self, texts: bool) -> Any:
+        options = self.dtype, self.device, self.config.offload
+        return load_parts(self.folder, self.family, self._vae, texts, *options)
 
     def to(self, device: torch.device) -> "PipelineGenerator":
         """Move it; what is loaded later is loaded there."""
@@ -188,7 +198,7 @@ class PipelineGenerator(nn.Module):
         if not missing:
             return
         self._drop()
-        pipe = load_parts(self.folder, self.family, self._vae, True, self.dtype, self.device)
+        pipe = self._load(texts=True)
         for i in track(range(len(missing)), "encode prompts"):
             key = missing[i]
             condition = encode(pipe, self.family, texts.get(key), self.device)
@@ -233,11 +243,14 @@ class PipelineGenerator(nn.Module):
         check_labels(labels, self.classes)
         check_mixture(sigma, reference, (len(labels), *self.latent_shape), None)
         rngs = per_image(rng, len(labels))
+        if reference is not None and 0 < (sigma or 0) < 1:
+            check_mixes(self.config.folder, self.family)
         if reference is not None and sigma == 1:
             return reference.to(self.device, torch.float32, copy=True)
         self.embed(labels)
         if reference is None or not sigma:
             pipe, given = self.twin, {"height": self.config.image_size, "width": self.config.image_size}
+            given["use_resolution_binning"] = False  # of PixArt and Sana, which would choose another size
             given |= {} if sampling.steps is None else {"num_inference_steps": sampling.steps}
         else:
             start, pipe = self.plan(sampling, sigma), self.pipe
@@ -278,6 +291,7 @@ class PipelineGenerator(nn.Module):
         read = lambda key: self.conditions.get(key) or load_tensors(self._file(key))  # noqa: E731
         found = [read(caption_digest(self.prompts[label])) for label in labels.tolist()]
         batch = stacked(found, self.family, self.dtype, self.device)
+        batch["negative_prompt"] = None  # of PixArt and Sana it is a text, which would be encoded
         negative = [read(NEGATIVE)] * len(labels)
         return batch | (stacked(negative, self.family, self.dtype, self.device) if guided else {})
 

@@ -1,7 +1,8 @@
 """Which pipelines of the diffusers library sample latents for us, how they differ, and what their folders hold.
 
-A pipeline qualifies if it has a text-to-image class and an image-to-image class with a ``strength``: SDEdit (arXiv
-2108.01073). To add a family, add a line to ``FAMILIES``, a tiny pipeline to the tests, and its latents to the docs.
+A pipeline makes pairs if it has an image-to-image class with a ``strength``: SDEdit (arXiv 2108.01073). With a
+text-to-image class alone it makes free samples. To add a family, add a line to ``FAMILIES``, a tiny pipeline to the
+tests, and its latents to the docs.
 """
 
 import hashlib
@@ -16,7 +17,8 @@ from robustok.errors import UserError
 from robustok.files import read_json, regular_file
 from robustok.hub import download, download_folder, is_remote
 
-LIBRARIES = ("diffusers", "transformers")  # whose classes are loaded; a pipeline with code of its own is refused
+# Whose classes are loaded; a pipeline with code of its own is refused. "kolors" is a module of diffusers.
+LIBRARIES = ("diffusers", "transformers", "kolors")
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts that are never loaded
 FILES = ("*.json", "*.txt", "*.model", "*.jinja")  # besides weights
 STEMS = ("diffusion_pytorch_model", "model")
@@ -31,7 +33,7 @@ class PipelineFamily:
 
     Attributes:
         text: class of text-to-image.
-        image: class of image-to-image.
+        image: class of image-to-image; None where diffusers has none.
         denoiser: its part that predicts noise or velocity.
         encoded: the arguments of a call that its ``encode_prompt`` returns, in this order; None for what is no
             argument.
@@ -43,10 +45,11 @@ class PipelineFamily:
         floors: whether a strength below one step is an error and not one step.
         lists: whether encoded prompts are a list of tensors of several lengths.
         skips: whether ``strength`` is a share of the steps of its training, of which the sampler skips most.
+        why: there are no pairs, where ``image`` is None.
     """
 
     text: str
-    image: str
+    image: str | None
     denoiser: str
     encoded: tuple[str | None, ...]
     packed: bool = False
@@ -57,11 +60,13 @@ class PipelineFamily:
     floors: bool = False
     lists: bool = False
     skips: bool = False
+    why: str = "which has no image-to-image in diffusers"
 
 
 PAIR = ("prompt_embeds", "negative_prompt_embeds")
 POOLED = (*PAIR, "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 MASKED = ("prompt_embeds", None, "prompt_attention_mask")
+BOTH_MASKED = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
 FAMILIES = {
     "Stable Diffusion": PipelineFamily(
         "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "unet", PAIR, floors=True
@@ -88,6 +93,13 @@ FAMILIES = {
     "LCM": PipelineFamily(
         "LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline", "unet", PAIR, floors=True, skips=True
     ),
+    "Kolors": PipelineFamily(
+        "KolorsPipeline", None, "unet", POOLED,
+        why="whose image-to-image in diffusers forgets the pooled prompts that it is given",
+    ),
+    "PixArt-alpha": PipelineFamily("PixArtAlphaPipeline", None, "transformer", BOTH_MASKED),
+    "PixArt-Sigma": PipelineFamily("PixArtSigmaPipeline", None, "transformer", BOTH_MASKED),
+    "Sana": PipelineFamily("SanaPipeline", None, "transformer", BOTH_MASKED),
 }  # fmt: skip
 REFUSED = {  # patterns of class names: why
     r"Flux2.*|FluxKontext.*|.*Edit.*": "it conditions on reference images and has no strength, so no share of an image "
@@ -129,6 +141,19 @@ def family_of(path: str | Path) -> PipelineFamily:
     raise UserError(f"{path} is a {name}: {why or 'of no known family'}; robustok post-trains those of {known}")
 
 
+def check_mixes(path: str | Path, family: PipelineFamily) -> None:
+    """Refuse a pipeline that makes free samples only, where pairs are to be made.
+
+    Raises:
+        UserError: diffusers has no image-to-image for it.
+    """
+    if family.image is None:
+        raise UserError(
+            f"{path} is a {family.text}, {family.why}, so no share of an image can be kept and no pairs are made; "
+            "learn from its free samples: objective=free adversarial.adaptive=false sigma=null"
+        )
+
+
 def _check_parts(path: str | Path, index: dict[str, Any], family: PipelineFamily) -> None:
     """Refuse a pipeline that brings code of its own or lacks a part."""
     for part in parts_of(index):
@@ -158,7 +183,7 @@ def fetch_pipeline(path: str | Path) -> Path:
     if not is_remote(path):
         return Path(path)
     inside = [f"{part}/{name}" for part in parts_of(fetch_index(path)) for name in (*FILES, *WEIGHTS)]
-    return download_folder(path, ["model_index.json", "README.md", *inside])
+    return download_folder(path, ["model_index.json", "README.md", "vae/README.md", *inside])
 
 
 def weights_digest(path: Path, family: PipelineFamily) -> str:

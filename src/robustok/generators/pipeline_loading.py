@@ -34,9 +34,15 @@ def empty_autoencoder(folder: Path, encode: Callable[[Tensor], SimpleNamespace])
 
 
 def load_parts(
-    folder: Path, family: PipelineFamily, vae: nn.Module, texts: bool, dtype: torch.dtype, device: torch.device
+    folder: Path,
+    family: PipelineFamily,
+    vae: nn.Module,
+    texts: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    offload: bool = False,
 ) -> Any:
-    """The image-to-image pipeline of a folder, either with its text encoders or with its denoiser.
+    """The image-to-image pipeline of a folder, or text-to-image without one, with text encoders or with its denoiser.
 
     Args:
         folder: of the pipeline.
@@ -45,13 +51,14 @@ def load_parts(
         texts: whether it has text encoders and no denoiser.
         dtype: of the weights.
         device: of the weights.
+        offload: whether each part is on the device only while it runs.
 
     Raises:
         UserError: diffusers or transformers cannot load it.
     """
     import diffusers
 
-    loader = getattr(diffusers, family.image)
+    loader = getattr(diffusers, family.image or family.text)
     accepted = inspect.signature(loader.__init__).parameters
     text = [part for part in accepted if part.startswith(("text_encoder", "tokenizer"))]
     if texts and not set(text) & set(parts_of(read_json(folder / "model_index.json"))):
@@ -65,25 +72,32 @@ def load_parts(
                 folder, dtype=dtype, local_files_only=True, use_safetensors=True, **given, **options
             )
     except Exception as error:  # of many types, all of which the user can act on
-        reason = f"cannot be loaded as {family.image} ({one_line(error, 300)})"
+        reason = f"cannot be loaded as {loader.__name__} ({one_line(error, 300)})"
         raise UserError(f"{folder} {reason}; copy it again, with weights as safetensors") from None
     _make_quiet(pipe)
     # The empty autoencoder too: the device of a pipeline is that of its first part.
     for value in pipe.components.values():
         if isinstance(value, nn.Module):
-            value.requires_grad_(False).eval().to(device)
+            value.requires_grad_(False).eval().to("cpu" if offload else device)
+    if offload:
+        pipe.enable_model_cpu_offload(device=device)
     return pipe
 
 
 def text_to_image(pipe: Any, family: PipelineFamily) -> Any:
-    """The text-to-image pipeline with the parts of an image-to-image one."""
+    """The text-to-image pipeline with the parts of an image-to-image one, or the pipeline itself if that is none."""
     import diffusers
+
+    if family.image is None:
+        return pipe
 
     loader = getattr(diffusers, family.text)
     accepted = inspect.signature(loader.__init__).parameters
     options = {"requires_safety_checker": False} if "safety_checker" in accepted else {}
     with silent_diffusers():
         twin = loader(**{key: value for key, value in pipe.components.items() if key in accepted}, **options)
+    if getattr(pipe, "_all_hooks", None):
+        twin.enable_model_cpu_offload(device=pipe._offload_device)
     return _make_quiet(twin)
 
 
@@ -100,7 +114,7 @@ def call(pipe: Any, given: Mapping[str, Any]) -> Any:
         UserError: it refuses the arguments.
     """
     accepted = inspect.signature(pipe.__call__).parameters
-    ours = {"height", "width"} | {key for key in given if "prompt" in key}
+    ours = {"height", "width", "use_resolution_binning"} | {key for key in given if "prompt" in key}
     if unknown := [key for key in given if key not in accepted and key not in ours]:
         raise UserError(f"{type(pipe).__name__} has no argument {unknown[0]}; drop it from sampling.arguments")
     try:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from robustok.backbones import silent_diffusers
 from robustok.generators.pipeline_families import PipelineFamily
+from robustok.generators.pipeline_loading import default_of
 
 NEGATIVE = "negative"  # the name of what guidance moves away from, among the digests of prompts
 Condition = dict[str, Tensor]
@@ -28,6 +29,7 @@ def encode(pipe: Any, family: PipelineFamily, text: str | None, device: torch.de
     given |= {"num_images_per_prompt": 1, "do_classifier_free_guidance": True}
     if text is None and family.negative:
         given["prompt"] = [family.negative]
+    given["complex_human_instruction"] = default_of(pipe, "complex_human_instruction")  # of Sana
     accepted = inspect.signature(pipe.encode_prompt).parameters
     with silent_diffusers():  # it would print what it cuts off
         found = pipe.encode_prompt(**{key: value for key, value in given.items() if key in accepted})

@@ -16,7 +16,7 @@ from robustok.config import plain, validate
 from robustok.data.dataset import ImageDataset
 from robustok.errors import UserError, printable
 from robustok.files import atomic_folder, read_json, write_file
-from robustok.generators.pipeline import PipelineConfig, PipelineGenerator
+from robustok.generators.pipeline import DTYPES, PipelineConfig, PipelineGenerator
 from robustok.generators.pipeline_families import family_of, fetch_pipeline, licence_of
 from robustok.hub import is_remote
 from robustok.model_card import licence_fields, model_card
@@ -28,7 +28,7 @@ from robustok.tokenizers import encoder_digest, load_tokenizer
 from robustok.types import Tokenizer
 
 PIPELINE = "pipeline"  # the family, in settings
-SETTINGS = ("prompt", "precision")  # of a generator of this family
+SETTINGS = ("prompt", "precision", "offload")  # of a generator of this family
 
 
 def load_pipeline(
@@ -65,7 +65,7 @@ def write_pipeline(
     Args:
         path: folder of the pipeline, or hf://ORG/REPO.
         config: perhaps ``prompt``, of images without captions, in which {label} is the name of the class, and
-            ``precision``.
+            ``precision`` and ``offload``.
         licence: of the weights.
         tokenizer: snapshot of the pipeline's autoencoder.
         images: whose labels are numbers of the prompts.
@@ -75,7 +75,7 @@ def write_pipeline(
         UserError: unknown settings; no usable pipeline; images smaller than it makes; another tokenizer.
     """
     if unknown := [key for key in config if key not in SETTINGS]:
-        raise UserError(f"generator.config.{unknown[0]} is not known; of a pipeline are {' and '.join(SETTINGS)}")
+        raise UserError(f"generator.config.{unknown[0]} is not known; of a pipeline are {', '.join(SETTINGS)}")
     prompt = config.get("prompt") or ""
     if images.captions and prompt:
         raise UserError("generator.config.prompt is for images without captions, these have some; drop one of them")
@@ -83,7 +83,8 @@ def write_pipeline(
     decoder = load_tokenizer(tokenizer)
     images.check_sizes(decoder.image_size)
     folder = path if is_remote(path) else path.absolute()
-    settings = {"folder": folder, "image_size": decoder.image_size, "precision": config.get("precision", "auto")}
+    settings = {key: value for key, value in config.items() if key != "prompt"}
+    settings |= {"folder": folder, "image_size": decoder.image_size}
     generator = PipelineGenerator(validate(PipelineConfig, settings, "generator.config"), prompts)
     if generator.latent_shape != tuple(decoder.latent_shape):
         found = tuple(decoder.latent_shape)
@@ -104,16 +105,18 @@ def write_pipeline(
     write_snapshot(out, header, generator.state_dict(), {})
 
 
-def export_pipeline(snapshot: Path, path: Path, out: Path) -> Path:
+def export_pipeline(snapshot: Path, path: Path, out: Path, picture: str | None = None) -> Path:
     """Write a pipeline with a post-trained autoencoder: a folder that differs from the original in ``vae`` alone.
 
     Beside it is ``vae.safetensors``, in the layout of the first Stable Diffusion that other programs read, where the
-    autoencoder has that layout, and a model card. Other parts are hard links where the file system has them.
+    autoencoder has that layout, in float32, bfloat16 and float16, and a model card. Other parts are hard links where
+    the file system has them.
 
     Args:
         snapshot: the post-trained tokenizer.
         path: folder of the original, or hf://ORG/REPO.
         out: folder, which is made.
+        picture: name of a file in it, of images before and after, for the card.
 
     Returns:
         The folder of the pipeline, which may have existed already.
@@ -132,18 +135,26 @@ def export_pipeline(snapshot: Path, path: Path, out: Path) -> Path:
             export_folder(tokenizer, folder / "vae")
     use = f"Load `pipeline` with `from_pretrained` of diffusers; only its `vae` differs from {printable(path.name)}."
     if has_single_file(tokenizer):
-        if not (out / "vae.safetensors").exists():
-            write_checkpoint(out / "vae.safetensors", single_file(tokenizer))
+        for kind, dtype in DTYPES.items():
+            file = out / ("vae.safetensors" if kind == "float32" else f"vae.{kind}.safetensors")
+            if not file.exists():
+                weights = single_file(tokenizer)
+                write_checkpoint(file, {name: tensor.to(dtype) for name, tensor in weights.items()})
         use += (
-            " `vae.safetensors` is the same autoencoder for programs such as ComfyUI and A1111: models/vae, models/VAE."
+            " `vae.safetensors` is the same autoencoder for programs such as ComfyUI and A1111 (models/vae, "
+            "models/VAE), and so are `vae.bf16.safetensors` and `vae.fp16.safetensors`, at half the size. Where images "
+            "come out black, this autoencoder overflows in float16: take bfloat16."
         )
+    if picture is not None:
+        use = f"![The same generated latents, decoded before and after]({picture})\n\n{use}"
     write_file(out / "README.md", printable(model_card(read_header(snapshot), use=use)))
     return target
 
 
-def pipeline_licence(path: Path) -> str | None:
-    """The licence in the model card of a pipeline; None where it says none."""
-    return licence_of(fetch_pipeline(path))
+def pipeline_licence(path: Path, vae: bool) -> str | None:
+    """The licence in the model card of a pipeline, or of its autoencoder if that has its own; None without any."""
+    folder = fetch_pipeline(path)
+    return (licence_of(folder / "vae") if vae else None) or licence_of(folder)
 
 
 def _link_or_copy(source: str, target: str) -> str:

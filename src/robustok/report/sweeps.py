@@ -36,10 +36,13 @@ def choices(results: Sequence[Result]) -> list[Gallery]:
             curves = {}
         prices = [name for name in PRICES if any(math.isfinite(_number(line, name)) for line in tried)]
         rows = tuple(_row(line, prices) for line in before + tried)
-        values = [line.value if math.isfinite(line.value) else math.inf for line in before + tried]
+        allowed = lambda line: math.isfinite(line.value) and not line.record.get("refused")  # noqa: E731
+        values = [line.value if allowed(line) else math.inf for line in before + tried]
         best = values.index(min(values))
         chosen = rows[best][0] if best else "the decoder before post-training"
-        note = f"Distances on validation samples, the same latents for every decoder. The lowest is that of {chosen}."
+        within = " within the limit of the price" if any(line.record.get("refused") for line in tried) else ""
+        note = "Distances on validation samples, the same latents for every decoder. "
+        note += f"The lowest{within} is that of {chosen}."
         words = [str(line.record.get("words")) for line in lines if line.record.get("stage") == "verdict"][-1:]
         of = f"{tokenizer} tokenizer" if tokenizer else ""
         title = joined(

@@ -183,9 +183,10 @@ class DiffusersQwen(VariationalAutoencoder, ContinuousDiffusersTokenizer):
         return Posterior(to_row(found.mean.squeeze(2)), to_row(found.logvar.squeeze(2)))  # (N, L, D) each
 
     def decode(self, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """As that of the other tokenizers here."""
+        """As that of the other tokenizers here. The library's own would clamp, where nothing is learned, and caches."""
         self.check_width(latents)
-        return self.vae.decode(to_grid(latents, grid).unsqueeze(2)).sample.squeeze(2)  # (N, 3, H, W)
+        video = self.vae.post_quant_conv(to_grid(latents, grid).unsqueeze(2))  # (N, D, 1, h, w)
+        return self.vae.decoder(video).squeeze(2)  # (N, 3, H, W)
 
 
 class DiffusersDC(ContinuousDiffusersTokenizer):

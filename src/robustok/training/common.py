@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -41,6 +41,9 @@ class TrainingConfig(Config):
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up from 0")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW betas")
+    optimizer: Literal["adamw", "adamw8bit"] = Field(
+        "adamw", description="adamw8bit: moments of 8 bits, a quarter of their memory; needs a GPU and bitsandbytes"
+    )
     clip_norm: float = Field(0.0, ge=0, description="clip the gradient norm to this; 0 is off")
     ema_decay: float = Field(
         0.9999, ge=0, lt=1, description="decay of the averaged weights, which snapshots hold; 0 keeps the last"
@@ -50,7 +53,8 @@ class TrainingConfig(Config):
         1, ge=1, description="parts in which a process goes through its share of the batch; more need less memory"
     )
     gradient_checkpointing: bool = Field(
-        False, description="compute the activations of transformer blocks again in the backward pass: less memory"
+        False,
+        description="compute the activations of blocks again in the backward pass: less memory, a third more work",
     )
     compile: bool = Field(
         False,

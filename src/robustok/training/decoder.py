@@ -18,7 +18,7 @@ from robustok.data.latent_cache import LatentCache
 from robustok.data.latent_checks import check_indices
 from robustok.devices import start_accelerator
 from robustok.errors import UserError
-from robustok.evaluation.held_out import HeldOutScore
+from robustok.evaluation.held_out import HeldOutScore, ReconstructionScore, reconstruction_score
 from robustok.files import inside, tensor_digest
 from robustok.losses.frechet import FrechetTerm
 from robustok.losses.reconstruction import ReconstructionTerms
@@ -33,6 +33,7 @@ from robustok.training.decoder_settings import DecoderTrainingRun, adversary_pol
 from robustok.training.decoder_snapshots import Snapshots
 from robustok.training.finite import FiniteCheck
 from robustok.training.inputs import input_digests, may_change
+from robustok.training.latent_crops import cropping
 from robustok.training.objectives import Examples, Material, Steps, mixture, needed_caches, open_caches
 from robustok.training.prepared import PreparedInParts, differentiated
 from robustok.training.state import TrainingState, optimise
@@ -91,7 +92,7 @@ def train_decoder(run: DecoderTrainingRun, enough: Callable[[int, Path], bool] |
         enough: called after each snapshot with its step and folder, in all processes: whether to stop there.
 
     Returns:
-        The folder of the best snapshot with ``held_out``, else of the last one.
+        The folder of the best snapshot with ``held_out`` or ``max_reconstruction_loss``, else of the last one.
 
     Raises:
         UserError: tokenizer, pairs, data, configuration or run folder do not fit; the loss is not finite.
@@ -106,6 +107,7 @@ def train_decoder(run: DecoderTrainingRun, enough: Callable[[int, Path], bool] |
     frechet = frechet_term(run, device, data.fingerprint)
     folder = RunFolder(run, accelerator.is_main_process, later=may_change(run))
     score = _held_out_score(run, bare, data, accelerator) if run.held_out else None
+    price = _price(run, bare, accelerator)
 
     authors = run.trainable == "authors"
     bare.latent_space = before if authors else None  # the digest of the latents it decodes, though its weights change
@@ -118,8 +120,8 @@ def train_decoder(run: DecoderTrainingRun, enough: Callable[[int, Path], bool] |
     seed_step(run.seed, step=0, rank=0)  # the same initial weights of a new discriminator in every process
     adversary = make_adversary(run, accelerator)
     untouched = average_copy(average) if "free" in run.objective else average  # copied before a state is loaded
-    material = Material(untouched, data, caches, run.noise, run.precision)
-    snapshots = Snapshots(run, folder, average, adversary, caches, score)
+    material = Material(untouched, data, caches, run.noise, run.precision, cropping(run.crop, bare))
+    snapshots = Snapshots(run, folder, average, adversary, caches, score, price)
     finite, extras = FiniteCheck(run.out, accelerator), [snapshots, *filter(None, [frechet])]
     state = TrainingState("tokenizer", bare, average, optimizer, finite, adversary, extras)
     first = folder.restore(state, input_digests(run, data))
@@ -149,7 +151,7 @@ def train_decoder(run: DecoderTrainingRun, enough: Callable[[int, Path], bool] |
 
         # 1. Decode the latents; compare the images with their targets.
         output = decoder(*procedure.inputs(batch.latents))
-        decoded = procedure.reconstructions(output)  # (N, 3, H, W)
+        decoded = batch.cut.decoded(procedure.reconstructions(output))  # (N, 3, H, W), or crops
         terms = _compare(decoder, reconstruction_terms, batch, decoded)
         reconstruction_loss = sum(terms.values())
         terms |= procedure.terms(output) | _frechet_terms(frechet, batch, decoded)
@@ -234,6 +236,15 @@ def _held_out_score(
     processes, cache = processes_of(accelerator), run.held_out.cache or inside(run.out, STATISTICS)
     score = HeldOutScore(run.held_out, tokenizer, data, accelerator.device, 1, run.workers, processes, cache)
     return lambda decode: score(decode)[0]
+
+
+def _price(run: DecoderTrainingRun, tokenizer: Tokenizer, accelerator: Any) -> ReconstructionScore | None:
+    """The score of reconstructions of held-out real images, where decoders are compared. All processes make it."""
+    limited = run.max_reconstruction_loss is not None
+    if run.held_out is None and not limited:
+        return None
+    extractor, processes = None if run.held_out is None else run.held_out.extractor, processes_of(accelerator)
+    return reconstruction_score(run.data, tokenizer, extractor, limited, workers=run.workers, processes=processes)
 
 
 def _previous_state(path: Path) -> tuple[int, dict[str, Any]]:

@@ -20,6 +20,7 @@ from robustok.training.adversary import Adversary
 from robustok.training.common import processes_of
 from robustok.training.decoder_settings import DecoderTrainingRun, adversary_policy
 from robustok.training.objectives import Examples, Material, Steps, rows_of
+from robustok.training.prepared import adamw
 from robustok.types import Tokenizer
 
 
@@ -34,6 +35,8 @@ def check_networks(run: DecoderTrainingRun) -> None:
     needed: list[Callable[[], Any]] = [lambda: ReconstructionTerms(run.reconstruction, device)]
     if adversary_policy(run) != "none":
         needed.append(lambda: frozen_features(_discriminator(run)[0], device))
+    accelerator = torch.accelerator.current_accelerator(check_available=True) or device
+    needed.append(lambda: adamw(run, accelerator))
     if run.held_out is not None:
         needed.append(lambda: load_extractor(run.held_out.extractor, device))
     if run.frechet.weight:
@@ -96,7 +99,7 @@ def warm_up(
     device = adversary.accelerator.device
     for step, batch in enumerate(batches, start=-run.adversary_warmup):
         with torch.no_grad(), autocast(device, run.precision):
-            decoded = original.decode(batch.latents)
+            decoded = batch.cut.decoded(original.decode(batch.latents))
         last = adversary.step(batch.real, adversary.features(decoded, step, "fake"), step)
     adversary.finite.settle()
     return {"adversary_warmup": run.adversary_warmup} | {name: value.item() for name, value in last.items()}

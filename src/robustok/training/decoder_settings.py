@@ -14,6 +14,7 @@ from robustok.losses.reconstruction import ReconstructionConfig
 from robustok.losses.semantic import TeacherConfig
 from robustok.snapshots import read_header
 from robustok.training.common import TrainingConfig
+from robustok.training.latent_crops import LatentCrop
 from robustok.training.objectives import LatentNoise, Objective, needed_caches
 
 
@@ -41,6 +42,7 @@ class DecoderTrainingRun(TrainingConfig):
     )
     frechet: FrechetConfig = FrechetConfig()
     noise: LatentNoise = LatentNoise()
+    crop: LatentCrop = LatentCrop()
     data: Data = Field(description="images of the pairs")
     reconstruction: ReconstructionConfig = ReconstructionConfig()
     adversarial: AdversarialConfig = AdversarialConfig(learning_rate=5e-5)
@@ -64,6 +66,12 @@ class DecoderTrainingRun(TrainingConfig):
     )
     held_out: HeldOut | None = Field(
         None, description="choose the best snapshot, or the original decoder, on held-out samples; null: the last one"
+    )
+    max_reconstruction_loss: float | None = Field(
+        None,
+        ge=0,
+        description="refuse decoders that cost more than this: PSNR in dB which reconstructions of the test images "
+        "lose against the decoder at the start, which is kept where all cost more; null: no limit",
     )
     continue_from: Path | None = Field(
         None,
@@ -90,6 +98,10 @@ def check_objective(run: DecoderTrainingRun) -> None:
     """
     if run.trainable == "authors" and set(run.objective) != {"paired"}:
         raise ValueError("trainable=authors has one objective; set objective=paired")
+    if run.trainable == "authors" and run.crop.size is not None:
+        raise ValueError("trainable=authors encodes whole images; set crop.size=null")
+    if run.frechet.weight and run.crop.size is not None:
+        raise ValueError("the Frechet term compares whole images; set crop.size=null, or frechet.weight=0")
     if run.frechet.weight and "free" not in run.objective:
         raise ValueError("the Frechet term needs free samples; add free to objective, or set frechet.weight=0")
     if set(run.objective) != {"free"}:

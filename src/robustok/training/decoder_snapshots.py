@@ -8,7 +8,7 @@ from robustok.config import plain
 from robustok.console import note
 from robustok.data.latent_cache import LatentCache
 from robustok.losses.guides import guide_names
-from robustok.model_card import add_licence, licence_fields
+from robustok.model_card import add_licence, licence_fields, price_fields
 from robustok.runs import RunFolder
 from robustok.snapshots import read_extra, read_header, write_snapshot
 from robustok.tokenizers import encoder_digest
@@ -31,6 +31,7 @@ class Snapshots:
         adversary: its discriminator is saved too.
         caches: of latents, named in the model card.
         score: Fréchet distance of a decoder's images to real ones, computed by all processes; None: no score.
+        reconstructions: of a decoder, on held-out real images, by all processes; None: not measured.
     """
 
     def __init__(
@@ -41,12 +42,13 @@ class Snapshots:
         adversary: Adversary | None,
         caches: Mapping[str, LatentCache],
         score: Callable[[Callable], float] | None,
+        reconstructions: Callable[[Callable], dict[str, float]] | None = None,
     ) -> None:
         self.run, self.folder, self.average, self.adversary = run, folder, average, adversary
-        self.caches, self.score = caches, score
+        self.caches, self.score, self.reconstructions = caches, score, reconstructions
         settings = None if adversary is None else adversary.settings
         self.guides = guide_names(run.reconstruction, settings, run.frechet.extractors if run.frechet.weight else ())
-        # Step and score of the best snapshot; under "first" those at the start.
+        # Step, score and reconstructions of the best snapshot; under "first" those at the start.
         self.best: dict[str, Any] = {"step": 0, "value": float("inf")}
 
     def path(self, step: int) -> Path:
@@ -61,29 +63,39 @@ class Snapshots:
         header = self._header(step) if self.folder.main else {}
         if step and self.folder.main:
             self._write(f"{step:08d}", header)
-        if self.score is None:
+        if self.score is None and self.reconstructions is None:
             return
-        value = self.score(self.average.decode)
+        price = {} if self.reconstructions is None else self.reconstructions(self.average.decode)
+        value = -float(step) if self.score is None else self.score(self.average.decode)  # without score the last one
         if not self.folder.main:
             return
-        self.folder.log(step, {"held_out": value})
-        self.best.setdefault("first", {"step": step, "value": value})
-        if value < self.best["value"]:
-            self.best.update(step=step, value=value)
+        scored = {} if self.score is None else {"held_out": value}
+        self.folder.log(step, scored | {f"reconstruction_{name}": number for name, number in price.items()})
+        first = self.best.setdefault("first", {"step": step, "value": value, "price": price})
+        limit = self.run.max_reconstruction_loss
+        if limit is not None and price["psnr"] < first["price"]["psnr"] - limit:
+            note(
+                f"the decoder of step {step} is refused: PSNR of its reconstructions is {price['psnr']:.4g} dB, at the "
+                f"start {first['price']['psnr']:.4g} (max_reconstruction_loss={limit:g})",
+                "yellow",
+            )
+        elif value < self.best["value"]:
+            self.best.update(step=step, value=value, price=price)
             self._write_best(header)
 
     def chosen(self, last: Path) -> Path:
-        """The folder of the best snapshot with ``held_out``, else of the last one."""
+        """The folder of the best snapshot with ``held_out`` or a limit, else of the last one."""
         best = self.folder.path / "snapshot" / "best"
-        if self.run.held_out is None:
+        if self.run.held_out is None and self.run.max_reconstruction_loss is None:
             return last
         if not (best / "model.safetensors").exists():
             note(f"{best} was removed and cannot be made again; the last one is {last}", "yellow")
             return last
         if self.folder.main and self.best["step"] == self.best.get("first", {}).get("step"):
             note(
-                "no snapshot was better on the held-out samples than the decoder it started from: "
-                f"{self.folder.path} keeps that one",
+                "no snapshot was "
+                + ("within the limit" if self.score is None else "better on the held-out samples than the start")
+                + f": {self.folder.path} keeps the decoder it started from",
                 "yellow",
             )
         return best
@@ -132,13 +144,15 @@ class Snapshots:
         }
         if guides := sorted({*header.get("guides", ()), *self.guides}):
             header["guides"] = guides
-        for outdated in ("discriminator", "delta", "held_out"):
+        for outdated in ("discriminator", "delta", "held_out", "price"):
             header.pop(outdated, None)
         return header if self.adversary is None else header | {"discriminator": plain(self.adversary.settings)}
 
     def _write_best(self, header: dict[str, Any]) -> None:
-        scores = {"distance": self.best["value"], "at_the_start": self.best["first"]["value"]}
-        self._write("best", header | {"held_out": scores})
+        first = self.best["first"]
+        scores = {"distance": self.best["value"], "at_the_start": first["value"]}
+        header = header if self.score is None else header | {"held_out": scores}
+        self._write("best", header | price_fields(self.best["price"], first["price"]))
 
     def _write(self, name: str, header: dict[str, Any]) -> None:
         extra = {} if self.adversary is None else {"discriminator": self.adversary.network.state_dict()}

@@ -22,12 +22,14 @@ from robustok.data.latent_cache import LatentCache, LatentRecords
 from robustok.data.latent_checks import check_cache, check_center_crops, check_free_samples, check_real_latents
 from robustok.data.loader import MOST_WORKERS, ahead, training_draw, worker_count
 from robustok.data.order import batch_indices
+from robustok.data.pixels import from_pixels
 from robustok.devices import rank_rows
 from robustok.errors import UserError
 from robustok.metrics.noise import latent_scale
 from robustok.precision import Precision, autocast
 from robustok.randomness import step_rng
 from robustok.tokenizers.perturbation import PerturbationDraw, apply_draw, draw_perturbation, nearest_codes
+from robustok.training.latent_crops import WHOLE, Cropping, Cut, join_cuts
 from robustok.types import Tokenizer
 
 Weight = Annotated[float, Field(gt=0)]
@@ -77,12 +79,14 @@ class Examples:
         targets: images (N, 3, H, W) that the decoded ones are compared with.
         real: real images (N, 3, H, W), for the discriminator.
         parts: rows of each objective.
+        cut: where they are in whole images: ``latents`` are windows around what ``targets`` and ``real`` show.
     """
 
     latents: Tensor
     targets: Tensor
     real: Tensor
     parts: tuple[Part, ...] = field(default=())
+    cut: Cut = WHOLE
 
 
 class Steps(NamedTuple):
@@ -116,11 +120,13 @@ class Inputs(NamedTuple):
         latents: tokens (N, L) or vectors (N, L, D).
         images: N real images.
         noise: of the latents, for the objective ``noise``.
+        cut: crops of the images.
     """
 
     latents: Tensor
     images: Read
     noise: Any = None
+    cut: Cut = WHOLE
 
 
 class Stream(NamedTuple):
@@ -145,6 +151,7 @@ class Material:
         caches: of latents, by the setting that names them: ``pairs``, ``latents``, ``samples``.
         noise: for ``noise``.
         precision: of decoding.
+        crops: sizes of crops; None: whole images.
     """
 
     tokenizer: Tokenizer
@@ -152,6 +159,7 @@ class Material:
     caches: Mapping[str, LatentCache]
     noise: LatentNoise
     precision: Precision
+    crops: Cropping | None = None
 
     @property
     def device(self) -> torch.device:
@@ -184,7 +192,7 @@ def noise(material: Material, steps: Steps) -> Stream:
     clear = _compared_with_images(material, material.caches["latents"], steps, draw)
 
     def examples(inputs: Inputs) -> Examples:
-        return replace(clear.examples(inputs), latents=add(inputs.latents, inputs.noise))
+        return replace(clear.examples(inputs), latents=inputs.cut.latents(add(inputs.latents, inputs.noise)))
 
     return Stream(clear.read, examples)
 
@@ -199,7 +207,9 @@ def free(material: Material, steps: Steps) -> Stream:
     steps.records(len(data), steps.first)  # raise now rather than at the first step
 
     def examples(inputs: Inputs) -> Examples:
-        return Examples(inputs.latents, material.decode(inputs.latents), data.to_batch(inputs.images).images)
+        cut, latents = inputs.cut, inputs.cut.latents(inputs.latents)
+        targets, real = cut.decoded(material.decode(latents)), cut.images(data.to_batch(inputs.images).pixels)
+        return Examples(latents, targets, from_pixels(real))
 
     return Stream(partial(_read_samples, data, cache, steps), examples)
 
@@ -246,8 +256,8 @@ def _compared_with_images(
     material: Material, cache: LatentCache, steps: Steps, draw: NoiseDraw | None = None
 ) -> Stream:
     def examples(inputs: Inputs) -> Examples:
-        images = material.data.to_batch(inputs.images).images
-        return Examples(inputs.latents, images, images)
+        images = from_pixels(inputs.cut.images(material.data.to_batch(inputs.images).pixels))
+        return Examples(inputs.cut.latents(inputs.latents), images, images)
 
     return Stream(partial(_read_records, material.data, cache, steps, draw), examples)
 
@@ -329,26 +339,34 @@ def mixture(
         UserError: an objective without rows, or with more than it has records; ``world`` does not divide the batch.
     """
     sizes = rows_of(objective, steps.global_batch, steps.world * parts)
-    streams, found, start = [], [], 0
+    streams, draws, found, start = [], [], [], 0
     for name, size in sizes.items():
         make, cache = OBJECTIVES[name]
         streams.append(make(material, own := steps._replace(global_batch=size)))
         own.records(len(material.caches[cache]), own.first)  # raise now rather than at the first step
+        draws.append(partial(_draw_crops, material.crops, own, name))
         rows, weight = slice(start, start := start + size // steps.world), size / steps.global_batch
         found.append(Part(name, rows, weight * (consistency if name == "free" else 1.0)))
 
     def joined(inputs: Sequence[Inputs]) -> Examples:
         examples = [stream.examples(one) for stream, one in zip(streams, inputs, strict=True)]
         columns = ([getattr(one, name) for one in examples] for name in ("latents", "targets", "real"))
-        return Examples(*(c[0] if len(c) == 1 else torch.cat(c) for c in columns), tuple(found))
+        cut = join_cuts([one.cut for one in inputs])
+        return Examples(*(c[0] if len(c) == 1 else torch.cat(c) for c in columns), tuple(found), cut)
 
     workers = worker_count(workers, 0 if material.data.in_memory else MOST_WORKERS)
-    read = partial(_read_all, [stream.read for stream in streams])
+    read = partial(_read_all, [stream.read for stream in streams], draws)
     return map(joined, ahead(read, range(steps.first, steps.first + steps.count), workers, material.device))
 
 
-def _read_all(reads: Sequence[Callable[[int], Inputs]], step: int) -> tuple[Inputs, ...]:
-    return tuple(read(step) for read in reads)
+def _read_all(
+    reads: Sequence[Callable[[int], Inputs]], draws: Sequence[Callable[[int], Cut]], step: int
+) -> tuple[Inputs, ...]:
+    return tuple(read(step)._replace(cut=draw(step)) for read, draw in zip(reads, draws, strict=True))
+
+
+def _draw_crops(crops: Cropping | None, steps: Steps, name: str, step: int) -> Cut:
+    return WHOLE if crops is None else crops.draw(steps.global_batch, steps.rows, steps.seed, step, name)
 
 
 def rows_of(objective: Mapping[str, float], batch: int, multiple: int = 1) -> dict[str, int]:

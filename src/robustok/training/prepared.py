@@ -19,6 +19,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.checkpoint import checkpoint
 
 from robustok.errors import UserError
+from robustok.files import one_line
 from robustok.precision import autocast
 from robustok.tokenizers.perturbation import PerturbationDraw
 from robustok.training.common import TrainingConfig
@@ -66,7 +67,8 @@ class Prepared:
                 for group in groups
                 for sharded in (False, True)
             ]
-        optimizer = torch.optim.AdamW(groups, lr=self.run.learning_rate, betas=self.run.betas, fused=True)
+        family = adamw(self.run, self.accelerator.device)
+        optimizer = family(groups, lr=self.run.learning_rate, betas=self.run.betas)
         return self.accelerator.prepare(optimizer)
 
     def train(self) -> None:
@@ -227,19 +229,46 @@ def differentiated(term: Tensor, inputs: Tensor) -> Tensor:
     return _Differentiated.apply(inputs, term.detach(), gradient)
 
 
+def adamw(run: TrainingConfig, device: torch.device) -> Callable[..., torch.optim.Optimizer]:
+    """AdamW as the run has it.
+
+    Raises:
+        UserError: 8 bits without bitsandbytes or a GPU, or with shards.
+    """
+    if run.optimizer == "adamw":
+        return partial(torch.optim.AdamW, fused=True)
+    if run.fsdp:
+        raise UserError("optimizer=adamw8bit does not work on shards; set fsdp=false or optimizer=adamw")
+    if device.type == "cpu":
+        raise UserError("optimizer=adamw8bit needs a GPU; set optimizer=adamw")
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        reason = one_line(error, 100)
+        raise UserError(
+            f"optimizer=adamw8bit needs bitsandbytes ({reason}); pip install 'robustok[adam8bit]', or set "
+            "optimizer=adamw"
+        ) from None
+    return AdamW8bit
+
+
 # Blocks
 
-STACKS = ("blocks", "layers", "transformer", "transformer_blocks")  # names of lists of blocks
+# Names of lists of blocks; those of the second are looked for where there are none of the first.
+STACKS = (("blocks", "layers", "resnets", "transformer", "transformer_blocks"), ("up_blocks",))
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The trainable blocks of a model: the modules in its lists that are called so (``STACKS``), outermost first."""
-    stacks = [
-        module
-        for name, module in model.named_modules()
-        if name.rpartition(".")[2] in STACKS and isinstance(module, nn.ModuleList | nn.Sequential)
-    ]
-    return [block for stack in stacks for block in stack if any(p.requires_grad for p in block.parameters())]
+    """The trainable blocks of a model: the modules in its lists of such names (``STACKS``), outermost first."""
+    for names in STACKS:
+        stacks = [
+            module
+            for name, module in model.named_modules()
+            if name.rpartition(".")[2] in names and isinstance(module, nn.ModuleList | nn.Sequential)
+        ]
+        if found := [block for stack in stacks for block in stack if any(p.requires_grad for p in block.parameters())]:
+            return found
+    return []
 
 
 def compiled_parts(model: nn.Module) -> list[nn.Module]:

@@ -1,0 +1,167 @@
+"""Training a decoder on crops of latents: images of 1024 pixels in the memory of smaller ones.
+
+A convolutional decoder decodes a window of the grid of latents as it decodes the whole, but for the pixels near the
+window's edge, which depend on latents outside of it. So the window is larger than the crop by a margin, and the loss
+sees the crop alone. The edge of the image is no edge of the window: there the decoder pads as always.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from robustok.config import Config
+from robustok.errors import UserError
+from robustok.randomness import step_rng
+from robustok.types import Tokenizer
+
+
+class LatentCrop(Config):
+    """Which part of each image is decoded in a step, drawn anew each time."""
+
+    size: int | None = Field(
+        None, ge=1, description="height and width of the part that the loss sees, in pixels; null: whole images"
+    )
+    margin: int | None = Field(
+        None,
+        ge=0,
+        description="pixels around it that are decoded too, and left out of the loss; null: as far as the decoder's "
+        "convolutions reach, so that the crop is decoded as in the whole image",
+    )
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Crops of some images; those without ``corners`` stay whole.
+
+    Attributes:
+        side: of the grid of all latents.
+        size: of a crop, in latents.
+        window: of what is decoded, in latents.
+        factor: pixels along one side of a latent.
+        corners: (top, left) of the crop of each image, in latents.
+    """
+
+    side: int = 0
+    size: int = 0
+    window: int = 0
+    factor: int = 1
+    corners: tuple[tuple[int, int], ...] | None = None
+
+    def latents(self, latents: Tensor) -> Tensor:
+        """The windows of latents (N, L) or (N, L, D): (N, window * window) or (N, window * window, D)."""
+        if self.corners is None:
+            return latents
+        grids = latents.unflatten(1, (self.side, self.side))  # (N, h, w) or (N, h, w, D)
+        starts = [(self._start(y), self._start(x)) for y, x in self.corners]
+        parts = [g[y : y + self.window, x : x + self.window] for g, (y, x) in zip(grids, starts, strict=True)]
+        return torch.stack(parts).flatten(1, 2)  # (N, window * window) or (N, window * window, D)
+
+    def decoded(self, images: Tensor) -> Tensor:
+        """The crops of decoded windows (N, 3, H, W)."""
+        if self.corners is None:
+            return images
+        return self._cut(images, [(y - self._start(y), x - self._start(x)) for y, x in self.corners])
+
+    def images(self, images: Tensor) -> Tensor:
+        """The crops of whole images (N, 3, H, W), of any type."""
+        return images if self.corners is None else self._cut(images, self.corners)
+
+    def _start(self, crop: int) -> int:
+        """Where the window of a crop starts: a margin before it, inside of the image."""
+        return min(max(crop - (self.window - self.size) // 2, 0), self.side - self.window)
+
+    def _cut(self, images: Tensor, corners: Sequence[tuple[int, int]]) -> Tensor:
+        end, pixels = self.size * self.factor, [(y * self.factor, x * self.factor) for y, x in corners]
+        return torch.stack([i[:, y : y + end, x : x + end] for i, (y, x) in zip(images, pixels, strict=True)])
+
+
+WHOLE = Cut()
+
+
+def join_cuts(cuts: Sequence[Cut]) -> Cut:
+    """The crops of several parts of a batch."""
+    if cuts[0].corners is None:
+        return WHOLE
+    return replace(cuts[0], corners=tuple(corner for cut in cuts for corner in cut.corners))
+
+
+@dataclass(frozen=True)
+class Cropping:
+    """The sizes of crops, in latents; see :class:`Cut`."""
+
+    side: int
+    size: int
+    window: int
+    factor: int
+
+    def draw(self, global_batch: int, rows: slice, seed: int, step: int, objective: str) -> Cut:
+        """Crops of a step, drawn for the global batch, of which a process takes its rows."""
+        rng, end = step_rng(seed, step, f"latent crops/{objective}"), self.side - self.size + 1
+        corners = torch.randint(end, (global_batch, 2), generator=rng)[rows].tolist()
+        return Cut(self.side, self.size, self.window, self.factor, tuple(map(tuple, corners)))
+
+
+def cropping(crop: LatentCrop, tokenizer: Tokenizer) -> Cropping | None:
+    """The sizes for a tokenizer; None where images are decoded whole.
+
+    Raises:
+        UserError: a decoder that does not decode parts; sizes that do not fit it.
+    """
+    if crop.size is None:
+        if crop.margin is not None:
+            raise UserError("crop.margin is without crop.size; set the size of the crops, or drop the margin")
+        return None
+    side = math.isqrt(tokenizer.latent_shape[0])
+    factor = tokenizer.image_size // side
+    reach = _reach(tokenizer, side, factor)
+    for name, value in (("size", crop.size), ("margin", crop.margin or 0)):
+        if value % factor:
+            raise UserError(f"crop.{name}={value} is not a multiple of the {factor} pixels of a latent; round it")
+    if crop.size > tokenizer.image_size:
+        raise UserError(f"crop.size={crop.size} is larger than the images of {tokenizer.image_size} pixels; lower it")
+    size, margin = crop.size // factor, -(-reach // factor) if crop.margin is None else crop.margin // factor
+    return Cropping(side, size, min(side, size + 2 * margin), factor)
+
+
+@torch.no_grad()
+def _reach(tokenizer: Tokenizer, side: int, factor: int) -> int:
+    """How many pixels the convolutions of a decoder reach to one side, all in a row: its receptive field's radius.
+
+    Attention and group normalisation see the whole window, and are not counted.
+
+    Raises:
+        UserError: it does not decode a part of the grid.
+    """
+    small = max(2, side // 2)
+    refusal = UserError(
+        "crop.size needs a convolutional decoder, which decodes parts of a grid of latents; this one decodes whole "
+        "images only; set crop.size=null"
+    )
+    if side * side != tokenizer.latent_shape[0]:
+        raise refusal
+    parameter = next(tokenizer.parameters())
+    shape = (1, small * small) if tokenizer.kind == "discrete" else (1, small * small, tokenizer.latent_shape[1])
+    latents = torch.zeros(shape, device=parameter.device, dtype=torch.long if len(shape) == 2 else parameter.dtype)
+    found: list[tuple[int, int]] = []  # of each convolution: how far it reaches, height of its output
+
+    def note_convolution(module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        found.append(((module.kernel_size[-1] - 1) // 2 * module.dilation[-1], output.shape[-1]))
+
+    modules = [m for part in tokenizer.decoder_modules() for m in part.modules()]
+    convolutions = [m for m in modules if isinstance(m, nn.Conv2d | nn.Conv3d)]
+    hooks = [m.register_forward_hook(note_convolution) for m in convolutions]
+    try:
+        images = tokenizer.decode(latents)
+    except (UserError, RuntimeError, ValueError):
+        raise refusal from None
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not found or images.shape[-1] != small * factor:
+        raise refusal
+    return math.ceil(sum(reach * images.shape[-1] / width for reach, width in found))
