@@ -19,6 +19,7 @@ from pydantic import Field
 from robustok.data.arrays import open_array
 from robustok.data.captions import captions_in_folder, captions_in_parquet
 from robustok.data.folders import ARCHIVES, Split, describe_left_out, find_images, has_images
+from robustok.data.hub_dataset import HubDataset, hub_source
 from robustok.data.image_file import open_image
 from robustok.data.labels import LABEL_COLUMNS, METADATA, number_labels
 from robustok.data.parquet_files import has_parquet, open_row, read_table, split_files, where_row
@@ -94,7 +95,7 @@ class Npz(DataConfig):
     holdout: Holdout = 0.1
 
 
-Data = Annotated[Digits | Cifar10 | Folder | Parquet | Tar | Npz, Field(discriminator="name")]
+Data = Annotated[Digits | Cifar10 | Folder | Parquet | Tar | HubDataset | Npz, Field(discriminator="name")]
 
 
 def _array_source(name: str, pixels: np.ndarray, labels: Sequence[int], classes: list[str], whole: bool) -> Source:
@@ -226,5 +227,6 @@ DATASETS = {
     "folder": _folder,
     "parquet": _parquet,
     "tar": tar_source,
+    "hf": hub_source,
     "npz": _npz,
 }
