@@ -93,6 +93,20 @@ def download_snapshot(address: str) -> Path:
     return folder
 
 
+def check_upload(repository: str) -> None:
+    """Refuse what could not be uploaded, before any work.
+
+    Raises:
+        UserError: ``repository`` is not ORG/NAME, or there is no token.
+    """
+    from huggingface_hub import get_token
+
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", repository) is None:
+        raise UserError(f"got {repository}, expected ORG/NAME, as in to=me/my-tokenizer")
+    if get_token() is None:
+        raise UserError(f"no token to write {repository}; set HF_TOKEN in the environment, or run `hf auth login` once")
+
+
 def upload(repository: str, files: Mapping[str, Path | bytes], private: bool, message: str) -> str:
     """Make a repository, or take the one that is there, and put files into it in one commit.
 
@@ -108,12 +122,9 @@ def upload(repository: str, files: Mapping[str, Path | bytes], private: bool, me
     Raises:
         UserError: no such name, no token, no network, or no access.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+    from huggingface_hub import CommitOperationAdd, HfApi
 
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", repository) is None:
-        raise UserError(f"got {repository}, expected ORG/NAME, as in to=me/my-tokenizer")
-    if get_token() is None:
-        raise UserError(f"no token to write {repository}; set HF_TOKEN in the environment, or run `hf auth login` once")
+    check_upload(repository)
     _quiet()
     try:
         api = HfApi()

@@ -117,6 +117,7 @@ def test_files_are_splits_by_their_names_and_ranges_as_in_bash(tmp_path):
     assert found(tmp_path)[0] == 24
     assert found(tmp_path, "test") == (1, ["cat", "dog"], [1])
     assert found(tmp_path / "train-{000..010}.tar")[0] == 22
+    assert found(tmp_path / "train-{007..007}.tar")[0] == 2
     assert found(tmp_path / "train-00*.tar")[0] == 20
     assert data_at(tmp_path / "val.tar") == Tar(path=tmp_path / "val.tar", holdout=0)
     with pytest.raises(UserError, match=r"no tar files at .*train-012"):

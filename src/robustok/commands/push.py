@@ -21,7 +21,7 @@ from robustok.data.latent_cache import LatentCache
 from robustok.data.pixels import sheet_of
 from robustok.errors import UserError, printable
 from robustok.files import IMAGE_FORMATS, json_lines, regular_file
-from robustok.hub import hub_address, is_remote, repository_of, upload
+from robustok.hub import check_upload, hub_address, is_remote, repository_of, upload
 from robustok.model_card import SEVERAL, licence_fields, model_card, table
 from robustok.snapshots import read_header, resolve, write_snapshot
 from robustok.tokenizers import encoder_digest, load_tokenizer
@@ -75,6 +75,7 @@ def push(run: PushRun) -> Pushed:
     Raises:
         UserError: no snapshot, a delta without ``base``, no token, no network, or no access.
     """
+    check_upload(run.to)
     folder, header = resolve(run.path), read_header(run.path)
     if header["config"].get("name") == "pipeline":
         raise UserError(f"{folder} only refers to a pipeline and holds no weights; push the tokenizer")

@@ -75,7 +75,7 @@ def files_at(path: Path, left: LeftOut | None = None, suffixes: Sequence[str] = 
         UserError: there are none, or a folder may not be read.
     """
     several = [] if os.path.lexists(path) else [*expand(str(path))]
-    if len(several) > 1:
+    if several not in ([], [str(path)]):
         each = [files_at(Path(one), left, suffixes) for one in several]
         return Path(os.path.commonpath([base for base, _ in each])), sorted(
             {file for _, files in each for file in files}
