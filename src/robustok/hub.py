@@ -131,7 +131,7 @@ def upload(repository: str, files: Mapping[str, Path | bytes], private: bool, me
         url = api.create_repo(repository, private=private, exist_ok=True)
         api.create_commit(repository, [CommitOperationAdd(*file) for file in files.items()], commit_message=message)
     except Exception as error:  # of many types
-        reason = one_line(error, 300).partition(". ")[0]
+        reason = _first_sentence(error)
         raise UserError(
             f"cannot upload to {repository} ({type(error).__name__}: {reason}); check name and network, and that "
             "the token may write there"
@@ -160,6 +160,11 @@ def _quiet() -> None:
         disable_progress_bars()
 
 
+def _first_sentence(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return one_line(lines[0], 200).partition(". ")[0][:160]
+
+
 @contextmanager
 def _downloading(what: str) -> Iterator[None]:
     """Context in which every failure of a download becomes a UserError."""
@@ -167,7 +172,7 @@ def _downloading(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of many types
-        reason = one_line(error, 200).partition(". ")[0][:160]
+        reason = _first_sentence(error)
         raise UserError(
             f"cannot download {what} ({type(error).__name__}: {reason}); "
             "check address and network, or download it yourself and give its path"

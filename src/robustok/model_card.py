@@ -44,7 +44,7 @@ def model_card(
         *(_delta(header["delta"]) if "delta" in header else ()),
         *(_post_training(header) if "post_trained" in header else ()),
         *(_held_out(header) if "held_out" in header else ()),
-        *(["## Licence", _licence(header["licence"])] if "licence" in header else ()),
+        *(["## Licence", _licence(header)] if "licence" in header else ()),
         f"## Use\n\n{use or loading}",
         f"```yaml\n{yaml.safe_dump(config, sort_keys=False)}```",
     ]
@@ -74,8 +74,10 @@ def add_licence(header: dict[str, Any], licence: str | None, part: str) -> None:
         header |= licence_fields(text if text.startswith(SEVERAL) else SEVERAL + text)
 
 
-def _licence(text: str) -> str:
-    whose = "Of all the weights that it was made from" if text.startswith(SEVERAL) else "Of the original weights"
+def _licence(header: dict[str, Any]) -> str:
+    text = header["licence"]
+    whose = "Of the original weights" if "source" in header else "Of the weights"
+    whose = "Of all the weights that it was made from" if text.startswith(SEVERAL) else whose
     return f"{whose}: {text.removeprefix(SEVERAL)}."
 
 

@@ -169,6 +169,7 @@ def test_a_tracker_that_dies_costs_one_warning(tmp_path, monkeypatch, when, caps
     assert "the training goes on, and log.jsonl has everything (ConnectionError: the network is gone)" in said[0]
     assert list(logged(out)) == [1, 2, 3, 4, 5, 6]
     assert capsys.readouterr().out == ""
+    assert (out / "tracker.json").exists() == (when != "start")  # where it never began, it is new next time
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_any_work(tmp_path, monkeypatch, capsys):

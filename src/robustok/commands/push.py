@@ -191,7 +191,9 @@ def _picture(run: PushRun, snapshot: Path) -> bytes | None:
 
 
 def _png(image: Image.Image) -> bytes:
-    stream = io.BytesIO()
+    """A PNG file; a small picture is enlarged by a whole number, so that pixels stay pixels."""
+    stream, factor = io.BytesIO(), max(1, 512 // image.width)
+    image = image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
     image.save(stream, "PNG")
     return stream.getvalue()
 

@@ -229,7 +229,7 @@ def open_member(members: Members, row: int) -> Image.Image:
         OSError: it is no image.
     """
     file = _opened(members.tars[members.tar[row]], os.getpid())
-    return open_image(os.pread(file.fileno(), int(members.size[row]), int(members.offset[row])))
+    return open_image(os.pread(file.descriptor, int(members.size[row]), int(members.offset[row])))
 
 
 def where_member(members: Members, row: int) -> str:
@@ -237,7 +237,18 @@ def where_member(members: Members, row: int) -> str:
     return printable(f"{members.tars[members.tar[row]]}: {members.names[row]}")
 
 
+class _File:
+    """A file that is open for reading, until it is forgotten."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if "descriptor" in vars(self):
+            os.close(self.descriptor)
+
+
 @lru_cache(maxsize=256)
-def _opened(path: str, _process: int) -> BinaryIO:
+def _opened(path: str, _process: int) -> _File:
     """The open file. Forked processes have their own."""
-    return open(path, "rb", buffering=0)
+    return _File(path)

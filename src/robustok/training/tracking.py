@@ -87,16 +87,18 @@ class Tracker:
     def finish(self) -> None:
         """End the run in the tracker; nothing is sent afterwards."""
         if self._tracker is not None:
-            self._safely(self._tracker.finish)
+            self._safely(self._finish)
         self._tracker = None
 
     def _start(self, first: int) -> None:
         out, name = self.run.out, self.run.tracker
-        identity, new = _identity(out, name)
-        title = "/".join(out.absolute().parts[-2:])
+        known = _known(out)
+        new = name not in known
+        identity = known.setdefault(name, secrets.token_hex(16))
+        title = "/".join(Path(os.path.abspath(out)).parts[-2:])
         own = {
             "wandb": {"id": identity, "resume": "allow", "name": title, "dir": str(out)},
-            "trackio": {"name": f"{title} {identity[:6]}", "resume": "allow"},
+            "trackio": {"name": f"{title.replace('/', '-')} {identity[:6]}", "resume": "allow"},
             "swanlab": {"id": identity[:21], "resume": "allow", "experiment_name": title, "logdir": str(out / name)},
             "comet_ml": {"experiment_key": identity},
             "tensorboard": {"logging_dir": str(out), "purge_step": first + 1},
@@ -106,9 +108,18 @@ class Tracker:
         tracker = LOGGER_TYPE_TO_CLASS[name](project, **own)
         tracker.start()
         if new:
+            write_file(out / "tracker.json", json.dumps(known))
             settings = flat(plain(self.run)).items()
             tracker.store_init_configuration({k: v if _scalar(v) else json.dumps(v) for k, v in settings})
         self._tracker = tracker
+
+    def _finish(self) -> None:
+        if self.run.tracker == "trackio":  # which would otherwise finish it again, and print, when Python ends
+            import trackio
+
+            trackio.finish()
+        else:
+            self._tracker.finish()
 
     def _picture(self, step: int, name: str, sheet: np.ndarray) -> None:
         if self.run.tracker == "trackio":
@@ -137,15 +148,8 @@ def _scalar(value: object) -> bool:
     return isinstance(value, bool | int | float | str)
 
 
-def _identity(out: Path, name: str) -> tuple[str, bool]:
-    """What this run is called in the tracker, and whether it is new there.
-
-    The name is drawn once and kept in the run folder, so that a resumed run goes on.
-    """
+def _known(out: Path) -> dict[str, str]:
+    """What this run is called in each tracker that it was in: drawn once, so that a resumed run goes on."""
     file = out / "tracker.json"
     known = read_json(file) if file.exists() else {}
-    new = not isinstance(known.get(name), str)
-    if new:
-        known[name] = secrets.token_hex(16)
-        write_file(file, json.dumps(known))
-    return known[name], new
+    return {name: identity for name, identity in known.items() if isinstance(identity, str)}
