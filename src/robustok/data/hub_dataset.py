@@ -71,7 +71,7 @@ def hub_source(data: HubDataset, split: Split) -> Source:
         classes,
         bytes_digest(" ".join(map(bytes_digest, content)).encode()),
         whole,
-        files=paths if from_files else (),
+        files=paths if from_files else [one["filename"] for one in table.cache_files],
         names=[os.path.splitext(name)[0] for name in names] if "" not in names else [],
         about=f"labels from column {label}" if label else "no labels",
         unlabelled=without_labels(numbers, f"column {label} of {data.path}") if label else "",
