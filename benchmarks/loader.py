@@ -4,11 +4,13 @@
 
 The first 256 photographs are saved as JPEG files of 500 x 375. Batches have 128 crops of 256 pixels. Everything is CPU
 time, which other work on the machine changes little: of the main process for a batch, and of whoever decodes for an
-image. On a GPU the device does the conversion to float32 and the mirroring; they are listed apart.
+image. On a GPU the device does the conversion to float32 and the mirroring; they are listed apart. The same photographs
+in a tar file are read in turn with the folder.
 """
 
 import multiprocessing
 import os
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +29,7 @@ from robustok.data.loader import ahead, training_batches, training_draw
 from robustok.data.manifest import Manifest
 from robustok.data.parquet_files import open_row, read_table
 from robustok.data.pixels import from_pixels
-from robustok.data.sources import Folder
+from robustok.data.sources import Folder, Tar
 from robustok.training.objectives import Steps, _read_records
 from timing import arguments
 
@@ -124,6 +126,29 @@ def measure(name: str, batches: Iterator, workers: int) -> None:
     getattr(batches, "close", lambda: None)()
 
 
+def compare_tar(files: list[Path], data: ImageDataset, path: Path) -> None:
+    """The same batches of the folder and of a tar file, in turn: the ratio of the CPU times, and of reading alone."""
+    with tarfile.open(path, "w") as archive:
+        for file in files:
+            archive.add(file, file.name)
+    packed = open_images(Tar(path=path, holdout=0), SIZE, augment=data.augment)
+    packed._memory = data._memory = None
+    totals = {"batches": [0.0, 0.0], "reading alone": [0.0, 0.0]}
+    for turn in range(6):
+        for which, one in enumerate((data, packed)) if turn % 2 else ((1, packed), (0, data)):
+            started = time.process_time()
+            for batch in training_batches(one, BATCH, turn, 0, 1):
+                assert len(batch.pixels) == BATCH
+            totals["batches"][which] += time.process_time() - started
+            started = time.process_time()
+            for row in range(len(one)):
+                with one._source.open(row) as image:
+                    assert image.size == (500, 375)
+            totals["reading alone"][which] += time.process_time() - started
+    for name, (folder, tar) in totals.items():
+        print(f"tar against folder, {name:<28} {tar / folder:8.3f} of the CPU time", flush=True)
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("photographs", type=Path, help="parquet file of photographs")
@@ -141,6 +166,7 @@ def main() -> None:
         for workers in (0, given.workers):
             batches = training_batches(data, BATCH, 0, 0, BATCHES, workers=workers, device=device)
             measure(f"main training, {workers} workers", batches, workers)
+        compare_tar(files, data, Path(folder) / "images.tar")
         measure("post-training, plain", plain_post_training(files, pairs), 0)
         read = partial(_read_records, data, pairs, Steps(BATCH, 0, 0, BATCHES, 0, 1), None)
         for workers in (0, given.workers):

@@ -10,7 +10,7 @@ import yaml
 from safetensors.torch import save_file
 
 from conftest import words
-from robustok.cli import COMMANDS
+from robustok.cli import COMMANDS, named
 from robustok.config import load
 from robustok.settings import list_settings
 
@@ -81,6 +81,7 @@ def test_every_command_is_shown():
 @pytest.mark.parametrize("command", commands(), ids=lambda command: command[0])
 def test_every_command_has_valid_settings(command):
     name, *rest = command
+    rest = named(rest, COMMANDS[name].positional)
     file = rest[0] if rest[0].endswith(".yaml") else None
     load(COMMANDS[name].load()[1], file, rest[1:] if file else rest)
 

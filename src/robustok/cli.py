@@ -40,11 +40,13 @@ class Command:
         help: one line.
         source: module and function, ``module:function``.
         config: class of the configuration, in the same module.
+        positional: settings that may be given as the first words, without their names.
     """
 
     help: str
     source: str
     config: str
+    positional: tuple[str, ...] = ()
 
     def load(self) -> tuple[Any, Any]:
         """The function, which takes the configuration and returns the result, and the configuration class."""
@@ -76,6 +78,7 @@ COMMANDS = {
         "save what post-training changed as a small delta or LoRA", "commands.make_delta:make_delta", "MakeDeltaRun"
     ),
     "evaluate": Command("measure rFID, pFID, gFID and others", "commands.evaluate:evaluate", "EvaluateRun"),
+    "push": Command("upload a snapshot to the Hugging Face Hub", "commands.push:push", "PushRun", ("path", "to")),
     "report": Command("make one HTML page of run folders", "commands.report:report", "ReportRun"),
     "convert": Command("convert pretrained weights to our layout, and back", "commands.convert:convert", "ConvertRun"),
     "convert-latents": Command(
@@ -207,6 +210,7 @@ def _run(name: str, words: list[str], dry_run: bool, as_json: bool) -> int:
     from robustok.environment import ignore_leftovers
     from robustok.errors import UserError
 
+    words = named(words, COMMANDS[name].positional)
     files = list(takewhile(_is_file, words))
     try:
         ignore_leftovers()
@@ -237,6 +241,12 @@ def _run(name: str, words: list[str], dry_run: bool, as_json: bool) -> int:
     except OSError as error:
         return _failed(error, "the work is done, but its result could not be printed: ")
     return 0
+
+
+def named(words: list[str], settings: tuple[str, ...]) -> list[str]:
+    """Words with the names of the settings that the first ones are, as in ``push runs/post ORG/NAME``."""
+    first = list(takewhile(lambda word: "=" not in word, words[: len(settings)]))
+    return [f"{key}={word}" for key, word in zip(settings, first, strict=False)] + words[len(first) :]
 
 
 def _is_file(word: str) -> bool:

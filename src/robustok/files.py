@@ -161,16 +161,17 @@ def json_lines(text: str) -> tuple[list[dict[str, Any]], list[int]]:
 # Writing
 
 
-def inside(folder: str | Path, *names: str) -> Path:
+def inside(folder: str | Path, *names: str, but: str | None = None) -> Path:
     """The path of these names in a folder, from which no link leads out: what is written to it stays in the folder.
 
     The folder itself may be a link. Links in the path, and in the folder at the path, may lead to other places in it.
+    Below the folder ``but`` links are not looked at: another program keeps it, which links to its own logs.
 
     Raises:
         UserError: there is a link to somewhere else, as in a folder of somebody else.
     """
     root, path = os.path.realpath(folder), Path(folder, *names)
-    for link in (path, *_links(path)):
+    for link in (path, *_links(path, but)):
         # One with the name of a temporary file is removed before anything is written.
         if not is_temporary(link) and not Path(os.path.realpath(link)).is_relative_to(root):
             raise UserError(
@@ -180,13 +181,13 @@ def inside(folder: str | Path, *names: str) -> Path:
     return path
 
 
-def _links(folder: Path) -> Iterator[Path]:
+def _links(folder: Path, but: str | None = None) -> Iterator[Path]:
     """All links in a folder. Its listing says what they are, so that no other file is looked at: it may hold many."""
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_symlink():
                 yield Path(entry.path)
-            elif entry.is_dir():
+            elif entry.is_dir() and entry.name != but:
                 yield from _links(Path(entry.path))
 
 

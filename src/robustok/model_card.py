@@ -15,12 +15,16 @@ SEVERAL = "several: "  # begins the licence of what was made from several weight
 HUB_LICENCES = ("mit", "apache-2.0", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0")
 
 
-def model_card(header: dict[str, Any], use: str | None = None) -> str:
+def model_card(
+    header: dict[str, Any], use: str | None = None, base: str | None = None, sections: Iterable[str] = ()
+) -> str:
     """A README.md for a snapshot: metadata for the Hub, provenance, post-training, licence and configuration.
 
     Args:
         header: content of config.yaml; at least ``kind`` and ``config``.
         use: how to load the weights beside the card, in Markdown; None if they are a snapshot.
+        base: ``ORG/NAME`` of the original on the Hub; None takes it from the header.
+        sections: further parts, in Markdown, in front of how it was made.
     """
     from huggingface_hub import ModelCardData  # here, because it takes a while to import
 
@@ -29,7 +33,7 @@ def model_card(header: dict[str, Any], use: str | None = None) -> str:
     data = ModelCardData(
         library_name="robustok",
         tags=[f"image-{kind}"],
-        base_model=repository_of(file) if is_remote(file) else None,
+        base_model=base or (repository_of(file) if is_remote(file) else None),
         **_hub_licence(header.get("licence")),
     )
     load = {"tokenizer": "load_tokenizer", "generator": "load_generator"}.get(kind, "load")
@@ -37,12 +41,13 @@ def model_card(header: dict[str, Any], use: str | None = None) -> str:
     parts = [
         f"---\n{data.to_yaml()}\n---\n# {config.get('name')} {kind}",
         "Made by robustok.",
+        *sections,
         "\n".join(f"- {key}: {value}" for key, value in header.items() if key not in (*OWN_SECTION, "source")),
         *(_delta(header["delta"]) if "delta" in header else ()),
         *(_post_training(header) if "post_trained" in header else ()),
         *(_held_out(header) if "held_out" in header else ()),
         *(_price(header["price"]) if "price" in header else ()),
-        *(["## Licence", _licence(header["licence"])] if "licence" in header else ()),
+        *(["## Licence", _licence(header)] if "licence" in header else ()),
         f"## Use\n\n{use or loading}",
         f"```yaml\n{yaml.safe_dump(config, sort_keys=False)}```",
     ]
@@ -72,8 +77,10 @@ def add_licence(header: dict[str, Any], licence: str | None, part: str) -> None:
         header |= licence_fields(text if text.startswith(SEVERAL) else SEVERAL + text)
 
 
-def _licence(text: str) -> str:
-    whose = "Of all the weights that it was made from" if text.startswith(SEVERAL) else "Of the original weights"
+def _licence(header: dict[str, Any]) -> str:
+    text = header["licence"]
+    whose = "Of the original weights" if "source" in header else "Of the weights"
+    whose = "Of all the weights that it was made from" if text.startswith(SEVERAL) else whose
     return f"{whose}: {text.removeprefix(SEVERAL)}."
 
 
@@ -104,7 +111,7 @@ def _post_training(header: dict[str, Any]) -> list[str]:
     if settings.get("trainable", "decoder") != "decoder":
         text = "All but the encoder's transformer was trained, as in the authors' code."
     rows = ((key, value) for key, value in settings.items() if value is not None)
-    return ["## Post-training", text, _table(("setting", "value"), rows)]
+    return ["## Post-training", text, table(("setting", "value"), rows)]
 
 
 def _held_out(header: dict[str, Any]) -> list[str]:
@@ -114,7 +121,7 @@ def _held_out(header: dict[str, Any]) -> list[str]:
         f"Frechet distance to real images on held-out samples: {score['distance']:.4g}, before post-training "
         f"{score['at_the_start']:.4g}. This snapshot was chosen by it, so it is not a result to report."
     )
-    return [text, *(["All that was tried:", _table(rows[0], (row.values() for row in rows))] if rows else [])]
+    return [text, *(["All that was tried:", table(rows[0], (row.values() for row in rows))] if rows else [])]
 
 
 def price_fields(after: Mapping[str, float], before: Mapping[str, float]) -> dict[str, dict[str, float]]:
@@ -126,7 +133,7 @@ def price_fields(after: Mapping[str, float], before: Mapping[str, float]) -> dic
 def _price(price: Mapping[str, Mapping[str, float]]) -> list[str]:
     """What post-training cost in reconstructions."""
     rows = ([PRICES[name], *(f"{value[when]:.4g}" for when in ("before", "after"))] for name, value in price.items())
-    return ["Its price, in reconstructions of held-out real images:", _table(("", "before", "after"), rows)]
+    return ["Its price, in reconstructions of held-out real images:", table(("", "before", "after"), rows)]
 
 
 def _delta(delta: dict[str, Any]) -> list[str]:
@@ -139,7 +146,7 @@ def _delta(delta: dict[str, Any]) -> list[str]:
     ]
 
 
-def _table(heads: Collection[Any], rows: Iterable[Iterable[Any]]) -> str:
+def table(heads: Collection[Any], rows: Iterable[Iterable[Any]]) -> str:
     """A table in Markdown."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join("| " + " | ".join("" if cell is None else str(cell) for cell in line) + " |" for line in lines)

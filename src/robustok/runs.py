@@ -6,9 +6,11 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
+
+import numpy as np
 
 from robustok.config import Config, plain, read_settings, read_yaml, save, validate
 from robustok.console import note, track
@@ -34,7 +36,7 @@ STOP_EVERY = 5  # steps after which several processes ask each other for SIGTERM
 
 # Settings with which a run may go on: they change its speed, memory or messages, or where it lies, but no weight.
 FREE = {"out", "workers", "log_every", "state_every", "snapshot_every", "picture_every", "gradient_accumulation"}
-FREE |= {"gradient_checkpointing", "compile", "data.max_broken", "data.download"}
+FREE |= {"tracker", "gradient_checkpointing", "compile", "data.max_broken", "data.download", "data.cache"}
 
 
 class Resumable(Protocol):
@@ -46,6 +48,22 @@ class Resumable(Protocol):
 
     def load(self, state: dict[str, Any]) -> None:
         """Undo :meth:`save`."""
+        ...
+
+
+class Follower(Protocol):
+    """What gets a copy of the log, such as a tracker of experiments."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """A line of the log."""
+        ...
+
+    def picture(self, step: int, name: str, sheet: np.ndarray) -> None:
+        """A picture (H, W, 3) uint8."""
+        ...
+
+    def finish(self) -> None:
+        """The steps are done, or interrupted."""
         ...
 
 
@@ -70,8 +88,9 @@ class RunFolder:
         self.started = time.monotonic()
         self.inputs: dict[str, str] = {}  # digests of what the run reads
         self.changed: dict[str, tuple[Any, Any]] = {}  # of ``later``: the old and the new value
+        self.tracker: Follower | None = None  # of the first process, from the start of the steps on
         self._lock: ExitStack | None = None  # released at the end of the steps, or with this object
-        file = inside(self.path) / "config.yaml"
+        file = inside(self.path, but="wandb") / "config.yaml"  # whose links lead to its logs
         if file.exists():
             changed = _changes(run, regular_file(file))
             self.changed = {key: values for key, values in changed.items() if key in later}
@@ -121,7 +140,9 @@ class RunFolder:
                     clean(self.path / part)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one line to log.jsonl."""
+        """Append one line to log.jsonl; the tracker gets it too."""
+        if self.tracker is not None:
+            self.tracker.log(step, values)
         if self.main:
             append_line(
                 self.path / "log.jsonl", {"step": step, **values, "seconds": round(time.monotonic() - self.started, 2)}
@@ -261,7 +282,9 @@ class RunFolder:
         Raises:
             Stopped: SIGTERM came; the state is saved.
         """
-        with self._lock or nullcontext(), termination() as terminated:
+        with self._lock or ExitStack() as ends, termination() as terminated:
+            if self.tracker is not None:
+                ends.callback(self.tracker.finish)
             for step in track(steps, str(self.path), self.main):
                 yield step
                 done, alone = step + 1, accelerator.num_processes == 1
@@ -305,19 +328,19 @@ def _changes(run: Config, file: Path) -> dict[str, tuple[Any, Any]]:
     old = read_settings(type(run), file)
     with suppress(UserError):  # perhaps of another command; the differences will say so
         old = plain(validate(type(run), old))
-    old, new, paths = _flat(old), _flat(plain(run)), paths_in(run)
+    old, new, paths = flat(old), flat(plain(run)), paths_in(run)
     changed = {key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if key not in FREE}
     same_place = lambda key, values: key in paths and len({os.path.abspath(str(value)) for value in values}) == 1  # noqa: E731
     return {key: values for key, values in changed.items() if values[0] != values[1] and not same_place(key, values)}
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings by their dotted keys."""
     found = {}
     for key, value in settings.items():
         if isinstance(value, list) and any(isinstance(member, dict) for member in value):
             value = dict(enumerate(value))
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found
 
 

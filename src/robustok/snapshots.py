@@ -6,8 +6,8 @@
       README.md            model card
 
 The same layout is uploaded to the Hugging Face Hub. A path may be the snapshot itself, or a run folder, of which the
-best snapshot is taken, else the newest. A delta holds only the difference to another snapshot; ``@0.5`` after its path
-scales the difference.
+best snapshot is taken, else the newest; or ``hf://ORG/NAME``. A delta holds only the difference to another snapshot;
+``@0.5`` after its path scales the difference.
 """
 
 import math
@@ -31,6 +31,7 @@ from torch.nn.modules.module import (
 from robustok.config import Config, read_yaml, validate
 from robustok.errors import UserError, printable
 from robustok.files import atomic_folder, load_tensors, one_line, regular_file
+from robustok.hub import download_snapshot, hub_address, is_remote
 from robustok.model_card import model_card
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -41,7 +42,7 @@ class DeltaHeader(Config):
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    base: str = Field(description="path of the original, seen from the snapshot")
+    base: str = Field(description="path of the original, seen from the snapshot, or hf://ORG/NAME")
     digest: str = Field(description="digest of the original's weights")
     rank: PositiveInt | None = Field(None, description="rank of a LoRA; null is the whole difference")
     relative_error: FiniteFloat = Field(ge=0, description="error of rank and rounding; 0 is exact")
@@ -223,12 +224,14 @@ def read_extra(path: str | Path, *names: str) -> dict[str, dict[str, Tensor]]:
 
 
 def resolve(path: str | Path) -> Path:
-    """The snapshot folder at a path: itself, or the best of a run folder (the newest, if none was evaluated).
+    """The snapshot folder at a path: itself, the best of a run folder (the newest, if none was evaluated), a download.
 
     Raises:
         UserError: there is none.
     """
     path, _ = split_scale(path)
+    if is_remote(path):
+        return download_snapshot(hub_address(path))
     if (path / "model.safetensors").exists():
         return path
     if (path / "snapshot").is_dir():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from robustok.data.labels import check_same_classes, number_labels, sort_classes, sort_names
+from robustok.data.labels import LabelList, check_same_classes, number_labels, sort_classes, sort_names
 from robustok.errors import UserError
 
 
@@ -58,3 +58,22 @@ def test_a_name_with_two_numbers_is_refused():
         check_same_classes(found, expected, "A", "B")
     with pytest.raises(UserError, match="class 10 has number 2 in A and 10 in B; give both the same classes"):
         check_same_classes(["0", "1", "10", "2"], [str(i) for i in range(11)], "A", "B")
+
+
+def test_the_numbers_of_the_devkit_are_read_with_its_table(tmp_path):
+    """As in ILSVRC2012_devkit_t12/data, whose numbers have another order than the names."""
+    from scipy.io import savemat
+
+    kinds = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O")]
+    rows = np.array([(1, "n02119789", "kit fox"), (2, "n01440764", "tench"), (3, "n02100735", "setter")], dtype=kinds)
+    file = tmp_path / "ILSVRC2012_validation_ground_truth.txt"
+    file.write_text("2\n1\n3\n")
+    assert LabelList(file).labels == ["2", "1", "3"]
+    savemat(tmp_path / "meta.mat", {"synsets": rows[:, None]})
+    assert LabelList(file).labels == ["n01440764", "n02119789", "n02100735"]
+    file.write_text("2\n4\n")
+    with pytest.raises(UserError, match=r"has the label '4', which .*meta\.mat lacks"):
+        LabelList(file)
+    (tmp_path / "meta.mat").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"cannot read .*meta\.mat"):
+        LabelList(file)

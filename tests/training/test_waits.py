@@ -90,7 +90,7 @@ def trainings(home, out):
     generator = lambda cache, name: tiny.generator_run(out, home / cache, *QUIET, f"generator.name={name}")  # noqa: E731
     post = lambda *words: tiny.post_run(out, home / "tokenizer", home / "pairs", *adversary, *QUIET, *words)  # noqa: E731
     return {
-        "tokenizer": (train_tokenizer, main()),
+        "tokenizer": (train_tokenizer, main("tracker=tensorboard")),
         "tokenizer, neighbours of features": (train_tokenizer, main("perturbation.neighbour_of=feature")),
         "tokenizer, in parts": (train_tokenizer, main("gradient_accumulation=2", "gradient_checkpointing=true")),
         "tokenizer, codes on a grid": (

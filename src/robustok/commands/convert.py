@@ -10,7 +10,6 @@ Families are single files of weights (``FAMILIES``), or folders of the diffusers
 of a pipeline.
 """
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +24,7 @@ from robustok.console import note
 from robustok.errors import UserError
 from robustok.files import atomic_folder
 from robustok.generators import load_generator
-from robustok.hub import is_remote
+from robustok.hub import hub_address, is_remote
 from robustok.losses.discriminators import DinoHeads, load_heads
 from robustok.model_card import licence_fields
 from robustok.pretrained.diffusers_folders import fetch
@@ -177,7 +176,7 @@ def _header(run: ConvertRun, name: str, model: nn.Module, part: str, tokenizer: 
         header |= {"latent_space": model.latent_space, "sampling": plain(model.sampling)}
     if problems := model.check():
         raise UserError(f"{run.weights}: {problems[0]}")
-    file = re.sub("^hf:/+", "hf://", run.weights.as_posix()) if is_remote(run.weights) else run.weights.name
+    file = hub_address(run.weights) if is_remote(run.weights) else run.weights.name
     header["source"] = {"file": file, "part": part, "family": name}
     header |= {"trained_on": f"converted from {file}, {part}"} | licence_fields(run.licence or family.model.licence)
     return header

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from robustok.config import Config
 from robustok.errors import UserError
+from robustok.hub import hub_address, is_remote
 from robustok.snapshots import read_header, resolve, write_snapshot
 from robustok.tokenizers import load_tokenizer
 from robustok.tokenizers.deltas import compute_delta
@@ -26,7 +27,9 @@ class MakeDeltaRun(Config):
     """The two tokenizers, and how exactly their difference is stored."""
 
     out: Path = Field(description="folder of the delta; must not exist yet")
-    tokenizer: Path = Field(description="the original: snapshot or run folder; the delta loads it from this path")
+    tokenizer: Path = Field(
+        description="the original, which the delta loads from there: snapshot, run folder, hf://ORG/NAME"
+    )
     post_trained: Path = Field(description="the post-trained tokenizer: snapshot or run folder")
     rank: int | None = Field(None, ge=1, description="rank of a LoRA; null stores the whole difference")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="float32 without a rank is exact")
@@ -61,7 +64,8 @@ def make_delta(run: MakeDeltaRun) -> SavedDelta:
     delta = compute_delta(
         load_tokenizer(run.tokenizer), load_tokenizer(run.post_trained), run.rank, getattr(torch, run.dtype)
     )
-    entry = {"base": os.path.relpath(original, run.out), "digest": delta.base, "rank": run.rank, "dtype": run.dtype}
+    base = hub_address(run.tokenizer) if is_remote(run.tokenizer) else os.path.relpath(original, run.out)
+    entry = {"base": base, "digest": delta.base, "rank": run.rank, "dtype": run.dtype}
     header = {key: value for key, value in read_header(post_trained).items() if key != "discriminator"}
     header["delta"] = entry | {"relative_error": delta.relative_error}
     write_snapshot(run.out, header, delta.tensors, {})

@@ -55,6 +55,7 @@ from robustok.training.decoder import train_decoder
 from robustok.training.decoder_losses import check_networks
 from robustok.training.latent_crops import cropping
 from robustok.training.objectives import needed_caches
+from robustok.training.tracking import check_tracker
 
 GAP_IMAGES = 10_000  # on either side
 
@@ -73,6 +74,7 @@ def post_train(run: PostTrainRun) -> Path:
         UserError: weights, tokenizer, generator, latents and images do not belong together; or as ``encode``,
             ``make_pairs`` and the training raise it.
     """
+    check_tracker(run)
     accelerator = start_accelerator(run.batch_size)
     if run.complete:
         check_networks(run.training())

@@ -15,6 +15,7 @@ from robustok.files import bytes_digest, one_line, regular_file
 
 LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "class")  # the first one found is read
 MOST_CLASSES = 100_000
+DEVKIT = "meta.mat"  # of ILSVRC2012_devkit_t12, beside the list: what its numbers mean
 METADATA = ("metadata.jsonl", "metadata.csv")  # of the image folders of Hugging Face
 _FILE_COLUMNS = ("file_name", "filename", "file", "name", "image", "path", "ImageId")
 
@@ -93,6 +94,20 @@ def _number_names(labels: list[str], where: str, classes: list[str]) -> tuple[np
     return np.array([number[label] for label in labels], dtype=np.int64), classes
 
 
+def _devkit_names(numbers: list[str], file: Path, meta: Path) -> list[str]:
+    """The classes n01440764, ... of ILSVRC's numbers from 1, whose order is not that of the names."""
+    from scipy.io import loadmat
+
+    try:
+        rows = loadmat(regular_file(meta), variable_names=["synsets"])["synsets"].ravel()
+        names = {str(int(row["ILSVRC2012_ID"].item())): str(row["WNID"].item()) for row in rows}
+    except Exception as error:  # a damaged file raises nearly anything
+        raise UserError(f"cannot read {meta} ({one_line(error, 100)}); copy it again, or move it away") from None
+    if unknown := next((number for number in numbers if number not in names), None):
+        raise UserError(f"{file} has the label {unknown[:40]!r}, which {meta} lacks; give both of one devkit")
+    return [names[number] for number in numbers]
+
+
 class LabelList:
     """A file that lists labels: ``metadata.jsonl`` or ``.csv`` of an image folder, or lines LABEL or NAME LABEL.
 
@@ -132,6 +147,8 @@ class LabelList:
         if widths not in ({1}, {2}):
             raise UserError(f"{file} has {sorted(widths)} words a line; expected LABEL or NAME LABEL in every line")
         self.labels = [row[0] for row in rows] if widths == {1} else self._unique(rows)
+        if widths == {1} and (meta := file.with_name(DEVKIT)).is_file():
+            self.labels = _devkit_names(self.labels, file, meta)
 
     @classmethod
     def find(cls, folders: Iterable[Path], given: Path | None, column: str | None) -> "LabelList | None":

@@ -18,10 +18,12 @@ from PIL import Image
 from robustok.data.folders import LeftOut, Split, entries, split_of, walk
 from robustok.data.image_file import instead, open_image
 from robustok.data.labels import LABEL_COLUMNS
+from robustok.data.remote_files import expand
 from robustok.errors import UserError
 from robustok.files import one_line, regular_file
 
 IMAGE_COLUMNS = ("img", "image")
+PARQUET = (".parquet",)
 
 
 @dataclass(frozen=True)
@@ -64,33 +66,44 @@ class Table:
     images: list[str] = field(default_factory=list)
 
 
-def files_at(path: Path, left: LeftOut | None = None) -> tuple[Path, list[Path]]:
-    """The parquet files at a path (a file, a folder or a glob), by name, and the folder that they are in.
+def files_at(path: Path, left: LeftOut | None = None, suffixes: Sequence[str] = PARQUET) -> tuple[Path, list[Path]]:
+    """The files at a path (a file, a folder or a glob), by name, and the folder that they are in.
 
     The part of the path that exists is no glob, whatever brackets are in its names.
 
     Raises:
         UserError: there are none, or a folder may not be read.
     """
+    several = [] if os.path.lexists(path) else [*expand(str(path))]
+    if several not in ([], [str(path)]):
+        each = [files_at(Path(one), left, suffixes) for one in several]
+        return Path(os.path.commonpath([base for base, _ in each])), sorted(
+            {file for _, files in each for file in files}
+        )
     base = next(folder for folder in (path, *path.parents) if os.path.lexists(folder) or folder == folder.parent)
     if base == path:
         base, found = (path, [path]) if path.is_dir() else (path.parent, [path])
     else:
-        found = _matching(base, path.relative_to(base).parts)
-    files = {file for one in found for file in (_below(one, left) if one.is_dir() else [one])}
+        found = _matching(base, path.relative_to(base).parts, suffixes)
+    files = {file for one in found for file in (_below(one, left, suffixes) if one.is_dir() else [one])}
     if not files:
-        raise UserError(f"no parquet files at {path}; data.path must be a file, a folder of *.parquet or a glob")
+        kind = suffixes[0].removeprefix(".")
+        raise UserError(f"no {kind} files at {path}; data.path must be a file, a folder of *.{kind} or a glob")
     return base, sorted(files)
 
 
-def _matching(base: Path, pattern: Sequence[str]) -> set[Path]:
+def _matching(base: Path, pattern: Sequence[str], suffixes: Sequence[str]) -> set[Path]:
     """What a glob finds in a folder. Unlike Python's, it follows links in a circle once, as everywhere here."""
     found = {base}
     for part in pattern:
         folders = [one for one in found if one.is_dir()]
         if part == "**":
             found = {
-                p for folder in folders for file in _below(folder) for p in file.parents if folder in (p, *p.parents)
+                p
+                for folder in folders
+                for file in _below(folder, suffixes=suffixes)
+                for p in file.parents
+                if folder in (p, *p.parents)
             }
         else:
             inside = (entry for folder in folders for entry in chain(*entries(folder)))
@@ -98,8 +111,8 @@ def _matching(base: Path, pattern: Sequence[str]) -> set[Path]:
     return found
 
 
-def _below(folder: Path, left: LeftOut | None = None) -> Iterator[Path]:
-    return (Path(entry.path) for entry in walk(folder, (".parquet",), left))
+def _below(folder: Path, left: LeftOut | None = None, suffixes: Sequence[str] = PARQUET) -> Iterator[Path]:
+    return (Path(entry.path) for entry in walk(folder, suffixes, left))
 
 
 def has_parquet(folder: Path) -> bool:
@@ -107,7 +120,7 @@ def has_parquet(folder: Path) -> bool:
     return any(True for _ in _below(folder))
 
 
-def split_files(path: Path) -> tuple[Path, dict[Split, list[Path]], LeftOut]:
+def split_files(path: Path, suffixes: Sequence[str] = PARQUET) -> tuple[Path, dict[Split, list[Path]], LeftOut]:
     """The files of each split; only "train" holds files if the files are not divided.
 
     A file belongs to the split that its name says, else the folder it is in.
@@ -116,7 +129,7 @@ def split_files(path: Path) -> tuple[Path, dict[Split, list[Path]], LeftOut]:
         The folder that the files are in, the files, and what is left out.
     """
     left: LeftOut = defaultdict(Counter)
-    base, files = files_at(path, left)
+    base, files = files_at(path, left, suffixes)
     said = {file: _said(file, base) for file in files}
     found: dict[Split, list[Path]] = {}
     for one in ("train", "test"):
@@ -124,7 +137,9 @@ def split_files(path: Path) -> tuple[Path, dict[Split, list[Path]], LeftOut]:
         if ranks:
             found[one] = [file for file, name in said.items() if name and (name.split, name.rank) == (one, min(ranks))]
     used = {file for some in found.values() for file in some} or set(files)
-    left["parquet files of no split or of another"].update(file.name for file in files if file not in used)
+    left[f"{suffixes[0].removeprefix('.')} files of no split or of another"].update(
+        file.name for file in files if file not in used
+    )
     return base, found or {"train": files}, left
 
 

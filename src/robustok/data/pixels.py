@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -43,14 +44,19 @@ def from_pixels(pixels: Tensor) -> Tensor:
     return pixels.to(torch.float32, copy=True).div_(127.5).sub_(1)  # in place, to save memory traffic
 
 
+def sheet_of(images: Tensor) -> np.ndarray:
+    """A grid of images (rows, columns, 3, H, W) in [-1, 1] as one picture (rows * H, columns * W, 3) uint8."""
+    rows, columns, _, height, width = images.shape
+    pixels = to_pixels(images.flatten(0, 1)).view(rows, columns, 3, height, width)
+    return pixels.permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, 3).cpu().numpy()
+
+
 def save_picture(path: str | Path, images: Tensor) -> None:
     """Write a grid of images (rows, columns, 3, H, W) in [-1, 1] as PNG.
 
     Raises:
         UserError: the disk is full, or the file cannot be written.
     """
-    rows, columns, _, height, width = images.shape
-    pixels = to_pixels(images.flatten(0, 1)).view(rows, columns, 3, height, width)
-    sheet = pixels.permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, 3)  # (rows * H, columns * W, 3)
+    sheet = sheet_of(images)
     with atomic_file(path) as temporary:
-        Image.fromarray(sheet.cpu().numpy()).save(temporary, "PNG")
+        Image.fromarray(sheet).save(temporary, "PNG")

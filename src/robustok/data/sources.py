@@ -7,7 +7,6 @@ a configuration for ``Data``, a function (configuration, split) -> ``Source``, a
 import glob
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from operator import getitem
 from pathlib import Path
@@ -17,42 +16,28 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from robustok.config import Config
 from robustok.data.arrays import open_array
-from robustok.data.captions import captions_in_folder, captions_in_parquet, number_captions
-from robustok.data.crops import RGB
+from robustok.data.captions import captions_in_folder, captions_in_parquet
 from robustok.data.folders import ARCHIVES, Split, describe_left_out, find_images, has_images
+from robustok.data.hub_dataset import HubDataset, hub_source
 from robustok.data.image_file import open_image
 from robustok.data.labels import LABEL_COLUMNS, METADATA, number_labels
 from robustok.data.parquet_files import has_parquet, open_row, read_table, split_files, where_row
+from robustok.data.source import DataConfig, Holdout, Source, captioned, without_labels
+from robustok.data.tar_files import TARS
+from robustok.data.tar_source import Tar, tar_source
 from robustok.errors import UserError
 from robustok.files import bytes_digest, one_line
 
-Holdout = Annotated[
-    float, Field(ge=0, lt=1, description="test share of a source with one split; 0: both are all of it")
-]
 
-
-class _DataConfig(Config):
-    limit: int | None = Field(None, ge=1, description="keep this many images of the split, chosen by a fixed shuffle")
-    max_broken: float = Field(
-        0.01, ge=0, le=1, description="share of unreadable images to skip (five at least); 0 skips none"
-    )
-    rgb: RGB = Field(
-        "adm",
-        description="adm: as published statistics, which ignore transparency and EXIF and clip 16 bits; "
-        "viewer: as an image viewer shows them",
-    )
-
-
-class Digits(_DataConfig):
+class Digits(DataConfig):
     """Scikit-learn's 1,797 handwritten digits, 8x8, in ten classes."""
 
     name: Literal["digits"] = "digits"
     holdout: float = Field(0.25, ge=0, lt=1, description="share of the digits that is the test split")
 
 
-class Cifar10(_DataConfig):
+class Cifar10(DataConfig):
     """CIFAR-10 in the python version that torchvision downloads: 50,000 + 10,000 images, 32x32."""
 
     name: Literal["cifar10"] = "cifar10"
@@ -60,7 +45,7 @@ class Cifar10(_DataConfig):
     download: bool = Field(False, description="download (170 MB) into path; without a path this is done anyway")
 
 
-class Folder(_DataConfig):
+class Folder(DataConfig):
     """Image files as CLASS/FILE, or train/CLASS/FILE beside val, valid, validation, dev, eval or test.
 
     Without CLASS: one class, or the labels of ``metadata.jsonl`` or ``.csv``, or of a list.
@@ -82,11 +67,11 @@ class Folder(_DataConfig):
     )
 
 
-class Parquet(_DataConfig):
+class Parquet(DataConfig):
     """Parquet files as on the Hugging Face Hub: encoded images in the column ``img`` or ``image``, and ``label``.
 
     Files with train, val, test and the like in their names or folders are those splits. Training on many gigabytes is
-    slow, as it reads a row group for almost every image: extract such images to a folder.
+    slow, as it reads a row group for almost every image: data.name=hf reads the same files faster, from a copy.
     """
 
     name: Literal["parquet"] = "parquet"
@@ -98,7 +83,7 @@ class Parquet(_DataConfig):
     captions: str | None = Field(None, description="column of captions in the place of labels, for pipelines")
 
 
-class Npz(_DataConfig):
+class Npz(DataConfig):
     """An array of images: ``.npz`` with ``arr_0`` (uint8 NHWC) as in ADM's evaluation, or ``.npy``.
 
     The .npz may have labels as ``arr_1`` or ``labels``. A compressed .npz can only be read from front to back: to train
@@ -110,45 +95,7 @@ class Npz(_DataConfig):
     holdout: Holdout = 0.1
 
 
-Data = Annotated[Digits | Cifar10 | Folder | Parquet | Npz, Field(discriminator="name")]
-
-
-@dataclass(frozen=True)
-class Source:
-    """Images and labels before any decoding.
-
-    Attributes:
-        name: its name in results.
-        open: row 0..N-1 -> image. May raise anything if the image is broken. Picklable: data workers get a copy.
-        where: row -> name of the image in messages.
-        labels: (N,) int64 in 0..len(classes)-1.
-        classes: names of the classes.
-        identity: digest of the file names and sizes, or of the bytes.
-        whole: the source has one split only, from which the test images must be held out.
-        shape: (H, W) of every image; None where files may differ.
-        files: files whose content ``identity`` does not cover.
-        names: of images, one for each row: path in the folder, or beside the bytes, without suffix; empty if they have
-            none.
-        about: what gave the labels, for the line that says what was found; empty prints none.
-        left_out: what was left out; empty if nothing was.
-        unlabelled: why the labels are unknown and all -1, and what to do; empty if they are known.
-        captions: of each label, where labels are numbers of captions and ``classes`` their digests; else empty.
-    """
-
-    name: str
-    open: Callable[[int], Image.Image]
-    where: Callable[[int], str]
-    labels: np.ndarray
-    classes: list[str]
-    identity: str
-    whole: bool
-    shape: tuple[int, int] | None = None
-    files: Sequence[str | Path] = ()
-    names: Sequence[str] = ()
-    about: str = ""
-    left_out: str = ""
-    unlabelled: str = ""
-    captions: Sequence[str] = ()
+Data = Annotated[Digits | Cifar10 | Folder | Parquet | Tar | HubDataset | Npz, Field(discriminator="name")]
 
 
 def _array_source(name: str, pixels: np.ndarray, labels: Sequence[int], classes: list[str], whole: bool) -> Source:
@@ -190,6 +137,7 @@ def _folder(data: Folder, split: Split) -> Source:
     root = data.path
     if not os.path.isdir(root):
         unpack = " (an archive: unpack it)" if root.suffix in ARCHIVES else ""
+        unpack = " (a tar file: set data.name=tar)" if root.suffix in TARS and root.exists() else unpack
         raise UserError(
             f"no folder {root}{unpack}; data.path must be a folder of images as CLASS/FILE or train/CLASS/FILE"
         )
@@ -206,17 +154,7 @@ def _folder(data: Folder, split: Split) -> Source:
     )  # fmt: skip
     if data.captions is None:
         return source
-    return _captioned(source, captions_in_folder(root, found.paths, data.captions))
-
-
-def _captioned(source: Source, captions: list[str]) -> Source:
-    """The source with the numbers of its captions as labels."""
-    labels, distinct, digests = number_captions(captions)
-    identity = bytes_digest(f"{source.identity} {' '.join(digests)} {bytes_digest(labels.tobytes())}".encode())
-    about = f"{len(distinct):,} different captions"
-    return replace(
-        source, labels=labels, classes=digests, captions=distinct, identity=identity, about=about, unlabelled=""
-    )
+    return captioned(source, captions_in_folder(root, found.paths, data.captions))
 
 
 def _open_file(paths: Sequence[str], row: int) -> Image.Image:
@@ -239,15 +177,9 @@ def _parquet(data: Parquet, split: Split) -> Source:
         path.resolve().name, partial(open_row, table.groups), partial(where_row, table.groups), labels, classes,
         bytes_digest("\n".join(content).encode("utf-8", "surrogateescape")), whole,
         files=files, names=table.images, about=f"labels from column {table.column}" if table.column else "no labels",
-        left_out=describe_left_out(left), unlabelled=_without_labels(labels, where),
+        left_out=describe_left_out(left), unlabelled=without_labels(labels, where),
     )  # fmt: skip
-    return source if data.captions is None else _captioned(source, captions_in_parquet(files, data.captions))
-
-
-def _without_labels(labels: np.ndarray, where: str) -> str:
-    if not labels.size or labels.min() < -1 or labels.max() >= 0:
-        return ""
-    return f"{where} has the label -1 everywhere, which means none; give images with labels"
+    return source if data.captions is None else captioned(source, captions_in_parquet(files, data.captions))
 
 
 def _npz(data: Npz, split: Split) -> Source:
@@ -257,21 +189,25 @@ def _npz(data: Npz, split: Split) -> Source:
     labels, classes = (np.zeros(count, np.int64), ["all"]) if labels is None else number_labels(labels, f"{path}")
     where, identity = partial("{} image {}".format, path), bytes_digest(f"{array.shape} {array.checksum}".encode())
     opener = partial(_to_image, array.read)
-    unlabelled = _without_labels(labels, str(path))
+    unlabelled = without_labels(labels, str(path))
     return Source(path.name, opener, where, labels, classes, identity, True, (height, width), unlabelled=unlabelled)
 
 
-def data_at(path: str | Path) -> Folder | Parquet | Npz:
-    """The data set at a path, with all its images: a folder of images, an .npz or .npy file, or parquet files.
+def data_at(path: str | Path) -> Folder | Parquet | Tar | Npz:
+    """The data set at a path, with all its images: a folder of images, a .tar, .npz or .npy file, or parquet files.
 
     Raises:
         UserError: the path does not exist, or is none of these.
     """
     path = Path(os.path.expanduser(path))
-    accepted = "a folder of images, an .npz or .npy file (arr_0, uint8 NHWC), or parquet (a file, a folder, a glob)"
+    accepted = (
+        "a folder of images, an .npz or .npy file (arr_0, uint8 NHWC), a .tar, or parquet (a file, a folder, a glob)"
+    )
     exists = os.path.lexists(path)
     if path.suffix in (".npz", ".npy"):
         return Npz(path=path, holdout=0)
+    if path.suffix in TARS and os.path.isfile(path):
+        return Tar(path=path, holdout=0)
     if path.suffix == ".parquet" or (not exists and glob.has_magic(str(path))):
         return Parquet(path=path, holdout=0)
     if not os.path.isdir(path):
@@ -285,4 +221,12 @@ def data_at(path: str | Path) -> Folder | Parquet | Npz:
     return Parquet(path=path, holdout=0) if parquet else Folder(path=path, holdout=0)
 
 
-DATASETS = {"digits": _digits, "cifar10": _cifar10, "folder": _folder, "parquet": _parquet, "npz": _npz}
+DATASETS = {
+    "digits": _digits,
+    "cifar10": _cifar10,
+    "folder": _folder,
+    "parquet": _parquet,
+    "tar": tar_source,
+    "hf": hub_source,
+    "npz": _npz,
+}

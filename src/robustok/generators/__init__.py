@@ -108,7 +108,7 @@ def check_sampling(name: str, sampling: Config) -> None:
 
 
 def load_generator(path: str | Path) -> Generator:
-    """Load a generator from a snapshot, or from the newest snapshot of a run folder; in eval mode, on the CPU.
+    """Load a generator from a snapshot, a run folder (its newest one) or ``hf://ORG/NAME``; in eval mode, on the CPU.
 
     Raises:
         UserError: no snapshot, another kind, an unknown family, or weights that do not fit.

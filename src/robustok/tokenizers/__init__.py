@@ -10,7 +10,8 @@ from pydantic import Field
 from robustok.config import validate
 from robustok.errors import UserError
 from robustok.files import tensor_digest
-from robustok.snapshots import Snapshot, build, check_finite_weights, read_snapshot, split_scale
+from robustok.hub import is_remote
+from robustok.snapshots import Snapshot, build, check_finite_weights, read_snapshot, resolve, split_scale
 from robustok.tokenizers.deltas import Delta, apply_delta
 from robustok.tokenizers.diffusers import DiffusersConfig, DiffusersDC, DiffusersKL, DiffusersQwen, DiffusersVQ
 from robustok.tokenizers.gigatok import GigaTok, GigaTokConfig
@@ -44,8 +45,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a tokenizer from a snapshot, or from the newest snapshot of a run folder; in eval mode, on the CPU.
 
     Args:
-        path: of the snapshot or run folder. ``PATH@0.5`` is a delta of `robustok make-delta` with its strength: 0 is
-            the original, 1, the default, the post-trained tokenizer.
+        path: of the snapshot or run folder, or ``hf://ORG/NAME`` on the Hub. ``PATH@0.5`` is a delta of `robustok
+            make-delta` with its strength: 0 is the original, 1, the default, the post-trained tokenizer.
 
     Raises:
         UserError: no snapshot, another kind, an unknown family, or weights that do not fit; a delta whose original is
@@ -77,6 +78,8 @@ def _load_delta(snapshot: Snapshot, strength: float) -> Tokenizer:
     """The original of a delta, with ``strength`` times the difference added."""
     delta = snapshot.header["delta"]
     base = Path(os.path.normpath(snapshot.path.absolute() / delta["base"]))
+    if is_remote(delta["base"]):
+        base = resolve(delta["base"])
     if not (base / "model.safetensors").exists():
         raise UserError(
             f"{snapshot.path} is a difference to {base}, which is missing; put that snapshot there, or its path into "

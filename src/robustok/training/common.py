@@ -65,6 +65,9 @@ class TrainingConfig(Config):
     log_every: int = Field(50, ge=1, description="steps between lines of log.jsonl")
     state_every: int = Field(1000, ge=1, description="steps between states for resume; the two newest are kept")
     snapshot_every: int = Field(0, ge=0, description="steps between snapshots; 0 writes one, at the end")
+    tracker: Literal["tensorboard", "wandb", "trackio", "swanlab", "comet_ml"] | None = Field(
+        None, description="also send the log, pictures and these settings to a tracker of experiments"
+    )
 
     def due(self, every: int, done: int) -> bool:
         """Whether what happens every so many steps (0: never) and after the last one happens after ``done`` steps."""

@@ -37,6 +37,7 @@ from robustok.training.latent_crops import cropping
 from robustok.training.objectives import Examples, Material, Steps, mixture, needed_caches, open_caches
 from robustok.training.prepared import PreparedInParts, differentiated
 from robustok.training.state import TrainingState, optimise
+from robustok.training.tracking import check_tracker, start_tracking
 from robustok.types import Tokenizer
 
 
@@ -97,6 +98,7 @@ def train_decoder(run: DecoderTrainingRun, enough: Callable[[int, Path], bool] |
     Raises:
         UserError: tokenizer, pairs, data, configuration or run folder do not fit; the loss is not finite.
     """
+    check_tracker(run)
     accelerator = start_accelerator(run.batch_size, run.gradient_accumulation, run.precision)
     device, rank = accelerator.device, accelerator.process_index
     bare = load_tokenizer(run.tokenizer).to(device)
@@ -137,6 +139,7 @@ def train_decoder(run: DecoderTrainingRun, enough: Callable[[int, Path], bool] |
     if frechet is not None and not frechet.started:
         start_frechet(frechet, run, material, accelerator)
     folder.start()
+    start_tracking(folder, first)
     if fresh:
         if first == 0 and adversary is not None and adversary_policy(run) == "reinit_warmup":
             warmup = _batches(run, material, 0, run.adversary_warmup, accelerator)

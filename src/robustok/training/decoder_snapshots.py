@@ -4,9 +4,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from robustok.config import plain
 from robustok.console import note
 from robustok.data.latent_cache import LatentCache
+from robustok.data.pixels import sheet_of
 from robustok.losses.guides import guide_names
 from robustok.model_card import add_licence, licence_fields, price_fields
 from robustok.runs import RunFolder
@@ -50,6 +54,9 @@ class Snapshots:
         self.guides = guide_names(run.reconstruction, settings, run.frechet.extractors if run.frechet.weight else ())
         # Step, score and reconstructions of the best snapshot; under "first" those at the start.
         self.best: dict[str, Any] = {"step": 0, "value": float("inf")}
+        # For the pictures of a tracker: latents (n, ...), and their images (n, 3, H, W) before post-training.
+        self._shown = _first_latents(run, caches) if run.tracker and folder.main else None
+        self._before = None if self._shown is None else _decoded(average, self._shown)
 
     def path(self, step: int) -> Path:
         """The folder of the snapshot of a step."""
@@ -63,6 +70,9 @@ class Snapshots:
         header = self._header(step) if self.folder.main else {}
         if step and self.folder.main:
             self._write(f"{step:08d}", header)
+        if self.folder.tracker is not None:
+            grid = torch.stack([self._before, _decoded(self.average, self._shown)])  # (2, n, 3, H, W)
+            self.folder.tracker.picture(step, "before_after", sheet_of(grid))
         if self.score is None and self.reconstructions is None:
             return
         price = {} if self.reconstructions is None else self.reconstructions(self.average.decode)
@@ -158,3 +168,17 @@ class Snapshots:
         extra = {} if self.adversary is None else {"discriminator": self.adversary.network.state_dict()}
         extra |= read_extra(self.run.tokenizer, "released")  # for the export to the pretrained layout
         write_snapshot(self.folder.path / "snapshot" / name, header, self.average.state_dict(), extra)
+
+
+def _first_latents(run: DecoderTrainingRun, caches: Mapping[str, LatentCache]) -> Tensor:
+    """The first few latents, of free samples if there are any."""
+    held_out = run.held_out.latents if run.held_out is not None else None
+    cache = caches.get("samples") or (LatentCache(held_out) if held_out else next(iter(caches.values())))
+    return cache.read(slice(0, 8)).latents
+
+
+@torch.no_grad()
+def _decoded(tokenizer: Tokenizer, latents: Tensor) -> Tensor:
+    """Images (n, 3, H, W) of latents."""
+    device = next(tokenizer.parameters()).device
+    return tokenizer.decode(latents.to(device)).float()

@@ -34,6 +34,7 @@ from robustok.training.finite import FiniteCheck
 from robustok.training.inputs import input_digests, may_change
 from robustok.training.prepared import Prepared
 from robustok.training.state import TrainingState, optimise
+from robustok.training.tracking import check_tracker, start_tracking
 from robustok.types import GeneratorOutput
 
 # Parameters without weight decay: parts of names, from the authors' code.
@@ -86,6 +87,7 @@ def train_generator(run: GeneratorTrainingRun) -> Path:
     Raises:
         UserError: latents, configuration or run folder are not usable; the loss is not finite.
     """
+    check_tracker(run)
     accelerator = start_accelerator(run.batch_size, run.gradient_accumulation, run.precision)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     rows = rank_rows(run.batch_size, rank, world)  # of the global batch
@@ -114,6 +116,7 @@ def train_generator(run: GeneratorTrainingRun) -> Path:
     batches = ahead(make, range(first, run.steps), workers, device)
     write = partial(_write_snapshot, folder, run, average, cache)
     folder.start()
+    start_tracking(folder, first)
 
     for step in folder.steps(range(first, run.steps), state, run.state_every, accelerator):
         inputs, statistics = next(batches)

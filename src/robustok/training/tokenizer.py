@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from robustok.config import plain
 from robustok.data.dataset import Augmentation, open_images
 from robustok.data.loader import training_batches
-from robustok.data.pixels import save_picture
+from robustok.data.pixels import save_picture, sheet_of
 from robustok.data.sources import Data
 from robustok.devices import rank_rows, start_accelerator
 from robustok.losses.adversarial import AdversarialConfig
@@ -38,6 +38,7 @@ from robustok.training.finite import FiniteCheck
 from robustok.training.inputs import input_digests, may_change
 from robustok.training.prepared import PreparedInParts
 from robustok.training.state import TrainingState, optimise
+from robustok.training.tracking import check_tracker, start_tracking
 from robustok.types import Tokenizer, TokenizerOutput
 
 
@@ -101,6 +102,7 @@ def train_tokenizer(run: TokenizerTrainingRun) -> Path:
     Raises:
         UserError: data, configuration or run folder are not usable; the loss is not finite.
     """
+    check_tracker(run)
     accelerator = start_accelerator(run.batch_size, run.gradient_accumulation, run.precision)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     rows = rank_rows(run.batch_size, rank, world)  # of the global batch
@@ -123,6 +125,7 @@ def train_tokenizer(run: TokenizerTrainingRun) -> Path:
     batches = training_batches(data, *span, run.workers, device, draw)
     write = partial(_write_snapshot, folder, run, average, adversary, data.describe(), _guides(run))
     folder.start()
+    start_tracking(folder, first)
 
     for step in folder.steps(range(first, run.steps), state, run.state_every, accelerator):
         batch = next(batches)
@@ -156,10 +159,9 @@ def train_tokenizer(run: TokenizerTrainingRun) -> Path:
                 codes.revive(bare, average, output.features.detach(), step_rng(run.seed, step, "revive"))
         if run.due(run.log_every, done):
             folder.log(done, state.means() | codes.usage())
-        if run.picture_every and done % run.picture_every == 0:
+        if (run.picture_every and done % run.picture_every == 0) or run.due(run.snapshot_every, done):
             state.settle()
-            if accelerator.is_main_process:
-                _picture(folder.path / "samples" / f"{done:08d}.png", images[:8], average)
+            _picture(folder, run, done, images[:8], average)
         if run.due(run.snapshot_every, done):
             state.settle()
             if accelerator.is_main_process:
@@ -317,9 +319,17 @@ def _build(run: TokenizerTrainingRun, teacher: Teacher | None) -> nn.Module:
 
 
 @torch.no_grad()
-def _picture(path: Path, images: Tensor, average: nn.Module) -> None:
-    """Images above their reconstructions."""
-    save_picture(path, torch.stack([images, average.decode(average.encode(images))]))  # (2, n, 3, H, W)
+def _picture(folder: RunFolder, run: TokenizerTrainingRun, step: int, images: Tensor, average: nn.Module) -> None:
+    """Images above their reconstructions: in samples/ when it is due, in a tracker with each snapshot, too."""
+    saved = folder.main and run.picture_every > 0 and step % run.picture_every == 0
+    tracked = folder.tracker is not None and (saved or run.due(run.snapshot_every, step))
+    if not (saved or tracked):
+        return
+    grid = torch.stack([images, average.decode(average.encode(images))])  # (2, n, 3, H, W)
+    if saved:
+        save_picture(folder.path / "samples" / f"{step:08d}.png", grid)
+    if tracked:
+        folder.tracker.picture(step, "reconstructions", sheet_of(grid))
 
 
 def _write_snapshot(
