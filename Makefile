@@ -20,6 +20,7 @@ test: lint
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 # These stamps are older than pyproject.toml or constraints.txt when packages have to be installed again.
 $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
@@ -36,5 +37,5 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

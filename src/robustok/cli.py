@@ -86,6 +86,8 @@ COMMANDS = {
     ),
 }
 
+# Settings that read better as an option.
+FLAGS = {"--allow-fewer": "allow_fewer", "--full": "full", "--open": "open", "--watch": "watch"}
 WIDTH, KEY_WIDTH = 120, 36  # columns of help texts at the most, and of the names of settings
 SCREEN = 1500  # characters of an error
 INTERRUPTED = "interrupted; run the same command to resume"
@@ -113,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # what a terminal of another encoding cannot show
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    words = ["allow_fewer=true" if word == "--allow-fewer" else word for word in words]  # reads better as an option
+    words = [f"{FLAGS[word]}=true" if word in FLAGS else word for word in words]
     with warnings.catch_warnings():
         warnings.showwarning = _note
         try:

@@ -225,7 +225,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: the file is missing, is not YAML or holds no mapping.
     """
-    return _typed([Any], _read_plain_yaml(path))
+    settings: dict[str, Any] = _typed([Any], _read_plain_yaml(path))
+    return settings
 
 
 def _read_plain_yaml(path: str | Path) -> dict[str, Any]:

@@ -91,7 +91,8 @@ def explain(model: type[BaseModel], error: ValidationError, settings: dict[str, 
         return f"{source}: {key!r} is missing; {next(s.description for s in listed if s.key == key)}"
     if kind == "missing":
         about = [s.description for s in listed if s.key == key and {*s.variants} & {*first["loc"]}]  # of this variant
-        return f"{source}: {key!r} is missing; {(about or [known.get(key)])[0] or 'it has no default'}"
+        about = about or [known.get(key) or ""]
+        return f"{source}: {key!r} is missing; {about[0] or 'it has no default'}"
     if kind == "union_tag_invalid":
         tag, expected = first["ctx"]["tag"], first["ctx"]["expected_tags"]
         return f"{source}: {key}.name = {shown(tag)}: expected one of {expected}"

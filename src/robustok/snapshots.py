@@ -53,7 +53,7 @@ class ModelHeader(Config):
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    name: str = Field("", description="the family")
+    name: str = Field(default="", description="the family")
 
 
 class Header(Config):

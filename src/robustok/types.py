@@ -231,7 +231,7 @@ class Measurement:
     def line(self) -> dict[str, Any]:
         """A flat dictionary for one JSON line, in which no detail replaces a field."""
         record = asdict(self)
-        details = record.pop("details")
+        details: dict[str, Any] = record.pop("details")
         return record | details | record
 
     @classmethod

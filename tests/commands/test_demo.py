@@ -1,11 +1,13 @@
 """The demo with a few steps and images, of one tokenizer, without processes of its own."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+from robustok.cli import main
 from robustok.commands import demo as module
-from robustok.commands.demo import DemoRun, demo
+from robustok.commands.demo import DemoRun, Stages, demo
 from robustok.config import load
 from robustok.data.latent_cache import LatentCache
 from robustok.snapshots import read_header
@@ -51,7 +53,7 @@ def test_the_reported_samples_chose_nothing(ran):
 def test_all_decoders_of_a_tokenizer_had_as_many_steps(ran):
     post = ran / "seed-0" / "post-perturbed"
     found = [read_header(post / f"candidate-{name}")["post_trained"] for name in ("clean", "0.7", "free")]
-    assert [header["steps"] for header in found] == [3, 3, 3]
+    assert [header["steps"] for header in found] == [2, 2, 2]
     assert [header.get("sigma") for header in found] == [None, 0.7, None]
 
 
@@ -59,6 +61,20 @@ def test_the_report_says_how_a_decoder_was_chosen(ran):
     page = (ran / "report.html").read_text()
     assert "Choice of objective, perturbed tokenizer, seed 0" in page
     assert "on samples that chose nothing" in page
+
+
+def test_full_is_the_longer_run_of_the_same_stages():
+    short, full = load(DemoRun, None, ()), load(DemoRun, None, ("full=true",))
+    assert (short.out, full.out) == (Path("runs/demo"), Path("runs/demo-full"))
+    assert set(short.metrics) < set(full.metrics)
+    assert (full.sets, full.samples, full.sigma) == (short.sets, short.samples, short.sigma)
+    for model in module.RECIPES:
+        few, many = (Stages(run, 0).recipe(model) for run in (short, full))
+        steps = [(recipe.get("classifier") or recipe)["steps"] for recipe in (few, many)]
+        assert steps[0] < steps[1]
+        assert few.keys() == many.keys()
+    assert load(DemoRun, None, ("full=true", "out=here", "metrics=[rfid]")).metrics == ["rfid"]
+    assert main(["demo", "--full", "--dry-run"]) == 0
 
 
 def test_the_tables_fit_a_terminal(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Jobs of ``run_parallel`` end with it, however it ends."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,9 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from pydantic import Field
 
-from robustok.commands.parallel import run_parallel
+from robustok.commands.parallel import few_threads, run_parallel
 from robustok.config import Config
 from robustok.console import note, stage, track
 from robustok.errors import UserError
@@ -60,6 +62,35 @@ def has_ended(process: int) -> bool:
             return True
         time.sleep(0.05)
     return False
+
+
+def slow_part(job: Job) -> None:
+    for _ in track(range(4), "folder/steps"):
+        time.sleep(0.3)
+
+
+def test_jobs_show_lines_of_progress_where_no_bar_can_move(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("ROBUSTOK_PROGRESS", "1")
+    monkeypatch.setattr("robustok.console.FIRST", 0.1)
+    run_parallel({name: (slow_part, Job(out=tmp_path)) for name in ("a", "second")})
+    shown = capsys.readouterr().err.splitlines()
+    assert all(
+        re.fullmatch(r"(a|second): steps(: [1-4] of 4 \(\d+%\), \d+ s left|: \d+ s so far)", line) for line in shown
+    )
+    assert {line.split(":")[0] for line in shown} == {"a", "second"}
+
+
+def test_few_threads_are_given_back():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        with few_threads(2):
+            assert torch.get_num_threads() == 2
+        assert torch.get_num_threads() == 4
+        with few_threads(9):
+            assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_what_jobs_say_is_shown_with_their_names(tmp_path, capsys):

@@ -39,7 +39,7 @@ def settings_words(t: Try) -> None:
     if key.split(".")[0] in ("out", "cache") and (value.strip() in ("", ".", "..", "~", "in") or "/" in value):
         value = "x/y"
     t.free_out = key in ("out", "cache")
-    if key.endswith(WORK) and value in NUMBERS:
+    if (key.endswith(WORK) and value in NUMBERS) or key in ("open", "watch"):  # a browser; until Ctrl-C
         t.words.append("--dry-run")
     if t.rng.random() < 0.95:
         t.words = [word for word in t.words if word.partition("=")[0] != key]

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -687,7 +686,7 @@ def test_images_are_embedded_as_they_are(tmp_path):
     layers = [*(arrays[name][7] for name in ("before", "after", "clean"))]
     layers.append(amplified_difference(arrays["before"][7], arrays["after"][7])[0])
     np.testing.assert_array_equal(strip, np.concatenate(layers, axis=1))
-    assert (shown["image 7, 7, after"]["width"], strip.shape) == ("64", (16, 64, 3))
+    assert (shown["image 7, 7, after"]["width"], strip.shape) == ("96", (16, 64, 3))
 
 
 def test_difference_states_its_factor():
@@ -729,6 +728,53 @@ def test_report_writes_the_page(demo, tmp_path):
     assert [path.name for path in out.parent.iterdir()] == ["page.html"]  # nothing half-written is left
 
 
+def test_watch_writes_the_page_again_when_a_run_has_changed(demo, monkeypatch, capsys):
+    page, shown, sleeps = demo / "report.html", [], []
+
+    def sleep(seconds):
+        """What happens between two looks: nothing, a measurement, a snapshot that the page does not show, Ctrl-C."""
+        sleeps.append((seconds, page.stat().st_mtime_ns, "17.25" in page.read_text()))
+        if len(sleeps) == 2:
+            with (demo / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(line("kid", 17.25)) + "\n")
+        if len(sleeps) == 3:
+            (demo / "seed-0" / "tokenizer-plain" / "snapshot").mkdir()
+            (demo / "seed-0" / "tokenizer-plain" / "snapshot" / "config.yaml").write_text("kind: tokenizer\n")
+        if len(sleeps) == 4:
+            assert '<meta http-equiv="refresh" content="3">' in page.read_text()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("time.sleep", sleep)
+    monkeypatch.setattr("webbrowser.open", lambda address: shown.append(address) or True)
+    assert report(ReportRun(path=demo, watch=True, open=True, every=3)) == page
+    assert [known for *_, known in sleeps] == [False, False, True, True]
+    times = [written for _, written, _ in sleeps]
+    assert times[0] == times[1] < times[2] == times[3]
+    assert {seconds for seconds, *_ in sleeps} == {3}
+    assert shown == [page.as_uri()]  # once, though it was written twice
+    assert 'http-equiv="refresh"' not in page.read_text()  # the page that stays
+    assert "Ctrl-C" in capsys.readouterr().err
+
+
+def test_watch_waits_for_the_first_run_but_not_for_a_missing_folder(tmp_path, monkeypatch, capsys):
+    def sleep(_):
+        if (tmp_path / "run").exists():
+            raise KeyboardInterrupt
+        write_lines(tmp_path / "run" / "metrics.jsonl", study())
+
+    monkeypatch.setattr("time.sleep", sleep)
+    assert report(ReportRun(path=tmp_path, watch=True)).exists()
+    assert "waiting" in capsys.readouterr().err
+    with pytest.raises(UserError, match="found no folder"):
+        report(ReportRun(path=tmp_path / "missing", watch=True))
+
+
+def test_open_says_where_the_page_is_without_a_browser(demo, monkeypatch, capsys):
+    monkeypatch.setattr("webbrowser.open", lambda address: False)
+    assert report(ReportRun(path=demo, open=True)) == demo / "report.html"
+    assert "found no browser to open; the page is " in capsys.readouterr().err
+
+
 def test_user_errors(tmp_path):
     with pytest.raises(UserError, match="found no folder"):
         write_report(tmp_path / "missing")
@@ -744,38 +790,3 @@ def test_user_errors(tmp_path):
 def test_report_imports_no_torch():
     code = "import sys, robustok.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-def browse(page, folder, *flags):
-    """Open a page in a headless browser with a new profile; its standard output and its console's lines."""
-    quiet = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --hide-scrollbars"
-    quiet += " --disable-component-update --disable-sync --enable-logging=stderr"
-    command = [CHROMIUM, *quiet.split(), f"--user-data-dir={folder / 'profile'}", *flags, page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    return done.stdout, [text for text in done.stderr.splitlines() if "CONSOLE" in text]
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="found no chromium, chromium-browser or google-chrome")
-@pytest.mark.parametrize("size", [(1280, 800), (390, 844)])
-def test_first_screen_shows_numbers_and_images_in_a_browser(tmp_path, size):
-    folder, file = tmp_path / "run", tmp_path / "screen.png"
-    write_lines(folder / "metrics.jsonl", study())
-    write_lines(folder / "log.jsonl", [{"step": step, "total": 1.0 / (step + 1)} for step in range(5)])
-    images = np.zeros((24, 16, 16, 3), np.uint8)
-    images[..., 0] = 255
-    (folder / "pictures").mkdir()
-    np.savez(folder / "pictures" / "samples.npz", before=images, after=images[..., ::-1])  # red before, blue after
-    page = write_report(folder)
-    _, console = browse(page, tmp_path, f"--screenshot={file}", f"--window-size={size[0]},{size[1]}")
-    assert console == []  # neither style nor script nor image was refused
-    screen = np.asarray(Image.open(file).convert("RGB")).astype(int)
-    red, blue = ((screen[..., a] > 250) & (screen[..., 1] < 5) & (screen[..., b] < 5) for a, b in ((0, 2), (2, 0)))
-    # Beneath the numbers there is a row of images at least, each half before and half after.
-    assert min(red.sum(), blue.sum()) > 30 * 64 * min(4, size[0] // 100)
-    assert 200 < np.argwhere(red).min(0)[0] < size[1] - 64
-    if size[0] == 1280:  # the script shows the slider
-        document, _ = browse(page, tmp_path, "--dump-dom")
-        assert "<label>before" in document

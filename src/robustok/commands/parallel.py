@@ -17,7 +17,7 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from robustok.config import Config
-from robustok.console import console, listen, note, shows_bars
+from robustok.console import PlainProgress, console, listen, note, shows_bars
 from robustok.errors import UserError, printable
 
 PATIENCE = 60  # seconds in which a job must have saved its state
@@ -38,7 +38,7 @@ def run_parallel(jobs: Mapping[str, tuple[Callable[[Any], Any], Config]]) -> Non
         SystemExit: this process or a job was stopped by SIGTERM, or this one by SIGHUP.
     """
     context = multiprocessing.get_context("spawn")  # forked torch threads hang
-    threads = max(1, torch.get_num_threads() // len(jobs))
+    threads = share_of_threads(len(jobs))
     running: dict[str, tuple[BaseProcess, Connection]] = {}
     with _signals() as listen:
         try:
@@ -57,6 +57,22 @@ def run_parallel(jobs: Mapping[str, tuple[Callable[[Any], Any], Config]]) -> Non
                 process.join(PATIENCE)
                 process.kill()
                 process.join()
+
+
+def share_of_threads(jobs: int) -> int:
+    """The threads of torch that each of so many jobs at the same time may have."""
+    return max(1, torch.get_num_threads() // jobs)
+
+
+@contextmanager
+def few_threads(jobs: int) -> Iterator[None]:
+    """Context: as many threads as one of so many jobs would have; small models mostly wait with more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(share_of_threads(jobs))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
@@ -134,6 +150,7 @@ def _watch(running: Mapping[str, tuple[BaseProcess, Connection]]) -> None:
     with Progress(*columns, console=console, disable=not shows_bars()) as progress:
         bars = {name: progress.add_task(name, total=None) for name in running}
         shown, results = {}, {}  # what each bar is of; the last word of each job
+        lines: dict[str, PlainProgress] = {}  # where there are no bars
         width = max(map(len, running)) + 2
         while bars:
             time.sleep(SECONDS)
@@ -148,10 +165,14 @@ def _watch(running: Mapping[str, tuple[BaseProcess, Connection]]) -> None:
                         if shown.get(name) != what:
                             text = f"{name}: {printable(what.rpartition('/')[2])}"
                             progress.reset(bars[name], total=total, description=f"{text:<32}")
+                            lines[name] = PlainProgress(text, done)
                         shown[name] = what
                         progress.update(bars[name], completed=done, total=total)
+                        lines[name].done, lines[name].total = done, total or 0
                     else:
                         results[name] = kind, *said
+                if name in lines and not shows_bars():
+                    lines[name].look()
                 if code is not None:
                     _check(name, code, results.get(name, ("",)))
                     progress.update(bars.pop(name), visible=False)

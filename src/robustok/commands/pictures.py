@@ -58,7 +58,7 @@ def draw_samples(
     samples: str | Path,
     data: Data,
     extractor: ExtractorConfig,
-    count: int = 96,
+    count: int = 100,
 ) -> None:
     """Write the same samples before and after post-training, each with its distance to the nearest real image.
 

@@ -22,6 +22,7 @@ ORDER = ("held_out", "total", "pixel", "perceptual", "adversarial", "codebook", 
 NO_CURVE = {"step", "seconds", "time", "seed"}
 POINTS = 250  # of a curve
 MARKED = 25  # points up to which each is marked
+SMALL = 96  # CSS pixels that small images are wide: ten in a row, so that of ten classes each has a column
 RANKED = 8  # images shown as most improved, and as most worsened
 
 
@@ -76,13 +77,13 @@ def slider(images: BeforeAfter, budget: int) -> Slider:
     amplified, factor = amplified_difference(layers["before"], layers["after"])
     layers[f"difference × {factor}"] = amplified
     names = {i: joined([f"image {i}", images.labels[i]]) for i in chosen}
-    scale = max(1, round(64 / width))  # small images appear about 64 wide
+    tile_scale, strip_scale = (max(1, round(wide / width)) for wide in (SMALL, 64))
 
     def strip(i: int) -> Picture:
         pixels = np.concatenate([layer[chosen.index(i)] for layer in layers.values()], axis=1)
         scores = f"{decimal(images.score_before[i], 3)} → {decimal(images.score_after[i], 3)}"
         caption = joined([images.labels[i], scores if math.isfinite(change[i]) else ""], ": ")
-        return Picture(png(pixels), f"{names[i]}: {', '.join(layers)}", pixels.shape[1] * scale, caption)
+        return Picture(png(pixels), f"{names[i]}: {', '.join(layers)}", pixels.shape[1] * strip_scale, caption)
 
     strips = {
         "Most improved": [i for i in order[:RANKED] if change[i] < 0 and i in names],
@@ -95,7 +96,7 @@ def slider(images: BeforeAfter, budget: int) -> Slider:
         note += f" of {len(order)} images."
 
     def tile(k: int, layer: str) -> Picture:
-        return Picture(png(layers[layer][k]), f"{names[chosen[k]]}, {layer}", width * scale)
+        return Picture(png(layers[layer][k]), f"{names[chosen[k]]}, {layer}", width * tile_scale)
 
     tiles = tuple((tile(k, "before"), tile(k, "after")) for k in range(shown))
     strips = strips if any(strips.values()) else {"Side by side": chosen[:12]}

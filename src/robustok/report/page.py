@@ -21,20 +21,26 @@ PIXELS = 2_000_000  # of all images together: keeps the page at a few MB
 LISTED = 2000  # lines of metrics.jsonl that are shown as they are
 
 
-def write_report(folder: str | Path, out: str | Path | None = None, title: str | None = None) -> Path:
+def write_report(folder: str | Path, out: str | Path | None = None, title: str | None = None, refresh: int = 0) -> Path:
     """Collect the runs under ``folder`` and write the page, by default to ``folder/report.html``.
+
+    Args:
+        folder: a run folder, or a folder of run folders.
+        out: the page.
+        title: of the page; None is the folder's name.
+        refresh: seconds after which the open page loads itself again; 0 is never.
 
     Raises:
         UserError: the folder is missing or holds no run; the page cannot be written.
     """
-    page = render(collect(folder, title))
+    page = render(collect(folder, title), refresh)
     out = Path(folder) / "report.html" if out is None else Path(out)
     write_file(out, page, shared=True)
     return out
 
 
-def render(report: Report) -> str:
-    """The page as text. Jinja2 escapes all that comes from files."""
+def render(report: Report, refresh: int = 0) -> str:
+    """The page as text; ``refresh`` as for :func:`write_report`. Jinja2 escapes all that comes from files."""
     templates = Environment(
         loader=PackageLoader("robustok.report"),
         autoescape=True,
@@ -55,6 +61,7 @@ def render(report: Report) -> str:
     listed = report.results[:LISTED]
     return templates.get_template("page.html").render(
         report=report,
+        refresh=refresh,
         style=Markup(style),
         script=Markup(script),
         policy=f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'",
