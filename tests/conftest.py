@@ -55,6 +55,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 # Files that `make quick` leaves out: those that take more than about 4 s of CPU time, fixtures included.
 SLOW = {
+    "commands/test_app.py",
     "commands/test_candidates.py",
     "commands/test_demo.py",
     "commands/test_evaluate.py",

@@ -40,11 +40,13 @@ class Command:
         help: one line.
         source: module and function, ``module:function``.
         config: class of the configuration, in the same module.
+        first: a setting that a word without = sets, if it is the first: `robustok app runs` is `path=runs`.
     """
 
     help: str
     source: str
     config: str
+    first: str = ""
 
     def load(self) -> tuple[Any, Any]:
         """The function, which takes the configuration and returns the result, and the configuration class."""
@@ -77,6 +79,7 @@ COMMANDS = {
     ),
     "evaluate": Command("measure rFID, pFID, gFID and others", "commands.evaluate:evaluate", "EvaluateRun"),
     "report": Command("make one HTML page of run folders", "commands.report:report", "ReportRun"),
+    "app": Command("look at decoders before and after, in a browser", "commands.app:app", "AppRun", first="path"),
     "convert": Command("convert pretrained weights to our layout, and back", "commands.convert:convert", "ConvertRun"),
     "convert-latents": Command(
         "convert latents of other projects, and back", "commands.convert_latents:convert_latents", "ConvertLatentsRun"
@@ -208,6 +211,8 @@ def _run(name: str, words: list[str], dry_run: bool, as_json: bool) -> int:
     from robustok.errors import UserError
 
     files = list(takewhile(_is_file, words))
+    if (key := COMMANDS[name].first) and words and "=" not in words[0] and not files:
+        words = [f"{key}={words[0]}", *words[1:]]
     try:
         ignore_leftovers()
         function, config = COMMANDS[name].load()
