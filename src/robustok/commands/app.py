@@ -126,7 +126,7 @@ class Viewer:
         with self._lock:
             opened = self.open(name)
             count = count or (1 if opened.original.image_size >= LARGE else 16)
-            latents = self.latents(name, label, int(seed), float(sigma), int(count)).to(self.device)
+            latents = self.latents(name, label or "", int(seed or 0), float(sigma), int(count)).to(self.device)
             opened.mixed.load_state_dict(opened.original.state_dict())
             apply_delta(opened.mixed, opened.delta, strength)
             before, after = (to_pixels(t.decode(latents)).cpu() for t in (opened.original, opened.mixed))
