@@ -1,12 +1,13 @@
 # make demo    train, post-train and evaluate on handwritten digits, with a report
 # make quick   lint and the fast tests, one to two minutes, for daily work
 # make test    lint and all tests
+# make docs    the documentation as a site, build/site/index.html; a broken link is an error
 # make clean   remove everything that these make
 
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo quick test lint clean
+.PHONY: demo quick test lint docs clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/robustok demo
@@ -21,6 +22,9 @@ lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+docs: $(VENV)/installed-dev
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
 
 # These stamps are older than pyproject.toml or constraints.txt when packages have to be installed again.
 $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python

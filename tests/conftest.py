@@ -55,6 +55,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 # Files that `make quick` leaves out: those that take more than about 4 s of CPU time, fixtures included.
 SLOW = {
+    "commands/test_app.py",
     "commands/test_candidates.py",
     "commands/test_demo.py",
     "commands/test_evaluate.py",
@@ -78,9 +79,11 @@ SLOW = {
     "test_backbones.py",
     "test_bad_input.py",
     "test_contributing.py",
+    "test_docs.py",
     "test_gpu_benchmark.py",
     "test_install.py",
     "test_recipes.py",
+    "test_tutorial.py",
     "tokenizers/test_deltas.py",
     "training/test_authors.py",
     "training/test_decoder_training.py",

@@ -45,7 +45,15 @@ APART = {
 WITH_PROCESSES = {"devices", "commands", "training"}  # may import accelerate
 WITHOUT_TORCH = {"report", "cli", "errors", "__init__", "__main__"}
 HEAVY = {"torch", "torchvision", "timm", "accelerate"}
-OPTIONAL = {"lpips", "torch_fidelity", "diffusers", "sklearn", "pyarrow", "tensorboard"}  # imported where they are used
+OPTIONAL = {
+    "lpips",
+    "torch_fidelity",
+    "diffusers",
+    "sklearn",
+    "pyarrow",
+    "tensorboard",
+    "gradio",
+}  # imported where they are used
 
 
 def problems(source: Path) -> list[str]:

@@ -80,6 +80,7 @@ COMMANDS = {
     "evaluate": Command("measure rFID, pFID, gFID and others", "commands.evaluate:evaluate", "EvaluateRun"),
     "push": Command("upload a snapshot to the Hugging Face Hub", "commands.push:push", "PushRun", ("path", "to")),
     "report": Command("make one HTML page of run folders", "commands.report:report", "ReportRun"),
+    "app": Command("look at decoders before and after, in a browser", "commands.app:app", "AppRun", ("path",)),
     "convert": Command("convert pretrained weights to our layout, and back", "commands.convert:convert", "ConvertRun"),
     "convert-latents": Command(
         "convert latents of other projects, and back", "commands.convert_latents:convert_latents", "ConvertLatentsRun"

@@ -17,8 +17,10 @@ from safetensors.torch import load_file
 import robustok
 import tiny
 from robustok.cli import main
+from robustok.commands.app import Viewer
 from robustok.data.captions import caption_digest
 from robustok.data.latent_cache import LatentCache
+from robustok.errors import UserError
 from robustok.generators.pipeline import PipelineGenerator
 from robustok.randomness import image_rngs
 
@@ -127,6 +129,17 @@ def test_one_command_turns_a_pipeline_into_one_with_another_decoder(tmp_path, gi
     assert not [path for path in texts if SECRET in path.read_text()]
     assert SECRET not in printed
     assert len(list((post / "generator" / "prompts").glob("*.safetensors"))) == 4  # three, and the empty one
+
+    # The app samples the prompts of the run and any other, and mixes with the photographs of the former.
+    viewer = Viewer(post)
+    views = {
+        (prompt, sigma): viewer.show("post", prompt, 0, sigma, 1.0)
+        for prompt, sigma in ((f"{SECRET} a", 0.0), (f"{SECRET} a", 0.5), ("another", 0.0))
+    }
+    assert len({view.before.tobytes() for view in views.values()}) == 3
+    assert all(view.difference.max() == 255 for view in views.values())
+    with pytest.raises(UserError, match="no latents of real images of 'another'"):
+        viewer.show("post", "another", 0, 0.5, 1.0)
 
     # What a run needs can be asked for before.
     assert main(["post-train", f"out={tmp_path / 'dry'}", *WORDS, *words, "--dry-run", "--json"]) == 0
