@@ -127,7 +127,7 @@ def measure(name: str, batches: Iterator, workers: int) -> None:
 
 
 def compare_tar(files: list[Path], data: ImageDataset, path: Path) -> None:
-    """The same batches of the folder and of a tar file, in turn: the ratio of the CPU times, and of reading alone."""
+    """Time the same batches of the folder and of a tar file in turn: ratios with decoding, and of reading alone."""
     with tarfile.open(path, "w") as archive:
         for file in files:
             archive.add(file, file.name)
