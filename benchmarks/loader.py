@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from robustok.data.crops import center_crop
-from robustok.data.dataset import Augmentation, open_images
+from robustok.data.dataset import Augmentation, ImageDataset, open_images
 from robustok.data.latent_cache import LatentCache, create_cache, training_latents, write_shard
 from robustok.data.loader import ahead, training_batches, training_draw
 from robustok.data.manifest import Manifest

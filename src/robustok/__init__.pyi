@@ -7,7 +7,9 @@ from robustok.commands.evaluate import evaluate
 from robustok.commands.generate import GenerateRun, generate
 from robustok.commands.make_delta import MakeDeltaRun, make_delta
 from robustok.commands.make_pairs import MakePairsRun, make_pairs
-from robustok.commands.post_train import PostTrainRun, post_train
+from robustok.commands.post_train import post_train
+from robustok.commands.post_train_settings import PostTrainRun
+from robustok.commands.push import PushRun, push, push_to_hub
 from robustok.config import load as load_config
 from robustok.data.dataset import open_images
 from robustok.data.pixels import from_pixels, to_pixels
@@ -37,6 +39,7 @@ __all__ = [
     "MakeDeltaRun",
     "MakePairsRun",
     "PostTrainRun",
+    "PushRun",
     "Sampling",
     "TokenizerTrainingRun",
     "UserError",
@@ -64,6 +67,8 @@ __all__ = [
     "open_images",
     "perturb",
     "post_train",
+    "push",
+    "push_to_hub",
     "to_pixels",
     "train_generator",
     "train_tokenizer",
