@@ -25,14 +25,14 @@ from robustok.randomness import image_rngs, image_uniforms
 from timing import arguments, measure
 
 SAMPLING = Sampling(guidance_scale=6.0, guidance_power=1.15, temperature=1.02)
-TOKENS, CODES, CLASSES = 256, 4096, 1000
+CODES, CLASSES = 4096, 1000
 POSITION_ROWS, TIMESTEP_ROWS = 1280, 356  # of the published checkpoints
 
 
-def build(size: str, depth: int | None = None) -> RAR:
+def build(size: str, tokens: int = 256, depth: int | None = None) -> RAR:
     torch.manual_seed(0)
     changes = {"position_rows": POSITION_ROWS, "timestep_rows": TIMESTEP_ROWS, "depth": depth or RAR_SIZES[size].depth}
-    model = RAR(RAR_SIZES[size].model_copy(update=changes), CODES, TOKENS, CLASSES).eval().requires_grad_(False)
+    model = RAR(RAR_SIZES[size].model_copy(update=changes), CODES, tokens, CLASSES).eval().requires_grad_(False)
     for block in (*model.blocks, model.adaln_before_head):  # a new model's blocks are identities, which hides errors
         torch.nn.init.normal_(block.adaLN_modulation[1].weight, std=0.02)
     return model
@@ -70,8 +70,8 @@ def plain_sampler(model: RAR, labels: Tensor, choose) -> None:
     both = torch.cat([labels, torch.full_like(labels, model.null_label)])  # (2N,)
     caches = [GrowingCache() for _ in model.blocks]
     tokens = torch.empty(count, 0, dtype=torch.int64, device=device)
-    orders = torch.arange(TOKENS, device=device).repeat(2 * count, 1)
-    for step, scale in enumerate(guidance_scales(TOKENS, SAMPLING).tolist()):
+    orders = torch.arange(model.length, device=device).repeat(2 * count, 1)
+    for step, scale in enumerate(guidance_scales(model.length, SAMPLING).tolist()):
         condition = model.embeddings(both + CODES + 1)[:, None]
         x = torch.cat([model.cls_token.expand(2 * count, -1, -1), condition, model.embeddings(tokens.repeat(2, 1))], 1)
         positions, targets = (t.repeat(2 * count, 1, 1) for t in (model.pos_embed, model.target_aware_pos_embed))
@@ -91,11 +91,11 @@ def plain_sampler(model: RAR, labels: Tensor, choose) -> None:
         tokens = torch.cat([tokens, choose(step, guide(logits[:count], logits[count:], scale))[:, None]], 1)
 
 
-def draws(images: int, device: str):
+def draws(images: int, length: int, device: str):
     """A ``choose`` that draws as ``RAR.generate`` does."""
     rngs = image_rngs(0, range(images))
-    image_uniforms(rngs, TOKENS)  # RAR.generate first draws the random numbers of the mixture
-    uniforms = image_uniforms(rngs, TOKENS).to(device)
+    image_uniforms(rngs, length)  # RAR.generate first draws the random numbers of the mixture
+    uniforms = image_uniforms(rngs, length).to(device)
     return lambda step, logits: draw_tokens(logits, uniforms[:, step], SAMPLING)
 
 
@@ -108,6 +108,7 @@ def main() -> None:
     words = arguments(__doc__)
     words.add_argument("--size", choices=list(RAR_SIZES), default="b")
     words.add_argument("--depth", type=int, help="blocks, if not those of the size")
+    words.add_argument("--tokens", type=int, default=256)
     words.add_argument("--images", type=int, default=8)
     words.add_argument("--precision", choices=["float32", "bf16"], default="float32")
     words.add_argument("--compile", action="store_true", help="compile our sampling step")
@@ -115,12 +116,12 @@ def main() -> None:
     words.add_argument("--threads", type=int, default=torch.get_num_threads())
     given = words.parse_args()
     torch.set_num_threads(given.threads)
-    device, count, model = given.device, given.images, build(given.size, given.depth).to(given.device)
+    device, count, model = given.device, given.images, build(given.size, given.tokens, given.depth).to(given.device)
     ours_model = cast_weights(copy.deepcopy(model), given.precision)  # as the commands do it
     labels = torch.arange(count) * 37 % CLASSES
     there = labels.to(device)
     with torch.autocast(device, torch.bfloat16, enabled=given.precision == "bf16"):
-        tokens = torch.randint(CODES, (count, TOKENS), generator=torch.Generator().manual_seed(1)).to(device)
+        tokens = torch.randint(CODES, (count, model.length), generator=torch.Generator().manual_seed(1)).to(device)
         ours, plain = ours_model.cached_logits(tokens, labels, SAMPLING), []
         plain_sampler(model, there, forced(tokens, plain))
         apart = (ours - torch.stack(plain, 1)).abs().max().item()
@@ -129,20 +130,22 @@ def main() -> None:
             ours_model.compile_sampling()
         samplers = {
             "ours": lambda: ours_model.generate(labels, SAMPLING, image_rngs(0, range(count))),
-            "plain": lambda: plain_sampler(model, there, draws(count, device)),
+            "plain": lambda: plain_sampler(model, there, draws(count, model.length, device)),
         }
         if given.compile or device == "cuda":
             for _ in range(2):  # compiles, records a CUDA graph
                 samplers["ours"]()
-        pairs = [{name: measure(sample, device)[1] for name, sample in samplers.items()} for _ in range(given.runs)]
-    print(
-        f"RAR-{given.size.upper()}, {len(model.blocks)} blocks, {count} images of {TOKENS} tokens, guided, "
-        f"{given.precision}, {device}, {given.threads} threads"
-    )
-    for pair in pairs:
-        print("   ".join(f"{name} {cost.seconds:.2f} s, peak {cost.peak:.1f} GB" for name, cost in pair.items()))
+        print(
+            f"RAR-{given.size.upper()}, {len(model.blocks)} blocks, {count} images of {model.length} tokens, guided, "
+            f"{given.precision}, {device}, {given.threads} threads"
+        )
+        print(f"guided logits differ by at most {apart:.1e}", flush=True)
+        pairs = []
+        for _ in range(given.runs):
+            pairs.append({name: measure(sample, device)[1] for name, sample in samplers.items()})
+            costs = (f"{name} {cost.seconds:.2f} s, peak {cost.peak:.1f} GB" for name, cost in pairs[-1].items())
+            print("   ".join(costs), flush=True)
     ratios = [pair["plain"].seconds / pair["ours"].seconds for pair in pairs]
-    print(f"guided logits differ by at most {apart:.1e}")
     print(f"ratios {', '.join(f'{r:.2f}' for r in ratios)}; median {statistics.median(ratios):.2f} (goal >= 3)")
 
 
