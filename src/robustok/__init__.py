@@ -40,7 +40,7 @@ _SOURCES = {
     "make_pairs": "robustok.commands.make_pairs",
     "MakePairsRun": "robustok.commands.make_pairs",
     "post_train": "robustok.commands.post_train",
-    "PostTrainRun": "robustok.commands.post_train",
+    "PostTrainRun": "robustok.commands.post_train_settings",
     "make_delta": "robustok.commands.make_delta",
     "MakeDeltaRun": "robustok.commands.make_delta",
     "evaluate": "robustok.commands.evaluate",

@@ -7,7 +7,8 @@ from robustok.commands.evaluate import evaluate
 from robustok.commands.generate import GenerateRun, generate
 from robustok.commands.make_delta import MakeDeltaRun, make_delta
 from robustok.commands.make_pairs import MakePairsRun, make_pairs
-from robustok.commands.post_train import PostTrainRun, post_train
+from robustok.commands.post_train import post_train
+from robustok.commands.post_train_settings import PostTrainRun
 from robustok.config import load as load_config
 from robustok.data.dataset import open_images
 from robustok.data.pixels import from_pixels, to_pixels
