@@ -53,6 +53,7 @@ RECIPES: dict[type[Config], str] = {
     PostTrainRun: "post.yaml",
 }
 TIMES = ("steps", "warmup_steps", "start", "anneal_start", "anneal_end")  # settings in steps
+SHORT = {"out": "runs/demo", "recipes": "demo", "metrics": ["rfid", "psnr", "pfid", "gfid"]}  # where null
 FULL = {
     "out": "runs/demo-full",
     "recipes": "digits",
@@ -69,12 +70,13 @@ class DemoRun(Config):
         description="the longer run of docs/results/digits.md: recipes=digits, all metrics, out=runs/demo-full; "
         "robustok demo --full",
     )
-    out: Path = Field(Path("runs/demo"), description="run folder")
+    out: Path | None = Field(None, description="run folder; null: runs/demo, full: runs/demo-full")
     seeds: list[Annotated[int, Field(ge=0)]] = Field(
         [0], min_length=1, description="seeds; all stages run once for each"
     )
-    recipes: Path = Field(
-        Path("demo"), description="folder with classifier.yaml, tokenizer.yaml, generator.yaml and post.yaml"
+    recipes: Path | None = Field(
+        None,
+        description="folder with classifier.yaml, tokenizer.yaml, generator.yaml, post.yaml; null: demo, full: digits",
     )
     data: Data = Field(Digits(), description="labelled images")
     sigma: float = Field(0.7, ge=0, lt=1, description="sigma of the pairs; 1 is the control")
@@ -82,7 +84,9 @@ class DemoRun(Config):
     samples: int = Field(1348, ge=20, description="samples in a set; the default is the number of training digits")
     grid: PerturbedGrid = Field(RelativeGrid(), description="cells of pFID")
     perturbation_seeds: int = Field(2, ge=1, le=1000, description="repetitions of pFID, for its standard error")
-    metrics: MetricNames = Field(["rfid", "psnr", "pfid", "gfid"], description="what is measured")
+    metrics: MetricNames | None = Field(
+        None, description="what is measured; null: rfid, psnr, pfid and gfid, full: codebook, kid and gap too"
+    )
     scale: float = Field(
         1.0,
         gt=0,
@@ -92,8 +96,11 @@ class DemoRun(Config):
     @model_validator(mode="before")
     @classmethod
     def _full(cls, settings: Any) -> Any:
-        full = isinstance(settings, dict) and settings.get("full") is True
-        return FULL | settings if full else settings
+        if not isinstance(settings, dict):
+            return settings
+        full = str(settings.get("full")).lower() in ("true", "yes", "on", "1")  # words are not typed yet
+        chosen = FULL if full else SHORT
+        return settings | {key: value for key, value in chosen.items() if settings.get(key) is None}
 
     @model_validator(mode="after")
     def _seeds_differ(self) -> "DemoRun":
