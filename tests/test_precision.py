@@ -115,9 +115,7 @@ def test_weights_of_a_tokenizer_rounded_once_change_nothing_under_autocast(name)
     with at_precision(CPU, "bf16"):
         latents = model.encode(images)
         assert torch.equal(rounded.encode(images), latents)
-        decoded, expected = rounded.decode(latents), model.decode(latents)
-    # Convolutions on a CPU may choose another order of additions where no cast comes before.
-    assert (decoded - expected).abs().max() <= 0.02 * expected.abs().max()
+        assert torch.equal(rounded.decode(latents), model.decode(latents))
     if model.kind == "discrete":
         assert rounded.codebook.dtype == torch.float32
     assert cast_weights(model, "tf32").state_dict().keys() == rounded.state_dict().keys()

@@ -128,6 +128,6 @@ def nearest_code(features: Tensor, codebook: Tensor) -> Tensor:
     """
     flat = features.reshape(-1, features.shape[-1])
     squares = codebook.square().sum(1)  # (K,)
-    with exact_float32(features.device):  # TF32 would change a code in a hundred
+    with exact_float32(features.device):  # TF32 keeps 10 bits of a distance
         chunks = [torch.addmm(squares, chunk, codebook.T, alpha=-2).argmin(1) for chunk in flat.split(16384)]
     return torch.cat(chunks).reshape(features.shape[:-1])
