@@ -28,7 +28,7 @@ from robustok.runs import RunFolder
 from robustok.tokenizers import encoder_digest, load_tokenizer
 from robustok.training import decoder, finite
 from robustok.training.decoder import train_decoder
-from robustok.training.generator import train_generator
+from robustok.training.generator import GeneratorTrainingRun, train_generator
 from robustok.training.tokenizer import TokenizerTrainingRun, train_tokenizer
 from waiting_copies import Copies
 
@@ -88,6 +88,8 @@ def trainings(home, out):
     kl = (*tiny.DATA, *tiny.TRAINING, f"tokenizer={json.dumps(KL)}", *tiny.ADVERSARY, *perceptual, "latent_noise=0.5")
     main = lambda *words: tiny.main_run(out, *terms, *QUIET, *words)  # noqa: E731
     generator = lambda cache, name: tiny.generator_run(out, home / cache, *QUIET, f"generator.name={name}")  # noqa: E731
+    blocks = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "patch_size": 1}
+    dit = (f"latents={home / 'continuous'}", f"generator={json.dumps({'name': 'dit', 'settings': blocks})}")
     post = lambda *words: tiny.post_run(out, home / "tokenizer", home / "pairs", *adversary, *QUIET, *words)  # noqa: E731
     return {
         "tokenizer": (train_tokenizer, main("tracker=tensorboard")),
@@ -102,6 +104,7 @@ def trainings(home, out):
         "gpt": (train_generator, generator("pairs", "gpt")),
         "sit": (train_generator, generator("continuous", "sit")),
         "lightningdit": (train_generator, generator("continuous", "lightningdit")),
+        "dit": (train_generator, load(GeneratorTrainingRun, None, (*dit, *tiny.TRAINING, *QUIET, f"out={out}"))),
         "post-training": (train_decoder, post()),
         "post-training as in the authors' code": (train_decoder, post("trainable=authors", *teacher)),
     }

@@ -42,6 +42,7 @@ class DiT(ContinuousGenerator):
 
     Attributes:
         bars: the alpha bar of every timestep and 1 for clean latents: (T + 1,) float64 on the CPU.
+        bars_here: the same on the model's device, for training.
 
     Raises:
         UserError: L is no square number or not divisible into patches, the settings say otherwise, or diffusers is not
@@ -80,6 +81,7 @@ class DiT(ContinuousGenerator):
             block.norm1.emb.class_embedder.dropout_prob = 0.0  # training drops labels itself, from a seed of each step
         with torch.device("cpu"):
             self.bars = alpha_bars(config.timesteps, config.beta_start, config.beta_end, config.beta_schedule)
+            self.register_buffer("bars_here", self.bars.clone(), persistent=False)
 
     @property
     def learned_variance(self) -> bool:
@@ -119,7 +121,7 @@ class DiT(ContinuousGenerator):
             Predicted and true noise (N, L, D).
         """
         timesteps = (noise_levels * self.config.timesteps).long().clamp(max=self.config.timesteps - 1)  # (N,)
-        bars = self.bars.to(latents.device)[timesteps][:, None, None]  # (N, 1, 1)
+        bars = self.bars_here[timesteps][:, None, None]  # (N, 1, 1)
         noised = add_noise(self.normalise(latents), noise.double(), bars)  # (N, L, D)
         prediction = self.predict(noised, timesteps, labels)[..., : self.latent_shape[1]]
         return GeneratorOutput(prediction=prediction, targets=noise.to(self.dtype))
