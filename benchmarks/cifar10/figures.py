@@ -262,7 +262,7 @@ def draw_pipelines(out: Path) -> None:
     text = pair_table(out, pipelines.PAIR)
     (out / "pipelines.md").write_text(text + "\n")
     print(text)
-    shown = ("clean", "paired-0.7", "paired-0.5", "free")
+    shown = ("clean", "noise", "paired-0.7", "free")
     decoders = {"before": out / pipelines.PARTS["tokenizer"]}
     decoders |= {name: out / "pipeline" / f"post-{name}" for name in shown}
     figure, axes = plt.subplots(2, 1, figsize=(11, 8.5))

@@ -13,7 +13,7 @@ from post_training import Pair
 STEPS, BATCH = 30, 32
 SETS, SAMPLES = (1, 2), 250  # seeds of the reported samples, and how many in a set
 IMAGES, TESTS = 3_000, 500  # training images, for pairs and as the reference of gFD; test images to reconstruct
-SIGMAS = (0.9, 0.7, 0.5)  # the first one's job also reads the pipeline and encodes images; "clean" is sigma = 1
+SIGMAS = (0.9, 0.7)  # the first one's job also reads the pipeline and encodes images; "clean" is sigma = 1
 SAMPLING = ("name=pipeline", "steps=10", "guidance_scale=2")
 PAIR = Pair("pipeline", "", "", SIGMAS)
 FIRST = f"pipeline/post-paired-{SIGMAS[0]:g}"
