@@ -8,7 +8,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 BESIDE = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
-BESIDE |= {name: name for name in ("LICENSE", "CITATION.cff")}
+BESIDE |= {name: name for name in ("LICENSE", "CITATION.cff", "Dockerfile")}
 LINK = re.compile(r"(?<=\]\()(?:\.\./|docs/)([^)#\s]+)|(?<=\]\()(" + "|".join(map(re.escape, BESIDE)) + ")")
 
 

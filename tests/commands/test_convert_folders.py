@@ -249,7 +249,7 @@ def test_a_folder_comes_from_the_hub_with_no_more_of_it_than_needed(capsys, tmp_
     monkeypatch.delenv("HF_TOKEN", raising=False)
     words = ["family=diffusers", f"out={tmp_path}/snapshot", "weights=hf://facebook/DiT-XL-2-256@v1"]
     assert run(capsys, *words)[0] == 0
-    assert asked == [("facebook/DiT-XL-2-256", "v1", False)] * 2
+    assert asked == [("facebook/DiT-XL-2-256", "v1", None)] * 2
     assert sorted(str(file.relative_to(cache)) for file in cache.rglob("*.*")) == [
         "scheduler/scheduler_config.json",
         "transformer/config.json",
