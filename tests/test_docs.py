@@ -37,7 +37,7 @@ def test_the_site_is_built_without_a_warning(tmp_path):
 @pytest.mark.parametrize("link", ["nowhere.md", "commands.md#nowhere", "../NOWHERE.md"])
 def test_a_broken_link_is_an_error(link, tmp_path, caplog):
     exceptions = pytest.importorskip("mkdocs.exceptions", reason="needs the extra docs")
-    for name in ("docs", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "CITATION.cff"):
+    for name in ("docs", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "CITATION.cff", "Dockerfile"):
         copy = shutil.copytree if name == "docs" else shutil.copy
         copy(ROOT / name, tmp_path / name)
     with (tmp_path / "docs" / "faq.md").open("a") as file:

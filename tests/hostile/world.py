@@ -98,7 +98,7 @@ def build_world(folder: Path) -> list[Valid]:
         seconds = time.monotonic() - start
         found.append(Valid(tuple(line), seconds, result, values, _begun(folder, len(found))))
         remove(folder / "out")
-    assert {valid.command for valid in found} | {"app", "push"} == set(COMMANDS)  # app serves until it is ended, push uploads
+    assert {valid.command for valid in found} | {"app", "push"} == set(COMMANDS)  # one serves, one uploads
     return found
 
 
