@@ -69,7 +69,7 @@ CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f\u202e]")
 def choose(n: int, seed: int, base: Path, valid: list[Valid]) -> Try:
     """Try number ``n``, whose mutations are applied to the inputs in the working folder."""
     rng = random.Random(f"{seed}/{n}")
-    commands = [name for name in COMMANDS if name != "app"]
+    commands = [name for name in COMMANDS if name in {one.command for one in valid}]
     command = commands[n % len(commands)]
     line = rng.choice([v for v in valid if v.command == command])
     _copy_world(base, line.words)
