@@ -346,7 +346,7 @@ ESTIMATES: dict[type[Config], Callable[[Any], Estimates]] = {
 
 def _meta(build: Callable[[], nn.Module]) -> nn.Module:
     with torch.device("meta"):
-        return build()
+        return build().to("meta")  # with the tables that a model always makes on the CPU
 
 
 def _count(model: nn.Module, trainable: bool = False) -> int:
