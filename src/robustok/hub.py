@@ -6,7 +6,7 @@ The token is the one in the environment (HF_TOKEN), or that of the library's own
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -125,17 +125,10 @@ def upload(repository: str, files: Mapping[str, Path | bytes], private: bool, me
     from huggingface_hub import CommitOperationAdd, HfApi
 
     check_upload(repository)
-    _quiet()
-    try:
+    with _reporting(f"upload to {repository}", "check name and network, and that the token may write there"):
         api = HfApi()
         url = api.create_repo(repository, private=private, exist_ok=True)
         api.create_commit(repository, [CommitOperationAdd(*file) for file in files.items()], commit_message=message)
-    except Exception as error:  # of many types
-        reason = _first_sentence(error)
-        raise UserError(
-            f"cannot upload to {repository} ({type(error).__name__}: {reason}); check name and network, and that "
-            "the token may write there"
-        ) from None
     return str(url)
 
 
@@ -166,14 +159,15 @@ def _first_sentence(error: Exception) -> str:
 
 
 @contextmanager
-def _downloading(what: str) -> Iterator[None]:
-    """Context in which every failure of a download becomes a UserError."""
+def _reporting(doing: str, advice: str) -> Iterator[None]:
+    """Context in which every failure of huggingface_hub becomes a UserError."""
     _quiet()
     try:
         yield
     except Exception as error:  # of many types
         reason = _first_sentence(error)
-        raise UserError(
-            f"cannot download {what} ({type(error).__name__}: {reason}); "
-            "check address and network, or download it yourself and give its path"
-        ) from None
+        raise UserError(f"cannot {doing} ({type(error).__name__}: {reason}); {advice}") from None
+
+
+def _downloading(what: str) -> AbstractContextManager[None]:
+    return _reporting(f"download {what}", "check address and network, or download it yourself and give its path")

@@ -103,11 +103,7 @@ class HeldOutScore:
     @torch.no_grad()
     def __call__(self, decode: Callable[[Tensor], Tensor]) -> list[float]:
         """The distance of each set, decoded by ``decode``, a function of latents; the same in every process."""
-
-        def images(part: Tensor) -> Tensor:
-            with exact_float32(self._device):  # whatever the training's precision is
-                return to_pixels(decode(part.to(self._device)))
-
+        images = lambda part: _pixels(decode, part, self._device)  # noqa: E731
         statistics = (decoded_statistics(latents, images, self._extract, self._batch) for latents in self._sets)
         found = (part.summed(self._processes) for part in statistics)
         real = self._real = self._real or self._make_real()  # when the first score needs them
@@ -166,8 +162,7 @@ class ReconstructionScore:
         statistics = None if self._extract is None else GaussianStatistics(self._extract.dim)
         pairs: dict[str, list[Tensor]] = {"psnr": []} | ({} if self._lpips is None else {"lpips_alex": []})
         for real, latents in self._batches:
-            with exact_float32(self._device):
-                pixels = to_pixels(decode(latents.to(self._device)))
+            pixels = _pixels(decode, latents, self._device)
             if statistics is not None:
                 statistics.update(self._extract(pixels).cpu())
             pairs["psnr"].append(capped_psnr(pixels.cpu(), real))
@@ -221,6 +216,12 @@ def held_out_images(data: Data, image_size: int) -> ImageDataset:
             "max_reconstruction_loss"
         )
     return images
+
+
+def _pixels(decode: Callable[[Tensor], Tensor], latents: Tensor, device: torch.device) -> Tensor:
+    """Decoded latents as pixels (N, 3, H, W), exact whatever the training's precision is."""
+    with exact_float32(device):
+        return to_pixels(decode(latents.to(device)))
 
 
 def batch_of(shape: tuple[int, int]) -> int:
