@@ -66,7 +66,7 @@ FRESH = ("teacher.name=none", "adversarial.learning_rate=1e-3", "discriminator={
 DISCRETE = ("tokenizer.image_size=16", *_halves(CONV), *CODEBOOK)
 GIGATOK = ("tokenizer.name=gigatok", "tokenizer.z_channels=8", f"tokenizer.latents={LENGTH}")
 GIGATOK = (*GIGATOK, *_small("tokenizer.grid_to_row", VIT), *_small("tokenizer.row_to_grid", VIT))
-DIFFUSERS = {"block_out_channels": [8, 16], "latent_channels": 4, "norm_num_groups": 4, "layers_per_block": 1}
+DIFFUSERS = {"block_out_channels": [8, 8], "latent_channels": 4, "norm_num_groups": 4, "layers_per_block": 1}
 DIFFUSERS |= {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
 DIT = {"num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 16}
 

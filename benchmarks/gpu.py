@@ -66,6 +66,8 @@ from robustok.runs import RunFolder
 from robustok.snapshots import write_snapshot
 from robustok.tokenizers import encoder_digest
 from robustok.tokenizers import robustok as robustok_tokenizer
+from robustok.tokenizers.diffusers import DiffusersConfig, DiffusersKL
+from robustok.tokenizers.llamagen import LlamaGen, LlamaGenConfig
 from robustok.tokenizers.robustok import RobusTok
 from robustok.training import decoder, generator, tokenizer
 from robustok.training.finite import FiniteCheck
@@ -73,6 +75,13 @@ from robustok.training.finite import FiniteCheck
 SAMPLING = Sampling(guidance_scale=6.0, guidance_power=1.15, temperature=1.02)  # RAR-B's
 POSITION_ROWS, TIMESTEP_ROWS = 1280, 356  # of the published checkpoints
 CLASSES = 1000
+STABLE_DIFFUSION = {  # its AutoencoderKL
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
 TOKENIZER = "imagenet256/tokenizer.yaml"
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -97,6 +106,7 @@ class Sizes:
         photographs: number of synthetic JPEG files.
         steps: training steps that are timed, and those before them that are not.
         repeats: how often everything else is timed.
+        kl: settings of an AutoencoderKL, and the height and width of its images.
         matrix: height and width of the matrices whose product is timed.
         copied: bytes of the copy that is timed.
     """
@@ -109,9 +119,9 @@ class Sizes:
     adversary: tuple[str, ...] = ()
     generator: dict[str, tuple[str, ...]] = field(default_factory=lambda: {"b": (), "l": ()})
     batches: dict[str, int] = field(
-        default_factory=lambda: {"tokenizer": 128, "rar-b": 256, "rar-l": 128, "post": 128, "authors": 128}
+        default_factory=lambda: {"tokenizer": 128, "rar-b": 256, "rar-l": 128, "post": 128, "authors": 128, "kl": 8}
     )
-    fallbacks: tuple[int, ...] = (128, 96, 64, 48, 32)
+    fallbacks: tuple[int, ...] = (128, 96, 64, 48, 32, 4, 2, 1)
     rar: dict[str, Any] = field(default_factory=lambda: dict(RAR_SIZES))
     samples: tuple[int, ...] = (64, 256, 512)
     encoded: int = 256
@@ -120,6 +130,7 @@ class Sizes:
     repeats: int = 5
     matrix: int = 8192
     copied: int = 4 * 10**9
+    kl: tuple[dict[str, Any], int] = (STABLE_DIFFUSION, 512)
 
 
 def tiny_sizes() -> Sizes:
@@ -144,7 +155,7 @@ def tiny_sizes() -> Sizes:
         ),
         adversary=tuple(f"discriminator.{word}" for word in dino_words),
         generator={"b": generator, "l": generator},
-        batches=dict.fromkeys(("tokenizer", "rar-b", "rar-l", "post", "authors"), 4),
+        batches=dict.fromkeys(("tokenizer", "rar-b", "rar-l", "post", "authors", "kl"), 4),
         fallbacks=(2,),
         rar={size: RAR_SIZES["b"].model_copy(update=small) for size in ("b", "l")},
         samples=(2, 3),
@@ -154,6 +165,7 @@ def tiny_sizes() -> Sizes:
         repeats=1,
         matrix=64,
         copied=10**6,
+        kl=(STABLE_DIFFUSION | {"block_out_channels": [32] * 4}, 32),
     )
 
 
@@ -394,18 +406,16 @@ def short_training(bench: Bench, call: Callable[[], Any]) -> Iterator[None]:
 COMPILE = torch.compile
 
 
-def random_tokens(bench: Bench, folder: Path, count: int, space: str, data: str | None, **source: Any) -> Path:
-    """A cache of random tokens; ``space`` is the digest of their tokenizer."""
-    shape = (bench.sizes.tokens, bench.sizes.width)
-    create_cache(
-        folder,
-        Manifest("discrete", shape, bench.sizes.codes, CLASSES, count, count, space, data, source),
-    )
+def random_latents(
+    folder: Path, shape: tuple[int, int], codes: int | None, count: int, space: str, data: str | None, **source: Any
+) -> Path:
+    """A cache of random tokens, or vectors where ``codes`` is None; ``space`` is the digest of their tokenizer."""
+    kind = "continuous" if codes is None else "discrete"
+    create_cache(folder, Manifest(kind, shape, codes, CLASSES, count, count, space, data, source))
     rng, numbers = np.random.default_rng(0), np.arange(count)
-    tokens = rng.integers(0, bench.sizes.codes, (count, bench.sizes.tokens))
-    write_shard(
-        folder, 0, {"latents": tokens, "labels": numbers % CLASSES, "indices": numbers, "seeds": np.zeros_like(numbers)}
-    )
+    latents = rng.standard_normal((count, *shape)) if codes is None else rng.integers(0, codes, (count, shape[0]))
+    arrays = {"latents": latents, "labels": numbers % CLASSES, "indices": numbers, "seeds": np.zeros_like(numbers)}
+    write_shard(folder, 0, arrays)
     return folder
 
 
@@ -414,18 +424,21 @@ def training_run(bench: Bench, name: str, folder: Path, words: tuple[str, ...], 
     common = (f"out={folder / 'run'}", "log_every=100000", "snapshot_every=0", "learning_rate=1e-6", "warmup_steps=0")
     common = (*common, "min_learning_rate=0", "workers=0")
     if name.startswith(("rar", "gpt")):
-        cache = random_tokens(bench, folder / "latents", count, "random", None)
+        shape = (bench.sizes.tokens, bench.sizes.width)
+        cache = random_latents(folder / "latents", shape, bench.sizes.codes, count, "random", None)
         recipe = f"imagenet256/generator-{name[-1]}.yaml" if name.startswith("rar") else None
         rest = bench.sizes.generator[name[-1]] if recipe else ("generator={name: gpt, width: 32, depth: 1, heads: 2}",)
         run = load(generator.GeneratorTrainingRun, recipe, (*common, f"latents={cache}", "steps=100", *rest, *words))
         return generator.train_generator, run
 
+    kl = name.startswith("kl")
+    side = bench.sizes.side if not kl else bench.sizes.kl[1] * (2 if name == "kl-large" else 1)
     adversary = ("adversarial.start=0", "adversarial.warmup_steps=null", "adversarial.learning_rate=1e-6")
     adversary = (*adversary, f"reconstruction.perceptual_weights={bench.vgg()}", *bench.sizes.adversary)
     if name == "post-jpeg":
         images = (f"data={json.dumps(plain(data_at(bench.photographs())))}", "data.holdout=0")
     else:  # in memory, so that no image is decoded in a step
-        side, file = bench.sizes.side, folder / "images.npy"
+        file = folder / "images.npy"
         np.save(file, np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8))
         images = ("data.name=npz", f"data.path={file}", "data.holdout=0")
     common = (*common, *images, *adversary)
@@ -437,19 +450,26 @@ def training_run(bench: Bench, name: str, folder: Path, words: tuple[str, ...], 
 
     path = folder / "tokenizer"
     pretrain = load(tokenizer.TokenizerTrainingRun, TOKENIZER, (*images, *bench.sizes.tokenizer))
-    model = bench.once("tokenizer for post-training", lambda: RobusTok(pretrain.tokenizer))
-    space = bench.once("its latent space", lambda: encoder_digest(model))
-    header = {"kind": "tokenizer", "config": plain(pretrain.tokenizer), "latent_space": space}
+    model = bench.once(("tokenizer", kl, side), lambda: build_kl(bench, side) if kl else RobusTok(pretrain.tokenizer))
+    space = bench.once(("its latent space", kl, side), lambda: encoder_digest(model))
+    header = {"kind": "tokenizer", "config": plain(model.config), "latent_space": space}
     write_snapshot(path, header, model.state_dict(), {})
-    data = open_images(pretrain.data, bench.sizes.side)
-    count = min(count, len(data))
-    pairs = random_tokens(bench, folder / "pairs", count, space, data.fingerprint, mode="direct", sigma=0.7)
+    data = open_images(pretrain.data, side)
+    count, codes = min(count, len(data)), None if kl else bench.sizes.codes
+    source = {"mode": "direct", "sigma": 0.7}
+    pairs = random_latents(folder / "pairs", model.latent_shape, codes, count, space, data.fingerprint, **source)
     ours = (f"tokenizer={path}", f"pairs={pairs}", "steps=100")
     if name == "authors":
         teacher = [word for word in bench.sizes.tokenizer if word.startswith("teacher")]
         ours = (*ours, "trainable=authors", "teacher.name=timm", *teacher)
     run = load(decoder.DecoderTrainingRun, "imagenet256/post.yaml", (*common, *ours, *words))
     return decoder.train_decoder, run
+
+
+def build_kl(bench: Bench, side: int) -> DiffusersKL:
+    """An AutoencoderKL with random weights, for images of so many pixels a side."""
+    torch.manual_seed(0)
+    return DiffusersKL(DiffusersConfig(name="diffusers_kl", image_size=side, settings=bench.sizes.kl[0]))
 
 
 def timed_training(bench: Bench, name: str, batch: int, words: tuple[str, ...], compiling: bool) -> dict[str, Any]:
@@ -484,7 +504,7 @@ def timed_training(bench: Bench, name: str, batch: int, words: tuple[str, ...], 
 
 
 def largest_that_fits(bench: Bench, name: str, words: tuple[str, ...], compiling: bool) -> dict[str, Any]:
-    wanted = bench.sizes.batches[name.removesuffix("-jpeg")]
+    wanted = bench.sizes.batches[name.removesuffix("-jpeg").removesuffix("-large")]
     for batch in (wanted, *(b for b in bench.sizes.fallbacks if b < wanted)):
         try:
             return timed_training(bench, name, batch, words, compiling)
@@ -520,6 +540,61 @@ def training(bench: Bench) -> Cases:
 
     for name in ("float32", "tf32"):
         yield f"tokenizer/{name}", case("tokenizer", (f"precision={name}",))
+
+    crop = f"crop={{size: {bench.sizes.kl[1] * 3 // 4}, margin: {bench.sizes.kl[1] // 4}}}"  # half of it on each side
+    yield "kl/eager", case("kl")
+    yield "kl/compiled", case("kl", compiling=True)
+    yield "kl/checkpointing", case("kl", (*bf16, "gradient_checkpointing=true"))
+    if bench.cuda:  # bitsandbytes has kernels for GPUs
+        yield "kl/adamw8bit", case("kl", (*bf16, "optimizer=adamw8bit"))
+    yield "kl-large/eager", case("kl-large")
+    yield "kl-large/crop", case("kl-large", (*bf16, crop))
+
+
+# Convolutional autoencoders
+
+
+def convolutions(bench: Bench) -> Cases:
+    """Convolutional tokenizers with channels first (NCHW) and last (NHWC): VQ-16 and Stable Diffusion's autoencoder.
+
+    ``ms`` is a forward and backward pass of the decoder; ``difference`` that of its images to NCHW's in float32.
+    """
+
+    def measure(name: str, order: str, precision: Precision) -> dict[str, Any]:
+        bench.free()
+        torch.manual_seed(0)
+        if name == "kl":
+            model = build_kl(bench, bench.sizes.kl[1])
+        else:
+            small = {"width": 32} if bench.tiny else {}
+            model = LlamaGen(LlamaGenConfig(encoder=small, decoder=small, image_size=bench.sizes.side))
+        count = max(2, bench.sizes.encoded // (32 if name == "kl" else 8))
+        memory = torch.channels_last if order == "NHWC" else torch.contiguous_format
+        model = model.eval().requires_grad_(False).to(bench.device, memory_format=memory)
+        rng = torch.Generator().manual_seed(0)
+        images = (torch.rand(count, 3, model.image_size, model.image_size, generator=rng) * 2 - 1).to(bench.device)
+        found = {}
+
+        def passes() -> None:
+            found["images"] = model.decode(latents)
+            found["images"].float().square().mean().backward()
+
+        with at_precision(bench.device, precision):
+            encode = lambda: model.encode(images)  # noqa: E731
+            with torch.no_grad():
+                latents = bench.made.setdefault(("latents", name), encode())
+                row = {"batch": count, "encoded/s": count / bench.seconds(encode)}
+            for module in model.decoder_modules():
+                module.requires_grad_()
+            row["ms"] = 1e3 * bench.seconds(passes)
+        exact = bench.made.setdefault(("decoded", name), found["images"].detach().float())
+        row["difference"] = ((found["images"] - exact).abs().mean() / exact.abs().mean()).item()
+        return row | ({"peak GB": bench.peak_gb()} if bench.cuda else {})
+
+    for name in ("vq", "kl"):
+        for precision in ("float32", "tf32", "bf16"):
+            for order in ("NCHW", "NHWC"):
+                yield f"{name}/{precision}-{order}", partial(measure, name, order, precision)
 
 
 # Sampling
@@ -946,6 +1021,7 @@ PARTS: dict[str, Callable[[Bench], Cases]] = {
     "ceilings": ceilings,
     "waits": waits,
     "training": training,
+    "convolutions": convolutions,
     "sampler": sampler,
     "encoding": encoding,
     "inception": inception_features,

@@ -26,6 +26,7 @@ from robustok.metrics.features.inception import InceptionExtractor
 from robustok.metrics.frechet import GaussianStatistics, frechet_distance
 from robustok.metrics.kernel import kernel_distance
 from robustok.metrics.manifold import precision_recall
+from robustok.precision import exact_float32, use_precision
 from robustok.randomness import image_rngs, seed_step
 from robustok.runs import RunFolder
 from robustok.tokenizers import load_tokenizer
@@ -56,9 +57,10 @@ CONTINUOUS = [name for name in TINY_GENERATORS if name not in ("rar", "gpt")]
 
 
 @pytest.fixture(autouse=True)
-def exact(monkeypatch):
+def exact():
     """No TF32, so that the rounding is that of float32."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    with exact_float32(DEVICE):
+        yield
 
 
 def rng(seed=0):
@@ -458,11 +460,11 @@ def test_commands(tmp_path, pipeline):
     assert main(words("evaluate", pipeline, str(tmp_path / "evaluation"))) == 0
 
 
-def test_encoding_finds_nearest_codes(tmp_path, tokenizer, monkeypatch):
+def test_encoding_finds_nearest_codes(tmp_path, tokenizer):
     """Without TF32, PyTorch's default in convolutions; of two codes that are equally near either may be found."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    use_precision("tf32")
     found = LatentCache(encode(tiny.tokens_run(tmp_path / "tokens", tokenizer, "cache.batch_size=7"))).read(slice(None))
-    assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.conv.fp32_precision == "ieee"
     images, model = open_images(Digits(limit=128), 16).read(found.indices).images, load_tokenizer(tokenizer).double()
     with torch.no_grad():
         features, codebook = model.quantizer.normalize(model.features(images.double())), model.codebook

@@ -274,8 +274,8 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 def compiled_parts(model: nn.Module) -> list[nn.Module]:
     """The modules that are compiled, each with a static shape and without a break.
 
-    Blocks of a transformer are alike and share a graph. Those of a convolutional encoder or decoder differ, so it is
-    compiled as a whole.
+    Blocks of a transformer are alike and share a graph. Those of a convolutional encoder or decoder differ, in width or
+    in the size of their images, so it is compiled as a whole.
     """
     whole, inside = [], set()
     for name, module in model.named_modules():
@@ -287,6 +287,8 @@ def compiled_parts(model: nn.Module) -> list[nn.Module]:
 
 
 def _alike(blocks: list[nn.Module]) -> bool:
+    if any(isinstance(part, nn.Conv2d | nn.Conv3d) for block in blocks for part in block.modules()):
+        return False
     return len({(type(block), *(tuple(p.shape) for p in block.parameters())) for block in blocks}) == 1
 
 
