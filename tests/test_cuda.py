@@ -1,6 +1,7 @@
 """The library computes on a GPU what it computes on the CPU, up to rounding (``pytest -m cuda``)."""
 
 import copy
+import importlib
 import json
 import math
 
@@ -18,6 +19,8 @@ from robustok.data.dataset import open_images
 from robustok.data.latent_cache import LatentCache, Manifest, create_cache, write_shard
 from robustok.data.sources import Digits
 from robustok.generators.flow import draw_noise_levels
+from robustok.generators.pipeline import PipelineConfig, PipelineGenerator, PipelineSampling
+from robustok.generators.pipeline_families import FAMILIES as PIPELINES
 from robustok.generators.rar import draw_orders
 from robustok.generators.sampling import Sampling
 from robustok.losses.discriminators import DISCRIMINATORS, augment, augmentation_draw
@@ -247,6 +250,29 @@ def test_predictions_and_samples_of_continuous_generators(name):
     assert_close(samples[1], samples[0], tolerance=1e-2)
 
 
+@pytest.mark.parametrize("name", PIPELINES)
+@torch.no_grad()
+def test_latents_of_pipelines(tmp_path, name):
+    """In float32 as on the CPU; with parts that are on the device only while they run, the same bit for bit."""
+    pytest.importorskip("diffusers")
+    tiny_pipelines = importlib.import_module("tiny_pipelines")  # which imports diffusers
+    folder, labels = tiny_pipelines.saved(name, tmp_path / "given"), torch.tensor([0, 1])
+    sampling = PipelineSampling(steps=4)
+    found = []
+    for device, offload in (("cpu", False), ("cuda", False), ("cuda", True)):
+        size, image_to_image = tiny_pipelines.SIZE, name in tiny_pipelines.MIXING
+        config = PipelineConfig(folder=folder, image_size=size, precision="float32", offload=offload)
+        made = PipelineGenerator(config, ["a", "b"]).to(device)
+        made.conditions = tiny_pipelines.conditions(name, "a", "b")
+        reference = randn(2, *made.latent_shape).to(device)
+        found.append([made.generate(labels, sampling, image_rngs(0, [0, 1]))])
+        if image_to_image:
+            found[-1].append(made.generate(labels, sampling, image_rngs(0, [0, 1]), reference, 0.5))
+    for expected, here, offloaded in zip(*found, strict=True):
+        assert_close(here, expected, 1e-3)
+        assert torch.equal(here, offloaded)
+
+
 @pytest.mark.parametrize("name", DISCRIMINATORS)
 def test_discriminators_and_augmentation(name):
     network, config = DISCRIMINATORS[name]
@@ -385,17 +411,21 @@ HOW = {
     "parts": ("gradient_accumulation=2", "gradient_checkpointing=true"),
     "compiled": ("compile=true",),
     "tf32": ("precision=tf32",),
+    "8bit": ("optimizer=adamw8bit",),
 }
 TRAININGS = ["tokenizer", "continuous", "rar", "gpt", "sit", "lightningdit", "post", "authors"]
 FEWER = {  # the rest is the same code
     "parts": ["tokenizer", "rar", "post"],
     "compiled": ["tokenizer", "continuous", "rar", "post"],
     "tf32": ["tokenizer", "continuous", "post"],
+    "8bit": ["rar", "post"],
 }
 
 
 @pytest.mark.parametrize(("name", "how"), [(name, how) for how in HOW for name in FEWER.get(how, TRAININGS)])
 def test_four_steps(tmp_path, trainings, name, how):
+    if how == "8bit":
+        pytest.importorskip("bitsandbytes")
     train, settings = trainings[name]
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
