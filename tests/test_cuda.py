@@ -4,6 +4,7 @@ import copy
 import importlib
 import json
 import math
+from dataclasses import astuple
 
 import numpy as np
 import pytest
@@ -48,7 +49,15 @@ from robustok.training import tokenizer as tokenizer_training
 from robustok.training.decoder import train_decoder
 from robustok.training.generator import train_generator
 from robustok.training.tokenizer import TokenizerTrainingRun, train_tokenizer
-from tiny_models import CLASSES, LATENT_SHAPE, TINY_GENERATORS, TINY_TOKENIZERS, tiny_generator, tiny_tokenizer
+from tiny_models import (
+    CLASSES,
+    LATENT_SHAPE,
+    TINY_GENERATORS,
+    TINY_TOKENIZERS,
+    save_resnet20,
+    tiny_generator,
+    tiny_tokenizer,
+)
 from tiny_tokens import GUIDED, MODELS, batch, build, forced_logits, full_logits
 
 DEVICE = torch.device("cuda")
@@ -144,7 +153,8 @@ def test_perturbation():
     draw = draw_perturbation(8, 64, 0.5, 0.5, rng())
     assert torch.equal(apply_draw(tokens.to(DEVICE), near.to(DEVICE), draw).cpu(), apply_draw(tokens, near, draw))
 
-    inputs = (codebook[tokens].to(DEVICE), tokens.to(DEVICE), codebook.to(DEVICE), draw, 20, PerturbationConfig())
+    config = PerturbationConfig(include_self=False)
+    inputs = (codebook[tokens].to(DEVICE), tokens.to(DEVICE), codebook.to(DEVICE), draw, 20, config)
     vectors, perturbed = perturb_latents(*inputs)
     changed = (perturbed.cpu() != tokens)[draw.mask]
     assert torch.equal(perturbed.cpu()[~draw.mask], tokens[~draw.mask])
@@ -193,7 +203,7 @@ def test_a_compiled_step_gives_the_same_tokens(name):
     model, other = build(name, length=25).to(DEVICE), build(name, seed=1, length=25).to(DEVICE)
     labels = batch(4)[1]
     sample = lambda m, s, n=4: m.generate(labels[:n], s, image_rngs(0, range(n)))  # noqa: E731
-    guided, plain = sample(model, GUIDED), sample(model, Sampling())
+    guided, plain, before = sample(model, GUIDED), sample(model, Sampling()), copy.deepcopy(model)
     model.compile_sampling()
     for _ in range(3):  # compiles, records a CUDA graph, replays it
         assert torch.equal(sample(model, GUIDED), guided)
@@ -201,6 +211,9 @@ def test_a_compiled_step_gives_the_same_tokens(name):
     model.load_state_dict(other.state_dict())
     assert torch.equal(sample(model, GUIDED), sample(other, GUIDED))
     assert torch.equal(sample(model, GUIDED, 3), sample(other, GUIDED, 3))
+    for parameter, old in zip(model.parameters(), before.parameters(), strict=True):
+        parameter.data = old.data  # elsewhere: the graph that was recorded must not be used
+    assert torch.equal(sample(model, GUIDED), guided)
 
 
 @pytest.mark.parametrize("compiling", [False, True], ids=["eager", "compiled"])
@@ -274,11 +287,12 @@ def test_latents_of_pipelines(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", DISCRIMINATORS)
-def test_discriminators_and_augmentation(name):
+def test_discriminators_and_augmentation(tmp_path, name):
     network, config = DISCRIMINATORS[name]
-    small = {"width": 16, "heads": 2} if name == "dino" else {"width": 8, "depth": 1}
+    small = {"dino": {"width": 16, "heads": 2}, "patch": {"width": 8, "depth": 1}}
+    small["cifar-resnet"] = {"weights": save_resnet20(tmp_path / "resnet20.safetensors")}
     torch.manual_seed(0)
-    model = network(config(**small)).eval()
+    model = network(config(**small[name])).eval()
     images = randn(2, 3, 16, 16)
     inputs = randn(5, 2, 16, 196) if name == "dino" else images
     assert_close(on_device(model)(inputs.to(DEVICE)), model(inputs))
@@ -341,7 +355,7 @@ def test_kernel_distance_and_manifolds():
     assert found.value == pytest.approx(expected.value, rel=1e-9)
     assert found.standard_error == pytest.approx(expected.standard_error, rel=1e-9)
     manifolds = [precision_recall(real=real.to(device), fake=fake.to(device)) for device in ("cpu", DEVICE)]
-    assert manifolds[0] == manifolds[1]
+    assert astuple(manifolds[1]) == pytest.approx(astuple(manifolds[0]))
 
 
 # Training

@@ -18,6 +18,8 @@ CASES = (  # of every part; together they run most of the code
     "training/tokenizer/eager",
     "training/rar-b",
     "training/authors",
+    "training/kl/eager",
+    "convolutions/vq/bf16-NHWC",
     "sampler/rar-b/float32@2",
     "sampler/rar-b/bf16-weights-compiled@2",
     "encoding/float32",
@@ -35,7 +37,7 @@ CASES = (  # of every part; together they run most of the code
 
 @pytest.fixture(scope="module")
 def script():
-    for package in ("lpips", "torch_fidelity"):
+    for package in ("lpips", "torch_fidelity", "diffusers"):
         pytest.importorskip(package)
     spec = importlib.util.spec_from_file_location("gpu_benchmark", SCRIPT)
     module = importlib.util.module_from_spec(spec)

@@ -250,7 +250,10 @@ class GPT(TokenGenerator):
     ) -> Tensor:
         """Inputs (N, T, W) through the blocks and the head to logits (N, T, K)."""
         for i, layer in enumerate(self.layers):
-            x = layer(x, modulations[i], rotation, caches[i] if caches else None, window)
+            if caches is None:
+                x = layer(x, modulations[i], rotation)
+            else:
+                x = self._part(Block.forward, layer, x, modulations[i], rotation, caches[i], window)
         x = self.norm(x)
         if modulations[-1] is not None:
             x = modulate(x, *modulations[-1].chunk(2, dim=-1))

@@ -276,28 +276,42 @@ class RAR(TokenGenerator):
         return self.embeddings(batch.previous()) + (own + target)
 
     def _outputs(self, x: Tensor, batch: TokenBatch, end: int) -> Tensor:
-        window, modulations = batch.window(end), self._class_modulations(batch, end)
-        for block, modulation, cache in zip(self.blocks, modulations, batch.caches, strict=False):
-            x = block.modulated(x, modulation, cache, window)
+        window = batch.window(end)
+        if batch.static:
+            # With the large batches of a GPU the products of the modulation take as long one position at a time, and
+            # the modulations of many positions do not fit into memory.
+            classes, rows = batch.conditions
+            times = self.timesteps_embeddings[0].index_select(0, batch.position)  # (1, W)
+            conditions = F.silu(classes + times)  # (classes, W)
+            for block, cache in zip(self.blocks, batch.caches, strict=True):
+                x = self._part(_static_block, block, x, conditions, rows, cache, window)
+            modulations = [self.adaln_before_head.adaLN_modulation[1](conditions)[rows, None]]
+        else:
+            modulations = self._class_modulations(batch, end)
+            for block, modulation, cache in zip(self.blocks, modulations, batch.caches, strict=False):
+                x = block.modulated(x, modulation, cache, window)
         return project(self.lm_head, self.adaln_before_head(x, modulations[-1]))[:, 0]
 
     def _class_modulations(self, batch: TokenBatch, end: int) -> list[Tensor]:
         """Modulation of each block (R, 1, 6W) and, last, of the final norm (R, 1, 2W) at the present position.
 
         They are computed for many positions at once: step by step it would read a third of all parameters again for
-        every token. A compiled step computes those of its position itself: with the large batches of a GPU the products
-        take as long either way, and the modulations of many positions do not fit into memory.
+        every token.
         """
         classes, rows = batch.conditions
-        if batch.static:
-            times = self.timesteps_embeddings[0].index_select(0, batch.position)  # (1, W)
-            return [m[rows, None] for m in self._modulations(classes + times)]
         values = max(1, len(classes)) * len(self.blocks) * 6 * self.config.width
         ahead, position = max(1, MODULATION_VALUES // values), end - 1
         if position % ahead == 0:
             times = self.timesteps_embeddings[0, position : min(end - 1 + ahead, self.length + 1), None]
             batch.ahead = self._modulations(classes + times)  # each (ahead, classes, 6W or 2W)
         return [m[position % ahead, rows, None] for m in batch.ahead]
+
+
+def _static_block(
+    block: Block, x: Tensor, conditions: Tensor, rows: Tensor, cache: KeyValueCache, window: Window
+) -> Tensor:
+    """A block for one position ``x`` (R, 1, W); ``rows`` (R,) chooses among activated ``conditions`` (classes, W)."""
+    return block.modulated(x, block.adaLN_modulation[1](conditions)[rows, None], cache, window)
 
 
 def random_share(step: int, start: int, end: int) -> float:

@@ -1,11 +1,13 @@
 """A batch of images whose tokens are being sampled: all that a step reads and writes, and the draw of a token.
 
 A compiled step needs shapes and addresses that do not change, and a GPU should not wait for the host. So the step
-counts itself, on the device, and a compiled one samples the next batch in the memory of the last one.
+counts itself, on the device, and a compiled one samples the next batch in the memory of the last one. On a GPU its
+kernels are recorded once, as a CUDA graph, and then launched together.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from robustok.devices import to_device
 from robustok.generators.key_value_cache import KeyValueCache, Window
 from robustok.generators.sampling import Sampling, draw_tokens, guidance_scales, guide
 
-CACHE_LENGTHS = 4  # that a compiled step chooses from; each is a graph of its own
+CACHE_LENGTHS = 4  # that a compiled step chooses from; each is compiled and recorded by itself
 MULTIPLE = 8  # of the lengths, as fused attention wants its masks
 
 
@@ -48,6 +50,7 @@ class TokenBatch:
         dtype: torch.dtype, device: torch.device, static: bool,
     ) -> None:  # fmt: skip
         self.count, self.length, self.first, self.rows, self.static = count, length, first, rows, static
+        self.dtype, self.device = dtype, device
         self.lengths = cache_lengths(first + length) if static else [first + length]
         shape = (rows, heads[0], self.lengths[-1], heads[1])
         self.caches = [KeyValueCache(shape, dtype, device) for _ in range(depth)]
@@ -59,14 +62,12 @@ class TokenBatch:
         self.ahead: list[Tensor] | None = None
         self.logits: Tensor | None = None
         self.sampling = Sampling()
-        if static:
-            caches = [memory for cache in self.caches for memory in (cache.keys, cache.values)]
-            _fix(*caches, self.tokens, self.kept, self.uniforms, self.scales, self.position)
+        self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
+        self._recorded_with: Any = None
 
     def fits(self, other: dict) -> bool:
         """Whether this is memory for such a batch, or for a larger one."""
-        caches = self.caches[0].keys
-        found = (self.rows // max(1, self.count), caches.dtype, caches.device)
+        found = (self.rows // max(1, self.count), self.dtype, self.device)
         wanted = (other["rows"] // max(1, other["count"]), other["dtype"], other["device"])
         return self.static and found == wanted and self.count >= other["count"]
 
@@ -89,8 +90,6 @@ class TokenBatch:
                 memory.copy_(new)
             return
         self.conditions = [c.clone() for c in conditions] if self.static else list(conditions)
-        if self.static:
-            _fix(*self.conditions)
 
     def end(self, position: int) -> int:
         """How much of the cache attention reads at a position."""
@@ -105,6 +104,35 @@ class TokenBatch:
         """The last token of each row (R, 1)."""
         tokens = self.tokens.index_select(1, self.position - self.first - 1)  # (N, 1)
         return tokens.repeat(self.rows // max(1, self.count), 1)
+
+    def forget_graphs(self, state: Any) -> None:
+        """Record anew unless the graphs were recorded with this state: weights, autocast, all that they contain."""
+        if self._recorded_with != (self.sampling, state):
+            self._graphs, self._recorded_with = {}, (self.sampling, state)
+
+    def step(self, call: Callable[["TokenBatch", int], Any], end: int) -> None:
+        """Call a step with this batch and ``end``. A static one is replayed on a GPU from its third call on.
+
+        The first call compiles and chooses kernels, and the second records them.
+        """
+        if not self.static or self.device.type != "cuda" or self.logits is not None:
+            call(self, end)
+        elif end not in self._graphs:
+            call(self, end)
+            self._graphs[end] = None
+        else:
+            if self._graphs[end] is None:
+                self._graphs[end] = self._record(call, end)
+            self._graphs[end].replay()
+
+    def _record(self, call: Callable[["TokenBatch", int], Any], end: int) -> torch.cuda.CUDAGraph:
+        """Record a step, without running it. What it computes in between shares memory with the other graphs."""
+        others = (graph for graph in self._graphs.values() if graph is not None)
+        pool = next((graph.pool() for graph in others), None)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self.device), torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
+            call(self, end)
+        return graph
 
     def draw(self, logits: Tensor) -> Tensor:
         """Guide the logits (R, K) of the present position, truncate, draw the next token of each image (N,), go on."""
@@ -128,9 +156,3 @@ def cache_lengths(capacity: int) -> list[int]:
     share = math.ceil(capacity / CACHE_LENGTHS / MULTIPLE) * MULTIPLE
     most = math.ceil(capacity / MULTIPLE) * MULTIPLE
     return [min(share * i, most) for i in range(1, math.ceil(most / share) + 1)]
-
-
-def _fix(*memory: Tensor) -> None:
-    """A CUDA graph then writes to this memory, and reads it, without a copy."""
-    for tensor in memory:
-        torch._dynamo.mark_static_address(tensor)

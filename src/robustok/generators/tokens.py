@@ -6,7 +6,7 @@ Letters beside those of ``robustok.types``: T positions of a sequence, W width o
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +29,11 @@ class Compiled:
     """What compiled sampling keeps from one batch to the next; a copy of a model starts without.
 
     Attributes:
-        step: the compiled ``_next``.
+        functions: the compiled parts of a step, by what they were; None where sampling is not compiled.
         batch: the memory of the last batch.
     """
 
-    step: Callable[[TokenBatch, int], Tensor] | None = None
+    functions: dict[Callable[..., Tensor], Callable[..., Tensor]] | None = None
     batch: TokenBatch | None = None
 
     def __deepcopy__(self, memo: dict) -> "Compiled":
@@ -166,29 +166,44 @@ class TokenGenerator(nn.Module):
         """
         batch = self._batch(sampling, len(labels), record)
         batch.start(sampling, uniforms, kept)
+        batch.forget_graphs(self._state())
         rest = labels.new_full((batch.count - len(labels),), self.null_label)
-        # The first inputs do not depend on tokens.
-        for position, x in enumerate(self._start(torch.cat([labels, rest]), batch)):
-            if position:
-                batch.position += 1
-            logits = self._outputs(x, batch, position + 1)  # (R, K)
-        batch.draw(logits)
-        step, positions = self._compiled.step, range(batch.first + 1, batch.first + self.length)
-        if step is None:
-            for position in positions:
-                self._next(batch, batch.end(position))
-            return batch
-        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
-            for position in positions:
-                step(batch, batch.end(position))
+        autocast = _uncached_autocast(batch.device.type) if batch.static else nullcontext()
+        with autocast, torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+            # The first inputs do not depend on tokens.
+            for position, x in enumerate(self._start(torch.cat([labels, rest]), batch)):
+                if position:
+                    batch.position += 1
+                logits = self._outputs(x, batch, batch.end(position))  # (R, K)
+            self._part(TokenBatch.draw, batch, logits)
+            for position in range(batch.first + 1, batch.first + self.length):
+                batch.step(self._next, batch.end(position))
         return batch
 
     def _next(self, batch: TokenBatch, end: int) -> Tensor:
         """Sample the next token of every image (N,); ``end`` is how much of the cache attention reads.
 
-        Without a wait for the device, and of static shapes: ``compile_sampling`` compiles this as a whole.
+        Without a wait for the device, and with static shapes if the batch is static, so that it can be recorded.
         """
-        return batch.draw(self._outputs(self._inputs(batch), batch, end))
+        return self._part(TokenBatch.draw, batch, self._outputs(self._inputs(batch), batch, end))
+
+    def _part(self, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        """``function(*inputs)``, a part of a step, compiled if sampling is.
+
+        Blocks of a transformer, which are alike, share what is compiled: a step as a whole would take minutes.
+        """
+        if self._compiled.functions is None:
+            return function(*inputs)
+        if function not in self._compiled.functions:
+            self._compiled.functions[function] = torch.compile(function, dynamic=False, fullgraph=True)
+        return self._compiled.functions[function](*inputs)
+
+    def _state(self) -> tuple:
+        """What a recorded step contains beside the sampling settings: where the weights are, and the precision."""
+        device = next(self.parameters()).device.type
+        precision = torch.get_autocast_dtype(device) if _autocast(device) else None
+        weights = (tensor.data_ptr() for tensor in (*self.parameters(), *self.buffers()) if device == "cuda")
+        return precision, torch.backends.cuda.matmul.fp32_precision, *weights
 
     def _batch(self, sampling: Sampling, count: int, record: bool) -> TokenBatch:
         """Memory for a batch of images: new, or that of the last batch if the step is compiled."""
@@ -202,11 +217,11 @@ class TokenGenerator(nn.Module):
         }
         batch = self._compiled.batch
         if batch is None or not batch.fits(memory) or record or batch.logits is not None:
-            batch = TokenBatch(**memory, **self._sequence(), static=self._compiled.step is not None)
+            batch = TokenBatch(**memory, **self._sequence(), static=self._compiled.functions is not None)
             if record:
                 wide = torch.promote_types(dtype, torch.float32)
                 batch.logits = torch.zeros(count, self.length, self.codebook_size, dtype=wide, device=device)
-        if self._compiled.step is not None:
+        if batch.static:
             self._compiled.batch = batch
         return batch
 
@@ -244,11 +259,11 @@ class TokenGenerator(nn.Module):
         return labels if batch.rows == batch.count else torch.cat([labels, torch.full_like(labels, self.null_label)])
 
     def compile_sampling(self) -> None:
-        """Compile the sampling step from now on, on CUDA into CUDA graphs; no gain on a CPU.
+        """Compile the blocks of the sampling step from now on, and on CUDA record it as CUDA graphs; no gain on a CPU.
 
-        The first batch takes longer, because each of a few lengths of the cache is compiled, and the memory of the last
-        batch stays allocated. A smaller batch is sampled in the memory of a larger one, and nothing is compiled again.
-        The weights may change afterwards.
+        The first batch takes longer, because a block is compiled for each of a few lengths of the cache, and the memory
+        of the last batch stays allocated. A smaller batch is sampled in the memory of a larger one, and nothing is
+        compiled again. The weights may change afterwards.
 
         Raises:
             UserError: the model is on a CPU and there is no C++ compiler.
@@ -258,7 +273,14 @@ class TokenGenerator(nn.Module):
             raise UserError(
                 f"cache.compile=true needs a C++ compiler and {compiler} is none; install g++, or leave it out"
             )
-        self._compiled = Compiled(torch.compile(self._next, mode="reduce-overhead", dynamic=False, fullgraph=True))
+        self._compiled = Compiled({})
+
+
+def _uncached_autocast(device: str) -> AbstractContextManager[Any]:
+    """Autocast as it is, without its cache: a CUDA graph would read weights that were cast before it was recorded."""
+    if not _autocast(device):
+        return nullcontext()
+    return torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False)
 
 
 def _autocast(device: str) -> bool:
