@@ -1,9 +1,13 @@
-"""The library computes on a GPU what it computes on the CPU, up to rounding (``pytest -m cuda``)."""
+"""The library computes on a GPU what it computes on the CPU, up to rounding (``pytest -m cuda``).
+
+``ROBUSTOK_CUDA_TESTS=cpu pytest -m cuda`` runs the same tests on the CPU, to test them where no GPU is.
+"""
 
 import copy
 import importlib
 import json
 import math
+import os
 from dataclasses import astuple
 
 import numpy as np
@@ -25,6 +29,7 @@ from robustok.generators.pipeline_families import FAMILIES as PIPELINES
 from robustok.generators.rar import draw_orders
 from robustok.generators.sampling import Sampling
 from robustok.losses.discriminators import DISCRIMINATORS, augment, augmentation_draw
+from robustok.losses.discriminators.resnet import CHANNELS
 from robustok.losses.perceptual import LPIPSLoss
 from robustok.metrics.features.inception import InceptionExtractor
 from robustok.metrics.frechet import GaussianStatistics, frechet_distance
@@ -60,10 +65,11 @@ from tiny_models import (
 )
 from tiny_tokens import GUIDED, MODELS, batch, build, forced_logits, full_logits
 
-DEVICE = torch.device("cuda")
+DEVICE = torch.device(os.environ.get("ROBUSTOK_CUDA_TESTS", "cuda"))
+GPU = DEVICE.type == "cuda"
 pytestmark = [
     pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA"),
+    pytest.mark.skipif(GPU and not torch.cuda.is_available(), reason="needs a GPU with CUDA"),
 ]
 CONTINUOUS = [name for name in TINY_GENERATORS if name not in ("rar", "gpt")]
 
@@ -73,6 +79,13 @@ def exact():
     """No TF32, so that the rounding is that of float32."""
     with exact_float32(DEVICE):
         yield
+
+
+def on_waits(mode):
+    """What happens when the host waits for the device: "error", or "default", which is nothing."""
+    if GPU:
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def rng(seed=0):
@@ -225,12 +238,11 @@ def test_sampling_does_not_wait(name, compiling):
     if compiling:
         model.compile_sampling()
     *_, expected = (sample() for _ in range(3))  # compiles, records a CUDA graph
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
+    on_waits("error")
     try:
         found = sample()
     finally:
-        torch.cuda.set_sync_debug_mode("default")
+        on_waits("default")
     assert torch.equal(found, expected)
 
 
@@ -272,7 +284,7 @@ def test_latents_of_pipelines(tmp_path, name):
     folder, labels = tiny_pipelines.saved(name, tmp_path / "given"), torch.tensor([0, 1])
     sampling = PipelineSampling(steps=4)
     found = []
-    for device, offload in (("cpu", False), ("cuda", False), ("cuda", True)):
+    for device, offload in (("cpu", False), (DEVICE, False), (DEVICE, True)):
         size, image_to_image = tiny_pipelines.SIZE, name in tiny_pipelines.MIXING
         config = PipelineConfig(folder=folder, image_size=size, precision="float32", offload=offload)
         made = PipelineGenerator(config, ["a", "b"]).to(device)
@@ -294,7 +306,7 @@ def test_discriminators_and_augmentation(tmp_path, name):
     torch.manual_seed(0)
     model = network(config(**small[name])).eval()
     images = randn(2, 3, 16, 16)
-    inputs = randn(5, 2, 16, 196) if name == "dino" else images
+    inputs = {"dino": randn(5, 2, 16, 196), "patch": images, "cifar-resnet": randn(2, sum(CHANNELS), 4, 4)}[name]
     assert_close(on_device(model)(inputs.to(DEVICE)), model(inputs))
     draw = augmentation_draw(2, rng())
     assert_close(augment(images.to(DEVICE), draw.to(DEVICE)), augment(images, draw))
@@ -441,10 +453,11 @@ def test_four_steps(tmp_path, trainings, name, how):
     if how == "8bit":
         pytest.importorskip("bitsandbytes")
     train, settings = trainings[name]
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    if GPU:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
     train(settings(tmp_path / "run", *FOUR, *HOW[how]))
-    assert torch.cuda.max_memory_allocated() > before
+    assert not GPU or torch.cuda.max_memory_allocated() > before
     weights, log = saved(tmp_path / "run")
     assert weights.isfinite().all()
     assert [line["step"] for line in log if "total" in line] == [1, 2, 3, 4]
@@ -460,7 +473,6 @@ def test_resume(tmp_path, trainings, name):
     with tiny.interrupted(2):
         train(settings(tmp_path / "stopped", *FOUR))
     torch.manual_seed(1)  # the global random numbers must not matter
-    torch.cuda.manual_seed(1)
     train(settings(tmp_path / "stopped", *FOUR))
     (found, log), (expected, whole_log) = saved(tmp_path / "stopped"), saved(tmp_path / "whole")
     assert (found - expected).norm() <= 1e-3 * expected.norm()
@@ -478,13 +490,13 @@ def test_no_step_waits(tmp_path, trainings, name, monkeypatch):
     def seed(number, step, rank):
         seed_step(number, step, rank)
         if 0 < step < 3:  # not the first one, which allocates, nor the last one, which is logged
-            torch.cuda.set_sync_debug_mode("error")
+            on_waits("error")
             watched.append(step)
 
     def ended(*args):
         for step in steps(*args):
             yield step
-            torch.cuda.set_sync_debug_mode("default")
+            on_waits("default")
 
     monkeypatch.setattr(RunFolder, "steps", ended)
     for module in (tokenizer_training, generator_training, decoder_training):
@@ -492,7 +504,7 @@ def test_no_step_waits(tmp_path, trainings, name, monkeypatch):
     try:
         train(settings(tmp_path / "run", "steps=4", "state_every=4", "log_every=4"))
     finally:
-        torch.cuda.set_sync_debug_mode("default")
+        on_waits("default")
     assert watched == [1, 2]
 
 
