@@ -48,6 +48,7 @@ class TokenBatch:
         dtype: torch.dtype, device: torch.device, static: bool,
     ) -> None:  # fmt: skip
         self.count, self.length, self.first, self.rows, self.static = count, length, first, rows, static
+        self.dtype, self.device = dtype, device
         self.lengths = cache_lengths(first + length) if static else [first + length]
         shape = (rows, heads[0], self.lengths[-1], heads[1])
         self.caches = [KeyValueCache(shape, dtype, device) for _ in range(depth)]
@@ -65,8 +66,7 @@ class TokenBatch:
 
     def fits(self, other: dict) -> bool:
         """Whether this is memory for such a batch, or for a larger one."""
-        caches = self.caches[0].keys
-        found = (self.rows // max(1, self.count), caches.dtype, caches.device)
+        found = (self.rows // max(1, self.count), self.dtype, self.device)
         wanted = (other["rows"] // max(1, other["count"]), other["dtype"], other["device"])
         return self.static and found == wanted and self.count >= other["count"]
 
