@@ -1,6 +1,7 @@
 """The studies on CIFAR-10: every command has settings that exist, and needs what comes before it; figures are read."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -49,12 +50,14 @@ def test_every_command_is_valid_and_comes_after_what_it_needs(every_job, tmp_pat
 
 def test_what_a_command_reads_was_made_by_a_job_it_needs(every_job, tmp_path):
     """Every path inside of the folder that a command names belongs to a job which is needed, directly or not."""
-    needs = {job.name: set(job.needs) for job in every_job}
+    needs, read = {job.name: set(job.needs) for job in every_job}, 0
     for job in every_job:
-        for other in needs:
-            named = any(f"{tmp_path / other}{end}" in f"{word}]" for word in job.words for end in ",]}/")
-            if named and other != job.name:
-                assert other in _all_needs(needs, job.name), (job.name, other)
+        after = "]".join([*job.words, ""]).split(f"{tmp_path}/")[1:]  # each begins with the path of a job, or of a file
+        paths = {rest[: end.start()] for rest in after for end in re.finditer(r"[,\]}/]", rest)}
+        others = paths & needs.keys() - {job.name}
+        assert others <= _all_needs(needs, job.name), job.name
+        read += len(others)
+    assert read > len(every_job)
 
 
 def _all_needs(needs, name):

@@ -108,6 +108,35 @@ def test_nothing_but_a_file_is_replaced_by_a_file_and_a_folder_by_a_folder(tmp_p
     assert sorted(os.listdir(tmp_path)) == ["fifo", "file", "folder", "link"]
 
 
+def test_what_is_written_once_stays_and_may_be_written_again(tmp_path):
+    """A command that was killed after its last write is repeated; another command gets no say."""
+
+    def file(content):
+        with atomic_file(tmp_path / "file", once=True) as temporary:
+            temporary.write_text(content)
+
+    def folder(**contents):
+        with atomic_folder(tmp_path / "folder", once=True) as temporary:
+            (temporary / "inner").mkdir()
+            for name, content in contents.items():
+                (temporary / "inner" / name).write_text(content)
+
+    file("a")
+    folder(a="1", b="2")
+    before = {path: path.stat().st_ino for path in tmp_path.rglob("*")}
+    file("a")
+    folder(a="1", b="2")
+    for write in (
+        lambda: file("b"),
+        lambda: folder(a="1"),
+        lambda: folder(a="1", b="3"),
+        lambda: folder(a="1", b="2", c="3"),
+    ):
+        with pytest.raises(UserError, match="exists and holds something else; choose another out=PATH or remove it"):
+            write()
+    assert {path: path.stat().st_ino for path in tmp_path.rglob("*")} == before
+
+
 def test_links_are_replaced_and_not_followed(tmp_path):
     (tmp_path / "mine").write_text("mine")
     (tmp_path / "my folder").mkdir()

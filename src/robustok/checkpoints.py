@@ -220,16 +220,16 @@ def _bare_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(weights)
 
 
-def write_checkpoint(path: str | Path, weights: dict[str, Tensor]) -> Path:
-    """Write a safetensors file, whole or not at all.
+def write_checkpoint(path: str | Path, weights: dict[str, Tensor], once: bool = False) -> Path:
+    """Write a safetensors file, whole or not at all; with ``once``, a file that is there already must hold the same.
 
     Raises:
-        UserError: another suffix, or the file cannot be written.
+        UserError: another suffix, or the file cannot be written, or holds something else.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise UserError(f"out={path} must end in .safetensors; torch.save its load_file() where a .pt is needed")
-    with atomic_file(path) as temporary:
+    with atomic_file(path, once=once) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
     return path
 

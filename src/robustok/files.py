@@ -1,6 +1,7 @@
 """Files of other people, files and folders that are written whole or not at all, digests, and errors on one line."""
 
 import errno
+import filecmp
 import hashlib
 import json
 import os
@@ -224,7 +225,7 @@ def remove(path: Path) -> None:
 
 
 @contextmanager
-def atomic_file(path: str | Path, shared: bool = False) -> Iterator[Path]:
+def atomic_file(path: str | Path, shared: bool = False, once: bool = False) -> Iterator[Path]:
     """Context: write to a temporary file, which is flushed to the disk and then renamed to ``path``.
 
     Readers see the old file or the whole new one, even after a crash. The parent folder is created. A link at ``path``
@@ -233,9 +234,11 @@ def atomic_file(path: str | Path, shared: bool = False) -> Iterator[Path]:
     Args:
         path: the file to write.
         shared: several processes may write this file at the same time, so each has a temporary file of its own.
+        once: a file that is there already stays. If it has the same content, the command was run before.
 
     Raises:
-        UserError: the disk is full, or the path cannot be written, or is no file; an old file is untouched.
+        UserError: the disk is full, or the path cannot be written, or is no file; with ``once``, it has another
+            content. An old file is untouched.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp") if shared else temporary_path(path)
@@ -248,7 +251,11 @@ def atomic_file(path: str | Path, shared: bool = False) -> Iterator[Path]:
             mode = temporary.stat().st_mode  # that of the umask, which some libraries ignore
             yield temporary
             _finish(temporary, mode)
-            os.replace(temporary, path)
+            if once and path.exists():
+                _check_same(temporary, path)
+                temporary.unlink()
+            else:
+                os.replace(temporary, path)
         except BaseException:
             with suppress(OSError):
                 temporary.unlink()
@@ -262,11 +269,16 @@ def write_file(path: str | Path, content: bytes | str, shared: bool = False) -> 
 
 
 @contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
+def atomic_folder(path: str | Path, once: bool = False) -> Iterator[Path]:
     """Context: fill a temporary folder, whose files are flushed to the disk before it is renamed to ``path``.
 
+    Args:
+        path: the folder to write.
+        once: a folder that is there already stays. If it has the same content, the command was run before.
+
     Raises:
-        UserError: the disk is full, or the path cannot be written, or is no folder; an old folder is untouched.
+        UserError: the disk is full, or the path cannot be written, or is no folder; with ``once``, it has another
+            content. An old folder is untouched.
     """
     path = Path(path)
     temporary = temporary_path(path)
@@ -279,10 +291,28 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             for file in temporary.rglob("*"):
                 if file.is_file():
                     _finish(file, temporary.stat().st_mode & 0o666)
-            replace_folder(temporary, path)
+            if once and path.exists():
+                _check_same(temporary, path)
+                remove(temporary)
+            else:
+                replace_folder(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def _check_same(made: Path, found: Path) -> None:
+    """Refuse what was made unless it is there already, to the byte."""
+    if not _same(made, found):
+        raise UserError(f"{found} exists and holds something else; choose another out=PATH or remove it first")
+
+
+def _same(made: Path, found: Path) -> bool:
+    """Whether two files, or all files in two folders, have the same content."""
+    if not made.is_dir():
+        return found.is_file() and filecmp.cmp(made, found, shallow=False)
+    names = sorted(os.listdir(made))
+    return found.is_dir() and names == sorted(os.listdir(found)) and all(_same(made / n, found / n) for n in names)
 
 
 def _check_replaceable(path: Path, wanted: int) -> None:

@@ -97,24 +97,30 @@ class Snapshot:
 
 
 def write_snapshot(
-    path: str | Path, header: dict[str, Any], weights: Mapping[str, Tensor], extra: Mapping[str, Mapping[str, Tensor]]
+    path: str | Path,
+    header: dict[str, Any],
+    weights: Mapping[str, Tensor],
+    extra: Mapping[str, Mapping[str, Tensor]],
+    once: bool = False,
 ) -> None:
     """Write a snapshot, whole or not at all.
 
     Args:
-        path: the folder; replaced if it exists.
+        path: the folder; replaced if it exists, unless ``once``.
         header: content of config.yaml: at least ``kind`` and ``config``. Of weights of other projects, ``source`` has
             the ``file`` they came from, the ``part`` of it and the ``family``; ``trained_on`` says so in prose.
         weights: tensors of the model by name.
         extra: further files by name, such as ``discriminator``, with which post-training goes on.
+        once: a folder that is there already stays, and must hold the same, as from the same command before.
 
     Raises:
-        UserError: the disk is full or not writable; a weight is not finite.
+        UserError: the disk is full or not writable; a weight is not finite; with ``once``, the folder holds something
+            else.
     """
     for name, tensors in {"model": weights, **extra}.items():
         remedy = "nothing is written: train again from step 0, with a lower learning_rate or with clip_norm"
         check_finite_weights(tensors, f"{path}/{name}.safetensors", remedy)
-    with atomic_folder(path) as folder:
+    with atomic_folder(path, once) as folder:
         (folder / "config.yaml").write_text(yaml.safe_dump(header, sort_keys=False))
         (folder / "README.md").write_text(printable(model_card(header)), "utf-8")
         for name, tensors in {"model": weights, **extra}.items():

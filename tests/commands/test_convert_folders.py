@@ -113,7 +113,9 @@ def test_a_part_alone(capsys, tmp_path, family, part):
     assert run(capsys, *words) == (0, f"{back}\n", "")
     again = getattr(diffusers, "AutoencoderKL" if part == "vae" else "DiTTransformer2DModel").from_pretrained(back)
     assert same(again.state_dict(), type(again).from_pretrained(tmp_path / "DiT" / part).state_dict())
-    assert "exists" in refused(capsys, tmp_path, *words)
+    assert run(capsys, *words) == (0, f"{back}\n", "")  # once more, as after a kill
+    (back / "config.json").write_text("{}")
+    assert "exists and holds something else" in refused(capsys, tmp_path, *words)
 
 
 def test_another_decoder_of_the_same_encoder(capsys, tmp_path):

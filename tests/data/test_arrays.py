@@ -206,6 +206,12 @@ def zipped(*names):
     return write
 
 
+def header(shape):
+    """A file whose header has this shape, as text."""
+    text = b"{'descr': '|u1', 'fortran_order': False, 'shape': " + shape + b", }\n"
+    return lambda file: file.write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
+
+
 def short_labels(file):
     np.savez(file, arr_0=images())
     with zipfile.ZipFile(file, "a") as archive, archive.open("arr_1.npy", "w") as stream:
@@ -236,6 +242,9 @@ BAD = {
     "half a zip": (cut(npz(arr_0=images()), 0.5), "is cut off or damaged"),
     "half an .npy": (cut(npy(images()), 0.5), "is cut off or damaged: .* expected 2304"),
     "half a header": (cut(npy(images()), 0.02), "is no NumPy array"),
+    "a header that never ends": (header(b"(((("), "is no NumPy array"),
+    "a deep header": (header(b"-" * 4000 + b"1"), "is no NumPy array"),
+    "an odd header": (header(b"{[]: 1}"), "is no NumPy array"),
     "short member": (short_member, "768 bytes of pixels, expected 1728"),
     "folder": (lambda file: file.mkdir(), "cannot read .*it is a folder"),
     "FIFO": (os.mkfifo, "cannot read .*it is a FIFO"),

@@ -1,7 +1,9 @@
 import copy
 import os
+import re
 import shutil
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,6 +57,24 @@ def test_a_static_step_gives_the_same_tokens_in_memory_that_is_kept(name, uncomp
     assert torch.equal(sample(model), expected)
     assert torch.equal(sample(model, count=3), expected[:3])  # in the memory of four
     assert model._compiled.batch.caches[0].keys.data_ptr() == memory  # a CUDA graph remembers it
+
+
+def test_a_generator_without_attention_samples_one_batch_after_another(uncompiled):
+    """The bigram of CONTRIBUTING.md, which has no keys and values to keep."""
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+    bigram = {"__name__": "bigram"}
+    exec(re.search(r"^```python\n(# src/robustok/generators/bigram.py\n.*?)^```", text, re.M | re.S)[1], bigram)
+    torch.manual_seed(0)
+    model = bigram["Bigram"](bigram["BigramConfig"](), codebook_size=32, length=9, classes=5)
+    expected = sample(model)
+    model.compile_sampling()
+    memory = [(sample(model), model._compiled.batch)[1] for _ in range(2)]
+    assert memory[0] is memory[1]
+    assert torch.equal(sample(model), expected)
+    assert torch.equal(sample(model, count=3), expected[:3])
+    with torch.autocast("cpu", torch.bfloat16):  # of another type
+        sample(model)
+    assert model._compiled.batch is not memory[0]
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), GUIDED], ids=["plain", "guided"])

@@ -197,7 +197,9 @@ def test_there_and_back(tmp_path):
     assert all(torch.equal(value, network.state_dict()[name]) for name, value in again.state_dict().items())
     alone = from_folder(tmp_path / "back")  # without a scheduler: DiT's
     assert torch.equal(alone.bars, model.bars)
-    with pytest.raises(UserError, match="exists"):
+    export_folder(model, tmp_path / "back")  # once more, as after a kill
+    (tmp_path / "back" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="exists and holds something else"):
         export_folder(model, tmp_path / "back")
 
 

@@ -5,9 +5,11 @@ import json
 from fnmatch import fnmatch
 from itertools import pairwise
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from robustok.config import validate
 from robustok.errors import UserError
@@ -138,6 +140,19 @@ def test_a_pipeline_without_image_to_image_makes_free_samples(tmp_path, name):
     assert torch.equal(generator.generate(LABELS, STEPS, image_rngs(0, [0, 1]), both, 1.0), both)
     with pytest.raises(UserError, match=r"image-to-image in diffusers.*objective=free"):
         generator.generate(LABELS, STEPS, image_rngs(0, [0, 1]), both, 0.5)
+
+
+def test_a_batch_reads_each_encoded_prompt_of_a_cache_once(tmp_path, monkeypatch):
+    made = tiny.generator("Stable Diffusion", tiny.saved("Stable Diffusion", tmp_path / "given"), "a", "b")
+    labels, rngs = torch.tensor([0, 1, 0]), lambda: image_rngs(0, range(3))
+    expected = made.generate(labels, STEPS, rngs())
+    for key, condition in made.conditions.items():
+        save_file(condition, tmp_path / f"{key}.safetensors")
+    read = Mock(side_effect=load_file)
+    monkeypatch.setattr("robustok.generators.pipeline.load_tensors", read)
+    keys, made.conditions, made.cache = sorted(made.conditions), {}, tmp_path
+    assert torch.equal(made.generate(labels, STEPS, rngs()), expected)
+    assert sorted(call.args[0].stem for call in read.call_args_list) == keys
 
 
 @pytest.mark.parametrize("name", ["Stable Diffusion", "Flux"])

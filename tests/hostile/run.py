@@ -2,11 +2,12 @@
 
     python tests/hostile/run.py --tries 10000 --seed 1     many tries, on two cores
     python tests/hostile/run.py --only 123                 one of them; keeps its folder
+    python tests/hostile/run.py --tries 0 --every          all command lines, also alike ones, interrupted
 
 Each try is a process forked from one that has imported everything, in a working folder of its own with copies of the
 inputs. It must end in time with exit code 0 or 2, say what is wrong in one line without a trace, write nothing but
-``out``, and not be in the way of the valid command. Prints the tries in which this does not hold, grouped by what was
-wrong; exit code 1 if there are any.
+``out``, and not be in the way of the valid command. ``interrupted.py`` says what is tried of interrupted commands.
+Prints the tries in which this does not hold, grouped by what was wrong; exit code 1 if there are any.
 """
 
 import argparse
@@ -23,8 +24,9 @@ import tempfile
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -32,6 +34,7 @@ os.environ |= {"ROBUSTOK_PROGRESS": "0", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE
 
 from hostile import contents, lines, places
 from hostile.contents import SCRIPT
+from hostile.interrupted import keep_states, wrong_after
 from hostile.tries import NotHereError, Try
 from hostile.world import OUT, SECRET, Valid, build_world, copy_inputs, digests, listing, measured_values
 from robustok.cli import COMMANDS, main
@@ -150,7 +153,7 @@ def run(words: list[str], folder: Path, t: Try | None = None) -> tuple[int, str]
     return os.waitstatus_to_exitcode(status), printed.read_text(errors="backslashreplace")
 
 
-def _in_child(words: list[str], printed: Path, t: Try | None) -> None:
+def _in_child(words: list[str], printed: Path, t: Try | None, at_end: Callable[[], None] = lambda: None) -> None:
     """Run the command line in this process and end it."""
     code = 1
     try:
@@ -165,6 +168,7 @@ def _in_child(words: list[str], printed: Path, t: Try | None) -> None:
         encoding = t.env.get("PYTHONIOENCODING", "utf-8") if t else "utf-8"
         sys.stdout, sys.stderr = (open(at, "w", encoding=encoding) for at in (1, 2))  # noqa: SIM115
         code = main(words)
+        at_end()
     except SystemExit as end:
         code = end.code or 0
     except BaseException:
@@ -251,7 +255,8 @@ def _wrong_result(t: Try, code: int) -> list[str]:
     made = [p for p in (*map(Path, OUT), *out.rglob("*")) if p.exists()]
     made = [p for p in made if not p.is_symlink()]
     left = [p.name for p in made if p.suffix in (".tmp", ".old") or p.name == ".lock"]
-    if any(not p.stat().st_mode & 0o044 and p.name not in left for p in made) and t.user is None:
+    whole = [p for p in made if not {*p.parts} & {*left}]  # what is in a temporary folder has no mode yet
+    if any(not p.stat().st_mode & 0o044 for p in whole) and t.user is None:
         problems.append("MODE: others cannot read what is written")
     if left and not t.signal and not t.planted:
         problems.append(f"LEFTOVER {left[0]}")
@@ -275,21 +280,61 @@ def _wrong_afterwards(t: Try, base: Path, folder: Path) -> list[str]:
     return ["AFTERWARDS another result"] if different else []
 
 
-def _worker(arguments: tuple) -> tuple[int, list[str]]:
-    n, seed, base, valid, top, keep = arguments
-    folder = top / str(n)
+def run_interrupted(valid: Valid, base: Path, folder: Path) -> list[str]:
+    """Kill a valid command at every operation on files, and run it again; returns what is wrong."""
+    work, states = folder / "work", folder / "states"
+    (work / "tmp").mkdir(parents=True)
+    states.mkdir()
+    os.chdir(work)
+    _copy_world(base, valid.words)
+    words, problems = list(valid.words), []
+    if not (child := os.fork()):
+        copy = keep_states(states)
+        _in_child(words, folder / "printed.txt", None, copy)
+    os.waitpid(child, 0)
+    kept = sorted(states.iterdir())
+    assert digests(kept[-1] / "out") == valid.result
+    for state in kept:
+        found = sorted(str(path.relative_to(state)) for path in state.rglob("*"))
+        about = f"    {' '.join(words)!r}\n      {state.name}: {' '.join(found)[:700]}"
+        problems += [f"{problem}\n{about}" for problem in wrong_after(state, valid, lambda: run(words, folder))]
+    return problems
+
+
+def _worker(arguments: tuple[Callable[..., list[str]], tuple, Path, bool]) -> list[str]:
+    function, rest, folder, keep = arguments
     try:
-        problems = run_try(n, seed, base, valid, folder)
+        problems = function(*rest, folder)
     except Exception:
         problems = [f"TEST {traceback.format_exc()}"]
-    os.chdir(top)
+    os.chdir(folder.parent)
     if not keep:
         shutil.rmtree(folder, ignore_errors=True)
-    return n, problems
+    return problems
 
 
-def hostile(tries: list[int], seed: int, workers: int, keep: bool) -> dict[str, list[str]]:
-    """Run these tries; returns those in which something is wrong, grouped by what it is."""
+def _one_each(valid: list[Valid]) -> list[Valid]:
+    """Of the command lines that write files of the same names, such as trainings on several kinds of data, the first.
+
+    A run of main-train writes what one of train-generator does, and takes longer.
+    """
+    kinds, found = ("to=", "family=", "layout=", "images="), {}
+    for one in valid:
+        if one.command != "main-train":
+            found.setdefault((one.command, *(word for word in one.words if word.startswith(kinds))), one)
+    return list(found.values())
+
+
+def hostile(tries: list[int], seed: int, workers: int, keep: bool, every: bool) -> dict[str, list[str]]:
+    """Run these tries; returns those in which something is wrong, grouped by what it is.
+
+    Args:
+        tries: their numbers.
+        seed: of what is chosen.
+        workers: processes.
+        keep: whether their folders stay, and nothing else is tried.
+        every: whether all valid command lines are interrupted, or one of those alike.
+    """
     top, found = Path(tempfile.mkdtemp(prefix="hostile-")), defaultdict(list)
     top.chmod(0o755)
     base = top / "base"
@@ -302,9 +347,11 @@ def hostile(tries: list[int], seed: int, workers: int, keep: bool) -> dict[str, 
     print(f"{len(valid)} valid command lines, slowest {max(v.seconds for v in valid):.1f} s", flush=True)
     gc.collect()
     gc.freeze()  # the forked processes share the memory of what is imported
-    jobs = [(n, seed, base, valid, top, keep) for n in tries]
+    jobs = [(run_try, (n, seed, base, valid), top / str(n), keep) for n in tries]
+    lines = [] if keep else sorted(valid if every else _one_each(valid), key=lambda one: -one.seconds)
+    long = [(run_interrupted, (line, base), top / f"interrupted-{i}", keep) for i, line in enumerate(lines)]
     with multiprocessing.get_context("fork").Pool(workers) as pool:
-        for _, problems in pool.imap_unordered(_worker, jobs, chunksize=4):
+        for problems in chain(*(pool.imap_unordered(_worker, *group) for group in ((long, 1), (jobs, 4)))):
             for problem in problems:
                 what, _, about = problem.partition("\n")
                 found[what].append(about)
@@ -320,10 +367,11 @@ def _main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--only", type=int)
+    parser.add_argument("--every", action="store_true")
     wanted = parser.parse_args()
     tries = list(range(wanted.tries)) if wanted.only is None else [wanted.only]
     start = time.monotonic()
-    found = hostile(tries, wanted.seed, wanted.workers, wanted.only is not None)
+    found = hostile(tries, wanted.seed, wanted.workers, wanted.only is not None, wanted.every)
     for what, cases in sorted(found.items(), key=lambda item: -len(item[1])):
         print(f"{len(cases)} x {what}")
     print(f"{len(tries)} tries in {time.monotonic() - start:.0f} s: {len(found)} things are wrong")

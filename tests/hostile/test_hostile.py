@@ -1,4 +1,7 @@
-"""Whatever is wrong with words and inputs, no command leaves a trace, hangs, or writes elsewhere."""
+"""Whatever is wrong with words and inputs, no command leaves a trace, hangs, or writes elsewhere.
+
+And whenever a command is killed, the same command can follow.
+"""
 
 import subprocess
 import sys

@@ -1,5 +1,6 @@
 import io
 import pickle
+import zipfile
 from dataclasses import replace
 
 import numpy as np
@@ -142,6 +143,16 @@ def test_what_is_no_statistics_is_refused(tmp_path, changes, said):
         load_reference(adm(tmp_path / "bad.npz", **changes))
     assert "bad.npz" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("shape", [b"((((", b"-" * 4000 + b"1", b"{[]: 1}"])
+def test_a_header_that_cannot_be_evaluated_is_refused(tmp_path, shape):
+    text = b"{'descr': '<f8', 'fortran_order': False, 'shape': " + shape + b", }\n"
+    adm(tmp_path / "bad.npz", mu=None)
+    with zipfile.ZipFile(tmp_path / "bad.npz", "a") as archive:
+        archive.writestr("mu.npy", b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
+    with pytest.raises(UserError, match=r"bad\.npz is cut off or damaged"):
+        load_reference(tmp_path / "bad.npz")
 
 
 class Bomb:

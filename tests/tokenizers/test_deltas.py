@@ -200,9 +200,10 @@ def test_strengths_are_for_deltas(tmp_path, tokenizer, post_trained):
     odd = tmp_path / "a@2"
     odd.mkdir()
     assert split_scale(odd) == (odd, None)  # a folder may be called so
-    saved(tmp_path / "delta", tokenizer, post_trained)
-    with pytest.raises(UserError, match="exists"):
-        saved(tmp_path / "delta", tokenizer, post_trained)
+    first = saved(tmp_path / "delta", tokenizer, post_trained)
+    assert saved(tmp_path / "delta", tokenizer, post_trained) == first  # once more, as after a kill
+    with pytest.raises(UserError, match="exists and holds something else"):
+        saved(tmp_path / "delta", tokenizer, tokenizer)
     with pytest.raises(UserError, match=r"delta@1e300: the strength 1e\+300 is no finite number"):
         load_tokenizer(f"{tmp_path / 'delta'}@1e300")
 

@@ -89,8 +89,8 @@ def test_post_trained_folder_differs_in_its_decoder_alone(tmp_path):
     with torch.no_grad():
         grid = latents.transpose(1, 2).reshape(2, 3, 4, 4).contiguous()
         assert torch.equal(again.decode(grid).sample, tokenizer.decode(latents))
-    with pytest.raises(UserError, match="exists"):
-        export_folder(tokenizer, tmp_path / "post")
+    with pytest.raises(UserError, match="exists and holds something else"):
+        export_folder(tokenizer, tmp_path / "vae")
 
 
 def test_without_quantisation_convolutions_and_through_a_snapshot(tmp_path):

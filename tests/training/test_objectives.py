@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from robustok.errors import UserError
 from robustok.metrics.features import ExtractorConfig, load_extractor
 from robustok.metrics.features.classifier import load_classifier, save_classifier
 from robustok.metrics.frechet import GaussianStatistics, frechet_distance
+from robustok.precision import cast_weights
 from robustok.snapshots import read_header
 from robustok.tokenizers import load_tokenizer
 from robustok.training.decoder import DecoderTrainingRun, train_decoder
@@ -240,6 +242,20 @@ def test_a_public_classifier_guides_and_is_the_discriminator_s_backbone(tmp_path
     assert not any("network" in name for name in saved)  # the heads only
     carried = (*guide, *terms[:3], f"samples={samples[0]}", "adversary=carried")  # with the path in the snapshot
     train_decoder(run_of(tmp_path / "more", path, *carried))
+
+
+def test_in_bf16_the_original_decoder_is_rounded_once_and_nothing_changes(tmp_path, tokenizer, samples, monkeypatch):
+    cast = Mock(side_effect=cast_weights)
+    words, found = (f"samples={samples[0]}", *FREE, "precision=bf16", "steps=2"), []
+    for name, replacement in (("once", cast), ("autocast", lambda model, precision: model)):
+        monkeypatch.setattr("robustok.training.decoder.cast_weights", replacement)
+        path = train_decoder(run_of(tmp_path / name, tokenizer, *words))
+        lines = [{key: v for key, v in line.items() if key != "seconds"} for line in tiny.log(tmp_path / name)]
+        found.append((lines, (path / "model.safetensors").read_bytes()))
+    assert found[0] == found[1]
+    (call,) = cast.call_args_list
+    assert torch.bfloat16 in {weight.dtype for weight in call.args[0].parameters()}
+    assert {weight.dtype for weight in load_file(path / "model.safetensors").values()} == {torch.float32}
 
 
 def test_the_terms_of_a_mixture_have_names_and_sum_up(tmp_path, tokenizer, samples, latents):

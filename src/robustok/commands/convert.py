@@ -49,7 +49,7 @@ class ConvertRun(Config):
     )
     out: Path = Field(
         description="folder of the snapshot; with to=export, the .safetensors file, or "
-        "a folder of diffusers; must not exist yet"
+        "a folder of diffusers; must not hold anything else yet"
     )
     to: Literal["snapshot", "export"] = Field(
         "snapshot", description="snapshot: ours; export: the authors' names in a safetensors file"
@@ -82,10 +82,8 @@ def convert(run: ConvertRun) -> Path:
 
     Raises:
         UserError: the weights cannot be read, do not fit or fail a check; latent statistics are missing or contradict
-            each other; ``out`` exists, or the disk is full.
+            each other; ``out`` holds something else, or the disk is full.
     """
-    if run.out.exists():
-        raise UserError(f"{run.out} exists; choose another out=PATH or remove it first")
     names = families_named(run.family)  # before a long download
     if run.to == "export":
         return _export(run, names)
@@ -110,7 +108,7 @@ def _convert_file(run: ConvertRun) -> Path:
         header["trained_on"] += "; it holds no discriminator"
     if statistics := _statistics(family, model, checkpoint.weights):
         extra["released"] = statistics
-    write_snapshot(run.out, header, model.state_dict(), extra)
+    write_snapshot(run.out, header, model.state_dict(), extra, once=True)
     return run.out
 
 
@@ -141,9 +139,9 @@ def _convert_folder(run: ConvertRun, names: tuple[str, ...]) -> Path:
         header["trained_on"] += "; it holds no discriminator" if kind == "tokenizer" else ""
         snapshots[kind] = header, model.state_dict()
     if len(snapshots) == 1:
-        write_snapshot(run.out, *snapshots.popitem()[1], {})
+        write_snapshot(run.out, *snapshots.popitem()[1], {}, once=True)
         return run.out
-    with atomic_folder(run.out) as folder:
+    with atomic_folder(run.out, once=True) as folder:
         for kind, (header, weights) in snapshots.items():
             write_snapshot(folder / kind, header, weights, {})
     return run.out
@@ -273,4 +271,4 @@ def _export(run: ConvertRun, names: tuple[str, ...]) -> Path:
             f"{run.out} has no {left_out}, which {run.family} needs for training only, but loaders of its authors may "
             "require; original=FILE of the original weights adds them"
         )
-    return write_checkpoint(run.out, weights)
+    return write_checkpoint(run.out, weights, once=True)

@@ -37,7 +37,9 @@ class ConvertLatentsRun(Config):
         "with latents, latents_flip and labels, and perhaps latents_stats.pt"
     )
     path: Path = Field(description="the file or folder; with to=export, our cache")
-    out: Path = Field(description="folder of the cache; with to=export, the file or folder, which must not exist yet")
+    out: Path = Field(
+        description="folder of the cache; with to=export, the file or folder, which must not hold anything else yet"
+    )
     to: Literal["cache", "export"] = Field("cache", description="cache: ours; export: the other project's")
     tokenizer: Path | None = Field(None, description="with to=cache: tokenizer that made the latents")
     classes: int = Field(1000, ge=1, le=10**6, description="with to=cache: number of classes")
@@ -51,7 +53,8 @@ def convert_latents(run: ConvertLatentsRun) -> Path:
         ``out``.
 
     Raises:
-        UserError: the latents cannot be read, or are not the tokenizer's; ``out`` exists, or cannot be written.
+        UserError: the latents cannot be read, or are not the tokenizer's; ``out`` holds something else, or
+            cannot be written.
     """
     return _export(run) if run.to == "export" else _to_cache(run)
 
@@ -97,8 +100,6 @@ def _to_cache(run: ConvertLatentsRun) -> Path:
 
 
 def _export(run: ConvertLatentsRun) -> Path:
-    if run.out.exists():
-        raise UserError(f"{run.out} exists; choose another out=PATH or remove it first")
     cache = LatentCache(run.path)
     if run.layout == "rar":
         write_token_file(cache, run.out)

@@ -16,7 +16,6 @@ import torch
 from pydantic import Field
 
 from robustok.config import Config
-from robustok.errors import UserError
 from robustok.hub import hub_address, is_remote
 from robustok.snapshots import read_header, resolve, write_snapshot
 from robustok.tokenizers import load_tokenizer
@@ -26,7 +25,7 @@ from robustok.tokenizers.deltas import compute_delta
 class MakeDeltaRun(Config):
     """The two tokenizers, and how exactly their difference is stored."""
 
-    out: Path = Field(description="folder of the delta; must not exist yet")
+    out: Path = Field(description="folder of the delta; must not hold anything else yet")
     tokenizer: Path = Field(
         description="the original, which the delta loads from there: snapshot, run folder, hf://ORG/NAME"
     )
@@ -56,10 +55,8 @@ def make_delta(run: MakeDeltaRun) -> SavedDelta:
     """Write a snapshot that holds only the difference, and the path and digest of the original.
 
     Raises:
-        UserError: ``out`` exists or cannot be written, or the two are not versions of one tokenizer.
+        UserError: ``out`` holds something else or cannot be written, or the two are not versions of one tokenizer.
     """
-    if run.out.exists():
-        raise UserError(f"{run.out} exists; choose another out=FOLDER or remove it first")
     original, post_trained = resolve(run.tokenizer), resolve(run.post_trained)
     delta = compute_delta(
         load_tokenizer(run.tokenizer), load_tokenizer(run.post_trained), run.rank, getattr(torch, run.dtype)
@@ -68,6 +65,6 @@ def make_delta(run: MakeDeltaRun) -> SavedDelta:
     entry = {"base": base, "digest": delta.base, "rank": run.rank, "dtype": run.dtype}
     header = {key: value for key, value in read_header(post_trained).items() if key != "discriminator"}
     header["delta"] = entry | {"relative_error": delta.relative_error}
-    write_snapshot(run.out, header, delta.tensors, {})
+    write_snapshot(run.out, header, delta.tensors, {}, once=True)
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (run.out, post_trained)]
     return SavedDelta(run.out, delta.relative_error, *sizes)

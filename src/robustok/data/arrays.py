@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from lzma import LZMAError
 from pathlib import Path
+from tokenize import TokenError
 from typing import BinaryIO
 
 import numpy as np
@@ -171,7 +172,7 @@ def _read_header(stream: BinaryIO, where: str) -> tuple[tuple[int, ...], bool, n
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:
         return readers[np.lib.format.read_magic(stream)](stream)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, TokenError) as error:  # a header is Python's literals
         raise UserError(f"{where} is no NumPy array ({one_line(error)}); {EXPECTED}") from None
 
 

@@ -41,8 +41,8 @@ class DiT(ContinuousGenerator):
     """Class-conditional noise of a square grid of latents, passed as a sequence (N, L, D) in raster order.
 
     Attributes:
-        bars: the alpha bar of every timestep and 1 for clean latents: (T + 1,) float64 on the CPU.
-        bars_here: the same on the model's device, for training.
+        bars: the alpha bar of every timestep and 1 for clean latents: (T + 1,) float64, on the model's device for
+            training. Sampling computes them on the CPU, as it reads them one by one.
 
     Raises:
         UserError: L is no square number or not divisible into patches, the settings say otherwise, or diffusers is not
@@ -79,9 +79,7 @@ class DiT(ContinuousGenerator):
             nn.init.zeros_(block.norm1.linear.weight)  # every block starts as the identity
             nn.init.zeros_(block.norm1.linear.bias)
             block.norm1.emb.class_embedder.dropout_prob = 0.0  # training drops labels itself, from a seed of each step
-        with torch.device("cpu"):
-            self.bars = alpha_bars(config.timesteps, config.beta_start, config.beta_end, config.beta_schedule)
-            self.register_buffer("bars_here", self.bars.clone(), persistent=False)
+        self.register_buffer("bars", self._alpha_bars(), persistent=False)
 
     @property
     def learned_variance(self) -> bool:
@@ -121,7 +119,7 @@ class DiT(ContinuousGenerator):
             Predicted and true noise (N, L, D).
         """
         timesteps = (noise_levels * self.config.timesteps).long().clamp(max=self.config.timesteps - 1)  # (N,)
-        bars = self.bars_here[timesteps][:, None, None]  # (N, 1, 1)
+        bars = self.bars[timesteps][:, None, None]  # (N, 1, 1)
         noised = add_noise(self.normalise(latents), noise.double(), bars)  # (N, L, D)
         prediction = self.predict(noised, timesteps, labels)[..., : self.latent_shape[1]]
         return GeneratorOutput(prediction=prediction, targets=noise.to(self.dtype))
@@ -135,4 +133,8 @@ class DiT(ContinuousGenerator):
         return guided_model(self.predict, labels, self.null_label, guidance)
 
     def _process(self, sampling: DDPMSampling) -> DDPMProcess:
-        return DDPMProcess(sampling, self.bars, self.config.clip)
+        return DDPMProcess(sampling, self._alpha_bars(), self.config.clip)
+
+    def _alpha_bars(self) -> Tensor:
+        config = self.config
+        return alpha_bars(config.timesteps, config.beta_start, config.beta_end, config.beta_schedule)

@@ -288,12 +288,14 @@ class PipelineGenerator(nn.Module):
 
     def _condition(self, labels: Tensor, guided: bool) -> dict[str, Any]:
         """The arguments of a call for these labels (N,), with those of guidance if there is some."""
-        read = lambda key: self.conditions.get(key) or load_tensors(self._file(key))  # noqa: E731
-        found = [read(caption_digest(self.prompts[label])) for label in labels.tolist()]
-        batch = stacked(found, self.family, self.dtype, self.device)
+        keys = [caption_digest(self.prompts[label]) for label in labels.tolist()]
+        needed = {*keys, NEGATIVE} if guided else {*keys}  # each is read once, and not kept: all together may be large
+        found = {key: self.conditions.get(key) or load_tensors(self._file(key)) for key in needed}
+        batch = stacked([found[key] for key in keys], self.family, self.dtype, self.device)
         batch["negative_prompt"] = None  # of PixArt and Sana it is a text, which would be encoded
-        negative = [read(NEGATIVE)] * len(labels)
-        return batch | (stacked(negative, self.family, self.dtype, self.device) if guided else {})
+        if guided:
+            batch |= stacked([found[NEGATIVE]] * len(labels), self.family, self.dtype, self.device)
+        return batch
 
     def _unscaled(self, latents: Tensor) -> Tensor:
         """Latents as a pipeline returns them to those of the tokenizer (N, L, D) float32."""

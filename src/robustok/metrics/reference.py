@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from tokenize import TokenError
 from typing import Literal
 from zipfile import BadZipFile
 
@@ -24,6 +25,7 @@ from robustok.metrics.frechet import GaussianStatistics, covariance_factor
 
 # Raised by numpy and zipfile for damaged files and files of other formats.
 UNREADABLE = (OSError, ValueError, TypeError, EOFError, KeyError, RuntimeError, MemoryError, BadZipFile, zlib.error)
+UNREADABLE += (TokenError,)
 NUMBERS = ("mu", "sigma", "mu_s", "sigma_s", "features")
 DIGITS = 16
 

@@ -37,13 +37,11 @@ def export_folder(model: nn.Module, path: str | Path) -> Path:
     """Write a folder that ``from_pretrained`` of the diffusers library loads.
 
     Raises:
-        UserError: no model of that library; the folder exists, or cannot be written.
+        UserError: no model of that library; the folder holds something else, or cannot be written.
     """
     family = next((family for family in FOLDERS.values() if type(model) is family.model), None)
     if family is None:
         raise UserError(f"a {type(model).__name__} is no model of the diffusers library; export it to a file")
-    if (path := Path(path)).exists():
-        raise UserError(f"{path} exists; choose another folder or remove it first")
-    with atomic_folder(path) as folder:
+    with atomic_folder(path, once=True) as folder:
         family.network(model).save_pretrained(folder)
-    return path
+    return Path(path)

@@ -168,11 +168,11 @@ def write_token_file(cache: LatentCache, path: Path) -> None:
     """Write tokens as RAR's: a line of JSON for each record.
 
     Raises:
-        UserError: the cache holds no tokens, or the file cannot be written.
+        UserError: the cache holds no tokens, or the file cannot be written, or is there with another content.
     """
     if cache.manifest.kind != "discrete":
         raise UserError(f"{cache.path} holds continuous latents, RAR's file tokens; set layout=lightningdit")
-    with atomic_file(path) as temporary, temporary.open("w") as file:
+    with atomic_file(path, once=True) as temporary, temporary.open("w") as file:
         for start in range(0, len(cache), ROWS):
             records = cache.read(slice(start, start + ROWS))
             for label, tokens in zip(records.labels.tolist(), records.latents.tolist(), strict=True):
@@ -183,13 +183,14 @@ def write_latent_folder(cache: LatentCache, path: Path, statistics: dict[str, An
     """Write latents as LightningDiT's: a file for each shard, and the statistics ``latent_mean`` and ``latent_std``.
 
     Raises:
-        UserError: tokens, latents of ten crops or without mirrored images, or the folder cannot be written.
+        UserError: tokens, latents of ten crops or without mirrored images, or the folder cannot be written, or is there
+            with another content.
     """
     manifest = cache.manifest
     if manifest.kind != "continuous":
         raise UserError(f"{cache.path} holds tokens, LightningDiT's files continuous latents; set layout=rar")
     remedy = "encode with crops=center-flip"
-    with atomic_folder(path) as folder:
+    with atomic_folder(path, once=True) as folder:
         for number, start in enumerate(range(0, len(cache), rows := 2 * manifest.shard_size)):
             records = cache.read(slice(start, start + rows))
             flips = records.flips.tolist()

@@ -22,6 +22,7 @@ from robustok.evaluation.held_out import HeldOutScore, ReconstructionScore, reco
 from robustok.files import inside, tensor_digest
 from robustok.losses.frechet import FrechetTerm
 from robustok.losses.reconstruction import ReconstructionTerms
+from robustok.precision import cast_weights
 from robustok.randomness import seed_step
 from robustok.runs import RunFolder
 from robustok.tokenizers import encoder_digest, load_tokenizer
@@ -121,7 +122,9 @@ def train_decoder(run: DecoderTrainingRun, enough: Callable[[int, Path], bool] |
     optimizer = decoder.optimizer()
     seed_step(run.seed, step=0, rank=0)  # the same initial weights of a new discriminator in every process
     adversary = make_adversary(run, accelerator)
-    untouched = average_copy(average) if "free" in run.objective else average  # copied before a state is loaded
+    untouched = average
+    if "free" in run.objective:  # copied before a state is loaded
+        untouched = cast_weights(average_copy(average), run.precision)
     material = Material(untouched, data, caches, run.noise, run.precision, cropping(run.crop, bare))
     snapshots = Snapshots(run, folder, average, adversary, caches, score, price)
     finite, extras = FiniteCheck(run.out, accelerator), [snapshots, *filter(None, [frechet])]
