@@ -6,6 +6,8 @@
 
 PYTHON ?= python3
 VENV := .venv
+# In two processes, as most tests use one core; a file's tests share fixtures and stay together.
+PYTEST = $(VENV)/bin/pytest -n 2 --dist loadfile
 
 .PHONY: demo quick test lint docs clean
 
@@ -13,10 +15,10 @@ demo: $(VENV)/installed
 	$(VENV)/bin/robustok demo
 
 quick: lint
-	$(VENV)/bin/pytest -m "not slow and not multiprocess"
+	$(PYTEST) -m "not slow and not multiprocess"
 
 test: lint
-	$(VENV)/bin/pytest
+	$(PYTEST)
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .

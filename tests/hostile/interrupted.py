@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hostile.world import Valid, digests, listing, measured_values, remove
+from robustok.files import is_temporary
 
 OPERATIONS = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -63,10 +64,11 @@ def wrong_after(state: Path, valid: Valid, run: Callable[[], tuple[int, str]]) -
         if path.name not in INPUTS:
             remove(path)
     shutil.copytree(state, ".", symlinks=True, dirs_exist_ok=True)
+    kept = [path for path in state.rglob("*") if not any(map(is_temporary, (path, *path.parents)))]
+    problems = [f"INTERRUPTED mode of {path.name}" for path in kept if not path.stat().st_mode & 0o044]
     code, text = run()
     if code != 0:
-        return [f"INTERRUPTED exit {code}: {text.strip()[-300:]}"]
-    problems = []
+        return [*problems, f"INTERRUPTED exit {code}: {text.strip()[-300:]}"]
     if (digests(Path("out")), measured_values(Path("out"))) != (valid.result, valid.values):
         problems.append("INTERRUPTED another result")
     # A page may be written by several processes at a time, so what one of them left is not removed by another.
