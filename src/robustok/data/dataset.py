@@ -92,8 +92,8 @@ def _warn_of_sorted(source: Source, rows: np.ndarray) -> None:
     if found < mixed / 2:
         warnings.warn(
             f"images of {source.name} are sorted by class, and data.streaming mixes neighbours only: the first "
-            f"{WINDOW:,} of an epoch have {found:,} of {len(source.classes):,} classes; shuffle the files, or copy them "
-            "with data.streaming=false",
+            f"{WINDOW:,} of an epoch have {found:,} of {len(source.classes):,} classes; shuffle the files, or set "
+            "data.streaming=false to copy them",
             stacklevel=3,
         )
 
