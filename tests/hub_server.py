@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from contextlib import contextmanager
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from urllib.parse import parse_qs, unquote
@@ -39,7 +40,8 @@ class Hub(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def revision(self, name):
-        return hashlib.sha1(repr(sorted(self.repositories[name].items())).encode()).hexdigest()
+        files = sorted(self.repositories[name].items())
+        return digest(repr([(path, digest(content)) for path, content in files]).encode())
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -141,7 +143,7 @@ class Handler(BaseHTTPRequestHandler):
         if file not in files:
             return self.refuse(404, "Entry not found", "EntryNotFound")
         content, headers = files[file], {"X_Repo_Commit": sha, "Accept_Ranges": "bytes"}
-        headers["ETag"] = f'"{hashlib.sha256(content).hexdigest()}"'
+        headers["ETag"] = f'"{digest(content)}"'
         if self.command == "HEAD":
             return self.answer(content, **headers)
         hub._counts[file] += 1
@@ -161,6 +163,7 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET  # noqa: N815
 
 
+@lru_cache(maxsize=512)
 def digest(content):
     return hashlib.sha1(content).hexdigest()
 
@@ -179,7 +182,7 @@ def listed(files, folder, recursive=True):
                     "type": "directory",
                     "path": parent,
                     "size": 0,
-                    "oid": hashlib.sha1(parent.encode()).hexdigest(),
+                    "oid": digest(parent.encode()),
                 }
         if len(inside) == 1 or recursive:
             found[path] = {"type": "file", "path": path, "size": len(content), "oid": digest(content)}
