@@ -243,14 +243,14 @@ def indexed(
     found = [folder / f"{file.digest}.{kind}" for file in files]
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / "lock")
+        lock = FileLock(folder / f"{bytes_digest(' '.join(file.digest for file in files).encode())}.lock")
         lock.acquire()  # of several processes one makes them
     threads = ThreadPoolExecutor(CONNECTIONS)
     try:
         new = [(file, path) for file, path in zip(files, found, strict=True) if not path.exists()]
         made = threads.map(make, [file for file, _ in new])
         for number in track(range(len(new)), what, show=bool(new)):
-            write_file(new[number][1], next(made))
+            write_file(new[number][1], next(made), shared=True)
     finally:
         threads.shutdown(cancel_futures=True)
         lock.release()
