@@ -158,6 +158,26 @@ def test_captions_and_missing_labels(flowers, tmp_path):
         unlabelled.check_labels()
 
 
+def test_a_path_in_the_place_of_an_image_is_not_read(files, tmp_path):
+    rows = [{"bytes": None, "path": str(tmp_path / "secret.png")}, {"bytes": image(1), "path": None}, None]
+    picture(0).save(tmp_path / "secret.png")
+    parquet.write_table(pyarrow.table({"image": rows}), files / "train-0.parquet")
+    data = streamed(tmp_path, f"file://{files}/train-0.parquet")
+    with pytest.warns(UserWarning, match=r"train-0\.parquet row [02]: cannot identify image file, it is empty"):
+        assert data.read(range(3)).indices.tolist() == [1]
+    parquet.write_table(pyarrow.table({"image": rows})[:0], files / "n.parquet")
+    with pytest.raises(UserError, match=r"has 0 images and none for the train split"):
+        streamed(tmp_path, f"file://{files}/n.parquet")
+
+
+def test_without_streaming_files_at_an_address_are_copied(files, tmp_path):
+    local = open_images(Parquet(path=files, holdout=0), 8)
+    copied = open_images(Parquet(path=f"file://{files}", holdout=0, cache=tmp_path / "copies"), 8)
+    assert copied.fingerprint == local.fingerprint
+    assert copied.blocks is None
+    assert len(list((tmp_path / "copies").glob("*/*.parquet"))) == FILES + 1
+
+
 def test_a_data_set_of_the_hub_by_its_name(hub, tmp_path):
     named = {
         "info": {"features": {"photo": {"_type": "Image"}, "label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}

@@ -114,11 +114,12 @@ def _streamed(data: HubDataset, split: Split) -> Source:
     chosen, whole = (data.split, True) if data.split else _chosen(list(found), split)
     files = described(found[chosen])
     table = read_remote_table(files, data, data.image and [data.image], data.label, data.captions)
+    labels = [-1 if one is None else one for one in table.labels]
     names = getattr(features.get(table.column), "names", None) or table.names
     content = [f"{file.name} {file.size}" for file in files] + [f"{data.image} {data.label}"]
     identity = bytes_digest("\n".join(content).encode("utf-8", "surrogateescape"))
     name = data.path.rstrip("/").rpartition("/")[2]
-    return table_source(replace(table, names=names), name, f"{data.path} {chosen}", identity, whole)
+    return table_source(replace(table, labels=labels, names=names), name, f"{data.path} {chosen}", identity, whole)
 
 
 def _load(data: HubDataset, split: Split) -> tuple[Any, bool, bool]:

@@ -214,7 +214,7 @@ def block_cache(data: Remote, sizes: np.ndarray, images: int) -> BlockCache:
     """
     limit = int(data.cache_gb * 1e9)
     # Twice the window, because workers read ahead; and what is not images is a thousandth.
-    needed = 1.001 * min(sizes.sum(), 2 * WINDOW * sizes.sum() / images + 2 * sizes.max())
+    needed = 1.001 * min(sizes.sum(), 2 * WINDOW * sizes.sum() / images + 2 * sizes.max(initial=0))
     if needed > limit:
         raise UserError(
             f"a window of {WINDOW:,} images takes {needed / 1e9:.3g} GB of blocks and data.cache_gb is "
