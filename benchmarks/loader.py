@@ -5,20 +5,27 @@
 The first 256 photographs are saved as JPEG files of 500 x 375. Batches have 128 crops of 256 pixels. Everything is CPU
 time, which other work on the machine changes little: of the main process for a batch, and of whoever decodes for an
 image. On a GPU the device does the conversion to float32 and the mirroring; they are listed apart. The same photographs
-in a tar file are read in turn with the folder.
+in a tar file are read in turn with the folder; so are they as a data set of a hub on this machine, in another process,
+which is copied first (data.name=hf), or streamed with nothing and with all of it in the cache of blocks.
 """
 
 import multiprocessing
 import os
+import shutil
+import sys
 import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
+import datasets
 import numpy as np
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from torch import Tensor
 
@@ -29,10 +36,11 @@ from robustok.data.loader import ahead, training_batches, training_draw
 from robustok.data.manifest import Manifest
 from robustok.data.parquet_files import open_row, read_table
 from robustok.data.pixels import from_pixels
-from robustok.data.sources import Folder, Tar
+from robustok.data.sources import Folder, HubDataset, Parquet, Tar
 from robustok.training.objectives import Steps, _read_records
 from timing import arguments
 
+sys.path.append(str(Path(__file__).parents[1] / "tests"))  # of the hub
 PHOTOGRAPHS, BATCH, SIZE, TOKENS, CODES = 256, 128, 256, 256, 4096
 BATCHES = 3
 
@@ -149,6 +157,62 @@ def compare_tar(files: list[Path], data: ImageDataset, path: Path) -> None:
         print(f"tar against folder, {name:<28} {tar / folder:8.3f} of the CPU time", flush=True)
 
 
+def save_parquet(files: list[Path], path: Path) -> None:
+    """The photographs as a file of the Hub, in row groups of 64."""
+    images = [{"bytes": file.read_bytes(), "path": file.name} for file in files]
+    features = datasets.Features({"image": datasets.Image()})
+    path.parent.mkdir()
+    datasets.Dataset.from_dict({"image": images}, features=features).to_parquet(path, batch_size=64)
+
+
+def serve(repository: str, path: Path, ready: Any) -> None:
+    """A hub with one data set of one file, in a process of its own; says its address, then the bytes that it sent."""
+    from hub_server import Hub
+
+    hub = Hub()
+    hub.repositories[f"datasets/{repository}"] = {path.name: path.read_bytes()}
+    Thread(target=hub.serve_forever, daemon=True).start()
+    ready.send(hub.address)
+    while ready.recv():
+        ready.send(hub.sent.total())
+
+
+def compare_streaming(files: list[Path], data: ImageDataset, folder: Path) -> None:
+    """Time the same number of batches of the folder, of a copy by ``datasets``, and streamed, in turn: ratios."""
+    save_parquet(files, folder / "hub" / "train-0.parquet")
+    ours, theirs = multiprocessing.get_context("spawn").Pipe()
+    told = "me/photographs", folder / "hub" / "train-0.parquet", theirs
+    server = multiprocessing.get_context("spawn").Process(target=serve, args=told, daemon=True)
+    server.start()
+    constants.ENDPOINT = address = ours.recv()
+    constants.HUGGINGFACE_CO_URL_TEMPLATE = address + "/{repo_id}/resolve/{revision}/{filename}"
+    remote = Parquet(path=Path("hf://datasets/me/photographs"), streaming=True, holdout=0, cache=folder / "cache")
+    streamed = open_images(remote, SIZE, augment=data.augment)
+    datasets.config.HF_DATASETS_CACHE = str(folder / "datasets")
+    copied = open_images(HubDataset(path=str(folder / "hub"), holdout=0), SIZE, augment=data.augment)
+    copied._memory = data._memory = None
+    cases = {"folder": data, "a copy by datasets": copied, "streamed, nothing cached": streamed, "all cached": streamed}
+    cpu, wall = dict.fromkeys(cases, 0.0), dict.fromkeys(cases, 0.0)
+    for turn in range(6):
+        for name in (
+            list(cases) if turn % 2 else ["streamed, nothing cached", "all cached", "a copy by datasets", "folder"]
+        ):
+            if name == "streamed, nothing cached":
+                shutil.rmtree(folder / "cache" / "blocks", ignore_errors=True)
+            started, now = time.process_time(), time.perf_counter()
+            for batch in training_batches(cases[name], BATCH, turn, 0, PHOTOGRAPHS // BATCH):
+                assert len(batch.pixels) == BATCH
+            cpu[name] += time.process_time() - started
+            wall[name] += time.perf_counter() - now
+    ours.send(True)
+    sent = ours.recv() / sum(file.stat().st_size for file in files)
+    server.terminate()
+    for name in list(cases)[1:]:
+        line = f"{cpu[name] / cpu['folder']:8.3f} of the CPU time, {wall[name] / wall['folder']:8.3f} of the time"
+        print(f"{name:<30} against folder {line}", flush=True)
+    print(f"fetched for 6 epochs from nothing, with the index: {sent:.3f} x the bytes of the images", flush=True)
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("photographs", type=Path, help="parquet file of photographs")
@@ -167,6 +231,7 @@ def main() -> None:
             batches = training_batches(data, BATCH, 0, 0, BATCHES, workers=workers, device=device)
             measure(f"main training, {workers} workers", batches, workers)
         compare_tar(files, data, Path(folder) / "images.tar")
+        compare_streaming(files, data, Path(folder))
         measure("post-training, plain", plain_post_training(files, pairs), 0)
         read = partial(_read_records, data, pairs, Steps(BATCH, 0, 0, BATCHES, 0, 1), None)
         for workers in (0, given.workers):

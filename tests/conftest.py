@@ -64,6 +64,7 @@ SLOW = {
     "commands/test_post_train_dit.py",
     "commands/test_post_train_pipeline.py",
     "commands/test_post_train_pretrained.py",
+    "data/test_streaming.py",
     "evaluation/test_evaluator.py",
     "evaluation/test_interpolations.py",
     "generators/test_compiled_sampling.py",

@@ -37,6 +37,7 @@ STOP_EVERY = 5  # steps after which several processes ask each other for SIGTERM
 # Settings with which a run may go on: they change its speed, memory or messages, or where it lies, but no weight.
 FREE = {"out", "workers", "log_every", "state_every", "snapshot_every", "picture_every", "gradient_accumulation"}
 FREE |= {"tracker", "gradient_checkpointing", "compile", "data.max_broken", "data.download", "data.cache"}
+FREE |= {"data.cache_gb"}
 
 
 class Resumable(Protocol):

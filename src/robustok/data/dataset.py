@@ -24,7 +24,7 @@ from robustok.config import Config
 from robustok.console import console
 from robustok.data.crops import center_crop, random_crop, to_rgb
 from robustok.data.folders import Split
-from robustok.data.order import shuffle
+from robustok.data.order import WINDOW, Blocks, shuffle, shuffle_in_window
 from robustok.data.pixels import from_pixels
 from robustok.data.sources import DATASETS, Data, Source
 from robustok.errors import FileError, UserError, printable
@@ -70,14 +70,32 @@ def open_images(
         shuffled, tests = shuffle(len(rows), 0, 0), max(1, round(data.holdout * len(rows)))
         rows = np.sort(shuffled[:tests] if split == "test" else shuffled[tests:])
     if data.limit is not None:
-        rows = np.sort(rows[shuffle(len(rows), 1, 0)[: data.limit]])
+        blocks = None if source.blocks is None else Blocks(source.blocks[rows])  # of which a few are kept as a whole
+        order = shuffle(len(rows), 1, 0) if blocks is None else shuffle_in_window(blocks, 1, 0, window=0)
+        rows = np.sort(rows[order[: data.limit]])
     if not len(rows):
         raise UserError(
             f"{source.name} has {len(labels)} images and none for the {split} split; add images or set data.holdout=0"
         )
+    if source.blocks is not None and not source.captions:
+        _warn_of_sorted(source, rows)
     if source.left_out:
         warnings.warn(f"left out of {source.name} {split}: {source.left_out}", stacklevel=2)
     return ImageDataset(source, rows, data, split, image_size, augment or Augmentation())
+
+
+def _warn_of_sorted(source: Source, rows: np.ndarray) -> None:
+    """Warn where images that lie together have one class, so that a shuffle within a window leaves few in a batch."""
+    labels = source.labels[rows]
+    orders = shuffle_in_window(Blocks(source.blocks[rows]), 0, 0, WINDOW), shuffle(len(rows), 0, 0)
+    found, mixed = (len(np.unique(labels[order[:WINDOW]])) for order in orders)
+    if found < mixed / 2:
+        warnings.warn(
+            f"images of {source.name} are sorted by class, and data.streaming mixes neighbours only: the first "
+            f"{WINDOW:,} of an epoch have {found:,} of {len(source.classes):,} classes; shuffle the files, or set "
+            "data.streaming=false to copy them",
+            stacklevel=3,
+        )
 
 
 @cache
@@ -125,6 +143,7 @@ class ImageDataset:
         captions: of each label, where labels are numbers of captions and ``classes`` their digests; else empty.
         fingerprint: digest of what identifies the content: files and sizes (or bytes), split, crop and size.
         broken: index -> reason of the images that could not be read so far.
+        blocks: of images that are downloaded when they are read; None for others.
     """
 
     def __init__(
@@ -144,7 +163,9 @@ class ImageDataset:
         # At least five are tolerated unless max_broken is 0, so that a small set may have a bad file; one must be good.
         self._allowed = min(max(5, int(data.max_broken * len(rows))), len(rows) - 1) if data.max_broken else 0
         self._source, self._rows, self._memory = source, rows, None
-        if (augment.crop == "center" or not image_size) and len(rows) * 3 * math.prod(self.shape) <= MEMORY_LIMIT:
+        self.blocks = None if source.blocks is None else Blocks(source.blocks[rows])
+        small = self.blocks is None and (augment.crop == "center" or not image_size)
+        if small and len(rows) * 3 * math.prod(self.shape) <= MEMORY_LIMIT:
             memory = torch.zeros(len(rows), 3, *self.shape, dtype=torch.uint8)
             broken = {}
             for index in range(len(rows)):
@@ -183,6 +204,10 @@ class ImageDataset:
                 "them away, or set tokenizer.config.image_size"
             )
 
+    def blocks_of(self, indices: np.ndarray) -> Blocks | None:
+        """The blocks that images (N,) are downloaded in; None if they are not."""
+        return None if self.blocks is None else Blocks(self.blocks.of[indices])
+
     @property
     def in_memory(self) -> bool:
         """Whether all images are decoded and held in memory."""
@@ -204,6 +229,8 @@ class ImageDataset:
         Unlike ``fingerprint`` it changes when a file is replaced by one of equal name and size. Empty where
         ``fingerprint`` is of the content already.
         """
+        if self._source.stamp:
+            return self._source.stamp
         states = [os.stat(file) for file in self._source.files if os.path.isfile(file)]
         if sum(state.st_size for state in states) <= CONTENT_LIMIT:
             lines = [bytes_digest(Path(file).read_bytes()) for file in self._source.files if os.path.isfile(file)]
@@ -233,7 +260,7 @@ class ImageDataset:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a data worker needs: of a million files the paths alone, once."""
-        source = replace(self._source, files=(), names=(), labels=self.labels[:0], captions=())
+        source = replace(self._source, files=(), names=(), labels=self.labels[:0], captions=(), blocks=None)
         return self.__dict__ | {"_source": source, "captions": []}
 
     def __getitem__(self, draw: "Draw") -> "Read":

@@ -1,9 +1,13 @@
 """The data set ``hf``: a data set of the Hugging Face Hub by its name, or a folder that ``datasets`` understands.
 
 The library ``datasets`` downloads it once and keeps it as Arrow files, which are read by row: trainings resume exactly.
+With ``streaming`` it only says where the parquet files are.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -15,14 +19,17 @@ from robustok.data.captions import checked
 from robustok.data.folders import SPLITS, Split
 from robustok.data.image_file import open_image
 from robustok.data.labels import LABEL_COLUMNS, number_labels
-from robustok.data.source import DataConfig, Holdout, Source, captioned, without_labels
+from robustok.data.parquet_stream import read_remote_table, table_source
+from robustok.data.remote_files import described
+from robustok.data.source import Holdout, Source, captioned, without_labels
+from robustok.data.streaming import Remote
 from robustok.errors import UserError
 from robustok.files import bytes_digest, one_line
 
 KINDS = ("parquet", "arrow", "imagefolder")  # of the loaders in ``datasets``, those that are used
 
 
-class HubDataset(DataConfig):
+class HubDataset(Remote):
     """A data set of the Hugging Face Hub by its name, with images in a column; needs the package ``datasets``."""
 
     name: Literal["hf"] = "hf"
@@ -47,6 +54,8 @@ def hub_source(data: HubDataset, split: Split) -> Source:
     Raises:
         UserError: no such data set, split or column; no network or no access; it has no images.
     """
+    if data.streaming:
+        return _streamed(data, split)
     table, whole, from_files = _load(data, split)
     features = table.features
     image = _image_column(data, features)
@@ -82,26 +91,80 @@ def hub_source(data: HubDataset, split: Split) -> Source:
     return captioned(source, checked(captions, [*map(where, range(len(table)))], f"column {data.captions}"))
 
 
+def _streamed(data: HubDataset, split: Split) -> Source:
+    """The images of a split, of which none is read."""
+    if os.path.exists(data.path):
+        raise UserError(
+            f"data.streaming=true reads data sets of the Hub, and data.path={data.path} is on this machine; set "
+            "data.streaming=false"
+        )
+    with _loading(data):
+        builder, kind = _builder(data)
+        found = {str(name): list(files) for name, files in builder.config.data_files.items()}
+        features = builder.info.features or {}
+    if kind != "parquet":
+        path = data.path.partition("@")[0]
+        converted = f"hf://datasets/{path}@refs/convert/parquet/{data.subset or 'default'}"
+        raise UserError(
+            f"{data.path} is a data set of the kind {kind}, and data.streaming=true reads parquet; set "
+            f"data.name=parquet data.path={converted}, where the Hub has converted it"
+        )
+    if data.split and data.split not in found:
+        raise UserError(f"{data.path} has the splits {', '.join(found)}; streaming takes one of them, not {data.split}")
+    chosen, whole = (data.split, True) if data.split else _chosen(list(found), split)
+    files = described(found[chosen])
+    table = read_remote_table(files, data, data.image and [data.image], data.label, data.captions)
+    labels = [-1 if one is None else one for one in table.labels]
+    names = getattr(features.get(table.column), "names", None) or table.names
+    content = [f"{file.name} {file.size}" for file in files] + [f"{data.image} {data.label}"]
+    identity = bytes_digest("\n".join(content).encode("utf-8", "surrogateescape"))
+    name = data.path.rstrip("/").rpartition("/")[2]
+    return table_source(replace(table, labels=labels, names=names), name, f"{data.path} {chosen}", identity, whole)
+
+
 def _load(data: HubDataset, split: Split) -> tuple[Any, bool, bool]:
     """The rows of a split, whether it is the only one, and whether images are files that ``datasets`` found itself."""
-    try:
-        import datasets
-    except ImportError:
-        raise UserError("data.name=hf needs the package datasets; pip install 'robustok[datasets]'") from None
-    if not shows_bars():
-        datasets.disable_progress_bars()
-    path, _, revision = (data.path, "", "") if os.path.exists(data.path) else data.path.partition("@")
-    try:
-        # Its token is the one in HF_TOKEN, or that of `hf auth login`. No code of the data set is executed.
-        builder = datasets.load_dataset_builder(path, data.subset, revision=revision or None)
-        kind = type(builder).__module__.rpartition(".")[2]
-        if kind not in KINDS:
-            hint = f"; set data.name=tar data.path=hf://datasets/{path}" if kind == "webdataset" else ""
-            raise UserError(f"{data.path} is a data set of the kind {kind}; expected {', '.join(KINDS)}{hint}")
+    datasets = _datasets()
+    with _loading(data):
+        builder, kind = _builder(data)
         builder.download_and_prepare()
         found = list(builder.info.splits)
         chosen, whole = (data.split, True) if data.split else _chosen(found, split)
         table = builder.as_dataset(split=chosen)
+    for column, feature in table.features.items():
+        if isinstance(feature, datasets.Image):
+            table = table.cast_column(column, datasets.Image(decode=False))
+    return table, whole, kind == "imagefolder"
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError("data.name=hf needs the package datasets; pip install 'robustok[datasets]'") from None
+    return datasets
+
+
+def _builder(data: HubDataset) -> tuple[Any, str]:
+    """What ``datasets`` knows of a data set, and its kind."""
+    datasets = _datasets()
+    if not shows_bars():
+        datasets.disable_progress_bars()
+    path, _, revision = (data.path, "", "") if os.path.exists(data.path) else data.path.partition("@")
+    # Its token is the one in HF_TOKEN, or that of `hf auth login`. No code of the data set is executed.
+    builder = datasets.load_dataset_builder(path, data.subset, revision=revision or None)
+    kind = type(builder).__module__.rpartition(".")[2]
+    if kind not in KINDS:
+        hint = f"; set data.name=tar data.path=hf://datasets/{path}" if kind == "webdataset" else ""
+        raise UserError(f"{data.path} is a data set of the kind {kind}; expected {', '.join(KINDS)}{hint}")
+    return builder, kind
+
+
+@contextmanager
+def _loading(data: HubDataset) -> Iterator[None]:
+    """Context in which what ``datasets`` raises becomes a UserError."""
+    try:
+        yield
     except UserError:
         raise
     except Exception as error:  # of many types
@@ -110,10 +173,6 @@ def _load(data: HubDataset, split: Split) -> tuple[Any, bool, bool]:
             f"cannot load {data.path} ({type(error).__name__}: {reason}); check name, subset, split, network and, for "
             "one that is not public, HF_TOKEN or `hf auth login`"
         ) from None
-    for column, feature in table.features.items():
-        if isinstance(feature, datasets.Image):
-            table = table.cast_column(column, datasets.Image(decode=False))
-    return table, whole, kind == "imagefolder"
 
 
 def _chosen(found: list[str], split: Split) -> tuple[str, bool]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from robustok.data.dataset import Batch, Draw, ImageDataset, Read
-from robustok.data.order import batch_indices, batch_seeds
+from robustok.data.order import Blocks, batch_indices, batch_seeds
 from robustok.devices import rank_rows
 from robustok.errors import UserError
 from robustok.files import one_line
@@ -100,15 +100,18 @@ def training_batches(
     return (dataset.to_batch(read, drawn) for read, drawn in made)
 
 
-def training_draw(count: int, global_batch: int, seed: int, rows: slice, step: int) -> Draw:
+def training_draw(
+    count: int, global_batch: int, seed: int, rows: slice, step: int, blocks: Blocks | None = None
+) -> Draw:
     """The images of a step, and the seeds of their augmentation: ``rows`` of the global batch, out of ``count``."""
-    return Draw(batch_indices(count, global_batch, seed, step)[rows], batch_seeds(global_batch, seed, step)[rows])
+    indices = batch_indices(count, global_batch, seed, step, blocks)
+    return Draw(indices[rows], batch_seeds(global_batch, seed, step)[rows])
 
 
 def _read_step(
     dataset: ImageDataset, global_batch: int, seed: int, rows: slice, draw: Callable[[int], Any] | None, step: int
 ) -> tuple[Read, Any]:
-    read = dataset[training_draw(len(dataset), global_batch, seed, rows, step)]
+    read = dataset[training_draw(len(dataset), global_batch, seed, rows, step, dataset.blocks)]
     return read, None if draw is None else draw(step)
 
 

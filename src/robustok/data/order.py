@@ -1,5 +1,11 @@
-"""The order of training images: a function of (seed, step) alone."""
+"""The order of training images: a function of (seed, step) alone.
 
+Images that are downloaded in blocks are shuffled within a window, so that a block is needed for a while and then no
+more: the blocks are put in a random order, and each image moves back by a random part of the window. At any time only
+the blocks of the last ``WINDOW`` images are in use, and a new one comes as an old one ends.
+"""
+
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -7,9 +13,29 @@ import numpy as np
 from robustok.errors import UserError
 from robustok.randomness import raw_numbers
 
+WINDOW = 8192  # images
 
-def batch_indices(count: int, global_batch: int, seed: int, step: int) -> np.ndarray:
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """The block that each image is downloaded in.
+
+    Attributes:
+        of: (N,) int32, numbers of blocks.
+    """
+
+    of: np.ndarray
+
+
+def batch_indices(count: int, global_batch: int, seed: int, step: int, blocks: Blocks | None = None) -> np.ndarray:
     """Indices (global_batch,) int64 of a step's images: every epoch is shuffled and its incomplete last batch dropped.
+
+    Args:
+        count: images in the set.
+        global_batch: images in a step.
+        seed: of the order, >= 0.
+        step: number of the step.
+        blocks: of the images; the shuffle is then one within a window. None: every order is as likely.
 
     Raises:
         UserError: the batch is larger than the set.
@@ -19,7 +45,8 @@ def batch_indices(count: int, global_batch: int, seed: int, step: int) -> np.nda
             f"the global batch is {global_batch} and the training set has {count} images; set a batch of 1 to {count}"
         )
     epoch, batch = divmod(step, count // global_batch)
-    return shuffle(count, seed, epoch)[batch * global_batch : (batch + 1) * global_batch]
+    order = shuffle(count, seed, epoch) if blocks is None else shuffle_in_window(blocks, seed, epoch, WINDOW)
+    return order[batch * global_batch : (batch + 1) * global_batch]
 
 
 def batch_seeds(global_batch: int, seed: int, step: int) -> np.ndarray:
@@ -31,5 +58,25 @@ def batch_seeds(global_batch: int, seed: int, step: int) -> np.ndarray:
 def shuffle(count: int, seed: int, epoch: int) -> np.ndarray:
     """A permutation (count,) int64. Not NumPy's ``permutation``, whose results may change with its version."""
     order = raw_numbers((1, seed, epoch), count).argsort(kind="stable")
+    order.flags.writeable = False
+    return order
+
+
+@lru_cache(maxsize=2)
+def shuffle_in_window(blocks: Blocks, seed: int, epoch: int, window: int) -> np.ndarray:
+    """A permutation (N,) int64 in which the images of a block are at most about ``window`` images apart.
+
+    Args:
+        blocks: of the images.
+        seed: of the order, >= 0.
+        epoch: number of the epoch.
+        window: in images; with 0 whole blocks follow each other.
+    """
+    _, block, sizes = np.unique(blocks.of, return_inverse=True, return_counts=True)
+    in_turn = raw_numbers((3, seed, epoch), len(sizes)).argsort(kind="stable")
+    before = np.empty_like(sizes)  # images in the blocks before each block
+    before[in_turn] = sizes[in_turn].cumsum() - sizes[in_turn]
+    moved = (raw_numbers((1, seed, epoch), len(block)) >> np.uint64(32)).astype(np.int64)  # in units of 2^-32
+    order = ((before[block] << 32) + window * moved).argsort(kind="stable")
     order.flags.writeable = False
     return order

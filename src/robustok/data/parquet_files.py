@@ -130,6 +130,11 @@ def split_files(path: Path, suffixes: Sequence[str] = PARQUET) -> tuple[Path, di
     """
     left: LeftOut = defaultdict(Counter)
     base, files = files_at(path, left, suffixes)
+    return base, divide(files, base, suffixes, left), left
+
+
+def divide(files: Sequence[Path], base: Path, suffixes: Sequence[str], left: LeftOut) -> dict[Split, list[Path]]:
+    """The files of each split, as :func:`split_files` gives them; the others are counted as left out."""
     said = {file: _said(file, base) for file in files}
     found: dict[Split, list[Path]] = {}
     for one in ("train", "test"):
@@ -140,7 +145,7 @@ def split_files(path: Path, suffixes: Sequence[str] = PARQUET) -> tuple[Path, di
     left[f"{suffixes[0].removeprefix('.')} files of no split or of another"].update(
         file.name for file in files if file not in used
     )
-    return base, found or {"train": files}, left
+    return found or {"train": list(files)}
 
 
 def _said(file: Path, base: Path) -> Any:
@@ -165,8 +170,8 @@ def read_table(files: list[Path], root: Path, column: str | None) -> Table:
         schema = parquet.schema_arrow
         image = next((name for name in IMAGE_COLUMNS if name in schema.names), None)
         if image is None:
-            raise UserError(f"{file} has the columns {_some(schema.names)}; expected images in 'img' or 'image'")
-        names = _class_names(schema.metadata, label)
+            raise UserError(f"{file} has the columns {some_of(schema.names)}; expected images in 'img' or 'image'")
+        names = class_names(schema.metadata, label)
         if table.groups and (label != table.column or (names and table.names and names != table.names)):
             raise UserError(f"{file} has other labels or names of classes than {files[0]}; read one of them alone")
         table.column, table.names = label, table.names or names
@@ -199,7 +204,7 @@ def _read_labels(file: Path, column: str | None) -> tuple[Any, str | None, list[
         parquet = pyarrow.parquet.ParquetFile(regular_file(file))
         columns = parquet.schema_arrow.names
         if column is not None and column not in columns:
-            raise UserError(f"{file} has the columns {_some(columns)}, not data.label={column}; name one of them")
+            raise UserError(f"{file} has the columns {some_of(columns)}, not data.label={column}; name one of them")
         label = column or next((name for name in LABEL_COLUMNS if name in columns), None)
         labels = parquet.read(columns=[label])[label].to_pylist() if label else [0] * parquet.metadata.num_rows
     except UserError:
@@ -210,7 +215,7 @@ def _read_labels(file: Path, column: str | None) -> tuple[Any, str | None, list[
     return parquet, label, labels
 
 
-def _class_names(metadata: Mapping[bytes, bytes] | None, label: str | None) -> list[str] | None:
+def class_names(metadata: Mapping[bytes, bytes] | None, label: str | None) -> list[str] | None:
     """Names of the classes, which Hugging Face data sets store in the schema."""
     try:
         found = json.loads((metadata or {})[b"huggingface"])["info"]["features"][label]["names"]
@@ -219,7 +224,8 @@ def _class_names(metadata: Mapping[bytes, bytes] | None, label: str | None) -> l
     return found if isinstance(found, list) and found and all(isinstance(name, str) for name in found) else None
 
 
-def _some(columns: list[str]) -> str:
+def some_of(columns: list[str]) -> str:
+    """The first ten names, for a message."""
     return ", ".join(columns[:10]) + (f" and {len(columns) - 10} more" if len(columns) > 10 else "")
 
 

@@ -53,6 +53,9 @@ class Source:
         left_out: what was left out; empty if nothing was.
         unlabelled: why the labels are unknown and all -1, and what to do; empty if they are known.
         captions: of each label, where labels are numbers of captions and ``classes`` their digests; else empty.
+        blocks: (N,) int32, the block that each image is downloaded in when it is opened; None for images that are
+            here.
+        stamp: of what is downloaded, changes when it is replaced; empty where ``files`` say it.
     """
 
     name: str
@@ -69,6 +72,8 @@ class Source:
     left_out: str = ""
     unlabelled: str = ""
     captions: Sequence[str] = ()
+    blocks: np.ndarray | None = None
+    stamp: str = ""
 
 
 def captioned(source: Source, captions: list[str]) -> Source:

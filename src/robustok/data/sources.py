@@ -7,6 +7,7 @@ a configuration for ``Data``, a function (configuration, split) -> ``Source``, a
 import glob
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from operator import getitem
 from pathlib import Path
@@ -22,8 +23,11 @@ from robustok.data.folders import ARCHIVES, Split, describe_left_out, find_image
 from robustok.data.hub_dataset import HubDataset, hub_source
 from robustok.data.image_file import open_image
 from robustok.data.labels import LABEL_COLUMNS, METADATA, number_labels
-from robustok.data.parquet_files import has_parquet, open_row, read_table, split_files, where_row
+from robustok.data.parquet_files import IMAGE_COLUMNS, has_parquet, open_row, read_table, split_files, where_row
+from robustok.data.parquet_stream import read_remote_table, table_source
+from robustok.data.remote_files import address_of
 from robustok.data.source import DataConfig, Holdout, Source, captioned, without_labels
+from robustok.data.streaming import Remote, copied, streamed_splits
 from robustok.data.tar_files import TARS
 from robustok.data.tar_source import Tar, tar_source
 from robustok.errors import UserError
@@ -67,15 +71,19 @@ class Folder(DataConfig):
     )
 
 
-class Parquet(DataConfig):
+class Parquet(Remote):
     """Parquet files as on the Hugging Face Hub: encoded images in the column ``img`` or ``image``, and ``label``.
 
     Files with train, val, test and the like in their names or folders are those splits. Training on many gigabytes is
-    slow, as it reads a row group for almost every image: data.name=hf reads the same files faster, from a copy.
+    slow, as it reads a row group for almost every image: data.name=hf reads the same files faster, from a copy, and
+    data.streaming=true reads each row group once an epoch.
     """
 
     name: Literal["parquet"] = "parquet"
-    path: Path = Field(description="a file, a folder or a glob such as images/**/*.parquet")
+    path: Path = Field(
+        description="a file, a folder or a glob such as images/**/*.parquet; also hf://datasets/ORG/NAME, s3://, gs:// "
+        "and others of fsspec, of which the files are copied to data.cache once, or streamed"
+    )
     holdout: Holdout = 0.1
     label: str | None = Field(
         None, description=f"column of the labels, numbers or names; null: {', '.join(LABEL_COLUMNS)}, if there is one"
@@ -162,7 +170,9 @@ def _open_file(paths: Sequence[str], row: int) -> Image.Image:
 
 
 def _parquet(data: Parquet, split: Split) -> Source:
-    path = data.path
+    if data.streaming:
+        return _streamed_parquet(data, split)
+    path = copied(data, ".parquet")
     base, splits, left = split_files(path)
     whole = len(splits) < 2
     files = next(iter(splits.values())) if whole else splits[split]
@@ -180,6 +190,20 @@ def _parquet(data: Parquet, split: Split) -> Source:
         left_out=describe_left_out(left), unlabelled=without_labels(labels, where),
     )  # fmt: skip
     return source if data.captions is None else captioned(source, captions_in_parquet(files, data.captions))
+
+
+def _streamed_parquet(data: Parquet, split: Split) -> Source:
+    splits, left = streamed_splits(data, ".parquet")
+    whole = len(splits) < 2
+    files = next(iter(splits.values())) if whole else splits[split]
+    table = read_remote_table(files, data, IMAGE_COLUMNS, data.label, data.captions)
+    if table.names is None and not whole and split == "test" and any(isinstance(one, str) for one in table.labels):
+        train = read_remote_table(splits["train"], data, IMAGE_COLUMNS, data.label, None)
+        table = replace(table, names=number_labels(train.labels, f"column {table.column} of {data.path}")[1])
+    content = [f"{file.name} {file.size}" for file in files]  # as of the same files on this machine
+    content += [f"label {data.label}"] * (data.label is not None)
+    identity = bytes_digest("\n".join(content).encode("utf-8", "surrogateescape"))
+    return table_source(table, address_of(data.path), address_of(data.path), identity, whole, describe_left_out(left))
 
 
 def _npz(data: Npz, split: Split) -> Source:

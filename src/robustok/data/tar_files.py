@@ -14,7 +14,7 @@ import os
 import tarfile
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -62,7 +62,7 @@ class _Sample:
     """What a tar file holds under one name: the image's position, and its texts by suffix."""
 
     image: tuple[int, int, str] | None = None  # offset, size, name
-    texts: dict[str, tuple[int, int]] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
 
 
 def index_tars(files: list[Path], left: LeftOut, wanted: set[str]) -> tuple[Members, list[dict[str, str]]]:
@@ -79,26 +79,47 @@ def index_tars(files: list[Path], left: LeftOut, wanted: set[str]) -> tuple[Memb
     Raises:
         UserError: a file is no tar file, is compressed, ends early or is damaged.
     """
-    tar, offset, size, names, texts = [], [], [], [], []
-    for number, file in enumerate(files):
+    found = []
+    for file in files:
         with regular_file(file).open("rb") as stream:
-            samples: dict[str, _Sample] = defaultdict(_Sample)
-            for prefix, member in _members(stream, file):
-                _note(samples, prefix, member, left)
-            for sample in samples.values():
-                if sample.image is None:
-                    left["samples without an image"].update(list(sample.texts))
-                    continue
-                tar.append(number)
-                offset.append(sample.image[0])
-                size.append(sample.image[1])
-                names.append(sample.image[2])
-                texts.append({key: _text(stream, *at) for key, at in sample.texts.items() if key in wanted})
-    arrays = np.array(tar, np.int32), np.array(offset, np.int64), np.array(size, np.int64)
-    return Members(list(map(str, files)), *arrays, names), texts
+            found.append(index_tar(stream, str(file), left, wanted))
+    return members_of(list(map(str, files)), found)
 
 
-def _note(samples: dict[str, _Sample], prefix: str, member: tarfile.TarInfo, left: LeftOut) -> None:
+def members_of(tars: list[str], found: list[list["Entry"]]) -> tuple[Members, list[dict[str, str]]]:
+    """The images of several tar files, and the texts of each, from the entries of each file."""
+    entries = [entry for one in found for entry in one]
+    tar = np.repeat(np.arange(len(tars), dtype=np.int32), list(map(len, found)))
+    offset, size = (np.array([entry[i] for entry in entries], np.int64) for i in range(2))
+    return Members(tars, tar, offset, size, [entry[2] for entry in entries]), [entry[3] for entry in entries]
+
+
+Entry = tuple[int, int, str, dict[str, str]]  # of an image: first byte, bytes, name and texts by suffix
+
+
+def index_tar(stream: BinaryIO, where: str, left: LeftOut, wanted: set[str]) -> list[Entry]:
+    """The images in a tar file, as :func:`index_tars` finds them; what is not needed of it is not read."""
+    samples: dict[str, _Sample] = defaultdict(_Sample)
+    for prefix, member in _members(stream, where, stream.seek(0, os.SEEK_END)):
+        _note(samples, stream, prefix, member, left, wanted)
+    for sample in samples.values():
+        if sample.image is None:
+            left["samples without an image"].update(list(sample.texts))
+    return [
+        (*sample.image, {key: text for key, text in sample.texts.items() if key in wanted})
+        for sample in samples.values()
+        if sample.image is not None
+    ]
+
+
+def _note(
+    samples: dict[str, _Sample],
+    stream: BinaryIO,
+    prefix: str,
+    member: tarfile.TarInfo,
+    left: LeftOut,
+    wanted: set[str],
+) -> None:
     """Add a member to the sample that it belongs to, or to what is left out."""
     path = PurePosixPath(prefix, member.name.removeprefix("./"))
     stem, _, suffix = path.name.partition(".")
@@ -116,16 +137,19 @@ def _note(samples: dict[str, _Sample], prefix: str, member: tarfile.TarInfo, lef
         else:
             left["further images of a sample"][path.name] += 1
     elif suffix in (CLASS, JSON, TEXT):
-        samples[str(path.with_name(stem))].texts[suffix] = (member.offset_data, member.size)
+        text = _text(stream, member.offset_data, member.size) if suffix in wanted else ""
+        samples[str(path.with_name(stem))].texts[suffix] = text
     else:
         left["files of other kinds"][last or path.name] += 1
 
 
-def _members(stream: BinaryIO, file: Path, start: int = 0, prefix: str = "") -> Iterator[tuple[str, tarfile.TarInfo]]:
-    """The members of a tar file, with the folder that tar files in it are: its name without suffix."""
+def _members(
+    stream: BinaryIO, file: str, end: int, start: int = 0, prefix: str = ""
+) -> Iterator[tuple[str, tarfile.TarInfo]]:
+    """The members of a tar file of ``end`` bytes, with the folder that tar files in it are: its name without suffix."""
     stream.seek(start)
     where = f"{file}{f' in its member {prefix}.tar' if prefix else ''}"
-    count, end = 0, os.fstat(stream.fileno()).st_size
+    count = 0
     try:
         with tarfile.open(fileobj=stream, mode="r:") as archive:
             for member in archive:
@@ -134,14 +158,14 @@ def _members(stream: BinaryIO, file: Path, start: int = 0, prefix: str = "") -> 
                     raise tarfile.ReadError("unexpected end of data")
                 if member.isreg() and not prefix and member.name.lower().endswith(TARS):
                     position = stream.tell()
-                    yield from _members(stream, file, member.offset_data, PurePosixPath(member.name).stem)
+                    yield from _members(stream, file, end, member.offset_data, PurePosixPath(member.name).stem)
                     stream.seek(position)
                 elif not member.isdir():
                     yield prefix, member
                 archive.members.clear()  # of a million members only one is kept
             mark = archive.offset
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        head = os.pread(stream.fileno(), 6, start)
+        head = _read_at(stream, start, 6)
         packed = head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))
         if count:
             raise UserError(
@@ -149,15 +173,20 @@ def _members(stream: BinaryIO, file: Path, start: int = 0, prefix: str = "") -> 
             ) from None
         kind = "is compressed, so nothing in it can be found; unpack it to a plain .tar" if packed else "is no tar file"
         raise UserError(f"{where} {kind} ({one_line(error, 80)})") from None
-    block = os.pread(stream.fileno(), tarfile.BLOCKSIZE, mark)
+    block = _read_at(stream, mark, tarfile.BLOCKSIZE)
     if block.strip(b"\0"):
         raise UserError(f"{where} is damaged after {count} members, at byte {mark:,}; copy it again")
     if not block:
         warnings.warn(f"{where} has no end mark, as if it had been cut off after {count} members", stacklevel=2)
 
 
+def _read_at(stream: BinaryIO, position: int, size: int) -> bytes:
+    stream.seek(position)
+    return stream.read(size)
+
+
 def _text(stream: BinaryIO, offset: int, size: int) -> str:
-    content = os.pread(stream.fileno(), min(size, LARGEST_TEXT), offset)
+    content = _read_at(stream, offset, min(size, LARGEST_TEXT))
     return content.decode("utf-8-sig", "replace").strip()
 
 
@@ -212,9 +241,9 @@ def _all(labels: list[Any], members: Members, what: str) -> list[Any]:
     return labels
 
 
-def identity_of(members: Members) -> str:
-    """Digest of the names and sizes of files and images."""
-    sha = [f"{Path(file).name} {os.path.getsize(file)}" for file in members.tars]
+def identity_of(members: Members, sizes: Sequence[int]) -> str:
+    """Digest of the names and sizes of files, in bytes, and images."""
+    sha = [f"{Path(file).name} {size}" for file, size in zip(members.tars, sizes, strict=True)]
     sha += [bytes_digest(members.size.tobytes()), bytes_digest("\n".join(members.names).encode("utf-8", "replace"))]
     return bytes_digest("\n".join(sha).encode("utf-8", "surrogateescape"))
 

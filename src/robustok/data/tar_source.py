@@ -11,8 +11,9 @@ from robustok.data.captions import checked
 from robustok.data.folders import Split, describe_left_out
 from robustok.data.labels import LabelList, number_labels
 from robustok.data.parquet_files import split_files
-from robustok.data.remote_files import address_of, local_copies
-from robustok.data.source import DataConfig, Holdout, Source, captioned
+from robustok.data.remote_files import address_of
+from robustok.data.source import Holdout, Source, captioned
+from robustok.data.streaming import Remote, copied, streamed_splits
 from robustok.data.tar_files import (
     CLASS,
     JSON,
@@ -25,11 +26,12 @@ from robustok.data.tar_files import (
     open_member,
     where_member,
 )
+from robustok.data.tar_stream import index_remote_tars, streamed_members
 from robustok.errors import UserError
 from robustok.files import bytes_digest
 
 
-class Tar(DataConfig):
+class Tar(Remote):
     """Tar files as of webdataset: ``0001.jpg`` with ``0001.cls``, ``.json`` or ``.txt``; or CLASS/FILE, or CLASS.tar.
 
     Files with train, val, test and the like in their names or folders are those splits. Images are read in place, by an
@@ -39,7 +41,7 @@ class Tar(DataConfig):
     name: Literal["tar"] = "tar"
     path: Path = Field(
         description="a file, a folder or a glob, with ranges as train-{000..146}.tar; also s3://, gs://, hf:// and "
-        "others of fsspec, of which the files are copied to data.cache once"
+        "others of fsspec, of which the files are copied to data.cache once, or streamed"
     )
     holdout: Holdout = 0.1
     labels: Path | None = Field(None, description="file with the labels of images that have none in the tar files")
@@ -49,7 +51,6 @@ class Tar(DataConfig):
     captions: str | None = Field(
         None, description="captions in the place of labels, for pipelines: txt, or their column in .json"
     )
-    cache: Path | None = Field(None, description="folder for copies of remote files; by default ~/.cache/robustok/tar")
 
 
 def tar_source(data: Tar, split: Split) -> Source:
@@ -58,42 +59,50 @@ def tar_source(data: Tar, split: Split) -> Source:
     Raises:
         UserError: there are none, a file is damaged, or labels or captions are missing.
     """
-    path, address = data.path, address_of(data.path)
-    if address is not None:
-        path = local_copies(address, ".tar", data.cache or Path("~/.cache/robustok/tar").expanduser())
-    base, splits, left = split_files(path, TARS)
+    if data.streaming:
+        splits, left = streamed_splits(data, ".tar")
+        index = partial(index_remote_tars, data=data, left=left)
+    else:
+        path = copied(data, ".tar")
+        base, splits, left = split_files(path, TARS)
+        index = partial(index_tars, left=left)
+    where = str(data.path if data.streaming else path)
     whole = len(splits) < 2
     files = next(iter(splits.values())) if whole else splits[split]
-    members, texts = index_tars(files, left, {CLASS, JSON} | ({TEXT} if data.captions else set()))
+    members, texts = index(files, wanted={CLASS, JSON} | ({TEXT} if data.captions else set()))
     if not len(members):
         found = describe_left_out(left) or "nothing"
-        raise UserError(f"no images in {files[0]} (found: {found}); expected members such as 0001.jpg")
+        raise UserError(f"no images in {members.tars[0]} (found: {found}); expected members such as 0001.jpg")
     if data.labels is not None:
         left["files of other kinds"].pop(data.labels.suffix, None)
     listed = data.labels is not None and (whole or split == "test")
     labels, about = _listed(data, members.names) if listed else labels_of(members, texts, data.label)
     classes = ["all"] if about == "no labels" else None
     if not whole and split == "test" and any(isinstance(label, str) for label in labels):
-        train, others = index_tars(splits["train"], left, {CLASS, JSON})
-        classes = number_labels(labels_of(train, others, data.label)[0], str(path))[1]
-    numbers, classes = number_labels(labels, str(path), classes)
+        train, others = index(splits["train"], wanted={CLASS, JSON})
+        classes = number_labels(labels_of(train, others, data.label)[0], where)[1]
+    numbers, classes = number_labels(labels, where, classes)
+    images = streamed_members(members, files, data) if data.streaming else None
+    sizes = [file.size if images else os.path.getsize(file) for file in files]
     source = Source(
-        base.resolve().name if address is None else address,
-        partial(open_member, members),
+        address_of(data.path) or base.resolve().name,
+        images.open if images else partial(open_member, members),
         partial(where_member, members),
         numbers,
         classes,
-        bytes_digest(f"{identity_of(members)} {bytes_digest(numbers.tobytes())}".encode()),
+        bytes_digest(f"{identity_of(members, sizes)} {bytes_digest(numbers.tobytes())}".encode()),
         whole,
-        files=members.tars,
+        files=[] if images else members.tars,
         names=[os.path.splitext(name)[0] for name in members.names],
         about=about,
         left_out=describe_left_out(left),
+        blocks=images.blocks if images else None,
+        stamp=bytes_digest(" ".join(file.version for file in files).encode(), 16) if images else "",
     )
     if data.captions is None:
         return source
-    where = "a .txt beside it" if data.captions == TEXT else f"{data.captions} in its .json"
-    return captioned(source, checked(captions_of(members, texts, data.captions), members.names, where))
+    beside = "a .txt beside it" if data.captions == TEXT else f"{data.captions} in its .json"
+    return captioned(source, checked(captions_of(members, texts, data.captions), members.names, beside))
 
 
 def _listed(data: Tar, names: list[str]) -> tuple[list[Any], str]:

@@ -34,9 +34,15 @@ def input_digests(run: Config, data: ImageDataset | None = None) -> dict[str, st
 
 
 def image_digest(data: ImageDataset) -> str:
-    """Of the names and sizes of all files, all labels, and the pixels: of all images in memory, else of some."""
+    """Of the names and sizes of all files, all labels, and the pixels: of all images in memory, else of some.
+
+    Of images that are downloaded when they are read, their stamp is in the place of pixels.
+    """
     sha = hashlib.sha256(data.fingerprint.encode())
     sha.update(data.labels.astype("<i8").tobytes())
+    if data.blocks is not None:
+        sha.update(data.stamp.encode())
+        return sha.hexdigest()[:16]
     every = 1 if data.in_memory else -(-len(data) // IMAGES)
     indices = np.arange(0, len(data), every)
     for start in range(0, len(indices), IMAGES):

@@ -21,7 +21,7 @@ from robustok.data.dataset import Draw, ImageDataset, Read
 from robustok.data.latent_cache import LatentCache, LatentRecords
 from robustok.data.latent_checks import check_cache, check_center_crops, check_free_samples, check_real_latents
 from robustok.data.loader import MOST_WORKERS, ahead, training_draw, worker_count
-from robustok.data.order import batch_indices
+from robustok.data.order import Blocks, batch_indices
 from robustok.data.pixels import from_pixels
 from robustok.devices import rank_rows
 from robustok.errors import UserError
@@ -104,13 +104,13 @@ class Steps(NamedTuple):
         """Those of the process in the global batch."""
         return rank_rows(self.global_batch, self.rank, self.world)
 
-    def records(self, count: int, step: int) -> np.ndarray:
-        """The process's records of a step, out of ``count``.
+    def records(self, count: int, step: int, blocks: Blocks | None = None) -> np.ndarray:
+        """The process's records of a step, out of ``count``, whose images may be downloaded in ``blocks``.
 
         Raises:
             UserError: there are fewer than the batch has.
         """
-        return batch_indices(count, self.global_batch, self.seed, step)[self.rows]
+        return batch_indices(count, self.global_batch, self.seed, step, blocks)[self.rows]
 
 
 class Inputs(NamedTuple):
@@ -259,17 +259,26 @@ def _compared_with_images(
         images = from_pixels(inputs.cut.images(material.data.to_batch(inputs.images).pixels))
         return Examples(inputs.cut.latents(inputs.latents), images, images)
 
-    return Stream(partial(_read_records, material.data, cache, steps, draw), examples)
+    blocks = material.data.blocks_of(cache.indices)
+    return Stream(partial(_read_records, material.data, cache, steps, draw, blocks=blocks), examples)
 
 
-def _read_records(data: ImageDataset, cache: LatentCache, steps: Steps, draw: NoiseDraw | None, step: int) -> Inputs:
-    records = cache.read(steps.records(len(cache), step))
+def _read_records(
+    data: ImageDataset,
+    cache: LatentCache,
+    steps: Steps,
+    draw: NoiseDraw | None,
+    step: int,
+    blocks: Blocks | None = None,
+) -> Inputs:
+    records = cache.read(steps.records(len(cache), step, blocks))
     return Inputs(records.latents, real_images(data, records), None if draw is None else draw(step))
 
 
 def _read_samples(data: ImageDataset, cache: LatentCache, steps: Steps, step: int) -> Inputs:
     latents = cache.read(steps.records(len(cache), step)).latents
-    return Inputs(latents, data[training_draw(len(data), steps.global_batch, steps.seed, steps.rows, step)])
+    draw = training_draw(len(data), steps.global_batch, steps.seed, steps.rows, step, data.blocks)
+    return Inputs(latents, data[draw])
 
 
 def real_images(data: ImageDataset, records: LatentRecords) -> Read:
