@@ -51,7 +51,7 @@ def special_files(t: Try) -> None:
         if how == "full":
             (path / "notes.txt").write_text("mine")
     t.notes.append(str(path))
-    t.planted = path == t.out
+    t.planted = t.planted or path == t.out  # an earlier mutation may have put something there
 
 
 def removed(t: Try) -> None:
