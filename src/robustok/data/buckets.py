@@ -119,13 +119,17 @@ def check_sizes(buckets: Sequence[ImageDataset]) -> None:
     )
 
 
-def describe_buckets(data: Data, buckets: Sequence[ImageDataset]) -> str:
-    """How many images each bucket has, and which of the given ones have none."""
+def describe_buckets(data: Data, buckets: Sequence[ImageDataset], batch_size: int) -> str:
+    """How many images each bucket has, and which have too few: none of those given, or less than a batch."""
     found = {bucket_name(bucket.shape): len(bucket) for bucket in buckets}
-    words = "buckets (height x width): " + ", ".join(f"{name} {count:,} images" for name, count in found.items())
+    words = f"buckets of {buckets[0].name} {buckets[0].split} (height x width: images): "
+    words += ", ".join(f"{name}: {count:,}" for name, count in found.items())
     given = [] if data.buckets is True else map(bucket_name, data.buckets)
     if empty := [name for name in dict.fromkeys(given) if name not in found]:
-        words += f"; none in {', '.join(empty)}, which is left out"
+        words += f"; none in {', '.join(empty)}, left out"
+    few = [name for name, count in found.items() if count < batch_size]
+    if few and buckets[0].split == "train":
+        words += f"; fewer than batch_size in {', '.join(few)}, which are repeated in a batch"
     return words
 
 
