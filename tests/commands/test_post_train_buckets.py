@@ -25,7 +25,7 @@ from robustok.evaluation.held_out import HeldOut, HeldOutScore, ReconstructionSc
 from robustok.generators.pipeline import PipelineGenerator
 from robustok.metrics.features import ExtractorConfig, load_extractor
 from robustok.metrics.frechet import GaussianStatistics, frechet_distance
-from robustok.randomness import image_rngs
+from robustok.randomness import bucket_seed, image_rngs
 from robustok.tokenizers import encoder_digest, load_tokenizer
 from robustok.training.latent_crops import LatentCrop, cropping
 from robustok.training.objectives import LatentNoise, Material, Steps, mixture, open_caches
@@ -94,7 +94,13 @@ def test_one_command_goes_from_photographs_of_several_shapes_to_a_pipeline(post,
         with torch.no_grad():
             real = tokenizer.encode_grid(bucket.read(made.indices).images)
         sampling = generator.sampling_type(steps=4, height=height, width=width)
-        again = generator.generate(made.labels, sampling, image_rngs(0, range(len(real))), real, 0.5)
+        again = generator.generate(
+            made.labels,
+            sampling,
+            image_rngs(bucket_seed(0, list(NAMES).index(cache.path.name)), range(len(real))),
+            real,
+            0.5,
+        )
         torch.testing.assert_close(again, made.latents, rtol=1e-4, atol=1e-4)
 
     # The pipeline has another decoder, and makes images of these sizes.
@@ -225,6 +231,8 @@ def test_steps_are_of_one_bucket_in_all_processes(post, photos, crop):
     halves = [list(mixture(buckets, names, 1.0, steps._replace(rank=rank, world=2))) for rank in (0, 1)]
     later = next(mixture(buckets, names, 1.0, steps._replace(first=7, count=1)))
     assert torch.equal(later.latents, whole[7].latents)
+    ahead = mixture(buckets, names, 1.0, steps._replace(count=3), workers=1)  # read by another process
+    assert all(torch.equal(a.targets, b.targets) for a, b in zip(ahead, whole[:3], strict=True))
     seen = {data.data.shape: 0 for data in buckets}
     for one, *parts in zip(whole, *halves, strict=True):
         for name in ("latents", "targets"):

@@ -113,35 +113,27 @@ def encode(run: EncodeRun) -> Path:
     if not run.data.buckets:
         # The data's fingerprint depends on the crop size, so post-training never takes ten-crop for its centre crops.
         size = enlarged(tokenizer.image_size) if run.crops == "ten" else tokenizer.image_size
-        _encode(run, run.out, open_images(run.data, size, run.split), run.count, tokenizer, space, accelerator)
+        _encode(run, open_images(run.data, size, run.split), tokenizer, space, accelerator)
         return run.out
     if run.crops != "center":
         raise UserError(f"data.buckets has centre crops; set crops=center, not crops={run.crops}")
     buckets = open_buckets(run.data, tokenizer, run.split)
     sizes = [len(data) for data in buckets]
     for data, count in zip(buckets, shares(min(run.count or sum(sizes), sum(sizes)), sizes), strict=True):
-        out = run.out / bucket_name(data.shape)
-        _encode(run, out, data, count, tokenizer, space, accelerator)
+        own = run.model_copy(update={"out": run.out / bucket_name(data.shape), "count": count})
+        _encode(own, data, tokenizer, space, accelerator)
     return run.out
 
 
-def _encode(
-    run: EncodeRun,
-    out: Path,
-    data: ImageDataset,
-    count: int | None,
-    tokenizer: Tokenizer,
-    space: str,
-    accelerator: Accelerator,
-) -> None:
-    """Encode ``count`` images of one size to a cache; ``space`` is the digest of the latent space."""
+def _encode(run: EncodeRun, data: ImageDataset, tokenizer: Tokenizer, space: str, accelerator: Accelerator) -> None:
+    """Encode images of one size to a cache; ``space`` is the digest of the latent space."""
     size, variants = tokenizer.image_size, run.variants
     encode_images, shape = tokenizer.encode, tokenizer.latent_shape
     if run.data.buckets:
         height, width = (side // tokenizer.factor for side in data.shape)
         encode_images, shape = tokenizer.encode_grid, (height, width, shape[1])
     data.check_labels()
-    chosen = np.sort(random_subset(len(data), count, run.seed))  # indices of the images that are encoded
+    chosen = np.sort(random_subset(len(data), run.count, run.seed))  # indices of the images that are encoded
     source = {"made_by": "encode", "data": data.describe(), "crops": run.crops, "precision": run.cache.precision}
     source |= {"images": image_digest(data)} | ({"seed": run.seed} if len(chosen) < len(data) else {})
     manifest = Manifest(
@@ -151,7 +143,7 @@ def _encode(
         classes=len(data.classes),
         class_names=data.classes,
         count=len(chosen) * variants,
-        shard_size=chosen_shard_size(run.cache, len(chosen) * variants, out),
+        shard_size=chosen_shard_size(run.cache, len(chosen) * variants, run.out),
         tokenizer=space,
         data=data.fingerprint,
         source=source,
@@ -184,7 +176,7 @@ def _encode(
         fields = dict(latents=latents, labels=labels, indices=indices, seeds=seeds, flips=flips)
         return fields | ({"crops": crops} if run.crops == "ten" else {})
 
-    fill_cache(out, manifest, make, run.cache.batch_size or BATCH, accelerator, "encode", read_ahead)
+    fill_cache(run.out, manifest, make, run.cache.batch_size or BATCH, accelerator, "encode", read_ahead)
 
 
 def random_subset(size: int, count: int | None, seed: int) -> np.ndarray:

@@ -166,16 +166,16 @@ def record_fields(latents: Tensor, labels: Tensor, indices: Tensor, records: np.
 
 
 def sampling_of(cache: LatentCache, generator: Generator, sampling: Config) -> Config:
-    """The sampling settings for mixtures with latents of a cache: at the size of its bucket, if they are of one.
+    """The sampling settings for mixtures with latents of a cache: at their size, if they are of a bucket.
 
     Raises:
         UserError: they are, and the generator is no pipeline.
     """
     if not isinstance(generator, PipelineGenerator):
         check_squares(cache, f"generator {generator.config.name}")
-    if len(cache.manifest.latent_shape) < 3:
         return sampling
-    height, width = (side * generator.factor for side in cache.manifest.latent_shape[:2])
+    *grid, _ = cache.manifest.latent_shape
+    height, width = (side * generator.factor for side in grid) if len(grid) == 2 else (None, None)
     return sampling.model_copy(update={"height": height, "width": width})
 
 

@@ -33,7 +33,7 @@ from robustok.files import tensor_digest
 from robustok.generators import SamplingConfig, check_kind, check_sampling
 from robustok.generators.pipeline import PipelineGenerator
 from robustok.precision import at_precision, cast_weights
-from robustok.randomness import image_rngs
+from robustok.randomness import bucket_seed, image_rngs
 from robustok.snapshots import read_header
 from robustok.tokenizers import encoder_digest, load_tokenizer
 from robustok.training.inputs import latent_digest
@@ -114,24 +114,24 @@ def make_pairs(run: MakePairsRun) -> Path:
         with accelerator.main_process_first():
             generator.embed(torch.from_numpy(labels))
     digest = tensor_digest(generator.state_dict())  # of the weights before they are cast
-    for cache, some, own in zip(caches, rows, samplings, strict=True):
+    for i, (cache, some, own) in enumerate(zip(caches, rows, samplings, strict=True)):
         out = run.out / cache.path.relative_to(run.latents)
-        _make_pairs(run, out, cache, some, own, generator, digest, tokenizer, accelerator)
+        own_run = run.model_copy(update={"out": out, "seed": bucket_seed(run.seed, i), "sampling": own})
+        _make_pairs(own_run, cache, some, generator, digest, tokenizer, accelerator)
     return run.out
 
 
 def _make_pairs(
     run: MakePairsRun,
-    out: Path,
     cache: LatentCache,
     rows: np.ndarray,
-    sampling: Config,
     generator: Generator,
     digest: str,
     tokenizer: Tokenizer | None,
     accelerator: Accelerator,
 ) -> None:
     """Make the pairs of these rows of a cache; ``digest`` is of the generator's weights."""
+    sampling = run.sampling
 
     def make(records: np.ndarray) -> dict[str, Tensor]:
         real = cache.read(rows[records])
@@ -160,10 +160,10 @@ def _make_pairs(
         for problem in generator.check(cache.read(rows[:CHECKED]).latents):
             warnings.warn(problem, stacklevel=1)
     names = cache.manifest.class_names
-    manifest = manifest_of(generator, sampling, run.cache, out, len(rows), cache.manifest.data, source, names)
+    manifest = manifest_of(generator, sampling, run.cache, run.out, len(rows), cache.manifest.data, source, names)
     for model in filter(None, (generator, tokenizer)):
         cast_weights(model, run.cache.precision)  # after their digests
-    fill_cache(out, manifest, make, samples_at_once(generator, run.cache, sampling), accelerator, "make-pairs")
+    fill_cache(run.out, manifest, make, samples_at_once(generator, run.cache, sampling), accelerator, "make-pairs")
 
 
 def reencode(tokenizer: Tokenizer, latents: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ from robustok.files import inside, writing
 from robustok.generators.pipeline_families import check_mixes, family_of
 from robustok.metrics.latent_gap import latent_gap
 from robustok.pretrained.pipelines import export_pipeline
-from robustok.randomness import step_rng
+from robustok.randomness import bucket_seed, step_rng
 from robustok.runs import RunFolder
 from robustok.snapshots import read_extra, read_header, write_snapshot
 from robustok.tokenizers import load_tokenizer
@@ -285,11 +285,13 @@ def _free_samples(run: PostTrainRun, out: Path, count: int, purpose: str, sets: 
     generator = load_for_sampling(run.generator, run.cache, accelerator.device)
     with accelerator.main_process_first():
         generator.embed(torch.from_numpy(np.concatenate([data.labels for data in buckets])))
-    for data, part in zip(buckets, shares(count, [len(data) for data in buckets]), strict=True):
+    parts = shares(count, [len(data) for data in buckets])
+    for i, (data, part) in enumerate(zip(buckets, parts, strict=True)):
         height, width = data.shape
         own = {
             "out": out / bucket_name(data.shape),
             "count": part * sets,
+            "seed": bucket_seed(samples.seed, i),
             "classes": np.unique(data.labels).tolist(),
             "sampling": (samples.sampling or generator.sampling).model_copy(update={"height": height, "width": width}),
         }

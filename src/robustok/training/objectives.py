@@ -27,7 +27,7 @@ from robustok.devices import rank_rows
 from robustok.errors import UserError
 from robustok.metrics.noise import latent_scale
 from robustok.precision import Precision, autocast
-from robustok.randomness import step_rng
+from robustok.randomness import bucket_seed, step_rng
 from robustok.tokenizers.perturbation import PerturbationDraw, apply_draw, draw_perturbation, nearest_codes
 from robustok.training.latent_crops import WHOLE, Cropping, Cut, join_cuts
 from robustok.types import Tokenizer
@@ -350,16 +350,9 @@ def mixture(
         UserError: an objective without rows, or with more than it has records; ``world`` does not divide the batch.
     """
     sizes = rows_of(objective, steps.global_batch, steps.world * parts)
-    steps = steps._replace(repeats=len(buckets) > 1)
-    streams, draws = [], []  # of each bucket, those of each objective
-    for material in buckets:
-        streams.append([])
-        draws.append([])
-        for name, size in sizes.items():
-            make, cache = OBJECTIVES[name]
-            streams[-1].append(make(material, own := steps._replace(global_batch=size)))
-            own.records(len(material.caches[cache]), own.first)  # raise now rather than at the first step
-            draws[-1].append(partial(_draw_crops, material.crops, own, name))
+    repeats = len(buckets) > 1
+    own = [steps._replace(seed=bucket_seed(steps.seed, i), repeats=repeats) for i in range(len(buckets))]
+    streams = [_streams(material, sizes, one) for material, one in zip(buckets, own, strict=True)]
     found, start = [], 0
     for name, size in sizes.items():
         rows, weight = slice(start, start := start + size // steps.world), size / steps.global_batch
@@ -372,25 +365,34 @@ def mixture(
         return Examples(*(c[0] if len(c) == 1 else torch.cat(c) for c in columns), tuple(found), cut)
 
     workers = worker_count(workers, 0 if all(material.data.in_memory for material in buckets) else MOST_WORKERS)
-    read = partial(_read_all, [[stream.read for stream in own] for own in streams], draws)
+    read = partial(_read_all, [[stream.read for stream in one] for one in streams])
     records = [len(next(iter(material.caches.values()))) for material in buckets]
     chosen, own_steps = (x[steps.first :] for x in bucket_steps(records, steps.seed, steps.first + steps.count))
     items = list(zip(chosen.tolist(), own_steps.tolist(), strict=True))
     return map(joined, ahead(read, items, workers, buckets[0].device), chosen.tolist())
 
 
-def _read_all(
-    reads: Sequence[Sequence[Callable[[int], Inputs]]],
-    draws: Sequence[Sequence[Callable[[int], Cut]]],
-    item: tuple[int, int],
-) -> tuple[Inputs, ...]:
+def _streams(material: Material, sizes: Mapping[str, int], steps: Steps) -> list[Stream]:
+    """The batches of each objective, with so many rows, of one bucket."""
+    found = []
+    for name, size in sizes.items():
+        make, cache = OBJECTIVES[name]
+        stream = make(material, own := steps._replace(global_batch=size))
+        own.records(len(material.caches[cache]), own.first)  # raise now rather than at the first step
+        found.append(stream._replace(read=partial(_read_cut, stream.read, material.crops, own, name)))
+    return found
+
+
+def _read_all(reads: Sequence[Sequence[Callable[[int], Inputs]]], item: tuple[int, int]) -> tuple[Inputs, ...]:
     """The inputs of all objectives, of a bucket in its own step."""
     bucket, step = item
-    return tuple(read(step)._replace(cut=draw(step)) for read, draw in zip(reads[bucket], draws[bucket], strict=True))
+    return tuple(read(step) for read in reads[bucket])
 
 
-def _draw_crops(crops: Cropping | None, steps: Steps, name: str, step: int) -> Cut:
-    return WHOLE if crops is None else crops.draw(steps.global_batch, steps.rows, steps.seed, step, name)
+def _read_cut(read: Callable[[int], Inputs], crops: Cropping | None, steps: Steps, name: str, step: int) -> Inputs:
+    """The inputs of a step with the crops that are drawn of them."""
+    cut = WHOLE if crops is None else crops.draw(steps.global_batch, steps.rows, steps.seed, step, name)
+    return read(step)._replace(cut=cut)
 
 
 def rows_of(objective: Mapping[str, float], batch: int, multiple: int = 1) -> dict[str, int]:
