@@ -31,9 +31,10 @@ from torch import Tensor
 
 from robustok.data.crops import center_crop
 from robustok.data.dataset import Augmentation, ImageDataset, open_images
-from robustok.data.latent_cache import LatentCache, create_cache, training_latents, write_shard
+from robustok.data.latent_cache import LatentCache, create_cache, write_shard
 from robustok.data.loader import ahead, training_batches, training_draw
 from robustok.data.manifest import Manifest
+from robustok.data.order import batch_indices
 from robustok.data.parquet_files import open_row, read_table
 from robustok.data.pixels import from_pixels
 from robustok.data.sources import Folder, HubDataset, Parquet, Tar
@@ -95,7 +96,8 @@ def plain_main_training(files: list[Path]) -> Iterator[Tensor]:
 
 
 def plain_post_training(files: list[Path], pairs: LatentCache) -> Iterator[Tensor]:
-    for records in training_latents(pairs, BATCH, 0, 0, BATCHES):
+    for step in range(BATCHES):
+        records = pairs.read(batch_indices(len(pairs), BATCH, 0, step))
         images = plain_images(files, lambda _, image: center_crop(image, SIZE), records.indices.tolist())
         yield torch.where(records.flips.bool()[:, None, None, None], images.flip(-1), images)
 

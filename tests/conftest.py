@@ -61,6 +61,7 @@ SLOW = {
     "commands/test_evaluate.py",
     "commands/test_evaluate_images.py",
     "commands/test_parallel.py",
+    "commands/test_post_train_buckets.py",
     "commands/test_post_train_dit.py",
     "commands/test_post_train_pipeline.py",
     "commands/test_post_train_pretrained.py",

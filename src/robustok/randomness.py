@@ -39,6 +39,14 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(step_rng(seed, step, f"global/{rank}").initial_seed())
 
 
+def bucket_seed(seed: int, bucket: int) -> int:
+    """The seed of the bucket of this number, so that no two draw the same; the first has that of the run.
+
+    Seeds of runs are below 2^64.
+    """
+    return seed + bucket * 2**64
+
+
 def image_rngs(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
     """One random generator per image, a function of the run's seed and the image's index alone.
 

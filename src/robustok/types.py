@@ -27,6 +27,9 @@ class Tokenizer(Protocol):
         latent_space: digest of the tokenizer whose latents it decodes; None if that follows from its own weights.
         image_range: range of the images in the authors' code.
         licence: of the pretrained weights.
+
+    Those of diffusers take images of any size: they have ``factor``, pixels along one side of a latent, and
+    ``encode_grid``, whose latents (N, rows, columns, D) ``decode`` takes too.
     """
 
     kind: Literal["discrete", "continuous"]

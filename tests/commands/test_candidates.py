@@ -107,7 +107,7 @@ def test_the_best_decoder_of_the_sweep_is_published(tmp_path, run_of, tokenizer,
     # The published decoder is as good as its line says, and no worse than the untouched one.
     held_out = HeldOut(latents=out / "held-out", extractor={"path": classifier})
     data = open_images(Digits(limit=128), 16)
-    score = HeldOutScore(held_out, load_tokenizer(tokenizer), data, torch.device("cpu"), sets=2)
+    score = HeldOutScore(held_out, load_tokenizer(tokenizer), [data], torch.device("cpu"), sets=2)
     assert score(load_tokenizer(out).decode) == pytest.approx(best["values"])
     assert score(load_tokenizer(tokenizer).decode) == pytest.approx(untouched)
     assert best["value"] <= found[0]["value"]
@@ -339,8 +339,8 @@ def test_processes_share_the_scores_and_keep_the_statistics(tmp_path, classifier
     given, settings = HeldOut(latents=samples[0], extractor={"path": classifier}), ExtractorConfig(path=classifier)
 
     def scores(processes, cache):
-        score = HeldOutScore(given, model, data, torch.device("cpu"), 8, 0, processes, cache)
-        others = ReconstructionScore(settings, model, test, 65, 0, processes)
+        score = HeldOutScore(given, model, [data], torch.device("cpu"), 8, 0, processes, cache)
+        others = ReconstructionScore(settings, model, [test], 65, 0, processes)
         return score(decoder.decode), others(decoder.decode)
 
     alone = scores(ALONE, None)
@@ -382,7 +382,7 @@ def in_threads(world, function):
 
 def test_reconstructions_are_scored_on_real_images(classifier, tokenizer, capsys):
     inside, data = load_tokenizer(tokenizer), open_images(Digits(limit=90), 16, split="test")
-    score = ReconstructionScore(ExtractorConfig(path=classifier), inside, data, count=70)
+    score = ReconstructionScore(ExtractorConfig(path=classifier), inside, [data], count=70)
     images = data.read(range(70)).images
     perfect = iter(images.split([64, 6]))
     assert score(lambda latents: next(perfect)) == pytest.approx({"rfd": 0, "psnr": 100}, abs=1e-6)
@@ -395,7 +395,7 @@ def test_reconstructions_are_scored_on_real_images(classifier, tokenizer, capsys
     ]
     assert own["rfd"] == pytest.approx(frechet_distance(*statistics), rel=1e-6)
     assert "LPIPS is left out: it needs images of 31 pixels" in " ".join(capsys.readouterr().err.split())
-    alone = ReconstructionScore(None, inside, data, count=70)
+    alone = ReconstructionScore(None, inside, [data], count=70)
     assert alone(inside.decode) == {"psnr": own["psnr"]}
     assert [batch_of((side, side)) for side in (16, 256, 512, 1024, 4096)] == [64, 64, 16, 4, 1]
 
@@ -490,7 +490,7 @@ def test_auto_leaves_out_what_the_adversary_does_not_allow(tmp_path, run_of, cap
 def test_held_out_sets_need_samples(samples, tokenizer, classifier):
     data, given = open_images(Digits(limit=128), 16), HeldOut(latents=samples[0], extractor={"path": classifier})
     with pytest.raises(UserError, match="holds 40 samples, 21 sets need at least 42"):
-        HeldOutScore(given, load_tokenizer(tokenizer), data, torch.device("cpu"), sets=21)
+        HeldOutScore(given, load_tokenizer(tokenizer), [data], torch.device("cpu"), sets=21)
     missing = given.model_copy(update={"latents": None})
     with pytest.raises(UserError, match=r"held_out\.latents is missing"):
-        HeldOutScore(missing, load_tokenizer(tokenizer), data, torch.device("cpu"))
+        HeldOutScore(missing, load_tokenizer(tokenizer), [data], torch.device("cpu"))

@@ -13,14 +13,15 @@ from safetensors.torch import load_file, save_file
 from robustok.data.latent_cache import (
     LatentCache,
     Manifest,
+    caches_in,
     check_space,
     create_cache,
     missing_shards,
     shard_rows,
-    training_latents,
     write_shard,
 )
-from robustok.data.latent_checks import check_cache, check_center_crops, check_indices
+from robustok.data.latent_checks import check_cache, check_center_crops, check_indices, check_squares
+from robustok.data.order import batch_indices
 from robustok.errors import UserError
 
 
@@ -434,22 +435,6 @@ def test_full_disk_keeps_the_shards_before(tmp_path, monkeypatch):
     assert np.array_equal(LatentCache(tmp_path).read(slice(None)).latents, whole["latents"])
 
 
-def test_training_order_is_a_function_of_seed_and_step(tmp_path):
-    fill(tmp_path, manifest())
-    cache = LatentCache(tmp_path)
-    whole = list(training_latents(cache, 8, 1, 0, 7))
-    for a, b in zip(whole[4:], training_latents(cache, 8, 1, 4, 3), strict=True):
-        assert torch.equal(a.latents, b.latents)
-    ranks = [list(training_latents(cache, 8, 1, 0, 7, rank=r, world=2)) for r in range(2)]
-    for a, *parts in zip(whole, *ranks, strict=True):
-        assert torch.equal(a.seeds, torch.cat([part.seeds for part in parts]))
-    assert all(
-        len(set(torch.cat([a.seeds, b.seeds]).tolist())) == 16 for a, b in zip(whole[::2], whole[1::2], strict=False)
-    )
-    with pytest.raises(UserError, match="global batch is 24"):
-        training_latents(cache, 24, 0, 0, 1)
-
-
 def private_memory():
     """Bytes that only this process holds, without files mapped into memory."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -468,9 +453,11 @@ def test_training_streams_a_cache_larger_than_its_memory(tmp_path):
         write_shard(tmp_path, k, {"latents": tokens ^ k, "labels": zeros, "indices": numbers, "seeds": zeros})
     assert sum(file.stat().st_size for file in tmp_path.glob("shard*")) > 5 * budget
     fill(tmp_path / "small", manifest())
-    next(training_latents(LatentCache(tmp_path / "small"), 8, 0, 0, 1))  # libraries allocate some memory once
+    LatentCache(tmp_path / "small").read(range(8))  # libraries allocate some memory once
     before, peak, total = private_memory(), 0, 0
-    for step, batch in enumerate(training_latents(LatentCache(tmp_path), 256, 0, 0, m.count // 256)):
+    cache = LatentCache(tmp_path)
+    for step in range(m.count // 256):
+        batch = cache.read(batch_indices(len(cache), 256, 0, step))
         total += batch.indices.sum().item()
         if step % 25 == 0:
             peak = max(peak, private_memory() - before)
@@ -485,3 +472,25 @@ def test_a_cache_of_before_licences_were_noted_goes_on(tmp_path):
     create_cache(tmp_path, manifest(source={"seed": 1, "data": "moved", "licence": "MIT"}))
     with pytest.raises(UserError, match="other latents"):
         create_cache(tmp_path, manifest(source={"seed": 2, "data": "images", "licence": "MIT"}))
+
+
+def test_latents_of_a_bucket_keep_rows_and_columns(tmp_path):
+    latents = np.random.default_rng(0).normal(size=(4, 2, 3, 5)).astype(np.float32)
+    numbers = np.arange(4)
+    for name, dtype in (("2x3", "float32"), ("3x2", "bfloat16")):
+        m = manifest(kind="continuous", codebook_size=None, latent_shape=(2, 3, 5), count=4, shard_size=4, dtype=dtype)
+        assert m.record_bytes == 30 * (4 if dtype == "float32" else 2) + 21
+        create_cache(tmp_path / name, m)
+        write_shard(tmp_path / name, 0, {"latents": latents, "labels": numbers, "indices": numbers, "seeds": numbers})
+        found = LatentCache(tmp_path / name).read([2, 0]).latents.numpy()
+        np.testing.assert_allclose(found, latents[[2, 0]], rtol=0 if dtype == "float32" else 1e-2)
+    assert caches_in(tmp_path) == [tmp_path / "2x3", tmp_path / "3x2"]
+    assert caches_in(tmp_path / "2x3") == [tmp_path / "2x3"]
+    assert caches_in(tmp_path / "nothing") == [tmp_path / "nothing"]
+    with pytest.raises(UserError, match="which generator sit does not take"):
+        check_squares(LatentCache(tmp_path / "2x3"), "generator sit")
+    for wrong in ((2,), (2, 3, 5, 1)):
+        with pytest.raises(ValueError, match="latent_shape"):
+            manifest(kind="continuous", codebook_size=None, latent_shape=wrong)
+    with pytest.raises(ValueError, match="tokens with rows and columns"):
+        manifest(latent_shape=(2, 3, 5))

@@ -10,6 +10,7 @@ import sys
 import tarfile
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import huggingface_hub
@@ -20,6 +21,7 @@ from conftest import LOSSES, TRAINING
 from hub_server import TOKEN, serving
 from robustok.cli import main
 from robustok.data import dataset, order, remote_files, streaming
+from robustok.data.buckets import check_sizes, open_buckets
 from robustok.data.dataset import Augmentation, open_images
 from robustok.data.loader import batches_in_order, training_batches
 from robustok.data.sources import HubDataset, Parquet, Tar
@@ -93,6 +95,17 @@ def streamed(tmp_path, path=f"hf://{NAME}", kind=Parquet, side="train", **settin
 
 def contents(batches):
     return [(b.indices.tolist(), b.labels.tolist(), bytes_digest(b.pixels.numpy().tobytes())) for b in batches]
+
+
+def test_sizes_of_photographs_are_not_downloaded_before_they_are_needed(files, tmp_path):
+    tokenizer = SimpleNamespace(image_size=64, factor=2, encode_grid=None, config=SimpleNamespace(name="diffusers_kl"))
+    data = Parquet(path=f"file://{files}", streaming=True, holdout=0, cache=tmp_path / "cache")
+    with pytest.raises(UserError, match=r"data.buckets reads the size of every photograph.*set data.streaming=false"):
+        open_buckets(data.model_copy(update={"buckets": True}), tokenizer)
+    check_sizes(open_buckets(data, tokenizer))  # of 40 pixels, smaller than 64
+    local = Parquet(path=files, holdout=0)
+    with pytest.raises(UserError, match="180 of 180 images are smaller than the pipeline's 64 pixels"):
+        check_sizes(open_buckets(local, tokenizer))
 
 
 # Order

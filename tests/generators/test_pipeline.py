@@ -52,10 +52,12 @@ def own_pixels(family, kind, **arguments):
     options = {"requires_safety_checker": False} if "requires_safety_checker" in accepted else {}
     pipe = loader.from_pretrained(family.folder, **dict.fromkeys(absent), **options)
     pipe.set_progress_bar_config(disable=True)
-    grids = family.latents.transpose(1, 2).contiguous().unflatten(2, (16, 16))
+    latents = family.latents if family.latents.ndim == 4 else family.latents.unflatten(1, (16, 16))
+    grids = latents.permute(0, 3, 1, 2).contiguous()
     grids = iter((grids.unsqueeze(2) if known.video else grids).split(1))
     pipe.vae.encode = lambda image: SimpleNamespace(latents=next(grids))
-    given = family.generator._condition(LABELS, guided=True) | {"height": tiny.SIZE, "width": tiny.SIZE} | arguments
+    size = {"height": 2 * latents.shape[1], "width": 2 * latents.shape[2]}
+    given = family.generator._condition(LABELS, guided=True) | size | arguments
     accepted = inspect.signature(pipe.__call__).parameters
     given = {key: value for key, value in given.items() if key in accepted}
     return pipe(**given, num_inference_steps=4, generator=image_rngs(0, [0, 1]), output_type="pt").images
@@ -72,6 +74,59 @@ def test_decoding_its_latents_gives_the_pixels_of_the_pipeline_itself(family):
         theirs = own_pixels(family, "image" if sigma else "text", **arguments)
         assert ours.std() > 0.02
         assert torch.equal(ours, theirs), (ours - theirs).abs().max()
+
+
+@pytest.mark.parametrize(("height", "width"), [(24, 40), (48, 32)])
+def test_images_need_not_be_square(family, height, width):
+    generator, tokenizer = family.generator, family.tokenizer
+    sampling = STEPS.model_copy(update={"height": height, "width": width})
+    images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    with torch.no_grad():
+        given = SimpleNamespace(**vars(family) | {"latents": tokenizer.encode_grid(images)})
+    assert given.latents.shape == (2, height // 2, width // 2, tokenizer.width)
+    for sigma in (0.5, 0.0):
+        latents = generator.generate(LABELS, sampling, image_rngs(0, [0, 1]), given.latents, sigma)
+        assert latents.shape == given.latents.shape
+        with torch.no_grad():
+            ours = (tokenizer.decode(latents) / 2 + 0.5).clamp(0, 1)
+        arguments = {"image": torch.zeros(2, 3, height, width), "strength": 1 - sigma} if sigma else {}
+        theirs = own_pixels(given, "image" if sigma else "text", **arguments)
+        assert theirs.shape == (2, 3, height, width)
+        assert torch.equal(ours, theirs), (ours - theirs).abs().max()
+    assert torch.equal(generator.generate(LABELS, sampling, image_rngs(0, [0, 1]), given.latents, 1.0), given.latents)
+    alone = generator.generate(LABELS[1:], sampling, image_rngs(0, [1]))
+    torch.testing.assert_close(latents[1:], alone, rtol=1e-4, atol=1e-4 * alone.std().item())
+    with pytest.raises(UserError, match="the reference has shape"):
+        generator.generate(LABELS, STEPS, image_rngs(0, [0, 1]), given.latents, 0.5)
+
+
+def test_a_square_may_be_given_as_a_size(family):
+    sampling = STEPS.model_copy(update={"height": tiny.SIZE, "width": tiny.SIZE})
+    for sigma in (0.5, 0.0):
+        one = family.generator.generate(LABELS, STEPS, image_rngs(0, [0, 1]), family.latents, sigma)
+        grids = family.latents.unflatten(1, (16, 16))
+        other = family.generator.generate(LABELS, sampling, image_rngs(0, [0, 1]), grids, sigma)
+        assert torch.equal(one.unflatten(1, (16, 16)), other)
+        with torch.no_grad():
+            assert torch.equal(family.tokenizer.decode(one), family.tokenizer.decode(other))
+
+
+def test_the_noise_of_a_dynamic_shift_depends_on_the_size(tmp_path):
+    made = {name: tiny.generator(name, tiny.saved(name, tmp_path / name), "a") for name in ("Flux", "Stable Diffusion")}
+
+    def level(name, height, width):
+        return made[name].mixture_details(PipelineSampling(steps=8, height=height, width=width), 0.5)["noise_level"]
+
+    assert level("Flux", 32, 48) == level("Flux", 48, 32) < level("Flux", 64, 128)
+    assert level("Stable Diffusion", 32, 48) == level("Stable Diffusion", 64, 128)
+
+
+def test_sizes_that_do_not_fit_are_refused(tmp_path):
+    made = tiny.generator("Flux", tiny.saved("Flux", tmp_path / "given"), "a")
+    with pytest.raises(UserError, match=r"sampling\.width 34 is not divisible by 4"):
+        made.generate(LABELS[:1], PipelineSampling(height=32, width=34), image_rngs(0, [0]))
+    with pytest.raises(UserError, match="height and width go together"):
+        validate(PipelineSampling, {"height": 32})
 
 
 def test_sigma_is_the_share_that_is_kept(family):
@@ -140,6 +195,11 @@ def test_a_pipeline_without_image_to_image_makes_free_samples(tmp_path, name):
     assert torch.equal(generator.generate(LABELS, STEPS, image_rngs(0, [0, 1]), both, 1.0), both)
     with pytest.raises(UserError, match=r"image-to-image in diffusers.*objective=free"):
         generator.generate(LABELS, STEPS, image_rngs(0, [0, 1]), both, 0.5)
+    wide = generator.generate(LABELS, STEPS.model_copy(update={"height": 32, "width": 64}), image_rngs(0, [0, 1]))
+    family.latents = torch.zeros(2, 16, 32, 4)
+    with torch.no_grad():
+        ours = (tokenizer.decode(wide) / 2 + 0.5).clamp(0, 1)
+    assert torch.equal(ours, own_pixels(family, "text", use_resolution_binning=False))
 
 
 def test_a_batch_reads_each_encoded_prompt_of_a_cache_once(tmp_path, monkeypatch):

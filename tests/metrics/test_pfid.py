@@ -58,7 +58,7 @@ def measure(grid, **options):
 
 def test_rate_zero_is_the_reconstruction_distance():
     cells = measure(ExplicitGrid(rates=(0.0,), codes=(1, 6)))
-    rfid = frechet_distance(decoded_statistics(TOKENS, decode, MeanColours()), reference())
+    rfid = frechet_distance(decoded_statistics([TOKENS], decode, MeanColours()), reference())
     assert [cell.value for cell in cells] == [rfid, rfid]
 
 
@@ -150,7 +150,7 @@ def test_noise_depends_on_the_seed_and_not_on_the_rest_of_the_grid():
 
 
 def test_more_perturbation_lies_further_away():
-    clean = decoded_statistics(TOKENS, decode, MeanColours())
+    clean = decoded_statistics([TOKENS], decode, MeanColours())
     grid = ExplicitGrid(rates=(0.1, 1.0), codes=(1, 6))
     values = {(c.rate, c.strength): c.value for c in frechet(grid, reference=clean).cells}
     assert values[0.1, 1] < values[1.0, 1] < values[1.0, 6]
@@ -264,7 +264,7 @@ def test_one_call_with_self():
     neighbours, by_hand = nearest_codes(CODEBOOK, 5, include_self=True), []
     for rate, strength in ((0.5, 2), (0.5, 5), (1.0, 2), (1.0, 5)):
         noisy = perturbed_tokens(TOKENS, neighbours[:, :strength], rate, 0, torch.arange(IMAGES))
-        by_hand.append(frechet_distance(decoded_statistics(noisy, decode, MeanColours()), reference()))
+        by_hand.append(frechet_distance(decoded_statistics([noisy], decode, MeanColours()), reference()))
     assert [c.value for c in with_self.cells] == pytest.approx(by_hand, rel=1e-9)
     assert with_self.protocol == "explicit"
     assert [c.value for c in PFID(**given()).run().cells] == pytest.approx(by_hand, rel=1e-9)

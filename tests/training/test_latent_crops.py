@@ -1,5 +1,6 @@
 """Decoders trained on crops of latents, and with checkpointed blocks: the same loss and gradients in less memory."""
 
+import math
 from dataclasses import replace
 from itertools import product
 
@@ -17,6 +18,7 @@ from robustok.data.sources import Digits
 from robustok.errors import UserError
 from robustok.snapshots import write_snapshot
 from robustok.tokenizers import TOKENIZERS, encoder_digest, load_tokenizer
+from robustok.tokenizers.diffusers import DiffusersConfig
 from robustok.training.decoder import LatentDecoder, train_decoder
 from robustok.training.latent_crops import Cropping, LatentCrop, cropping
 from robustok.training.objectives import LatentNoise, Material, Steps, mixture
@@ -60,10 +62,36 @@ def test_crops_are_decoded_as_in_the_whole_image():
         crops = cropping(LatentCrop(size=16, margin=margin), model)
         cut = replace(crops.draw(40, slice(0, 40), 0, 3, "paired"), corners=corners)
         windows = cut.latents(latents)
-        assert windows.shape == (40, crops.window**2)
+        assert windows.shape == (40, math.prod(crops.window))
         found, expected = cut.decoded(model.decode(windows)), cut.images(whole)
         assert found.shape == expected.shape == (40, 3, 16, 16)
         assert torch.allclose(found, expected, atol=1e-5) is same
+
+
+@torch.no_grad()
+def test_crops_of_images_that_are_not_square_are_decoded_as_in_the_whole():
+    pytest.importorskip("diffusers")
+    settings = TINY_TOKENIZERS["diffusers_kl"]["settings"] | {"mid_block_add_attention": False}
+    model = TOKENIZERS["diffusers_kl"][0](validate(DiffusersConfig, {"name": "diffusers_kl", "settings": settings}))
+    without_norms(model.eval())
+    latents = torch.randn(4, 24, 60, model.width, generator=torch.Generator().manual_seed(0))
+    whole = model.decode(latents)
+    crops = cropping(LatentCrop(size=16), model, (48, 120))
+    assert crops.grid == (24, 60)
+    assert crops.window[0] == 24 < crops.window[1] < 60  # the margin is wider than the image is high
+    drawn = crops.draw(300, slice(0, 300), 0, 0, "paired").corners
+    assert {y for y, _ in drawn} == set(range(24 - 7))
+    assert {x for _, x in drawn} == set(range(60 - 7))
+    assert crops.draw(300, slice(7, 9), 0, 0, "paired").corners == drawn[7:9]
+    cut = replace(crops.draw(4, slice(0, 4), 0, 0, "paired"), corners=((0, 0), (16, 52), (5, 30), (12, 3)))
+    windows = cut.latents(latents)
+    assert windows.shape == (4, *crops.window, model.width)
+    found, expected = cut.decoded(model.decode(windows)), cut.images(whole)
+    assert found.shape == expected.shape == (4, 3, 16, 16)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(expected[3], whole[3, :, 24:40, 6:22])
+    with pytest.raises(UserError, match="larger than the images of 48x120 pixels"):
+        cropping(LatentCrop(size=64), model, (48, 120))
 
 
 @pytest.mark.parametrize(
@@ -72,8 +100,8 @@ def test_crops_are_decoded_as_in_the_whole_image():
 )
 def test_the_margin_is_how_far_the_convolutions_reach(name, window):
     model = model_of(name)
-    assert cropping(LatentCrop(size=16), model) == Cropping(32, 8, window, 2)
-    assert cropping(LatentCrop(size=16, margin=4), model).window == 12
+    assert cropping(LatentCrop(size=16), model) == Cropping((32, 32), 8, (window, window), 2)
+    assert cropping(LatentCrop(size=16, margin=4), model).window == (12, 12)
     assert cropping(LatentCrop(), model) is None
 
 
@@ -111,7 +139,7 @@ def test_examples_are_crops_of_the_same_images(given):
     steps, names = Steps(8, 0, 0, 2, 0, 1), {"clean": 1.0, "noise": 1.0}
 
     def batches(crops, own=steps):
-        return list(mixture(Material(model, data, caches, LatentNoise(), "float32", crops), names, 1.0, own))
+        return list(mixture([Material(model, data, caches, LatentNoise(), "float32", crops)], names, 1.0, own))
 
     crops = cropping(LatentCrop(size=8, margin=2), model)
     whole, cropped = batches(None), batches(crops)

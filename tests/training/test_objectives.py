@@ -56,7 +56,7 @@ def material(tokenizer, latents, samples, pairs):
 
 
 def examples_of(name, material, steps):
-    return mixture(material, {name: 1.0}, 1.0, steps)
+    return mixture([material], {name: 1.0}, 1.0, steps)
 
 
 def test_clean_examples_are_real_latents_and_their_images(material):
@@ -109,10 +109,10 @@ def test_free_examples_are_samples_and_what_the_original_decoder_shows(material)
 
 def test_a_batch_does_not_depend_on_the_first_step_or_the_number_of_processes(material):
     names, steps = {"paired": 1, "free": 1, "noise": 2}, STEPS._replace(count=3)
-    whole = list(mixture(material, names, 2.0, steps))
-    later = next(mixture(material, names, 2.0, steps._replace(first=2, count=1)))
+    whole = list(mixture([material], names, 2.0, steps))
+    later = next(mixture([material], names, 2.0, steps._replace(first=2, count=1)))
     assert all(torch.equal(getattr(later, n), getattr(whole[2], n)) for n in ("latents", "targets", "real"))
-    halves = [next(mixture(material, names, 2.0, steps._replace(rank=rank, world=2))) for rank in (0, 1)]
+    halves = [next(mixture([material], names, 2.0, steps._replace(rank=rank, world=2))) for rank in (0, 1)]
     for i, part in enumerate(whole[0].parts):
         shared = torch.cat([half.latents[half.parts[i].rows] for half in halves])
         assert torch.equal(shared, whole[0].latents[part.rows])

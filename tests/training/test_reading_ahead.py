@@ -74,7 +74,7 @@ def test_examples_of_post_training_are_those_of_before(material, workers):
     """Digests of commit 2cea2f7."""
     for world, expected in ((1, "1d9a29d085cb7e69"), (2, "446b044ec47fca5c")):
         ranks = [Steps(16, 3, 1, 4, rank, world) for rank in range(world)]
-        examples = [e for steps in ranks for e in mixture(material, MIXTURE, 2.0, steps, workers=workers)]
+        examples = [e for steps in ranks for e in mixture([material], MIXTURE, 2.0, steps, workers=workers)]
         assert digest(*(x for e in examples for x in (e.latents, to_pixels(e.targets), to_pixels(e.real)))) == expected
 
 

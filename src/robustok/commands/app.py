@@ -21,6 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from robustok.commands.generate import sampling_of
 from robustok.commands.run_models import Opened, find, open_run
 from robustok.config import Config
 from robustok.console import note
@@ -97,7 +98,7 @@ class Viewer:
         labels = torch.full((count,), number)
         if isinstance(generator, PipelineGenerator):
             generator.embed(labels)
-        reference = None
+        reference, sampling = None, generator.sampling
         if sigma:
             if opened.real is None:
                 raise UserError("sigma above 0 needs latents of real images of this tokenizer (`robustok encode`)")
@@ -106,7 +107,8 @@ class Viewer:
                 raise UserError(f"no latents of real images of {label!r} in {opened.real.path}; set sigma to 0")
             chosen = torch.randint(len(rows), (count,), generator=hashed_rng(f"{seed}/real images"))
             reference = opened.real.read(rows[chosen.numpy()]).latents.to(self.device)
-        return generator.generate(labels, generator.sampling, image_rngs(seed, range(count)), reference, sigma)
+            sampling = sampling_of(opened.real, generator, sampling)
+        return generator.generate(labels, sampling, image_rngs(seed, range(count)), reference, sigma)
 
     @torch.no_grad()
     def show(self, name: str, label: str, seed: int, sigma: float, strength: float, count: int | None = None) -> View:

@@ -5,6 +5,7 @@ bf16 autocast it needs ``BF16_SHARE`` of that, and a copy of the weights.
 """
 
 import json
+import math
 import os
 from collections.abc import Callable
 from functools import partial
@@ -24,8 +25,10 @@ from robustok.commands.pretrained_sources import Pretrained, check_given, look_a
 from robustok.commands.step_memory import LossNetworks, generator_step, image_step, step_bytes
 from robustok.commands.train_classifier import TrainClassifierRun
 from robustok.config import Config, plain
+from robustok.data.buckets import bucket_name, open_buckets
 from robustok.data.dataset import open_images
-from robustok.data.latent_cache import LatentCache
+from robustok.data.latent_cache import LatentCache, caches_in
+from robustok.data.latent_checks import check_squares
 from robustok.generators import build_generator, check_kind, load_generator
 from robustok.generators.continuous import ContinuousConfig
 from robustok.hub import is_remote
@@ -58,6 +61,7 @@ NOTES = {
     "activations_bytes": "estimate, in addition: the most that a step of a process needs at once",
     "checkpointed_activations_bytes": "the same with gradient_checkpointing=true",
     "cache_bytes_per_image": "of an encoded image, or crop",
+    "buckets": "height x width, and number of images; memory is counted for the largest",
     "crop_pixels": "a side of what the loss sees",
     "decoded_pixels": "a side, with the margin",
     "state_bytes": "each; the two newest are kept, and a third while it is written",
@@ -117,7 +121,7 @@ def _tokenizer_training(run: TokenizerTrainingRun) -> Estimates:
             tokenizer if run.discrete else ContinuousPass(tokenizer),
             (_images(run, tokenizer), *noise),
             partial(latent_terms, run),
-            _loss_networks(run, tokenizer.image_size),
+            _loss_networks(run, (tokenizer.image_size, tokenizer.image_size)),
             _teacher(run.teacher, run.tokenizer),
         ),
     }
@@ -127,8 +131,9 @@ def _generator_training(run: GeneratorTrainingRun) -> Estimates:
     continuous = isinstance(run.generator, ContinuousConfig)
     sizes, source = PAPER, f"{run.latents} is not there yet; counted for the paper's tokens"
     if run.latents.exists() or continuous:
-        manifest = LatentCache(run.latents).manifest
+        manifest = (cache := LatentCache(run.latents)).manifest
         check_kind(run.generator.name, manifest.kind, str(run.latents))
+        check_squares(cache, f"generator {run.generator.name}")
         sizes, source = {name: getattr(manifest, name) for name in PAPER}, str(run.latents)
     length, width = sizes["latent_shape"]
     model = _meta(lambda: build_generator(run.generator, **sizes))
@@ -154,23 +159,30 @@ def _post_training(run: DecoderTrainingRun | PostTrainRun) -> Estimates:
     sources = {"tokenizer": run.tokenizer} | ({"generator": run.generator} if isinstance(run, PostTrainRun) else {})
     check_given(sources)
     tokenizer = look_at(run.tokenizer, run.out).to("meta")
-    size, frozen, image_size, crops = _count(tokenizer), 0, run.crop.size or tokenizer.image_size, None
+    buckets = open_buckets(run.data, tokenizer) if run.data.buckets else []
+    shapes = [data.shape for data in buckets] or [(tokenizer.image_size, tokenizer.image_size)]
+    size, frozen, crops, shape = _count(tokenizer), 0, None, max(shapes, key=math.prod)
     if run.trainable == "authors":
         model, inputs = tokenizer.requires_grad_(True), _images(run, tokenizer)
         model.encoder.backbone.requires_grad_(False)
         frozen = size + _teacher(run.teacher, tokenizer.config)  # a copy of the original tokenizer decodes
     else:
-        crops = cropping(run.crop, tokenizer)
+        sizes = filter(None, [cropping(run.crop, tokenizer, one) for one in shapes])
+        crops = max(sizes, key=lambda one: math.prod(one.window), default=None)
         model, (length, width) = LatentDecoder(tokenizer), tokenizer.latent_shape
+        grid = tuple(side // tokenizer.factor for side in shape) if buckets else (length,)
         if crops is not None:
-            length = crops.window**2
-        inputs = _zeros(run, length).long() if tokenizer.kind == "discrete" else _zeros(run, length, width)
+            grid, shape = crops.window if buckets else (math.prod(crops.window),), (run.crop.size, run.crop.size)
+        inputs = _zeros(run, *grid).long() if tokenizer.kind == "discrete" else _zeros(run, *grid, width)
     found = {"tokenizer_parameters": size, "trained_parameters": _count(model, trainable=True)}
+    if buckets:
+        found["buckets"] = ", ".join(f"{bucket_name(data.shape)} {len(data):,}" for data in buckets)
     if crops is not None:
-        found |= {"crop_pixels": image_size, "decoded_pixels": crops.window * crops.factor}
+        found |= {"crop_pixels": run.crop.size, "decoded_pixels": max(crops.window) * crops.factor}
     used = run.used if isinstance(run, PostTrainRun) else run.objective
     caches = {name: getattr(run, name) for name in needed_caches(used)}
-    found |= {name: len(LatentCache(path)) for name, path in caches.items() if path is not None}
+    for name in (name for name, path in caches.items() if path is not None):
+        found[name] = sum(len(LatentCache(path)) for path in caches_in(caches[name]))
     if None in caches.values():
         found |= _to_make(run, tokenizer)
     given = [source.weights for source in sources.values() if isinstance(source, Pretrained)]
@@ -180,17 +192,21 @@ def _post_training(run: DecoderTrainingRun | PostTrainRun) -> Estimates:
         files = [file for path in given for file in (path, *path.rglob("*")) if file.is_file()]
         found["converted_bytes"] = sum(file.stat().st_size for file in files)
     terms = partial(quantizer_terms, tokenizer.config.quantizer, run.teacher) if run.trainable == "authors" else _none
-    return found | _training(run, model, (inputs,), terms, _loss_networks(run, image_size), frozen)
+    return found | _training(run, model, (inputs,), terms, _loss_networks(run, shape), frozen)
 
 
 def _to_make(run: PostTrainRun, tokenizer: Tokenizer) -> Estimates:
     """What is made before the training: latents, free samples, and pairs of each sigma that is tried."""
     record, found = _latent_bytes(tokenizer, run.cache.dtype) + RECORD, {}
+    if run.data.buckets:
+        buckets = open_buckets(run.data, tokenizer)
+        pixels = sum(len(data) * math.prod(data.shape) for data in buckets) / sum(map(len, buckets))
+        record = round(pixels / tokenizer.image_size**2 * (record - RECORD)) + RECORD  # on average
     count = run.pairs_used()
     if "samples" in needed_caches(run.used) and run.samples is None:
         found |= {"samples": count, "samples_bytes": count * record}
     if run.needs_latents and run.latents is None:
-        count = min(count, len(open_images(run.data, tokenizer.image_size, "train")))
+        count = min(count, sum(map(len, open_buckets(run.data, tokenizer))))
         found["latents_bytes"] = count * record
     if not run.makes_pairs:
         return found
@@ -234,7 +250,7 @@ def _training(
     if networks is None:
         step = partial(generator_step, run, model, inputs, terms)
     else:
-        images = torch.zeros(len(inputs[0]), 3, networks.image_size, networks.image_size, device="meta")
+        images = torch.zeros(len(inputs[0]), 3, *networks.shape, device="meta")
         step = partial(image_step, run, model, inputs, images, networks, terms)
     whole = checkpointed = step_bytes(step, (model, *others))
     if blocks:
@@ -261,11 +277,11 @@ def _training(
     }
 
 
-def _loss_networks(run: TokenizerTrainingRun | DecoderTrainingRun, image_size: int) -> LossNetworks:
+def _loss_networks(run: TokenizerTrainingRun | DecoderTrainingRun, shape: tuple[int, int]) -> LossNetworks:
     """The networks of the losses between images, on the meta device; a small classifier is neglected."""
     vgg = backbone = discriminator = None
     if run.reconstruction.perceptual == "lpips" and run.reconstruction.perceptual_weight:
-        check_sides("vgg", (image_size, image_size), LPIPSLoss.REMEDY)
+        check_sides("vgg", shape, LPIPSLoss.REMEDY)
         vgg = _meta(lambda: vgg16(weights=None).features[:30]).requires_grad_(False)
     if run.adversarial.weight:
         discriminator = _meta(lambda: DISCRIMINATORS[run.discriminator.name][0](run.discriminator))
@@ -273,7 +289,7 @@ def _loss_networks(run: TokenizerTrainingRun | DecoderTrainingRun, image_size: i
             backbone = _meta(lambda: DinoBackbone(run.discriminator))
         elif run.discriminator.name == "cifar-resnet":
             backbone = frozen_features(run.discriminator, torch.device("meta"))
-    return LossNetworks(image_size, vgg, backbone, discriminator)
+    return LossNetworks(shape, vgg, backbone, discriminator)
 
 
 def _none(_output: Any) -> dict[str, Tensor]:
@@ -295,7 +311,7 @@ def _teacher(teacher: TeacherConfig, tokenizer: Config) -> int:
 
 def _encode(run: EncodeRun) -> Estimates:
     tokenizer = load_tokenizer(run.tokenizer)
-    images = len(open_images(run.data, tokenizer.image_size, run.split))
+    images = sum(map(len, open_buckets(run.data, tokenizer, run.split)))
     images = min(images, run.count or images)
     return {"images": images, **_cache(tokenizer, images * run.variants, run)}
 
@@ -308,7 +324,7 @@ def _generate(run: GenerateRun) -> Estimates:
 
 
 def _make_pairs(run: MakePairsRun) -> Estimates:
-    available = len(LatentCache(run.latents))
+    available = sum(len(LatentCache(path)) for path in caches_in(run.latents))
     return _cache(load_generator(run.generator), min(run.count or available, available), run)
 
 

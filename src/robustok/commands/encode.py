@@ -14,8 +14,9 @@ from torch import Tensor
 
 from robustok.config import Config
 from robustok.console import track
+from robustok.data.buckets import bucket_name, open_buckets, shares
 from robustok.data.crops import enlarged, five_crops
-from robustok.data.dataset import Batch, Draw, open_images
+from robustok.data.dataset import Batch, Draw, ImageDataset, open_images
 from robustok.data.latent_cache import (
     check_space,
     create_cache,
@@ -28,11 +29,13 @@ from robustok.data.manifest import LatentType, Manifest, read_manifest
 from robustok.data.pixels import from_pixels
 from robustok.data.sources import Data
 from robustok.devices import start_accelerator
+from robustok.errors import UserError
 from robustok.files import inside, locked, writing
 from robustok.precision import DESCRIPTION, Precision, at_precision, cast_weights
 from robustok.randomness import seeded
 from robustok.tokenizers import encoder_digest, load_tokenizer
 from robustok.training.inputs import image_digest
+from robustok.types import Tokenizer
 
 BATCH = 64  # records at a time
 SHARDS, SHARD_MULTIPLE, LEAST_SHARD, MOST_SHARD = 128, 256, 512, 10_000
@@ -96,32 +99,52 @@ class EncodeRun(Config):
 
 
 def encode(run: EncodeRun) -> Path:
-    """Encode a data set to a cache of latents; a second call completes an unfinished cache.
+    """Encode a data set to a cache of latents, with ``data.buckets`` to one for each; a second call completes them.
 
     Returns:
-        The folder of the cache.
+        The folder of the cache, or caches.
 
     Raises:
         UserError: tokenizer or data are not usable, or the folder holds other latents.
     """
     accelerator = start_accelerator()
     tokenizer = load_tokenizer(run.tokenizer).to(accelerator.device)
+    space = encoder_digest(tokenizer)
+    if not run.data.buckets:
+        # The data's fingerprint depends on the crop size, so post-training never takes ten-crop for its centre crops.
+        size = enlarged(tokenizer.image_size) if run.crops == "ten" else tokenizer.image_size
+        _encode(run, open_images(run.data, size, run.split), tokenizer, space, accelerator)
+        return run.out
+    if run.crops != "center":
+        raise UserError(f"data.buckets has centre crops; set crops=center, not crops={run.crops}")
+    buckets = open_buckets(run.data, tokenizer, run.split)
+    sizes = [len(data) for data in buckets]
+    for data, count in zip(buckets, shares(min(run.count or sum(sizes), sum(sizes)), sizes), strict=True):
+        own = run.model_copy(update={"out": run.out / bucket_name(data.shape), "count": count})
+        _encode(own, data, tokenizer, space, accelerator)
+    return run.out
+
+
+def _encode(run: EncodeRun, data: ImageDataset, tokenizer: Tokenizer, space: str, accelerator: Accelerator) -> None:
+    """Encode images of one size to a cache; ``space`` is the digest of the latent space."""
     size, variants = tokenizer.image_size, run.variants
-    # The data's fingerprint depends on the crop size, so post-training never takes ten-crop for its centre crops.
-    data = open_images(run.data, enlarged(size) if run.crops == "ten" else size, run.split)
+    encode_images, shape = tokenizer.encode, tokenizer.latent_shape
+    if run.data.buckets:
+        height, width = (side // tokenizer.factor for side in data.shape)
+        encode_images, shape = tokenizer.encode_grid, (height, width, shape[1])
     data.check_labels()
     chosen = np.sort(random_subset(len(data), run.count, run.seed))  # indices of the images that are encoded
     source = {"made_by": "encode", "data": data.describe(), "crops": run.crops, "precision": run.cache.precision}
     source |= {"images": image_digest(data)} | ({"seed": run.seed} if len(chosen) < len(data) else {})
     manifest = Manifest(
         kind=tokenizer.kind,
-        latent_shape=tokenizer.latent_shape,
+        latent_shape=shape,
         codebook_size=len(tokenizer.codebook) if tokenizer.kind == "discrete" else None,
         classes=len(data.classes),
         class_names=data.classes,
         count=len(chosen) * variants,
         shard_size=chosen_shard_size(run.cache, len(chosen) * variants, run.out),
-        tokenizer=encoder_digest(tokenizer),
+        tokenizer=space,
         data=data.fingerprint,
         source=source,
         dtype=run.cache.dtype,
@@ -147,14 +170,13 @@ def encode(run: EncodeRun) -> Path:
         pixels = five_crops(pixels, size)[rows, crops - 1] if run.crops == "ten" else pixels[rows]  # (n, 3, H, W)
         pixels = torch.where(flips.bool().to(pixels.device)[:, None, None, None], pixels.flip(-1), pixels)
         with at_precision(accelerator.device, run.cache.precision):
-            latents = tokenizer.encode(from_pixels(pixels))
+            latents = encode_images(from_pixels(pixels))
         labels, indices = batch.labels[rows], batch.indices[rows]
         seeds = torch.zeros_like(indices)
         fields = dict(latents=latents, labels=labels, indices=indices, seeds=seeds, flips=flips)
         return fields | ({"crops": crops} if run.crops == "ten" else {})
 
     fill_cache(run.out, manifest, make, run.cache.batch_size or BATCH, accelerator, "encode", read_ahead)
-    return run.out
 
 
 def random_subset(size: int, count: int | None, seed: int) -> np.ndarray:

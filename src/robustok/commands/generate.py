@@ -14,6 +14,8 @@ from torch import Tensor
 from robustok.commands.encode import BATCH, CacheSettings, chosen_shard_size, fill_cache
 from robustok.commands.image_files import write_images
 from robustok.config import Config, plain
+from robustok.data.latent_cache import LatentCache
+from robustok.data.latent_checks import check_squares
 from robustok.data.manifest import Manifest
 from robustok.devices import start_accelerator
 from robustok.errors import UserError
@@ -60,8 +62,12 @@ class GenerateRun(Config):
         return self
 
 
-def generate(run: GenerateRun) -> Path:
+def generate(run: GenerateRun, generator: Generator | None = None) -> Path:
     """Sample latents into a cache, and images if asked for.
+
+    Args:
+        run: settings.
+        generator: that of the settings, if it is loaded already.
 
     Returns:
         The folder of the cache.
@@ -70,7 +76,7 @@ def generate(run: GenerateRun) -> Path:
         UserError: generator, classes or tokenizer do not fit, or the folder holds other latents.
     """
     accelerator = start_accelerator()
-    generator = load_for_sampling(run.generator, run.cache, accelerator.device)
+    generator = generator or load_for_sampling(run.generator, run.cache, accelerator.device)
     sampling = run.sampling or generator.sampling
     check_sampling(generator.config.name, sampling)
     wrong = [c for c in run.classes or [] if not 0 <= c < generator.classes]
@@ -107,7 +113,7 @@ def generate(run: GenerateRun) -> Path:
         **licence_of(run.generator),
     }
     names = read_header(run.generator).get("class_names")
-    manifest = manifest_of(generator, run, run.count, None, source, names)
+    manifest = manifest_of(generator, sampling, run.cache, run.out, run.count, None, source, names)
     cast_weights(generator, run.cache.precision)  # after its digest
     fill_cache(run.out, manifest, make, samples_at_once(generator, run.cache, sampling), accelerator, "generate")
     if tokenizer is not None:
@@ -159,25 +165,46 @@ def record_fields(latents: Tensor, labels: Tensor, indices: Tensor, records: np.
     }
 
 
+def sampling_of(cache: LatentCache, generator: Generator, sampling: Config) -> Config:
+    """The sampling settings for mixtures with latents of a cache: at their size, if they are of a bucket.
+
+    Raises:
+        UserError: they are, and the generator is no pipeline.
+    """
+    if not isinstance(generator, PipelineGenerator):
+        check_squares(cache, f"generator {generator.config.name}")
+        return sampling
+    *grid, _ = cache.manifest.latent_shape
+    height, width = (side * generator.factor for side in grid) if len(grid) == 2 else (None, None)
+    return sampling.model_copy(update={"height": height, "width": width})
+
+
+def latent_shape_of(generator: Generator, sampling: Config) -> tuple[int, ...]:
+    """Shape of the latents of an image, which for pipelines depends on the size in the sampling settings."""
+    return generator.shape_of(sampling) if isinstance(generator, PipelineGenerator) else generator.latent_shape
+
+
 def manifest_of(
     generator: Generator,
-    run: Any,
+    sampling: Config,
+    settings: CacheSettings,
+    out: Path,
     count: int,
     data: str | None,
     source: dict[str, Any],
     class_names: list[str] | None = None,
 ) -> Manifest:
-    """The manifest of a cache of a generator's latents; ``run`` has ``out`` and ``cache``."""
+    """The manifest of a cache of a generator's latents in the folder ``out``."""
     return Manifest(
         kind=generator.kind,
-        latent_shape=generator.latent_shape,
+        latent_shape=latent_shape_of(generator, sampling),
         codebook_size=generator.codebook_size,
         classes=generator.classes,
         count=count,
-        shard_size=chosen_shard_size(run.cache, count, run.out),
+        shard_size=chosen_shard_size(settings, count, out),
         tokenizer=generator.latent_space,
         data=data,
         source=source,
-        dtype=run.cache.dtype,
+        dtype=settings.dtype,
         class_names=class_names,
     )

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import center_crop
 
 from robustok.data.dataset import open_images
-from robustok.data.latent_cache import LatentCache
+from robustok.data.latent_cache import LatentCache, caches_in
 from robustok.data.latent_checks import check_cache
 from robustok.data.loader import batches_in_order
 from robustok.data.pixels import to_pixels
@@ -99,20 +100,26 @@ def draw_before_after(
 ) -> None:
     """Write a PNG of the middle of some generated images: a row for each decoder of the same latents.
 
+    Images of several buckets stand side by side as they are, on white.
+
     Args:
         file: what to write.
         decoders: snapshots or run folders, such as before and after.
-        cache: of generated latents.
+        cache: of generated latents, or the folder of those of buckets, of which each gives some.
         device: of decoding, one image at a time.
         count: images.
         side: most pixels of each that are shown.
     """
-    latents, rows = LatentCache(cache).read(slice(0, count)).latents, []
+    buckets, rows = [LatentCache(path) for path in caches_in(cache)], []
+    turns = [divmod(i, len(buckets)) for i in range(count * len(buckets))]  # one of each bucket, then the next of each
+    latents = [buckets[b].read([row]).latents for row, b in turns if row < len(buckets[b])][:count]
     for path in decoders:
         tokenizer = load_tokenizer(path).to(device)
-        images = torch.cat([to_pixels(tokenizer.decode(one.to(device))).cpu() for one in latents.split(1)])
-        shown = center_crop(images, [min(side, size) for size in images.shape[-2:]])
-        rows.append(torch.cat([*shown], dim=-1))  # (3, h, n * w)
+        images = [to_pixels(tokenizer.decode(one.to(device)))[0].cpu() for one in latents]  # (3, H, W) each
+        shown = [center_crop(image, [min(side, size) for size in image.shape[-2:]]) for image in images]
+        height = max(image.shape[-2] for image in shown)
+        shown = [F.pad(image, (0, 0, 0, height - image.shape[-2]), value=255) for image in shown]
+        rows.append(torch.cat(shown, dim=-1))  # (3, h, sum of widths)
     with atomic_file(file) as temporary:
         Image.fromarray(torch.cat(rows, dim=1).permute(1, 2, 0).numpy()).save(temporary, "PNG")
 

@@ -19,11 +19,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from accelerate import Accelerator
 
 from robustok.commands.candidates import Search, gap_in_words, verdict
 from robustok.commands.encode import EncodeRun, encode
-from robustok.commands.generate import GenerateRun, generate
+from robustok.commands.generate import GenerateRun, generate, load_for_sampling
 from robustok.commands.make_pairs import MakePairsRun, make_pairs
 from robustok.commands.pictures import draw_before_after
 from robustok.commands.post_train_settings import BANK, Candidate, PostTrainRun, objective_name
@@ -37,8 +39,8 @@ from robustok.commands.pretrained_sources import (
     refused_as_a_whole,
 )
 from robustok.console import note
-from robustok.data.dataset import open_images
-from robustok.data.latent_cache import LatentCache
+from robustok.data.buckets import bucket_name, describe_buckets, open_buckets, shares
+from robustok.data.latent_cache import LatentCache, caches_in
 from robustok.data.order import batch_indices
 from robustok.devices import start_accelerator
 from robustok.evaluation.held_out import HeldOutScore, held_out_images, reconstruction_score
@@ -46,7 +48,7 @@ from robustok.files import inside, writing
 from robustok.generators.pipeline_families import check_mixes, family_of
 from robustok.metrics.latent_gap import latent_gap
 from robustok.pretrained.pipelines import export_pipeline
-from robustok.randomness import step_rng
+from robustok.randomness import bucket_seed, step_rng
 from robustok.runs import RunFolder
 from robustok.snapshots import read_extra, read_header, write_snapshot
 from robustok.tokenizers import load_tokenizer
@@ -101,7 +103,8 @@ def post_train(run: PostTrainRun) -> Path:
 def _picture(run: PostTrainRun, best: Path, file: Path, accelerator: Accelerator) -> str | None:
     """A picture of generated latents, free samples if there are, before and after; its name, if there are any."""
     caches = [run.out / "held-out", run.samples or run.out / "samples", *sorted((run.out / "pairs").glob("*"))]
-    cache = next((cache for cache in [*caches, run.pairs] if cache and (cache / "manifest.json").is_file()), None)
+    made = (cache for cache in [*caches, run.pairs] if cache and (caches_in(cache)[0] / "manifest.json").is_file())
+    cache = next(made, None)
     before = run.out / "tokenizer" if isinstance(run.tokenizer, Pretrained) else run.tokenizer
     if cache is not None and not file.is_file():
         with writing(file.parent):
@@ -129,11 +132,18 @@ def _prepare(run: PostTrainRun, accelerator: Accelerator) -> PostTrainRun:
             caches = {name: getattr(run, name) or run.out / name for name in needed_caches(run.used)}
             one = max(run.bank, key=lambda objective: "free" in objective)  # with the Frechet term
             check_networks(run.training(one, tokenizer=paths["tokenizer"], **caches))
-            cropping(run.crop, load_tokenizer(paths["tokenizer"]))  # refuses sizes that do not fit
+            tokenizer = load_tokenizer(paths["tokenizer"])
+            buckets = open_buckets(run.data, tokenizer)
+            for images in buckets:
+                cropping(run.crop, tokenizer, images.shape)  # refuses sizes that do not fit
             if run.max_reconstruction_loss is not None:
-                held_out_images(run.data, load_tokenizer(paths["tokenizer"]).image_size)
+                held_out_images(run.data, tokenizer)
             if run.makes_pairs:
                 batch_indices(min(run.pairs_used(), available), run.batch_size, run.seed, 0)  # refuses too few pairs
+            if run.data.buckets:
+                note(describe_buckets(run.data, buckets, run.batch_size))
+            if run.data.buckets and (run.held_out is not None or run.max_reconstruction_loss is not None):
+                note(describe_buckets(run.data, open_buckets(run.data, tokenizer, "test"), run.batch_size))
     accelerator.wait_for_everyone()
     ready = run.model_copy(update=convert_sources(sources, run.out, run.data))
     if "free" in run.used and run.samples is None:
@@ -159,9 +169,9 @@ def _search(run: PostTrainRun, accelerator: Accelerator) -> Path:
         for objective in BANK:
             if obstacle := run.obstacle(objective):
                 note(f"{objective_name(objective)} is not tried: {obstacle}", "yellow")
-    held_out, count = run.held_out.latents, run.sweep.sets * run.sweep.samples
+    held_out, count = run.held_out.latents, run.sweep.samples
     if held_out is None:
-        held_out = _free_samples(run, run.out / "held-out", count, "held-out samples")
+        held_out = _free_samples(run, run.out / "held-out", count, "held-out samples", run.sweep.sets)
     search = _start_search(run, accelerator, held_out)
     search.add("untouched", None, 0, run.tokenizer)
     steps = run.candidate_steps
@@ -190,11 +200,11 @@ def _search(run: PostTrainRun, accelerator: Accelerator) -> Path:
 def _start_search(run: PostTrainRun, accelerator: Accelerator, held_out: Path, chooses: bool = True) -> Search:
     """A search on held-out samples; one that ``chooses`` measures reconstructions too."""
     tokenizer = load_tokenizer(run.tokenizer)
-    data = open_images(run.data, tokenizer.image_size, split="train")
+    buckets = open_buckets(run.data, tokenizer)
     config = run.held_out.model_copy(update={"latents": held_out})
     processes, cache = processes_of(accelerator), config.cache or inside(run.out, STATISTICS)
     make_score = lambda: HeldOutScore(  # noqa: E731
-        config, tokenizer, data, accelerator.device, run.sweep.sets, run.workers, processes, cache
+        config, tokenizer, buckets, accelerator.device, run.sweep.sets, run.workers, processes, cache
     )
     limit = run.max_reconstruction_loss
     make_other = lambda: reconstruction_score(  # noqa: E731
@@ -212,7 +222,7 @@ def _start_search(run: PostTrainRun, accelerator: Accelerator, held_out: Path, c
         make_other if chooses else lambda: None,
         accelerator,
         run.seed,
-        data.describe(),
+        "; ".join(data.describe() for data in buckets),
         limit if chooses else None,
     )
 
@@ -243,7 +253,8 @@ def _verdict(run: PostTrainRun, search: Search, held_out: Path, count: int) -> s
     short = next(one for one in search.found if one.stage == "candidate" and one.candidate == best.candidate)
     roles, where = [before, best, short, control], "the samples that chose the decoder"
     if run.generator is not None and chosen is not before:
-        samples, where = _free_samples(run, run.out / "unseen", count, "unseen samples"), "samples that chose nothing"
+        samples = _free_samples(run, run.out / "unseen", count, "unseen samples", run.sweep.sets)
+        where = "samples that chose nothing"
         unseen = _start_search(run, search.accelerator, samples, chooses=False)
         for one in filter(None, roles):
             unseen.add("unseen", one.candidate, one.steps, one.path)
@@ -254,18 +265,38 @@ def _verdict(run: PostTrainRun, search: Search, held_out: Path, count: int) -> s
     return words
 
 
-def _free_samples(run: PostTrainRun, out: Path, count: int, purpose: str) -> Path:
-    """Free samples, of a seed that no user will choose, so that no result reuses them."""
-    return generate(
-        GenerateRun(
-            out=out,
-            generator=run.generator,
-            count=count,
-            sampling=run.mixture.sampling,
-            seed=step_rng(run.seed, 0, purpose).initial_seed(),
-            cache=run.cache,
-        )
+def _free_samples(run: PostTrainRun, out: Path, count: int, purpose: str, sets: int = 1) -> Path:
+    """Free samples, ``count`` for each set, of a seed that no user will choose, so that no result reuses them.
+
+    Each bucket has its share of every set, with the prompts of its images.
+    """
+    samples = GenerateRun(
+        out=out,
+        generator=run.generator,
+        count=count * sets,
+        sampling=run.mixture.sampling,
+        seed=step_rng(run.seed, 0, purpose).initial_seed(),
+        cache=run.cache,
     )
+    if not run.data.buckets:
+        return generate(samples)
+    buckets = open_buckets(run.data, load_tokenizer(run.tokenizer))
+    accelerator = start_accelerator()
+    generator = load_for_sampling(run.generator, run.cache, accelerator.device)
+    with accelerator.main_process_first():
+        generator.embed(torch.from_numpy(np.concatenate([data.labels for data in buckets])))
+    parts = shares(count, [len(data) for data in buckets])
+    for i, (data, part) in enumerate(zip(buckets, parts, strict=True)):
+        height, width = data.shape
+        own = {
+            "out": out / bucket_name(data.shape),
+            "count": part * sets,
+            "seed": bucket_seed(samples.seed, i),
+            "classes": np.unique(data.labels).tolist(),
+            "sampling": (samples.sampling or generator.sampling).model_copy(update={"height": height, "width": width}),
+        }
+        generate(samples.model_copy(update=own), generator)
+    return out
 
 
 def _train_candidate(run: PostTrainRun, candidate: Candidate, steps: int) -> Path:
@@ -291,7 +322,7 @@ def _train_candidate(run: PostTrainRun, candidate: Candidate, steps: int) -> Pat
 
 def _pairs(run: PostTrainRun, sigma: float, steps: int) -> Path:
     """The cache of pairs for so many steps; images and random numbers do not depend on sigma."""
-    count = min(run.pairs_used(steps), len(LatentCache(run.latents)))
+    count = min(run.pairs_used(steps), sum(len(LatentCache(path)) for path in caches_in(run.latents)))
     return make_pairs(
         MakePairsRun(
             out=run.out / "pairs" / f"sigma-{sigma:g}-{count}",
@@ -309,10 +340,14 @@ def _pairs(run: PostTrainRun, sigma: float, steps: int) -> Path:
 
 
 def _gap(run: PostTrainRun, held_out: Path) -> str:
-    """The gap between the held-out samples and latents of real images, in words."""
-    some = []
-    for cache in (LatentCache(held_out), LatentCache(run.latents)):
-        some.append(cache.read(slice(None, None, -(-len(cache) // GAP_IMAGES))).latents)
+    """The gap between the held-out samples and latents of real images, of the largest bucket, in words."""
+    names = [{path.relative_to(folder) for path in caches_in(folder)} for folder in (held_out, run.latents)]
+    if not (shared := names[0] & names[1]):
+        return "the gap of the latents is not known, as samples and images have no bucket in common"
+    some, largest = [], max(sorted(shared), key=lambda name: len(LatentCache(run.latents / name)))
+    for cache in (LatentCache(held_out / largest), LatentCache(run.latents / largest)):
+        latents = cache.read(slice(None, None, -(-len(cache) // GAP_IMAGES))).latents
+        some.append(latents.flatten(1, -2) if latents.ndim == 4 else latents)  # (n, L) or (n, L, D)
     tokenizer = load_tokenizer(run.tokenizer)
     return gap_in_words(latent_gap(*some, tokenizer.codebook if tokenizer.kind == "discrete" else None))
 

@@ -21,7 +21,7 @@ from robustok.checkpoints import file_beside
 from robustok.commands.convert import ConvertRun, convert
 from robustok.config import Config
 from robustok.console import note
-from robustok.data.dataset import open_images
+from robustok.data.buckets import bucket_folder, open_buckets
 from robustok.data.labels import check_same_classes
 from robustok.data.latent_cache import LatentCache
 from robustok.data.latent_checks import check_cache, check_center_crops, check_real_latents
@@ -158,8 +158,8 @@ def convert_sources(sources: Sources, out: Path, data: Data) -> dict[str, Path]:
                 continue
             licence = source.licence or (pipeline and pipeline_licence(pipeline, vae=name == "tokenizer"))
             if source.family == PIPELINE:
-                images = open_images(data, load_tokenizer(paths["tokenizer"]).image_size, split="train")
-                write_pipeline(source.weights, source.config, licence, paths["tokenizer"], images, out / name)
+                buckets = open_buckets(data, load_tokenizer(paths["tokenizer"]))
+                write_pipeline(source.weights, source.config, licence, paths["tokenizer"], buckets, out / name)
             else:
                 source = source.model_copy(update={"licence": licence})
                 _convert(name, source, out / name, paths.get("tokenizer"))
@@ -202,28 +202,36 @@ def check_together(paths: Mapping[str, Path], latents: Path | None, data: Data) 
         UserError: names what does not fit.
     """
     tokenizer = load_tokenizer(paths["tokenizer"])
-    space, images = encoder_digest(tokenizer), open_images(data, tokenizer.image_size, split="train")
+    space, buckets = encoder_digest(tokenizer), open_buckets(data, tokenizer)
     if "generator" in paths:
-        _check_generator(paths, tokenizer, space, images.classes)
+        _check_generator(paths, tokenizer, space, buckets[0].classes, bool(data.buckets))
     if latents is None:
-        return len(images)
-    cache = LatentCache(latents)
-    check_real_latents(cache)
-    check_center_crops(cache)
-    check_cache(cache, space)
-    if cache.manifest.data != images.fingerprint:
-        raise UserError(
-            f"{latents} holds latents of other images than {images.describe()}; give the data they were encoded from, "
-            "or latents=null, which encodes them"
-        )
-    return len(cache)
+        return sum(map(len, buckets))
+    caches = [LatentCache(bucket_folder(latents, data, images)) for images in buckets]
+    for cache, images in zip(caches, buckets, strict=True):
+        check_real_latents(cache)
+        check_center_crops(cache)
+        check_cache(cache, space)
+        if cache.manifest.data != images.fingerprint:
+            raise UserError(
+                f"{cache.path} holds latents of other images than {images.describe()}; give the data they were encoded "
+                "from, or latents=null, which encodes them"
+            )
+    return sum(map(len, caches))
 
 
-def _check_generator(paths: Mapping[str, Path], tokenizer: Tokenizer, space: str, classes: list[str]) -> None:
+def _check_generator(
+    paths: Mapping[str, Path], tokenizer: Tokenizer, space: str, classes: list[str], buckets: bool
+) -> None:
     """Check a generator against its tokenizer, whose latent space has the digest ``space``, and the data's classes."""
     path, header = paths["generator"], read_header(paths["generator"])
     if header.get("kind") != "generator":
         raise UserError(f"{path} is a snapshot of a {header.get('kind')}, expected a generator; give another path")
+    if buckets and header["config"]["name"] != PIPELINE:
+        raise UserError(
+            f"data.buckets needs a generator whose images may have any size, a pipeline of diffusers; {path} is of "
+            f"family {header['config']['name']}; set data.buckets=false"
+        )
     check_kind(header["config"]["name"], tokenizer.kind, str(paths["tokenizer"]))
     codes = len(tokenizer.codebook) if tokenizer.kind == "discrete" else None
     found = header.get("latent_space"), tuple(header["latent_shape"]), header["codebook_size"]

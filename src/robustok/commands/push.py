@@ -17,7 +17,7 @@ from pydantic import Field
 
 from robustok.config import Config, load, plain
 from robustok.data.dataset import open_images
-from robustok.data.latent_cache import LatentCache
+from robustok.data.latent_cache import LatentCache, caches_in
 from robustok.data.pixels import sheet_of
 from robustok.errors import UserError, printable
 from robustok.files import IMAGE_FORMATS, json_lines, regular_file
@@ -204,7 +204,7 @@ def _before_after(folder: Path, snapshot: Path) -> torch.Tensor:
     settings = load(DecoderTrainingRun, folder / "config.yaml")
     held_out = settings.held_out.latents if settings.held_out else None
     cache = next(filter(None, (settings.samples, held_out, settings.pairs, settings.latents)))
-    latents = LatentCache(cache).read(slice(0, SHOWN)).latents
+    latents = LatentCache(caches_in(cache)[0]).read(slice(0, SHOWN)).latents
     return torch.stack([load_tokenizer(path).decode(latents) for path in (settings.tokenizer, snapshot)])
 
 

@@ -42,13 +42,13 @@ class LossNetworks:
     """Networks of the losses between images, on the meta device; each may be missing.
 
     Attributes:
-        image_size: height and width of the images.
+        shape: height and width of the images.
         vgg: the layers of VGG-16 up to the last that LPIPS compares.
         backbone: frozen part of the discriminator.
         discriminator: what is trained of it.
     """
 
-    image_size: int
+    shape: tuple[int, int]
     vgg: nn.Sequential | None
     backbone: nn.Module | None
     discriminator: nn.Module | None
@@ -158,8 +158,8 @@ def image_step(
     prepared = PreparedInParts(model, _plain(run), ALONE, last_layer(tokenizer))
     prepared.train()
     output = prepared(*inputs)
-    side = images.shape[-1]
-    decoded = getattr(output, "reconstructions", output)[..., :side, :side]  # (N, 3, H, W)
+    height, width = images.shape[-2:]
+    decoded = getattr(output, "reconstructions", output)[..., :height, :width]  # (N, 3, H, W)
 
     def compared(targets: Tensor, part: Tensor) -> dict[str, Tensor]:
         found = {"pixel": pixel_loss(run.reconstruction.pixel, targets, part)}

@@ -1,4 +1,4 @@
-"""An image of any mode and size to square RGB pixels, as in ADM's training and evaluation (Dhariwal and Nichol, 2021).
+"""An image of any mode and size to RGB pixels of one size, as in ADM's evaluation (Dhariwal and Nichol, 2021).
 
 Published FIDs were computed with ADM's centre crop, so every image gives the same pixels here, bit for bit. In three
 cases an image viewer shows something else, which ``rgb="viewer"`` gives:
@@ -21,12 +21,12 @@ from torch import Tensor
 RGB = Literal["adm", "viewer"]
 
 
-def center_crop(image: Image.Image, size: int, rgb: RGB = "adm") -> np.ndarray:
-    """ADM's centre crop: scale the shorter side to ``size`` and cut the middle square.
+def center_crop(image: Image.Image, size: int | tuple[int, int], rgb: RGB = "adm") -> np.ndarray:
+    """ADM's centre crop: scale the image until it just covers the crop, and cut the middle.
 
     Args:
         image: of any mode and any size; smaller ones are enlarged.
-        size: height and width of the result in pixels.
+        size: height and width of the result in pixels; one number for a square, as ADM has it.
         rgb: how odd images become RGB, see :func:`to_rgb`.
 
     Returns:
@@ -35,10 +35,11 @@ def center_crop(image: Image.Image, size: int, rgb: RGB = "adm") -> np.ndarray:
     Raises:
         ValueError: the image holds floats, or is too elongated.
     """
-    image, scaled = _halved(to_rgb(image, rgb), size)
+    height, width = (size, size) if isinstance(size, int) else size
+    image, scaled = _halved(to_rgb(image, rgb), height, width)
     image = image if scaled == image.size else image.resize(scaled, Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return np.array(image.crop((left, top, left + size, top + size)))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return np.array(image.crop((left, top, left + width, top + height)))
 
 
 def random_crop(image: Image.Image, size: int, rng: torch.Generator, rgb: RGB = "adm") -> np.ndarray:
@@ -54,7 +55,8 @@ def random_crop(image: Image.Image, size: int, rng: torch.Generator, rgb: RGB = 
     def draw(low: int, high: int) -> int:
         return int(torch.randint(low, high + 1, (), generator=rng))
 
-    image, (width, height) = _halved(to_rgb(image, rgb), draw(size, -(-5 * size // 4)))
+    shorter = draw(size, -(-5 * size // 4))
+    image, (width, height) = _halved(to_rgb(image, rgb), shorter, shorter)
     left, top = draw(0, width - size), draw(0, height - size)
     left, right = (x * image.width / width for x in (left, left + size))  # in the image before resizing
     top, bottom = (y * image.height / height for y in (top, top + size))
@@ -81,15 +83,21 @@ def five_crops(images: Tensor, size: int) -> Tensor:
     return torch.stack([images[..., y : y + size, x : x + size] for y, x in corners], dim=1)
 
 
-def _halved(image: Image.Image, shorter: int) -> tuple[Image.Image, tuple[int, int]]:
+def oriented_size(image: Image.Image, rgb: RGB = "adm") -> tuple[int, int]:
+    """Height and width that :func:`to_rgb` will give, without decoding the image."""
+    turned = rgb == "viewer" and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter
+    return image.size if turned else image.size[::-1]
+
+
+def _halved(image: Image.Image, height: int, width: int) -> tuple[Image.Image, tuple[int, int]]:
     """Halve with a box filter as often as possible; what is left is for bicubic, which alone aliases.
 
     Returns:
-        The image, and the width and height to which it is then resized, of which the shorter one is ``shorter``.
+        The image, and the width and height to which it is then resized, the least that cover ``height`` and ``width``.
     """
-    while min(image.size) >= 2 * shorter:
+    while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    factor = shorter / min(image.size)
+    factor = max(width / image.width, height / image.height)
     size = (round(image.width * factor), round(image.height * factor))
     if size[0] * size[1] > 2 * (Image.MAX_IMAGE_PIXELS or 2**31):  # Pillow's own limit for files it opens
         raise ValueError(

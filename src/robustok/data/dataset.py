@@ -1,7 +1,7 @@
 """A split of a data set as images of one size.
 
-The data sets are in ``sources``, the crops to square RGB pixels in ``crops``, the order of training in ``order``,
-batches and worker processes in ``loader``.
+The data sets are in ``sources``, the crops to RGB pixels in ``crops``, several sizes for images of several shapes in
+``buckets``, the order of training in ``order``, batches and worker processes in ``loader``.
 """
 
 import math
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from robustok.config import Config
 from robustok.console import console
-from robustok.data.crops import center_crop, random_crop, to_rgb
+from robustok.data.crops import center_crop, oriented_size, random_crop, to_rgb
 from robustok.data.folders import Split
 from robustok.data.order import WINDOW, Blocks, shuffle, shuffle_in_window
 from robustok.data.pixels import from_pixels
@@ -55,7 +55,19 @@ def open_images(
 
     Raises:
         UserError: the data set is missing, empty or unreadable; labels are out of range; without ``image_size``, sizes
-            differ.
+            differ; ``data.buckets`` is set, for which there is ``open_buckets``.
+    """
+    if data.buckets:
+        raise UserError("data.buckets is for post-training of pipelines of diffusers alone; set data.buckets=false")
+    source, rows = open_source(data, split)
+    return ImageDataset(source, rows, data, split, image_size, augment or Augmentation())
+
+
+def open_source(data: Data, split: Split) -> tuple[Source, np.ndarray]:
+    """The images of a data set before any decoding, and the rows (N,) int64 of one split.
+
+    Raises:
+        UserError: as :func:`open_images`.
     """
     source = DATASETS[data.name](data, split)
     labels, classes = source.labels, len(source.classes)
@@ -80,8 +92,8 @@ def open_images(
     if source.blocks is not None and not source.captions:
         _warn_of_sorted(source, rows)
     if source.left_out:
-        warnings.warn(f"left out of {source.name} {split}: {source.left_out}", stacklevel=2)
-    return ImageDataset(source, rows, data, split, image_size, augment or Augmentation())
+        warnings.warn(f"left out of {source.name} {split}: {source.left_out}", stacklevel=3)
+    return source, rows
 
 
 def _warn_of_sorted(source: Source, rows: np.ndarray) -> None:
@@ -136,7 +148,7 @@ class ImageDataset:
 
     Attributes:
         name: name of the source.
-        image_size: height and width of the crops; None where images are taken as they are.
+        image_size: height and width of the crops, one number for squares; None where images are taken as they are.
         shape: (H, W) of every image.
         labels: (N,) int64; all -1 if they are unknown.
         classes: names of the classes.
@@ -147,14 +159,24 @@ class ImageDataset:
     """
 
     def __init__(
-        self, source: Source, rows: np.ndarray, data: Data, split: Split, image_size: int | None, augment: Augmentation
+        self,
+        source: Source,
+        rows: np.ndarray,
+        data: Data,
+        split: Split,
+        image_size: int | tuple[int, int] | None,
+        augment: Augmentation,
+        held: bool = True,
     ):
         # Names of folders may be any bytes; those in manifests and results are text.
         self.name, self.classes = printable(source.name), list(map(printable, source.classes))
         self.labels, self.captions = source.labels[rows], list(source.captions)
         self.split, self.image_size, self.augment = split, image_size, augment
-        self.shape = (image_size, image_size) if image_size else _common_shape(source, rows)
-        crop = f"{augment.crop} {image_size}" if image_size else "as they are"
+        if isinstance(image_size, tuple) and image_size[0] == image_size[1]:
+            self.image_size = image_size = image_size[0]
+        shape = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.shape = shape or _common_shape(source, rows)
+        crop = f"{augment.crop} {self._size}" if image_size else "as they are"
         crop += f" {data.rgb}" if data.rgb != "adm" else ""
         self._rgb = data.rgb
         content = f"{source.identity} {split} {crop} {bytes_digest(rows.astype('<i8').tobytes())}"
@@ -164,8 +186,8 @@ class ImageDataset:
         self._allowed = min(max(5, int(data.max_broken * len(rows))), len(rows) - 1) if data.max_broken else 0
         self._source, self._rows, self._memory = source, rows, None
         self.blocks = None if source.blocks is None else Blocks(source.blocks[rows])
-        small = self.blocks is None and (augment.crop == "center" or not image_size)
-        if small and len(rows) * 3 * math.prod(self.shape) <= MEMORY_LIMIT:
+        held = held and self.blocks is None and (augment.crop == "center" or not image_size)
+        if held and len(rows) * 3 * math.prod(self.shape) <= MEMORY_LIMIT:
             memory = torch.zeros(len(rows), 3, *self.shape, dtype=torch.uint8)
             broken = {}
             for index in range(len(rows)):
@@ -186,23 +208,15 @@ class ImageDataset:
         if self._source.unlabelled:
             raise UserError(self._source.unlabelled)
 
-    def check_sizes(self, size: int) -> None:
-        """Refuse images that would be enlarged to so many pixels; reads the files' headers.
-
-        Raises:
-            UserError: says how many are smaller and names three.
-        """
-        small = []
+    def smaller(self) -> list[str]:
+        """The images that are enlarged to be cropped, each with its size; reads the files' headers."""
+        found = []
         for row in self._rows.tolist():
             with suppress(Exception), self._source.open(row) as image:  # a broken image is reported when it is decoded
-                if min(image.size) < size:
-                    small.append(f"{self._source.where(row)} with {image.width}x{image.height}")
-        if small:
-            shown = printable(", ".join(small[:3]) + (", ..." if len(small) > 3 else ""))
-            raise UserError(
-                f"{len(small):,} of {len(self):,} images are smaller than the pipeline's {size} pixels ({shown}); move "
-                "them away, or set tokenizer.config.image_size"
-            )
+                height, width = oriented_size(image, self._rgb)
+                if height < self.shape[0] or width < self.shape[1]:
+                    found.append(f"{self._source.where(row)} with {width}x{height}")
+        return found
 
     def blocks_of(self, indices: np.ndarray) -> Blocks | None:
         """The blocks that images (N,) are downloaded in; None if they are not."""
@@ -216,10 +230,14 @@ class ImageDataset:
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def _size(self) -> str:
+        """For example 512x768, and 512 for a square."""
+        return str(self.image_size) if isinstance(self.image_size, int) else "x".join(map(str, self.shape))
+
     def describe(self) -> str:
         """Name, split, crop, count and digest, for the ``reference`` of a result."""
-        height, width = self.shape
-        crop = f"{self.augment.crop} crop {self.image_size}" if self.image_size else f"as they are, {height}x{width}"
+        crop = f"{self.augment.crop} crop {self._size}" if self.image_size else f"as they are, {self._size}"
         return f"{self.name} {self.split}, {crop}, {len(self) - len(self.broken)} images, {self.fingerprint}"
 
     @cached_property
@@ -351,8 +369,8 @@ class ImageDataset:
 
 def described_shape(description: str) -> tuple[int, int] | None:
     """(H, W) of the images that :meth:`ImageDataset.describe` described; None where the text does not have it."""
-    found = re.search(r", (?:center|random) crop (\d+), |, as they are, (\d+)x(\d+), ", description)
-    return None if found is None else (int(found[1] or found[2]), int(found[1] or found[3]))
+    found = re.search(r", (?:(?:center|random) crop|as they are,) (\d+)(?:x(\d+))?, ", description)
+    return None if found is None else (int(found[1]), int(found[2] or found[1]))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from itertools import count
@@ -26,8 +26,6 @@ from torch import Tensor
 from robustok.config import differences
 from robustok.console import note
 from robustok.data.manifest import Manifest, read_manifest
-from robustok.data.order import batch_indices
-from robustok.devices import rank_rows
 from robustok.errors import UserError
 from robustok.files import load_tensors, one_line, regular_file, temporary_path, write_file
 
@@ -41,7 +39,7 @@ class LatentRecords:
     """Latents with their labels and provenance.
 
     Attributes:
-        latents: tokens (N, L) int64, or (N, L, D) float32.
+        latents: tokens (N, L) int64, or (N, L, D) float32, of buckets (N, rows, columns, D).
         labels: (N,) int64.
         indices: (N,) int64, index in the data set; -1 for free samples.
         seeds: (N,) int64, seed of each record's sampling or augmentation.
@@ -179,6 +177,14 @@ def write_shard(path: str | Path, k: int, arrays: Mapping[str, np.ndarray | Tens
 # Reading
 
 
+def caches_in(path: str | Path) -> list[Path]:
+    """The caches in a folder: those of its buckets, in folders named HEIGHTxWIDTH, or the folder itself."""
+    path = Path(path)
+    if (path / "manifest.json").exists():
+        return [path]
+    return sorted(file.parent for file in path.glob("[0-9]*x[0-9]*/manifest.json")) or [path]
+
+
 class LatentCache:
     """A complete cache. Shards are mapped into memory: the system loads what is read and drops it when memory is short.
 
@@ -303,25 +309,6 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     return f"{found:08x}"
 
 
-def training_latents(
-    cache: LatentCache, global_batch: int, seed: int, first_step: int, steps: int, rank: int = 0, world: int = 1
-) -> Iterator[LatentRecords]:
-    """This rank's rows of the global batches of steps first_step..first_step+steps-1, as ``loader.training_batches``.
-
-    An epoch uses every record once. The mirrored latents or ten crops of an image are records like all others, as in
-    RAR's published training. Only the rows of a batch are read, so memory does not grow with the cache.
-
-    Raises:
-        UserError: the cache is smaller than the batch, or ``world`` does not divide it.
-    """
-    rows = rank_rows(global_batch, rank, world)
-    batch_indices(len(cache), global_batch, seed, first_step)  # raise now rather than at the first batch
-    return (
-        cache.read(batch_indices(len(cache), global_batch, seed, step)[rows])
-        for step in range(first_step, first_step + steps)
-    )
-
-
 def _present(path: Path, manifest: Manifest) -> set[int]:
     """The shards that are written. The work is bounded by the files there are, whatever the manifest says."""
     names = os.listdir(path) if path.is_dir() else []
@@ -334,7 +321,7 @@ def _check_fields(
 ) -> None:
     """Compare shapes, types and labels of a shard with the manifest."""
     discrete = manifest.kind == "discrete"
-    shape = (rows, *manifest.latent_shape[: 1 if discrete else 2])
+    shape = (rows, *(manifest.latent_shape[:1] if discrete else manifest.latent_shape))
     for name, value in shard.items():
         wanted, kinds = (shape, "iu" if discrete else "f") if name == "latents" else ((rows,), "iu")
         bits = value.dtype == np.int16 and manifest.latent_type == torch.bfloat16  # which numpy does not know

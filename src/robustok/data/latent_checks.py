@@ -14,7 +14,7 @@ INDEPENDENT = 64  # first samples of two sets that must not be equal
 def check_cache(
     cache: LatentCache,
     tokenizer_digest: str | None = None,
-    latent_shape: tuple[int, int] | None = None,
+    latent_shape: tuple[int, ...] | None = None,
     codebook_size: int | None = None,
 ) -> None:
     """Refuse a cache that was made for another tokenizer; None is not compared.
@@ -67,6 +67,19 @@ def check_real_latents(cache: LatentCache) -> None:
         found = "free samples" if cache.manifest.data is None else "pairs"
         raise UserError(
             f"{cache.path} holds {found}, expected latents of real images; give what `robustok encode` made"
+        )
+
+
+def check_squares(cache: LatentCache, taker: str) -> None:
+    """Refuse latents of a bucket where ``taker`` needs those of square images, row by row.
+
+    Raises:
+        UserError: they have rows and columns.
+    """
+    if len(cache.manifest.latent_shape) > 2:
+        raise UserError(
+            f"{cache.path} holds latents of data.buckets, with rows and columns, which {taker} does not take; give "
+            "those of square images, made with data.buckets=false"
         )
 
 

@@ -1,6 +1,7 @@
 """What a cache of latents says about itself in ``manifest.json``."""
 
 import json
+import math
 from dataclasses import asdict, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -21,7 +22,7 @@ class Manifest:
 
     Attributes:
         kind: "discrete" (tokens) or "continuous".
-        latent_shape: (L, D), latents per image and their width.
+        latent_shape: (L, D), latents per image and their width; (rows, columns, D) of images that may not be square.
         codebook_size: K; None if continuous.
         classes: number of classes; labels are 0..classes-1.
         count: records in the whole cache.
@@ -34,7 +35,7 @@ class Manifest:
     """
 
     kind: Literal["discrete", "continuous"]
-    latent_shape: tuple[PositiveInt, PositiveInt]
+    latent_shape: Annotated[tuple[PositiveInt, ...], Field(min_length=2, max_length=3)]
     codebook_size: Annotated[int, Field(ge=1, le=2**31)] | None
     classes: Annotated[int, Field(ge=1, le=10**6)]
     count: PositiveInt
@@ -49,6 +50,8 @@ class Manifest:
     def _size_of_tokens_only(self) -> Self:
         if (self.kind == "discrete") != (self.codebook_size is not None):
             raise ValueError(f"a cache of {self.kind} latents with codebook_size {self.codebook_size}")
+        if self.kind == "discrete" and len(self.latent_shape) > 2:
+            raise ValueError("a cache of tokens with rows and columns")
         return self
 
     @property
@@ -66,8 +69,8 @@ class Manifest:
     @property
     def record_bytes(self) -> int:
         """Stored bytes of a record: latents, label, index, seed and flip."""
-        length, width = self.latent_shape
-        return length * (width if self.codebook_size is None else 1) * self.latent_type.itemsize + 21
+        numbers = self.latent_shape if self.codebook_size is None else self.latent_shape[:1]
+        return math.prod(numbers) * self.latent_type.itemsize + 21
 
     def plain(self) -> dict[str, Any]:
         """The manifest as it reads back from JSON."""

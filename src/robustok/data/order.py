@@ -5,6 +5,7 @@ more: the blocks are put in a random order, and each image moves back by a rando
 the blocks of the last ``WINDOW`` images are in use, and a new one comes as an old one ends.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -52,6 +53,23 @@ def batch_indices(count: int, global_batch: int, seed: int, step: int, blocks: B
 def batch_seeds(global_batch: int, seed: int, step: int) -> np.ndarray:
     """Seeds (global_batch,) int64 >= 0 of the augmentation of each row of a step's global batch."""
     return (raw_numbers((2, seed, step), global_batch) >> np.uint64(1)).astype(np.int64)
+
+
+def bucket_steps(weights: Sequence[int], seed: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """The bucket of each step, drawn in proportion to its weight, and how many steps it had before.
+
+    More ``steps`` do not change the first ones.
+
+    Returns:
+        Buckets (steps,) int64, and the numbers of their own steps (steps,) int64.
+    """
+    uniform = (raw_numbers((4, seed), steps) >> np.uint64(11)) * 2.0**-53  # in [0, 1)
+    buckets = np.searchsorted(np.cumsum(weights) / sum(weights), uniform, side="right")
+    own = np.zeros(steps, np.int64)
+    for bucket in range(len(weights)):
+        here = buckets == bucket
+        own[here] = np.arange(here.sum())
+    return buckets, own
 
 
 @lru_cache(maxsize=2)  # 100 MB each for ImageNet's ten crops

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import numpy as np
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, PositiveInt, field_validator
 
 from robustok.config import Config
 from robustok.data.captions import number_captions
@@ -26,11 +26,24 @@ class DataConfig(Config):
     max_broken: float = Field(
         0.01, ge=0, le=1, description="share of unreadable images to skip (five at least); 0 skips none"
     )
+    buckets: bool | list[tuple[PositiveInt, PositiveInt]] = Field(
+        False,
+        description="post-training of pipelines of diffusers: sizes [[height, width], ...], of which each image is cut "
+        "to the one that is nearest in shape; true: sizes with about as many pixels as the pipeline's own, from 1:2 to "
+        "2:1; false: squares",
+    )
     rgb: RGB = Field(
         "adm",
         description="adm: as published statistics, which ignore transparency and EXIF and clip 16 bits; "
         "viewer: as an image viewer shows them",
     )
+
+    @field_validator("buckets")
+    @classmethod
+    def _some_buckets(cls, buckets: bool | list[tuple[int, int]]) -> bool | list[tuple[int, int]]:
+        if buckets == []:
+            raise ValueError("no sizes; give some, such as [[512,768],[768,512]], or true, or false")
+        return buckets
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from robustok.config import Config
 from robustok.console import note
-from robustok.data.dataset import ImageDataset, open_images
-from robustok.data.latent_cache import LatentCache
+from robustok.data.buckets import open_buckets, shares
+from robustok.data.dataset import ImageDataset
+from robustok.data.latent_cache import LatentCache, caches_in
 from robustok.data.latent_checks import check_cache, check_free_samples
 from robustok.data.loader import batches_in_order
 from robustok.data.pixels import from_pixels, to_pixels
@@ -54,7 +55,7 @@ class HeldOutScore:
     Args:
         config: samples and feature space.
         tokenizer: one with the latent space of the samples.
-        data: the real images.
+        buckets: the real images, of one size each; a single one where all have the same.
         device: device of the computation.
         sets: number of disjoint sets of equal size; over several, differences have a standard error.
         workers: processes that decode images.
@@ -73,7 +74,7 @@ class HeldOutScore:
         self,
         config: HeldOut,
         tokenizer: nn.Module,
-        data: ImageDataset,
+        buckets: Sequence[ImageDataset],
         device: torch.device,
         sets: int = 1,
         workers: int | None = 0,
@@ -83,18 +84,26 @@ class HeldOutScore:
         if config.latents is None:
             raise UserError("held_out.latents is missing; give a cache of free samples, made by `robustok generate`")
         self._extract, self._device, self._processes = load_extractor(config.extractor, device), device, processes
-        latents = LatentCache(config.latents)
-        check_cache(latents, encoder_digest(tokenizer))
-        check_free_samples(latents)
-        self.samples, self.extractor = len(latents) // sets, self._extract.name
+        caches = [LatentCache(path) for path in caches_in(config.latents)]
+        for latents in caches:
+            check_cache(latents, encoder_digest(tokenizer))
+            check_free_samples(latents)
+        sizes = [len(latents) // sets for latents in caches]  # of each bucket in a set
+        self.samples, self.extractor = sum(sizes), self._extract.name
         if self.samples < 2:
-            raise UserError(f"{config.latents} holds {len(latents)} samples, {sets} sets need at least {2 * sets}")
-        # A set is a run of neighbouring records, whose classes cycle, so every set has all classes.
-        ends = [(i * self.samples, (i + 1) * self.samples) for i in range(sets)]
-        self._sets = [latents.read(slice(start + processes.rank, end, processes.world)).latents for start, end in ends]
-        self._batch = batch_of(data.shape)
+            found = sum(map(len, caches))
+            raise UserError(f"{config.latents} holds {found} samples, {sets} sets need at least {2 * sets}")
+        # A set is a run of neighbouring records of each bucket, whose classes cycle, so every set has all classes.
+        self._sets = [
+            [
+                latents.read(slice(i * size + processes.rank, (i + 1) * size, processes.world)).latents
+                for latents, size in zip(caches, sizes, strict=True)
+            ]
+            for i in range(sets)
+        ]
+        self._batch = min(batch_of(data.shape) for data in buckets)
         self._real: Reference | None = None
-        self._make_real = lambda: _cached_statistics(data, self._extract, device, processes, workers, cache)
+        self._make_real = lambda: _cached_statistics(buckets, self._extract, device, processes, workers, cache)
 
     def decoder(self, tokenizer: nn.Module) -> Callable[[Tensor], Tensor]:
         """The decoder of a tokenizer, on the device of the computation."""
@@ -117,7 +126,7 @@ class ReconstructionScore:
     Args:
         extractor: feature space of rFD; None leaves it out.
         tokenizer: one with the encoder of all decoders, on the device of the computation.
-        data: the images.
+        buckets: the images, of one size each; a single one where all have the same.
         count: how many of them, fewer where they would take more than ``MEMORY``.
         workers: processes that decode images.
         processes: which share the images: all of them make the score, and call it.
@@ -127,7 +136,7 @@ class ReconstructionScore:
         self,
         extractor: ExtractorConfig | None,
         tokenizer: Tokenizer,
-        data: ImageDataset,
+        buckets: Sequence[ImageDataset],
         count: int = IMAGES,
         workers: int | None = 0,
         processes: Processes = ALONE,
@@ -135,22 +144,26 @@ class ReconstructionScore:
         self._processes = processes
         self._device = next(tokenizer.parameters()).device
         self._extract = None if extractor is None else load_extractor(extractor, self._device)
-        self._lpips = _lpips(data.image_size, self._device)
+        self._lpips = _lpips(min(side for data in buckets for side in data.shape), self._device)
         if processes.add(torch.tensor([self._lpips is None], dtype=torch.float64)).item():
             self._lpips = None  # in all processes or in none
         self._batches: list[tuple[Tensor, Tensor]] = []  # pixels and latents
         real = None if self._extract is None else GaussianStatistics(self._extract.dim)
-        count = min(count, max(2, MEMORY // (3 * math.prod(data.shape))))
-        left, size = -(-(count - processes.rank) // processes.world), batch_of(data.shape)
-        for batch in batches_in_order(data, size, processes.rank, processes.world, workers, self._device):
-            if left <= 0:
-                break
-            pixels = batch.pixels[:left]
-            with torch.no_grad(), exact_float32(self._device):
-                self._batches.append((pixels.cpu(), tokenizer.encode(from_pixels(pixels)).cpu()))
-            if real is not None:
-                real.update(self._extract(pixels).cpu())
-            left -= len(pixels)
+        sizes = [len(data) for data in buckets]
+        largest = max(math.prod(data.shape) for data in buckets)
+        count = min(count, sum(sizes), max(2, MEMORY // (3 * largest)))
+        encode = getattr(tokenizer, "encode_grid", tokenizer.encode)
+        for data, share in zip(buckets, shares(count, sizes), strict=True):
+            left, size = -(-(share - processes.rank) // processes.world), batch_of(data.shape)
+            for batch in batches_in_order(data, size, processes.rank, processes.world, workers, self._device):
+                if left <= 0:
+                    break
+                pixels = batch.pixels[:left]
+                with torch.no_grad(), exact_float32(self._device):
+                    self._batches.append((pixels.cpu(), encode(from_pixels(pixels)).cpu()))
+                if real is not None:
+                    real.update(self._extract(pixels).cpu())
+                left -= len(pixels)
         self._real = None if real is None else real.summed(processes)
 
     @torch.no_grad()
@@ -194,7 +207,7 @@ def reconstruction_score(
         UserError: too few images, where decoders are ``limited`` by their score.
     """
     try:
-        images = held_out_images(data, tokenizer.image_size)
+        images = held_out_images(data, tokenizer)
     except UserError as error:
         if limited:
             raise
@@ -203,19 +216,19 @@ def reconstruction_score(
     return ReconstructionScore(extractor, tokenizer, images, count, workers, processes)
 
 
-def held_out_images(data: Data, image_size: int) -> ImageDataset:
-    """The real images by which reconstructions are measured.
+def held_out_images(data: Data, tokenizer: Tokenizer) -> list[ImageDataset]:
+    """The real images by which reconstructions are measured, of one size each.
 
     Raises:
         UserError: there are fewer than two.
     """
-    images = open_images(data, image_size, split="test")
-    if len(images) < 2:
+    buckets = open_buckets(data, tokenizer, split="test")
+    if sum(map(len, buckets)) < 2:
         raise UserError(
-            f"{images.describe()} is too few images to measure reconstructions; raise data.holdout, or drop "
+            f"{buckets[0].describe()} is too few images to measure reconstructions; raise data.holdout, or drop "
             "max_reconstruction_loss"
         )
-    return images
+    return buckets
 
 
 def _pixels(decode: Callable[[Tensor], Tensor], latents: Tensor, device: torch.device) -> Tensor:
@@ -245,7 +258,7 @@ def _lpips(image_size: int, device: torch.device) -> LPIPS | None:
 
 
 def _cached_statistics(
-    data: ImageDataset,
+    buckets: Sequence[ImageDataset],
     extract: FeatureExtractor,
     device: torch.device,
     processes: Processes,
@@ -256,14 +269,15 @@ def _cached_statistics(
     made: list[Reference] = []
 
     def make() -> Reference:
-        made.append(Reference(real_statistics(data, [extract], device, processes, workers)[0]))
+        made.append(Reference(real_statistics(buckets, [extract], device, processes, workers)[0]))
         return made[0]
 
     if folder is None:
         return make()
-    count, write = len(data) - len(data.broken), processes.rank == 0
+    count, write = sum(len(data) - len(data.broken) for data in buckets), processes.rank == 0
+    words, stamp = "; ".join(data.describe() for data in buckets), buckets[0].stamp  # of all files of the source
     try:
-        return cached_reference(folder, extract.name, data.describe(), count, make, (), write, data.stamp)
+        return cached_reference(folder, extract.name, words, count, make, (), write, stamp)
     except UserError:
         if not made or made[0].count == count:
             raise
@@ -271,7 +285,7 @@ def _cached_statistics(
 
 
 def real_statistics(
-    data: ImageDataset,
+    buckets: Sequence[ImageDataset],
     extractors: Sequence[FeatureExtractor],
     device: torch.device,
     processes: Processes = ALONE,
@@ -279,7 +293,8 @@ def real_statistics(
 ) -> list[GaussianStatistics]:
     """Statistics of all real images in each feature space, the images shared by the processes."""
     found = [GaussianStatistics(extract.dim) for extract in extractors]
-    for batch in batches_in_order(data, 64, processes.rank, processes.world, workers, device):
-        for extract, statistics in zip(extractors, found, strict=True):
-            statistics.update(extract(batch.pixels).cpu())
+    for data in buckets:
+        for batch in batches_in_order(data, 64, processes.rank, processes.world, workers, device):
+            for extract, statistics in zip(extractors, found, strict=True):
+                statistics.update(extract(batch.pixels).cpu())
     return [statistics.summed(processes) for statistics in found]

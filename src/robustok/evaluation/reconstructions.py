@@ -11,7 +11,7 @@ from torch import Tensor
 from robustok.console import track
 from robustok.data.dataset import ImageDataset
 from robustok.data.latent_cache import LatentCache
-from robustok.data.latent_checks import check_cache, check_free_samples
+from robustok.data.latent_checks import check_cache, check_free_samples, check_squares
 from robustok.data.pixels import from_pixels
 from robustok.evaluation.collector import FeatureCollector
 from robustok.evaluation.evaluator import Evaluator
@@ -41,6 +41,7 @@ def reconstructions(evaluator: Evaluator, path: Path, samples: Sequence[Path] = 
     caches = [LatentCache(path) for path in samples]
     for cache in caches:
         check_free_samples(cache)
+        check_squares(cache, "evaluate")
         check_cache(cache, encoder_digest(tokenizer))
     evaluator.ready(tokenizer)
     generated = torch.cat([cache.read(slice(None)).latents for cache in caches]) if caches else None

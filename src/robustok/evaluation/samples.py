@@ -11,7 +11,7 @@ import torch
 from robustok.console import track
 from robustok.data.dataset import Draw, ImageDataset, Read
 from robustok.data.latent_cache import LatentCache
-from robustok.data.latent_checks import check_cache, check_free_samples, check_independent
+from robustok.data.latent_checks import check_cache, check_free_samples, check_independent, check_squares
 from robustok.data.loader import MOST_WORKERS, ahead, worker_count
 from robustok.data.sources import data_at
 from robustok.errors import UserError
@@ -33,6 +33,7 @@ def decoded_samples(evaluator: Evaluator, latents: list[Path], decoders: Mapping
     sets = [LatentCache(path) for path in latents]
     for cache in sets:
         check_free_samples(cache)
+        check_squares(cache, "evaluate")
     check_independent(sets)
     evaluator.check_count("samples", len(sets[0]))
     samples, labels = sum(len(cache) for cache in sets), np.concatenate([cache.labels for cache in sets])

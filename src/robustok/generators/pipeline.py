@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -63,6 +63,10 @@ class PipelineSampling(Config):
         description="what sigma means: strength: 1 - the pipeline's strength, the share of steps skipped; level: "
         "signal / (signal + noise) where sampling starts, to the nearest step, the same for every scheduler",
     )
+    height: int | None = Field(
+        None, ge=1, description="of the images, in pixels; null: the pipeline's own size; latents are then on a grid"
+    )
+    width: int | None = Field(None, ge=1, description="of the images, in pixels; with height")
     arguments: dict[str, Any] = Field({}, description="further arguments of the pipeline's call, such as eta")
 
     @field_validator("arguments")
@@ -72,6 +76,12 @@ class PipelineSampling(Config):
         if wrong := [key for key in arguments if key in own or "prompt" in key]:
             raise ValueError(f"{wrong[0]} is set by robustok; drop it")
         return arguments
+
+    @model_validator(mode="after")
+    def _height_and_width(self) -> "PipelineSampling":
+        if (self.height is None) != (self.width is None):
+            raise ValueError("height and width go together; set both or neither")
+        return self
 
 
 class PipelineConfig(Config):
@@ -133,15 +143,35 @@ class PipelineGenerator(nn.Module):
         channels = settings.z_dim if self.family.video else settings.latent_channels
         if self.family.denoiser == "unet" and channels != 4:
             raise UserError(f"{config.folder} has latents of {channels} channels; {self.family.image} takes 4 only")
-        factor = next(2 ** (len(settings[name]) - 1) for name in LEVELS if name in settings)
-        if config.image_size % (2 * factor):
-            raise UserError(f"image_size {config.image_size} is not divisible by {2 * factor}; choose a multiple")
-        self.side = config.image_size // factor
-        self.latent_shape = (self.side**2, channels)
+        self.factor = next(2 ** (len(settings[name]) - 1) for name in LEVELS if name in settings)
+        self._check_divides("image_size", config.image_size)
+        self.latent_shape = ((config.image_size // self.factor) ** 2, channels)
         if identity is None:
             said = {"prompts": list(prompts), "weights": weights_digest(self.folder, self.family)}
             identity = torch.frombuffer(bytearray(json.dumps(said).encode()), dtype=torch.uint8)
         self.register_buffer("identity", identity)  # all that there is of weights: a digest, and the prompts
+
+    def _check_divides(self, name: str, size: int) -> None:
+        if size % (2 * self.factor):
+            raise UserError(f"{name} {size} is not divisible by {2 * self.factor}; choose a multiple")
+
+    def sizes(self, sampling: PipelineSampling) -> tuple[int, int]:
+        """Height and width of the images, in pixels.
+
+        Raises:
+            UserError: the sampling's own do not divide.
+        """
+        if sampling.height is None:
+            return self.config.image_size, self.config.image_size
+        self._check_divides("sampling.height", sampling.height)
+        self._check_divides("sampling.width", sampling.width)
+        return sampling.height, sampling.width
+
+    def shape_of(self, sampling: PipelineSampling) -> tuple[int, ...]:
+        """Shape of the latents of an image: (L, D), or (rows, columns, D) where the sampling has a size."""
+        if sampling.height is None:
+            return self.latent_shape
+        return (*(size // self.factor for size in self.sizes(sampling)), self.latent_shape[1])
 
     @property
     def device(self) -> torch.device:
@@ -228,9 +258,10 @@ class PipelineGenerator(nn.Module):
 
         Args:
             labels: numbers of prompts (N,) int64; ``null_label`` is the empty prompt.
-            sampling: steps, guidance, scheduler, meaning of sigma.
+            sampling: steps, guidance, scheduler, meaning of sigma, size.
             rng: one CPU generator per image (:func:`robustok.randomness.image_rngs`), or one that seeds them.
-            reference: latents (N, L, D) of real images, as the tokenizer makes them.
+            reference: latents (N, L, D) of real images, as the tokenizer makes them; with the size in ``sampling`` on a
+                grid, (N, rows, columns, D), and so is what is returned.
             sigma: in [0, 1]; 1 returns the reference, 0 or None is a free sample.
 
         Returns:
@@ -241,7 +272,8 @@ class PipelineGenerator(nn.Module):
                 loaded, or makes latents that are not finite.
         """
         check_labels(labels, self.classes)
-        check_mixture(sigma, reference, (len(labels), *self.latent_shape), None)
+        shape, (height, width) = self.shape_of(sampling), self.sizes(sampling)
+        check_mixture(sigma, reference, (len(labels), *shape), None)
         rngs = per_image(rng, len(labels))
         if reference is not None and 0 < (sigma or 0) < 1:
             check_mixes(self.config.folder, self.family)
@@ -249,25 +281,27 @@ class PipelineGenerator(nn.Module):
             return reference.to(self.device, torch.float32, copy=True)
         self.embed(labels)
         if reference is None or not sigma:
-            pipe, given = self.twin, {"height": self.config.image_size, "width": self.config.image_size}
+            pipe, given = self.twin, {"height": height, "width": width}
             given["use_resolution_binning"] = False  # of PixArt and Sana, which would choose another size
             given |= {} if sampling.steps is None else {"num_inference_steps": sampling.steps}
         else:
             start, pipe = self.plan(sampling, sigma), self.pipe
-            given = self._arguments(start.strength, start.schedule, len(labels))
-            grids = reference.transpose(1, 2).contiguous().unflatten(2, (self.side, self.side))  # (N, D, h, w)
+            given = self._arguments(sampling, start.strength, start.schedule, len(labels))
+            grids = reference.reshape(len(labels), height // self.factor, width // self.factor, -1)
+            grids = grids.permute(0, 3, 1, 2).contiguous()  # (N, D, h, w)
             grids = grids.unsqueeze(2) if self.family.video else grids  # (N, D, 1, h, w)
             self._given = iter(grids.to(self.device, self.dtype).split(1))
         given |= {"generator": rngs, "output_type": "latent"} | self._guidance(sampling) | sampling.arguments
         given |= self._condition(labels, self._is_guided(pipe, given))
         with other_scheduler(pipe, sampling.scheduler):
-            return self._unscaled(call(pipe, given).images)
+            latents = self._unscaled(call(pipe, given).images, height, width)
+        return latents.view(len(latents), *shape)
 
-    def _arguments(self, strength: float, schedule: int, count: int) -> dict[str, Any]:
+    def _arguments(self, sampling: PipelineSampling, strength: float, schedule: int, count: int) -> dict[str, Any]:
         """Arguments of image-to-image; the pixels are never looked at."""
-        size = self.config.image_size
-        given = {"image": torch.zeros(count, 3, size, size), "strength": strength, "num_inference_steps": schedule}
-        return given | {"height": size, "width": size}
+        height, width = self.sizes(sampling)
+        given = {"image": torch.zeros(count, 3, height, width), "strength": strength, "num_inference_steps": schedule}
+        return given | {"height": height, "width": width}
 
     def _next_latents(self, _image: Tensor) -> SimpleNamespace:
         """In the place of encoding: the latents of the next reference."""
@@ -297,11 +331,10 @@ class PipelineGenerator(nn.Module):
             batch |= stacked([found[NEGATIVE]] * len(labels), self.family, self.dtype, self.device)
         return batch
 
-    def _unscaled(self, latents: Tensor) -> Tensor:
+    def _unscaled(self, latents: Tensor, height: int, width: int) -> Tensor:
         """Latents as a pipeline returns them to those of the tokenizer (N, L, D) float32."""
         if self.family.packed:
-            size, factor = self.config.image_size, self.config.image_size // self.side
-            latents = self.pipe._unpack_latents(latents, size, size, factor)  # (N, D, h, w), or (N, D, 1, h, w)
+            latents = self.pipe._unpack_latents(latents, height, width, self.factor)  # (N, D, h, w), or (N, D, 1, h, w)
         rows = latents.float().flatten(2).transpose(1, 2)  # (N, L, D)
         if not rows.isfinite().all():
             raise UserError(
@@ -321,7 +354,7 @@ class PipelineGenerator(nn.Module):
         key = sampling.model_dump_json(), sigma
         if key not in self._plans:
             prompt, by_level = no_prompt(self.family, self.dtype, self.device), sampling.sigma_by == "level"
-            arguments = lambda strength, schedule: self._arguments(strength, schedule, 1) | prompt  # noqa: E731
+            arguments = lambda *start: self._arguments(sampling, *start, 1) | prompt  # noqa: E731
             with other_scheduler(self.pipe, sampling.scheduler):
                 found = find_start(self.pipe, self.family, arguments, sigma, by_level, sampling.steps)
             self._plans[key] = found
@@ -349,7 +382,7 @@ class PipelineGenerator(nn.Module):
 
     def check(self, latents: Tensor | None = None) -> list[str]:
         """Sentences on latents that do not fit; empty if they do."""
-        if latents is not None and latents.shape[1:] != self.latent_shape:
+        if latents is not None and latents.ndim == 3 and latents.shape[1:] != self.latent_shape:
             return [f"Latents of shape {tuple(latents.shape[1:])} do not fit a pipeline of {self.latent_shape}."]
         return []
 

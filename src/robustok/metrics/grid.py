@@ -151,12 +151,13 @@ class GridDistance(ABC):
 
 
 def decoded_statistics(
-    latents: Tensor, decode: Callable[[Tensor], Tensor], extractor: FeatureExtractor, batch_size: int = 64
+    latents: Sequence[Tensor], decode: Callable[[Tensor], Tensor], extractor: FeatureExtractor, batch_size: int = 64
 ) -> GaussianStatistics:
-    """Statistics of the images that latents (N, L) or (N, L, D) decode to."""
+    """Statistics of the images that latents decode to, tensors (N, L) or (N, L, D) of one size each, all together."""
     statistics = GaussianStatistics(extractor.dim)
-    for batch in latents.split(batch_size) if len(latents) else ():
-        statistics.update(extractor(decode(batch)))
+    for same in latents:
+        for batch in same.split(batch_size) if len(same) else ():
+            statistics.update(extractor(decode(batch)))
     return statistics
 
 

@@ -108,9 +108,13 @@ class NoiseFD(GridDistance):
 def latent_scale(latents: Tensor) -> Tensor:
     """Standard deviation of each channel of latents (N, L, D) over all images and positions: (D,) float64, unbiased.
 
+    Latents may be on a grid, (N, rows, columns, D).
+
     Raises:
         UserError: no floats of this shape, fewer than two vectors, or values that are not finite.
     """
+    if latents.ndim == 4:
+        latents = latents.flatten(1, 2)  # (N, L, D)
     if latents.ndim != 3 or not latents.is_floating_point() or latents.shape[0] * latents.shape[1] < 2:
         found = f"{latents.dtype} of shape {tuple(latents.shape)}"
         raise UserError(f"got latents {found}, expected floats (N, L, D); for tokens measure pFID instead")

@@ -13,6 +13,7 @@ from typing import Any
 
 from robustok.checkpoints import write_checkpoint
 from robustok.config import plain, validate
+from robustok.data.buckets import check_sizes
 from robustok.data.dataset import ImageDataset
 from robustok.errors import UserError, printable
 from robustok.files import atomic_folder, read_json, write_file
@@ -58,7 +59,7 @@ def load_pipeline(
 
 
 def write_pipeline(
-    path: Path, config: dict[str, Any], licence: str | None, tokenizer: Path, images: ImageDataset, out: Path
+    path: Path, config: dict[str, Any], licence: str | None, tokenizer: Path, buckets: Sequence[ImageDataset], out: Path
 ) -> None:
     """Write the snapshot of a pipeline's generator, whose prompts are the captions of images, or one for each class.
 
@@ -68,7 +69,7 @@ def write_pipeline(
             ``precision`` and ``offload``.
         licence: of the weights.
         tokenizer: snapshot of the pipeline's autoencoder.
-        images: whose labels are numbers of the prompts.
+        buckets: images of one size each, whose labels are numbers of the prompts.
         out: folder of the snapshot.
 
     Raises:
@@ -77,11 +78,12 @@ def write_pipeline(
     if unknown := [key for key in config if key not in SETTINGS]:
         raise UserError(f"generator.config.{unknown[0]} is not known; of a pipeline are {', '.join(SETTINGS)}")
     prompt = config.get("prompt") or ""
+    images = buckets[0]  # all have the captions and classes of the whole data set
     if images.captions and prompt:
         raise UserError("generator.config.prompt is for images without captions, these have some; drop one of them")
     prompts = images.captions or [str(prompt).replace("{label}", name) for name in images.classes]
+    check_sizes(buckets)
     decoder = load_tokenizer(tokenizer)
-    images.check_sizes(decoder.image_size)
     folder = path if is_remote(path) else path.absolute()
     settings = {key: value for key, value in config.items() if key != "prompt"}
     settings |= {"folder": folder, "image_size": decoder.image_size}

@@ -302,11 +302,13 @@ def to_row(grid: Tensor) -> Tensor:
 
 
 def to_grid(latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-    """Latents (N, L, D) to (N, D, h, w); a square unless the grid (h, w) is given.
+    """Latents (N, L, D) to (N, D, h, w); a square unless the grid (h, w) is given, or latents (N, h, w, D).
 
     Raises:
         UserError: L is not h w.
     """
+    if latents.ndim == 4:
+        latents, grid = latents.flatten(1, 2), tuple(latents.shape[1:3])
     length = latents.shape[1]
     rows, columns = grid or (round(length**0.5),) * 2
     if rows * columns != length:

@@ -37,6 +37,7 @@ class DiffusersTokenizer(nn.Module):
 
     Attributes:
         class_name: of the library.
+        factor: pixels along one side of a latent. Sizes of images are free but for it.
         levels: the setting that lists the widths of the encoder's levels, each but the first of which halves the
             image, and how many there are by default.
         default_size: of the images, in pixels, where no settings say it.
@@ -80,7 +81,7 @@ class DiffusersTokenizer(nn.Module):
 
 
 class ContinuousDiffusersTokenizer(DiffusersTokenizer):
-    """One whose latents are vectors, not normalised, row by row.
+    """One whose latents are vectors, not normalised, row by row, or on a grid (N, rows, columns, D).
 
     Diffusion models take :meth:`normalise` of them: ``(z - latent_mean) / latent_std * latent_multiplier``, from the
     configuration's ``shift_factor`` or ``latents_mean``, ``latents_std``, and ``scaling_factor``.
@@ -99,8 +100,8 @@ class ContinuousDiffusersTokenizer(DiffusersTokenizer):
         """Latents (N, L, D), not normalised, to images (N, 3, H, W), nominally in [-1, 1], not clamped.
 
         Args:
-            latents: row by row.
-            grid: (rows, columns); a square where it is not given.
+            latents: row by row; or (N, rows, columns, D).
+            grid: (rows, columns) of the former; a square where it is not given.
 
         Raises:
             UserError: latents of another width, or another number than the grid has.
@@ -108,13 +109,17 @@ class ContinuousDiffusersTokenizer(DiffusersTokenizer):
         self.check_width(latents)
         return self.vae.decode(to_grid(latents, grid)).sample
 
+    def encode_grid(self, images: Tensor) -> Tensor:
+        """As ``encode``, to latents (N, rows, columns, D): those of images that are not square."""
+        return self.encode(images).unflatten(1, (images.shape[2] // self.factor, images.shape[3] // self.factor))
+
     def check_width(self, latents: Tensor) -> None:
-        """Refuse latents that are not (N, L, D).
+        """Refuse latents that are neither (N, L, D) nor (N, rows, columns, D).
 
         Raises:
             UserError: they have another shape.
         """
-        if latents.ndim != 3 or latents.shape[2] != self.width:
+        if latents.ndim not in (3, 4) or latents.shape[-1] != self.width:
             raise UserError(f"got latents of shape {tuple(latents.shape)}, this tokenizer decodes (N, L, {self.width})")
 
     def normalise(self, latents: Tensor) -> Tensor:

@@ -6,14 +6,15 @@ them, are in ``objectives.py``. Encoder and quantiser are frozen and in eval mod
 after checks it.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from robustok.config import load
-from robustok.data.dataset import ImageDataset, open_images
+from robustok.data.buckets import bucket_folder, open_buckets
+from robustok.data.dataset import ImageDataset
 from robustok.data.latent_cache import LatentCache
 from robustok.data.latent_checks import check_indices
 from robustok.devices import start_accelerator
@@ -104,17 +105,17 @@ def train_decoder(run: DecoderTrainingRun, enough: Callable[[int, Path], bool] |
     device, rank = accelerator.device, accelerator.process_index
     bare = load_tokenizer(run.tokenizer).to(device)
     before = encoder_digest(bare)
-    caches = open_caches({name: getattr(run, name) for name in needed_caches(run.objective)}, before)
-    data = _open_images(run, bare, caches)
+    buckets = open_buckets(run.data, bare)
+    caches = [_open_caches(run, data, before) for data in buckets]
     reconstruction_terms = ReconstructionTerms(run.reconstruction, device, run.precision)
-    frechet = frechet_term(run, device, data.fingerprint)
+    frechet = frechet_term(run, device, " ".join(data.fingerprint for data in buckets))
     folder = RunFolder(run, accelerator.is_main_process, later=may_change(run))
-    score = _held_out_score(run, bare, data, accelerator) if run.held_out else None
+    score = _held_out_score(run, bare, buckets, accelerator) if run.held_out else None
     price = _price(run, bare, accelerator)
 
     authors = run.trainable == "authors"
     bare.latent_space = before if authors else None  # the digest of the latents it decodes, though its weights change
-    procedure = AuthorsStep(run, bare, caches["pairs"].manifest.source.get("mode")) if authors else DecoderStep(bare)
+    procedure = AuthorsStep(run, bare, caches[0]["pairs"].manifest.source.get("mode")) if authors else DecoderStep(bare)
     frozen = {name for name, p in bare.named_parameters() if not p.requires_grad}
     original = _digest(bare, frozen)
     average, layer = average_copy(bare), last_layer(bare)
@@ -125,11 +126,14 @@ def train_decoder(run: DecoderTrainingRun, enough: Callable[[int, Path], bool] |
     untouched = average
     if "free" in run.objective:  # copied before a state is loaded
         untouched = cast_weights(average_copy(average), run.precision)
-    material = Material(untouched, data, caches, run.noise, run.precision, cropping(run.crop, bare))
+    material = [
+        Material(untouched, data, own, run.noise, run.precision, cropping(run.crop, bare, data.shape))
+        for data, own in zip(buckets, caches, strict=True)
+    ]
     snapshots = Snapshots(run, folder, average, adversary, caches, score, price)
     finite, extras = FiniteCheck(run.out, accelerator), [snapshots, *filter(None, [frechet])]
     state = TrainingState("tokenizer", bare, average, optimizer, finite, adversary, extras)
-    first = folder.restore(state, input_digests(run, data))
+    first = folder.restore(state, input_digests(run, *buckets))
     fresh = first == 0
     if fresh and run.continue_from is not None:
         first, previous = _previous_state(run.continue_from)
@@ -186,8 +190,10 @@ def train_decoder(run: DecoderTrainingRun, enough: Callable[[int, Path], bool] |
     return snapshots.chosen(folder.last_snapshot(snapshots.write_again, accelerator))
 
 
-def _open_images(run: DecoderTrainingRun, tokenizer: Tokenizer, caches: Mapping[str, LatentCache]) -> ImageDataset:
-    data = open_images(run.data, tokenizer.image_size, split="train")
+def _open_caches(run: DecoderTrainingRun, data: ImageDataset, digest: str) -> dict[str, LatentCache]:
+    """The caches of latents of these images; ``digest`` is of the latent space."""
+    paths = {name: bucket_folder(getattr(run, name), run.data, data) for name in needed_caches(run.objective)}
+    caches = open_caches(paths, digest)
     for name, cache in caches.items():
         if name == "samples":
             continue
@@ -197,11 +203,11 @@ def _open_images(run: DecoderTrainingRun, tokenizer: Tokenizer, caches: Mapping[
                 "from"
             )
         check_indices(cache, len(data))
-    return data
+    return caches
 
 
 def _batches(
-    run: DecoderTrainingRun, material: Material, first: int, count: int, accelerator: Any
+    run: DecoderTrainingRun, material: Sequence[Material], first: int, count: int, accelerator: Any
 ) -> Iterator[Examples]:
     """What this process learns from in ``count`` steps from ``first`` on."""
     steps = Steps(run.batch_size, run.seed, first, count, accelerator.process_index, accelerator.num_processes)
@@ -233,14 +239,14 @@ def _digest(tokenizer: nn.Module, names: set[str]) -> str:
 
 
 def _held_out_score(
-    run: DecoderTrainingRun, tokenizer: Tokenizer, data: ImageDataset, accelerator: Any
+    run: DecoderTrainingRun, tokenizer: Tokenizer, buckets: Sequence[ImageDataset], accelerator: Any
 ) -> Callable[[Callable], float]:
     """Function of a decoder: Fréchet distance of its images of the held-out samples to the real images.
 
     All processes make it, and call it.
     """
     processes, cache = processes_of(accelerator), run.held_out.cache or inside(run.out, STATISTICS)
-    score = HeldOutScore(run.held_out, tokenizer, data, accelerator.device, 1, run.workers, processes, cache)
+    score = HeldOutScore(run.held_out, tokenizer, buckets, accelerator.device, 1, run.workers, processes, cache)
     return lambda decode: score(decode)[0]
 
 

@@ -1,13 +1,14 @@
 """The networks of post-training's losses: those that are frozen, and the discriminator."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
-from robustok.data.latent_cache import training_latents
+from robustok.data.order import bucket_steps
 from robustok.errors import UserError
 from robustok.evaluation.held_out import real_statistics
 from robustok.losses.discriminators import DiscriminatorConfig, carried_config, frozen_features
@@ -59,14 +60,22 @@ def frechet_term(run: DecoderTrainingRun, device: torch.device, data: str) -> Fr
     return FrechetTerm(run.frechet, device, evaluator, data)
 
 
-def start_frechet(term: FrechetTerm, run: DecoderTrainingRun, material: Material, accelerator: Accelerator) -> None:
+def start_frechet(
+    term: FrechetTerm, run: DecoderTrainingRun, buckets: Sequence[Material], accelerator: Accelerator
+) -> None:
     """Start its moments with all real images, and with as many samples of the untouched decoder as they remember."""
     rank, world = accelerator.process_index, accelerator.num_processes
-    real = real_statistics(material.data, term.extractors, accelerator.device, processes_of(accelerator), run.workers)
+    data, processes = [material.data for material in buckets], processes_of(accelerator)
+    real = real_statistics(data, term.extractors, accelerator.device, processes, run.workers)
     rows = rows_of(run.objective, run.batch_size, world * run.gradient_accumulation)["free"]
-    steps = Steps(rows, run.seed, 0, round(1 / (1 - run.frechet.decay)), rank, world)
-    samples = training_latents(material.caches["samples"], *steps)
-    term.start(real, (material.decode(records.latents.to(accelerator.device)) for records in samples))
+    steps = Steps(rows, run.seed, 0, round(1 / (1 - run.frechet.decay)), rank, world, repeats=len(buckets) > 1)
+    chosen, own = bucket_steps([len(material.caches["samples"]) for material in buckets], run.seed, steps.count)
+
+    def decoded(material: Material, step: int) -> Tensor:
+        cache = material.caches["samples"]
+        return material.decode(cache.read(steps.records(len(cache), step)).latents.to(accelerator.device))
+
+    term.start(real, (decoded(buckets[i], step) for i, step in zip(chosen, own.tolist(), strict=True)))
 
 
 def make_adversary(run: DecoderTrainingRun, accelerator: Any) -> Adversary | None:

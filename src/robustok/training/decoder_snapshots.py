@@ -1,6 +1,6 @@
 """Snapshots of post-training, with scores on held-out samples by which the best one is chosen."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from robustok.config import plain
 from robustok.console import note
-from robustok.data.latent_cache import LatentCache
+from robustok.data.latent_cache import LatentCache, caches_in
 from robustok.data.pixels import sheet_of
 from robustok.losses.guides import guide_names
 from robustok.model_card import add_licence, licence_fields, price_fields
@@ -33,7 +33,7 @@ class Snapshots:
         folder: run folder.
         average: the averaged weights.
         adversary: its discriminator is saved too.
-        caches: of latents, named in the model card.
+        caches: of latents, of each bucket by their settings, named in the model card.
         score: Fréchet distance of a decoder's images to real ones, computed by all processes; None: no score.
         reconstructions: of a decoder, on held-out real images, by all processes; None: not measured.
     """
@@ -44,7 +44,7 @@ class Snapshots:
         folder: RunFolder,
         average: Tokenizer,
         adversary: Adversary | None,
-        caches: Mapping[str, LatentCache],
+        caches: Sequence[Mapping[str, LatentCache]],
         score: Callable[[Callable], float] | None,
         reconstructions: Callable[[Callable], dict[str, float]] | None = None,
     ) -> None:
@@ -55,7 +55,7 @@ class Snapshots:
         # Step, score and reconstructions of the best snapshot; under "first" those at the start.
         self.best: dict[str, Any] = {"step": 0, "value": float("inf")}
         # For the pictures of a tracker: latents (n, ...), and their images (n, 3, H, W) before post-training.
-        self._shown = _first_latents(run, caches) if run.tracker and folder.main else None
+        self._shown = _first_latents(run, caches[0]) if run.tracker and folder.main else None
         self._before = None if self._shown is None else _decoded(average, self._shown)
 
     def path(self, step: int) -> Path:
@@ -127,13 +127,13 @@ class Snapshots:
     def _header(self, step: int) -> dict[str, Any]:
         """The header of the tokenizer's snapshot, with how its decoder was post-trained."""
         run, policy = self.run, adversary_policy(self.run)
-        counts = {name: cache.manifest.count for name, cache in self.caches.items()}
-        pairs = self.caches["pairs"].manifest.source if "pairs" in self.caches else {}
-        source = next(iter(self.caches.values())).manifest.source
+        counts = {name: sum(own[name].manifest.count for own in self.caches) for name in self.caches[0]}
+        pairs = self.caches[0]["pairs"].manifest.source if "pairs" in self.caches[0] else {}
+        sources = [next(iter(own.values())).manifest.source for own in self.caches]
         header = read_header(run.tokenizer)
         if licence := header.get("licence") or self.average.licence:
             header |= licence_fields(licence)
-        for cache in self.caches.values():
+        for cache in self.caches[0].values():
             add_licence(header, cache.manifest.source.get("licence"), "generator")
         header |= {
             "latent_space": encoder_digest(self.average),
@@ -149,7 +149,7 @@ class Snapshots:
                 "adversary": f"{policy}, {run.adversary_warmup} steps" if policy == "reinit_warmup" else policy,
                 "batch_size": run.batch_size,
                 "learning_rate": run.learning_rate,
-                **{key: source[key] for key in PAIR_SETTINGS if source.get(key) is not None},
+                **_pair_settings(sources),
             },
         }
         if guides := sorted({*header.get("guides", ()), *self.guides}):
@@ -170,9 +170,23 @@ class Snapshots:
         write_snapshot(self.folder.path / "snapshot" / name, header, self.average.state_dict(), extra)
 
 
+def _pair_settings(sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the model card says of the pairs of all buckets, of which the noise level may differ."""
+    found: dict[str, Any] = {}
+    for key in PAIR_SETTINGS:
+        values = [source[key] for source in sources if source.get(key) is not None]
+        if key == "sampling":  # without the size, which is the bucket's
+            values = [{k: v for k, v in value.items() if k not in ("height", "width")} for value in values]
+        elif isinstance(values[0] if values else None, float) and min(values) < max(values):
+            values = [f"{min(values):.6g} to {max(values):.6g} by bucket"]
+        if values:
+            found[key] = values[0]
+    return found
+
+
 def _first_latents(run: DecoderTrainingRun, caches: Mapping[str, LatentCache]) -> Tensor:
-    """The first few latents, of free samples if there are any."""
-    held_out = run.held_out.latents if run.held_out is not None else None
+    """The first few latents, of free samples if there are any; of one size."""
+    held_out = caches_in(run.held_out.latents)[0] if run.held_out and run.held_out.latents else None
     cache = caches.get("samples") or (LatentCache(held_out) if held_out else next(iter(caches.values())))
     return cache.read(slice(0, 8)).latents
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from robustok.config import plain
 from robustok.console import note
 from robustok.data.latent_cache import LatentCache
+from robustok.data.latent_checks import check_squares
 from robustok.data.loader import ahead, worker_count
 from robustok.data.order import batch_indices
 from robustok.devices import rank_rows, start_accelerator
@@ -96,6 +97,7 @@ def train_generator(run: GeneratorTrainingRun) -> Path:
     if manifest.source.get("sigma") is not None:
         note(f"{run.latents} holds samples of a generator, or mixtures with them: the generator learns these", "yellow")
     check_kind(run.generator.name, manifest.kind, str(run.latents))
+    check_squares(cache, f"generator {run.generator.name}")
     check_sampling(run.generator.name, run.sampling or default_sampling(run.generator.name))
     folder = RunFolder(run, accelerator.is_main_process, later=may_change(run))
 

@@ -2,14 +2,16 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from robustok.config import Config
 from robustok.data.dataset import Draw, ImageDataset
-from robustok.data.latent_cache import LatentCache
+from robustok.data.latent_cache import LatentCache, caches_in
 from robustok.errors import UserError
+from robustok.files import bytes_digest
 from robustok.runs import paths_in
 from robustok.snapshots import resolve, split_scale
 
@@ -21,16 +23,16 @@ def may_change(run: Config) -> set[str]:
     return {"steps", *paths_in(run)} - {"continue_from"}  # which only counts at the start
 
 
-def input_digests(run: Config, data: ImageDataset | None = None) -> dict[str, str]:
+def input_digests(run: Config, *data: ImageDataset) -> dict[str, str]:
     """Digest of the images and of every other file and folder in the settings, by the name of the setting.
 
     Args:
         run: settings of a training.
-        data: its images, whose settings begin with ``data.``.
+        data: its images, whose settings begin with ``data.``; of buckets all.
     """
     keys = [key for key in may_change(run) - {"steps", "out"} if not key.startswith("data.")]
     paths = paths_in(run)
-    return {key: path_digest(paths[key]) for key in keys} | ({} if data is None else {"data": image_digest(data)})
+    return {key: path_digest(paths[key]) for key in keys} | ({"data": _joined(map(image_digest, data))} if data else {})
 
 
 def image_digest(data: ImageDataset) -> str:
@@ -60,9 +62,9 @@ def latent_digest(cache: LatentCache) -> str:
 
 
 def path_digest(path: Path) -> str:
-    """Of a file, a cache of latents, or the weights of a snapshot; of anything else its path, as it is written."""
-    if (path / "manifest.json").is_file():
-        return latent_digest(LatentCache(path))
+    """Of a file, a cache of latents (those of buckets), or the weights of a snapshot; of anything else its path."""
+    if (caches_in(path)[0] / "manifest.json").is_file():
+        return _joined(latent_digest(LatentCache(cache)) for cache in caches_in(path))
     try:
         file = path if path.is_file() else resolve(path) / "model.safetensors"
     except UserError:  # a download, or what the training reports as missing
@@ -70,3 +72,9 @@ def path_digest(path: Path) -> str:
     scale = split_scale(path)[1]  # of a delta
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()[:16] + ("" if scale is None else f"@{scale:g}")
+
+
+def _joined(digests: Iterable[str]) -> str:
+    """One digest of several; a single one is itself."""
+    first, *others = digests
+    return bytes_digest(" ".join([first, *others]).encode(), 16) if others else first

@@ -34,48 +34,57 @@ class LatentCrop(Config):
     )
 
 
+Pair = tuple[int, int]  # of rows and columns
+
+
 @dataclass(frozen=True)
 class Cut:
     """Crops of some images; those without ``corners`` stay whole.
 
     Attributes:
-        side: of the grid of all latents.
-        size: of a crop, in latents.
-        window: of what is decoded, in latents.
+        grid: rows and columns of all latents.
+        size: of a crop, a square, in latents.
+        window: rows and columns of what is decoded.
         factor: pixels along one side of a latent.
         corners: (top, left) of the crop of each image, in latents.
     """
 
-    side: int = 0
+    grid: Pair = (0, 0)
     size: int = 0
-    window: int = 0
+    window: Pair = (0, 0)
     factor: int = 1
-    corners: tuple[tuple[int, int], ...] | None = None
+    corners: tuple[Pair, ...] | None = None
 
     def latents(self, latents: Tensor) -> Tensor:
-        """The windows of latents (N, L) or (N, L, D): (N, window * window) or (N, window * window, D)."""
+        """The windows of latents (N, L), (N, L, D) or (N, rows, columns, D), in the same order of dimensions."""
         if self.corners is None:
             return latents
-        grids = latents.unflatten(1, (self.side, self.side))  # (N, h, w) or (N, h, w, D)
-        starts = [(self._start(y), self._start(x)) for y, x in self.corners]
-        parts = [g[y : y + self.window, x : x + self.window] for g, (y, x) in zip(grids, starts, strict=True)]
-        return torch.stack(parts).flatten(1, 2)  # (N, window * window) or (N, window * window, D)
+        grids = latents if latents.ndim == 4 else latents.unflatten(1, self.grid)  # (N, h, w) or (N, h, w, D)
+        (height, width), starts = self.window, map(self._start, self.corners)
+        parts = [g[y : y + height, x : x + width] for g, (y, x) in zip(grids, starts, strict=True)]
+        windows = torch.stack(parts)  # (N, height, width) or (N, height, width, D)
+        return windows if latents.ndim == 4 else windows.flatten(1, 2)
 
     def decoded(self, images: Tensor) -> Tensor:
         """The crops of decoded windows (N, 3, H, W)."""
         if self.corners is None:
             return images
-        return self._cut(images, [(y - self._start(y), x - self._start(x)) for y, x in self.corners])
+        pairs = zip(self.corners, map(self._start, self.corners), strict=True)
+        return self._cut(images, [(y - top, x - left) for (y, x), (top, left) in pairs])
 
     def images(self, images: Tensor) -> Tensor:
         """The crops of whole images (N, 3, H, W), of any type."""
         return images if self.corners is None else self._cut(images, self.corners)
 
-    def _start(self, crop: int) -> int:
+    def _start(self, corner: Pair) -> Pair:
         """Where the window of a crop starts: a margin before it, inside of the image."""
-        return min(max(crop - (self.window - self.size) // 2, 0), self.side - self.window)
+        y, x = (
+            min(max(crop - (window - self.size) // 2, 0), side - window)
+            for crop, window, side in zip(corner, self.window, self.grid, strict=True)
+        )
+        return y, x
 
-    def _cut(self, images: Tensor, corners: Sequence[tuple[int, int]]) -> Tensor:
+    def _cut(self, images: Tensor, corners: Sequence[Pair]) -> Tensor:
         end, pixels = self.size * self.factor, [(y * self.factor, x * self.factor) for y, x in corners]
         return torch.stack([i[:, y : y + end, x : x + end] for i, (y, x) in zip(images, pixels, strict=True)])
 
@@ -94,20 +103,28 @@ def join_cuts(cuts: Sequence[Cut]) -> Cut:
 class Cropping:
     """The sizes of crops, in latents; see :class:`Cut`."""
 
-    side: int
+    grid: Pair
     size: int
-    window: int
+    window: Pair
     factor: int
 
     def draw(self, global_batch: int, rows: slice, seed: int, step: int, objective: str) -> Cut:
         """Crops of a step, drawn for the global batch, of which a process takes its rows."""
-        rng, end = step_rng(seed, step, f"latent crops/{objective}"), self.side - self.size + 1
-        corners = torch.randint(end, (global_batch, 2), generator=rng)[rows].tolist()
-        return Cut(self.side, self.size, self.window, self.factor, tuple(map(tuple, corners)))
+        rng, ends = step_rng(seed, step, f"latent crops/{objective}"), [side - self.size + 1 for side in self.grid]
+        if ends[0] == ends[1]:
+            corners = torch.randint(ends[0], (global_batch, 2), generator=rng)
+        else:
+            corners = torch.stack([torch.randint(end, (global_batch,), generator=rng) for end in ends], dim=1)
+        return Cut(self.grid, self.size, self.window, self.factor, tuple(map(tuple, corners[rows].tolist())))
 
 
-def cropping(crop: LatentCrop, tokenizer: Tokenizer) -> Cropping | None:
+def cropping(crop: LatentCrop, tokenizer: Tokenizer, shape: Pair | None = None) -> Cropping | None:
     """The sizes for a tokenizer; None where images are decoded whole.
+
+    Args:
+        crop: settings.
+        tokenizer: whose decoder is trained.
+        shape: height and width of the images; None: the tokenizer's own.
 
     Raises:
         UserError: a decoder that does not decode parts; sizes that do not fit it.
@@ -122,10 +139,14 @@ def cropping(crop: LatentCrop, tokenizer: Tokenizer) -> Cropping | None:
     for name, value in (("size", crop.size), ("margin", crop.margin or 0)):
         if value % factor:
             raise UserError(f"crop.{name}={value} is not a multiple of the {factor} pixels of a latent; round it")
-    if crop.size > tokenizer.image_size:
-        raise UserError(f"crop.size={crop.size} is larger than the images of {tokenizer.image_size} pixels; lower it")
+    shape = shape or (tokenizer.image_size, tokenizer.image_size)
+    if crop.size > min(shape):
+        pixels = f"{shape[0]}" if shape[0] == shape[1] else f"{shape[0]}x{shape[1]}"
+        raise UserError(f"crop.size={crop.size} is larger than the images of {pixels} pixels; lower it")
     size, margin = crop.size // factor, -(-reach // factor) if crop.margin is None else crop.margin // factor
-    return Cropping(side, size, min(side, size + 2 * margin), factor)
+    rows, columns = (pixels // factor for pixels in shape)
+    window = size + 2 * margin
+    return Cropping((rows, columns), size, (min(rows, window), min(columns, window)), factor)
 
 
 @torch.no_grad()

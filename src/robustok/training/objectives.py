@@ -20,14 +20,14 @@ from robustok.config import Config
 from robustok.data.dataset import Draw, ImageDataset, Read
 from robustok.data.latent_cache import LatentCache, LatentRecords
 from robustok.data.latent_checks import check_cache, check_center_crops, check_free_samples, check_real_latents
-from robustok.data.loader import MOST_WORKERS, ahead, training_draw, worker_count
-from robustok.data.order import Blocks, batch_indices
+from robustok.data.loader import MOST_WORKERS, ahead, worker_count
+from robustok.data.order import Blocks, batch_indices, batch_seeds, bucket_steps, shuffle
 from robustok.data.pixels import from_pixels
 from robustok.devices import rank_rows
 from robustok.errors import UserError
 from robustok.metrics.noise import latent_scale
 from robustok.precision import Precision, autocast
-from robustok.randomness import step_rng
+from robustok.randomness import bucket_seed, step_rng
 from robustok.tokenizers.perturbation import PerturbationDraw, apply_draw, draw_perturbation, nearest_codes
 from robustok.training.latent_crops import WHOLE, Cropping, Cut, join_cuts
 from robustok.types import Tokenizer
@@ -75,7 +75,7 @@ class Examples:
     """What a process learns from in one step, on the device of the training.
 
     Attributes:
-        latents: to decode, tokens (N, L) or vectors (N, L, D).
+        latents: to decode, tokens (N, L) or vectors (N, L, D), of buckets (N, rows, columns, D).
         targets: images (N, 3, H, W) that the decoded ones are compared with.
         real: real images (N, 3, H, W), for the discriminator.
         parts: rows of each objective.
@@ -90,7 +90,10 @@ class Examples:
 
 
 class Steps(NamedTuple):
-    """The batches of a process."""
+    """The batches of a process.
+
+    With ``repeats`` a set smaller than a batch fills it with several epochs, as a bucket of few photographs needs it.
+    """
 
     global_batch: int
     seed: int
@@ -98,6 +101,7 @@ class Steps(NamedTuple):
     count: int
     rank: int
     world: int
+    repeats: bool = False
 
     @property
     def rows(self) -> slice:
@@ -110,6 +114,10 @@ class Steps(NamedTuple):
         Raises:
             UserError: there are fewer than the batch has.
         """
+        if self.repeats and count < self.global_batch:
+            epochs = -(-self.global_batch // count)
+            found = [shuffle(count, self.seed, step * epochs + i) for i in range(epochs)]
+            return np.concatenate(found)[: self.global_batch][self.rows]
         return batch_indices(count, self.global_batch, self.seed, step, blocks)[self.rows]
 
 
@@ -143,7 +151,7 @@ class Stream(NamedTuple):
 
 @dataclass(frozen=True)
 class Material:
-    """What objectives are made of.
+    """What objectives are made of; of one size, so that buckets have one each.
 
     Attributes:
         tokenizer: the original one, frozen, on the device of the training.
@@ -229,7 +237,7 @@ def needed_caches(objective: Mapping[str, float]) -> list[str]:
 
 
 def open_caches(paths: Mapping[str, Path], digest: str) -> dict[str, LatentCache]:
-    """The caches that objectives need.
+    """The caches that objectives need, of one size.
 
     Args:
         paths: by the setting that names them.
@@ -277,8 +285,8 @@ def _read_records(
 
 def _read_samples(data: ImageDataset, cache: LatentCache, steps: Steps, step: int) -> Inputs:
     latents = cache.read(steps.records(len(cache), step)).latents
-    draw = training_draw(len(data), steps.global_batch, steps.seed, steps.rows, step, data.blocks)
-    return Inputs(latents, data[draw])
+    seeds = batch_seeds(steps.global_batch, steps.seed, step)[steps.rows]
+    return Inputs(latents, data[Draw(steps.records(len(data), step, data.blocks), seeds)])
 
 
 def real_images(data: ImageDataset, records: LatentRecords) -> Read:
@@ -316,10 +324,10 @@ def _gaussian_noise(material: Material, steps: Steps) -> tuple[NoiseDraw, NoiseA
     return draw, lambda latents, drawn: latents + scale * drawn
 
 
-def _draw_gaussian(shape: tuple[int, int], level: float, steps: Steps, step: int) -> Tensor:
-    """(N, L, D), drawn for the global batch, of which the process takes its rows."""
+def _draw_gaussian(shape: tuple[int, ...], level: float, steps: Steps, step: int) -> Tensor:
+    """(N, *shape), drawn for the global batch, of which the process takes its rows."""
     rng, batch = step_rng(steps.seed, step, "latent noise"), steps.global_batch
-    levels = level * torch.rand(batch, 1, 1, generator=rng)[steps.rows]
+    levels = level * torch.rand(batch, *(1 for _ in shape), generator=rng)[steps.rows]
     return levels * torch.randn(batch, *shape, generator=rng)[steps.rows]
 
 
@@ -327,7 +335,7 @@ def _draw_gaussian(shape: tuple[int, int], level: float, steps: Steps, step: int
 
 
 def mixture(
-    material: Material,
+    buckets: Sequence[Material],
     objective: Mapping[str, float],
     consistency: float,
     steps: Steps,
@@ -336,8 +344,10 @@ def mixture(
 ) -> Iterator[Examples]:
     """Batches in which each objective has its share of the rows, one after the other.
 
+    Each batch is of one bucket, drawn in proportion to their records, the same in all processes.
+
     Args:
-        material: what they are made of.
+        buckets: what they are made of: one material, or one of each size.
         objective: weights, of which the shares are made.
         consistency: weight of the comparison of ``free``, as a multiple of that of the other objectives.
         steps: which batches.
@@ -348,34 +358,49 @@ def mixture(
         UserError: an objective without rows, or with more than it has records; ``world`` does not divide the batch.
     """
     sizes = rows_of(objective, steps.global_batch, steps.world * parts)
-    streams, draws, found, start = [], [], [], 0
+    repeats = len(buckets) > 1
+    own = [steps._replace(seed=bucket_seed(steps.seed, i), repeats=repeats) for i in range(len(buckets))]
+    streams = [_streams(material, sizes, one) for material, one in zip(buckets, own, strict=True)]
+    found, start = [], 0
     for name, size in sizes.items():
-        make, cache = OBJECTIVES[name]
-        streams.append(make(material, own := steps._replace(global_batch=size)))
-        own.records(len(material.caches[cache]), own.first)  # raise now rather than at the first step
-        draws.append(partial(_draw_crops, material.crops, own, name))
         rows, weight = slice(start, start := start + size // steps.world), size / steps.global_batch
         found.append(Part(name, rows, weight * (consistency if name == "free" else 1.0)))
 
-    def joined(inputs: Sequence[Inputs]) -> Examples:
-        examples = [stream.examples(one) for stream, one in zip(streams, inputs, strict=True)]
+    def joined(inputs: Sequence[Inputs], bucket: int) -> Examples:
+        examples = [stream.examples(one) for stream, one in zip(streams[bucket], inputs, strict=True)]
         columns = ([getattr(one, name) for one in examples] for name in ("latents", "targets", "real"))
         cut = join_cuts([one.cut for one in inputs])
         return Examples(*(c[0] if len(c) == 1 else torch.cat(c) for c in columns), tuple(found), cut)
 
-    workers = worker_count(workers, 0 if material.data.in_memory else MOST_WORKERS)
-    read = partial(_read_all, [stream.read for stream in streams], draws)
-    return map(joined, ahead(read, range(steps.first, steps.first + steps.count), workers, material.device))
+    workers = worker_count(workers, 0 if all(material.data.in_memory for material in buckets) else MOST_WORKERS)
+    read = partial(_read_all, [[stream.read for stream in one] for one in streams])
+    records = [len(next(iter(material.caches.values()))) for material in buckets]
+    chosen, own_steps = (x[steps.first :] for x in bucket_steps(records, steps.seed, steps.first + steps.count))
+    items = list(zip(chosen.tolist(), own_steps.tolist(), strict=True))
+    return map(joined, ahead(read, items, workers, buckets[0].device), chosen.tolist())
 
 
-def _read_all(
-    reads: Sequence[Callable[[int], Inputs]], draws: Sequence[Callable[[int], Cut]], step: int
-) -> tuple[Inputs, ...]:
-    return tuple(read(step)._replace(cut=draw(step)) for read, draw in zip(reads, draws, strict=True))
+def _streams(material: Material, sizes: Mapping[str, int], steps: Steps) -> list[Stream]:
+    """The batches of each objective, with so many rows, of one bucket."""
+    found = []
+    for name, size in sizes.items():
+        make, cache = OBJECTIVES[name]
+        stream = make(material, own := steps._replace(global_batch=size))
+        own.records(len(material.caches[cache]), own.first)  # raise now rather than at the first step
+        found.append(stream._replace(read=partial(_read_cut, stream.read, material.crops, own, name)))
+    return found
 
 
-def _draw_crops(crops: Cropping | None, steps: Steps, name: str, step: int) -> Cut:
-    return WHOLE if crops is None else crops.draw(steps.global_batch, steps.rows, steps.seed, step, name)
+def _read_all(reads: Sequence[Sequence[Callable[[int], Inputs]]], item: tuple[int, int]) -> tuple[Inputs, ...]:
+    """The inputs of all objectives, of a bucket in its own step."""
+    bucket, step = item
+    return tuple(read(step) for read in reads[bucket])
+
+
+def _read_cut(read: Callable[[int], Inputs], crops: Cropping | None, steps: Steps, name: str, step: int) -> Inputs:
+    """The inputs of a step with the crops that are drawn of them."""
+    cut = WHOLE if crops is None else crops.draw(steps.global_batch, steps.rows, steps.seed, step, name)
+    return read(step)._replace(cut=cut)
 
 
 def rows_of(objective: Mapping[str, float], batch: int, multiple: int = 1) -> dict[str, int]:
