@@ -385,8 +385,9 @@ def test_bad_input_is_one_line(tmp_path, given, photos, post, tokenizer, generat
     command = ["post-train", f"out={out}", *words(given, photos, "sigma=0.5")]
     for more, said in (
         ("data.buckets=[[24,40],[24,42]]", "data.buckets has 24x42, expected multiples of 8 pixels"),
-        ("data.buckets=[]", "no sizes; give some"),
-        ("data.buckets=[24,40]", "data.buckets"),
+        ("data.buckets=[]", "expected true, false, or sizes in pixels [[height, width], ...]"),
+        ("data.buckets=[24,40]", "expected true, false, or sizes in pixels [[height, width], ...]"),
+        ("data.buckets=[[0,40]]", "expected true, false, or sizes in pixels [[height, width], ...]"),
         ("data.buckets=[[48,80]]", "21 of 21 images are smaller than"),
         ("crop.size=28", "crop.size=28 is larger than the images of 24x40 pixels"),
     ):

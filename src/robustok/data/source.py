@@ -1,13 +1,14 @@
 """What every kind of data set gives: images that are opened by row, with labels or captions."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, PositiveInt, ValidationError, field_validator
 
 from robustok.config import Config
 from robustok.data.captions import number_captions
@@ -38,12 +39,13 @@ class DataConfig(Config):
         "viewer: as an image viewer shows them",
     )
 
-    @field_validator("buckets")
+    @field_validator("buckets", mode="wrap")
     @classmethod
-    def _some_buckets(cls, buckets: bool | list[tuple[int, int]]) -> bool | list[tuple[int, int]]:
-        if buckets == []:
-            raise ValueError("no sizes; give some, such as [[512,768],[768,512]], or true, or false")
-        return buckets
+    def _some_buckets(cls, buckets: Any, validate: Callable[[Any], Any]) -> bool | list[tuple[int, int]]:
+        with suppress(ValidationError):
+            if (found := validate(buckets)) != []:
+                return found
+        raise ValueError("expected true, false, or sizes in pixels [[height, width], ...], as [[512,768],[768,512]]")
 
 
 @dataclass(frozen=True)
