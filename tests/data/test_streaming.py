@@ -515,3 +515,10 @@ def test_a_tar_file_that_ends_early_is_one_line(hub, tmp_path, capsys):
 )
 def test_what_cannot_be_streamed_is_one_line(flowers, tmp_path, capsys, settings, said):
     refused(tmp_path, capsys, said, *[word.replace("{}", str(tmp_path)) for word in settings])
+
+
+@pytest.mark.parametrize(("place", "what"), [("cache", "an index of the data"), ("cache/blocks", "blocks of images")])
+def test_a_cache_that_cannot_be_written_is_one_line(flowers, tmp_path, capsys, place, what):
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).touch()  # a file in the place of the folder
+    refused(tmp_path, capsys, f"cannot keep {what} in .*; set data.cache to a folder that you can write")

@@ -26,12 +26,12 @@ from robustok.data.parquet_files import divide
 from robustok.data.remote_files import RemoteFile, address_of, local_copies, remote_files
 from robustok.data.source import DataConfig
 from robustok.errors import UserError
-from robustok.files import bytes_digest, reason, write_file, writing
+from robustok.files import bytes_digest, reason, write_file
 
 LOCKS = 64  # files by which processes agree who fetches a block; blocks share them
 CONNECTIONS = 8  # files that are looked into at a time
 ENTRY = 8  # bytes of a number in a block's table
-REMEDY = "set data.cache to a folder on a disk with more space, or lower data.cache_gb"
+REMEDY = "set data.cache to a folder that you can write, on a disk with more space, or lower data.cache_gb"
 
 
 class Remote(DataConfig):
@@ -107,7 +107,7 @@ class BlockCache:
         Raises:
             UserError: the block cannot be fetched or written, or is larger than the limit.
         """
-        with _blocks_in(self.folder):
+        with _keeping("blocks of images", self.folder):
             if (found := self._read(name, position)) is not None:
                 return found
             with self._lock(f"{int(bytes_digest(name.encode()), 16) % LOCKS}"):
@@ -165,12 +165,12 @@ class BlockCache:
 
 
 @contextmanager
-def _blocks_in(folder: Path) -> Iterator[None]:
-    """Context in which a failure to keep blocks becomes a UserError that says what to do."""
+def _keeping(what: str, folder: Path) -> Iterator[None]:
+    """Context in which a failure to write to the cache becomes a UserError that says what to do."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot keep blocks of images in {folder} ({reason(error)}); {REMEDY}") from None
+        raise UserError(f"cannot keep {what} in {folder} ({reason(error)}); {REMEDY}") from None
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ def indexed(
     from filelock import FileLock
 
     found = [folder / f"{file.digest}.{kind}" for file in files]
-    with writing(folder):
+    with _keeping("an index of the data", folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / f"{bytes_digest(' '.join(file.digest for file in files).encode())}.lock")
         lock.acquire()  # of several processes one makes them
