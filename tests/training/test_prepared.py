@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import tiny
 from robustok.commands.dry_run import estimate
+from robustok.data.buckets import bucket_sizes
 from robustok.devices import start_accelerator
 from robustok.errors import UserError
 from robustok.generators.rar import RAR, RARConfig
@@ -22,11 +23,12 @@ from robustok.runs import RunFolder
 from robustok.tokenizers.perturbation import PerturbationConfig, draw_perturbation
 from robustok.tokenizers.robustok import RobusTok
 from robustok.training import prepared
-from robustok.training.adversary import last_layer
+from robustok.training.adversary import gradient_again, last_layer
 from robustok.training.decoder import train_decoder
 from robustok.training.generator import cross_entropy, train_generator
 from robustok.training.prepared import Prepared, PreparedInParts, adamw, adapt_blocks, blocks_of
 from robustok.training.tokenizer import train_tokenizer
+from tiny_models import tiny_tokenizer
 
 
 def run_with(*words):
@@ -217,6 +219,39 @@ def test_compilation_leaves_the_names(monkeypatch):
         cross_entropy(m(tokens, labels))["cross_entropy"].backward()
     for name, value in gradients(plain).items():
         torch.testing.assert_close(gradients(model)[name], value)
+
+
+def test_a_decoder_is_compiled_for_every_bucket(monkeypatch):
+    """Torch's own limit of 8 would leave the other sizes uncompiled, without an error."""
+    sizes = bucket_sizes(1024, 16)
+    assert len(sizes) > torch._dynamo.config.recompile_limit
+    graphs, original = [], torch.compile
+    count = lambda graph, _inputs: graphs.append(graph) or graph.forward  # noqa: E731
+    monkeypatch.setattr(torch, "compile", lambda f, **words: original(f, backend=count, **words))
+    model = tiny_tokenizer("kl").requires_grad_()
+    adapt_blocks(model, checkpointing=False, compiling=True)
+    for height, width in [*sizes, *sizes]:
+        model.decoder(torch.zeros(1, model.config.z_channels, height // 64, width // 64))
+    assert len(graphs) == len(sizes)
+
+
+@pytest.mark.parametrize(("error", "said"), [("non-empty donated buffers", UserError), ("another", RuntimeError)])
+def test_a_gradient_that_a_compiled_decoder_cannot_give_is_one_line(error, said):
+    """As with AutoencoderKL of diffusers and the compiler, which takes too long here."""
+
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(_context, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(_context, _gradient):
+            raise RuntimeError(f"This backward function was compiled with {error} which requires retain_graph=False")
+
+    weight = nn.Parameter(torch.ones(2))
+    with pytest.raises(said, match="set compile=false" if said is UserError else error):
+        gradient_again(Once.apply(weight).sum(), weight)
+    assert torch.equal(gradient_again(weight.sum(), weight), torch.ones(2))
 
 
 def test_models_without_blocks_are_refused():

@@ -25,6 +25,7 @@ from robustok.tokenizers.perturbation import PerturbationDraw
 from robustok.training.common import TrainingConfig
 
 CHUNK_PIXELS = 2**21  # of images that a loss compares at a time: 32 of 256x256
+RECOMPILE_LIMIT = 256  # sizes of buckets, each with and without gradients
 
 
 class Prepared:
@@ -304,11 +305,17 @@ def adapt_blocks(model: nn.Module, checkpointing: bool, compiling: bool) -> None
     if checkpointing:
         for block in _some_blocks(model, "gradient_checkpointing"):
             # A block that is compiled by itself is compiled inside.
-            call = torch.compile(block.forward, dynamic=False) if block in parts else block.forward
+            call = _compiled(block.forward) if block in parts else block.forward
             block.forward = partial(checkpoint, call, use_reentrant=False)
             parts = [part for part in parts if part is not block]
     for part in parts:
-        part.forward = torch.compile(part.forward, dynamic=False)
+        part.forward = _compiled(part.forward)
+
+
+def _compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled for each size of images; torch by itself would run the sizes after the eighth uncompiled."""
+    sizes = torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT)
+    return sizes(torch.compile(forward, dynamic=False))
 
 
 def shard_blocks(model: nn.Module, accelerator: Accelerator, precision: str) -> None:
