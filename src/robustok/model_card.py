@@ -42,7 +42,7 @@ def model_card(
         f"---\n{data.to_yaml()}\n---\n# {config.get('name')} {kind}",
         "Made by robustok.",
         *sections,
-        "\n".join(f"- {key}: {value}" for key, value in header.items() if key not in (*OWN_SECTION, "source")),
+        "\n".join(f"- {key}: {value}" for key, value in _own(header).items()),
         *(_delta(header["delta"]) if "delta" in header else ()),
         *(_post_training(header) if "post_trained" in header else ()),
         *(_held_out(header) if "held_out" in header else ()),
@@ -52,6 +52,12 @@ def model_card(
         f"```yaml\n{yaml.safe_dump(config, sort_keys=False)}```",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _own(header: Mapping[str, Any]) -> dict[str, Any]:
+    """What has no section of its own; without the step of weights that were trained elsewhere, which is 0."""
+    found = {key: value for key, value in header.items() if key not in (*OWN_SECTION, "source")}
+    return {key: value for key, value in found.items() if (key, value) != ("step", 0)}
 
 
 def licence_fields(licence: str) -> dict[str, str]:

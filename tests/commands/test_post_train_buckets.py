@@ -121,6 +121,8 @@ def test_one_command_goes_from_photographs_of_several_shapes_to_a_pipeline(post,
     header = yaml.safe_load((post / "snapshot" / "best" / "config.yaml").read_text())
     assert header["post_trained"]["pairs"] == 21
     assert 0.2 < header["protocol"]["noise_level"] < 0.5
+    assert header["protocol"]["buckets"] == "24x40, 32x32, 40x24"
+    assert "step: 0" not in (post / "export" / "README.md").read_text()
 
     # The app mixes photographs of the first bucket, and samples squares.
     viewer = Viewer(post)
@@ -393,6 +395,12 @@ def test_bad_input_is_one_line(tmp_path, given, photos, post, tokenizer, generat
     ):
         assert said in refused(capsys, *command, BUCKETS, more)
         assert not out.exists()
+    size = ["sampling.name=pipeline", "sampling.height=24", "sampling.width=40"]
+    sized = [*command, *(f"mixture.{word}" for word in size)]
+    assert "drop sampling.height and sampling.width" in refused(capsys, *sized, BUCKETS)
+    own = [f"generator={post / 'generator'}", f"latents={post / 'latents'}"]
+    assert "drop sampling.height and sampling.width" in refused(capsys, "make-pairs", f"out={out}", *own, *size)
+    assert not out.exists()
     # Other recipes and commands.
     words_of = [f"out={out}", f"tokenizer={tokenizer}", f"data.path={photos}", "data.name=folder", BUCKETS]
     assert "a tokenizer of family robustok takes one" in refused(capsys, "encode", *words_of)

@@ -169,11 +169,13 @@ def sampling_of(cache: LatentCache, generator: Generator, sampling: Config) -> C
     """The sampling settings for mixtures with latents of a cache: at their size, if they are of a bucket.
 
     Raises:
-        UserError: they are, and the generator is no pipeline.
+        UserError: they are, and the generator is no pipeline; or the settings have another size.
     """
     if not isinstance(generator, PipelineGenerator):
         check_squares(cache, f"generator {generator.config.name}")
         return sampling
+    if sampling.height is not None:
+        raise UserError("mixtures have the size of their images; drop sampling.height and sampling.width")
     *grid, _ = cache.manifest.latent_shape
     height, width = (side * generator.factor for side in grid) if len(grid) == 2 else (None, None)
     return sampling.model_copy(update={"height": height, "width": width})

@@ -64,6 +64,12 @@ class Mixture(Config):
     )
     sampling: SamplingConfig | None = Field(None, description="null takes the settings stored with the generator")
 
+    @model_validator(mode="after")
+    def _size_of_its_images(self) -> "Mixture":
+        if getattr(self.sampling, "height", None) is not None:
+            raise ValueError("mixtures have the size of their images; drop sampling.height and sampling.width")
+        return self
+
 
 class Sweep(Config):
     """How objective=auto and sigma=auto search for the best decoder."""

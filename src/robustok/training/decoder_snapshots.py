@@ -149,6 +149,7 @@ class Snapshots:
                 "adversary": f"{policy}, {run.adversary_warmup} steps" if policy == "reinit_warmup" else policy,
                 "batch_size": run.batch_size,
                 "learning_rate": run.learning_rate,
+                **({"buckets": ", ".join(self._sizes())} if len(self.caches) > 1 else {}),
                 **_pair_settings(sources),
             },
         }
@@ -157,6 +158,10 @@ class Snapshots:
         for outdated in ("discriminator", "delta", "held_out", "price"):
             header.pop(outdated, None)
         return header if self.adversary is None else header | {"discriminator": plain(self.adversary.settings)}
+
+    def _sizes(self) -> list[str]:
+        """Height x width of each bucket, which names the folder of its caches."""
+        return [next(iter(own.values())).path.name for own in self.caches]
 
     def _write_best(self, header: dict[str, Any]) -> None:
         first = self.best["first"]
