@@ -120,7 +120,7 @@ class Adversary:
         loss = differentiated(loss, reconstructions)
         weight = torch.ones((), device=loss.device)
         if self.config.adaptive:
-            gradients = [gradient_again(part, layer) for part in (reconstruction_loss, loss)]
+            gradients = [torch.autograd.grad(part, layer, retain_graph=True)[0] for part in (reconstruction_loss, loss)]
             averaged = self.accelerator.reduce(torch.stack([g.float() for g in gradients]), "mean")
             weight = adaptive_weight(*averaged, self.config.max_adaptive)
         return self.config.weight * weight * loss, weight
@@ -170,21 +170,3 @@ class Adversary:
 def last_layer(tokenizer: nn.Module) -> nn.Parameter:
     """Weight of the decoder's last layer, where the adaptive weight compares gradients."""
     return [p for p in tokenizer.decoder_modules()[-1].parameters() if p.ndim >= 2][-1]
-
-
-def gradient_again(loss: Tensor, layer: nn.Parameter) -> Tensor:
-    """The gradient of a layer's weight, after which the graph can be gone through again.
-
-    Raises:
-        UserError: the layer is compiled for a single backward pass.
-    """
-    try:
-        return torch.autograd.grad(loss, layer, retain_graph=True)[0]
-    except RuntimeError as error:
-        if "donated buffer" not in str(error):
-            raise
-        raise UserError(
-            "compile=true compiles this decoder as a whole, for one backward pass a step, and the adaptive weight of "
-            "the adversarial loss needs more; set compile=false (the same run goes on), or in a new run "
-            "adversarial.adaptive=false"
-        ) from None

@@ -308,8 +308,23 @@ def adapt_blocks(model: nn.Module, checkpointing: bool, compiling: bool) -> None
             call = _compiled(block.forward) if block in parts else block.forward
             block.forward = partial(checkpoint, call, use_reentrant=False)
             parts = [part for part in parts if part is not block]
+    decoders = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "decoder"]
     for part in parts:
+        _compile(part, getattr(part, "conv_out", None) if part in decoders else None)
+
+
+def _compile(part: nn.Module, last: nn.Module | None) -> None:
+    """Compile a module without its last layer, if there is one to be left out: that of a convolutional decoder.
+
+    The adaptive weight takes gradients of that layer. Autograd then need not go through what is compiled for it: that
+    would be a backward pass of the whole decoder, and a compiled one can be gone through once.
+    """
+    if last is None:
         part.forward = _compiled(part.forward)
+        return
+    apply, last.forward = last.forward, lambda x: x
+    before = _compiled(part.forward)
+    part.forward = lambda *inputs: apply(before(*inputs))
 
 
 def _compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
