@@ -1,6 +1,8 @@
 """Tiny pipelines of diffusers, built from its own classes with random weights, without text encoders or downloads."""
 
 import json
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import diffusers
@@ -232,3 +234,13 @@ def saved_with_text(path: Path) -> Path:
     (path / "README.md").write_text("---\nlicense: creativeml-openrail-m\n---\n# Tiny\n")
     (path / "vae" / "README.md").write_text("---\nlicense: mit\n---\n# Its autoencoder\n")
     return path
+
+
+def make_pairs_as(monkeypatch, rank: int, world: int) -> None:
+    """From now on pairs are made as by this process of several, which torchrun would start at once."""
+
+    class Process:
+        process_index, num_processes, is_main_process, device = rank, world, rank == 0, torch.device("cpu")
+        wait_for_everyone, main_process_first = staticmethod(lambda: None), staticmethod(nullcontext)
+
+    monkeypatch.setattr(sys.modules["robustok.commands.make_pairs"], "start_accelerator", lambda: Process)

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from contextlib import nullcontext
 from io import BytesIO
 from pathlib import Path
 
@@ -193,14 +192,8 @@ def test_two_processes_make_the_pairs_of_one(tmp_path, post, monkeypatch):
     """One process after the other, as torchrun would start them at once."""
     sources = [f"generator={post / 'generator'}", f"latents={post / 'latents'}", "sigma=0.5"]
     settings = ["sampling.name=pipeline", "sampling.steps=4", "cache.shard_size=2", "cache.batch_size=2"]
-    command = sys.modules["robustok.commands.make_pairs"]
     for rank, world, name in ((0, 1, "one"), (0, 2, "two"), (1, 2, "two")):
-
-        class Process:
-            process_index, num_processes, is_main_process, device = rank, world, rank == 0, torch.device("cpu")
-            wait_for_everyone, main_process_first = staticmethod(lambda: None), staticmethod(nullcontext)
-
-        monkeypatch.setattr(command, "start_accelerator", lambda process=Process: process)
+        tiny_pipelines.make_pairs_as(monkeypatch, rank, world)
         assert main(["make-pairs", f"out={tmp_path / name}", *sources, *settings, "count=14"]) == 0
     assert {path.name: len(LatentCache(path)) for path in caches_in(tmp_path / "one")} == {
         "24x40": 5, "32x32": 5, "40x24": 4

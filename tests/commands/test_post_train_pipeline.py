@@ -4,7 +4,6 @@ import json
 import os
 import re
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -231,14 +230,8 @@ def test_two_processes_make_the_pairs_of_one(tmp_path, given, monkeypatch):
     post = run(tmp_path / "post", *words)
     sources = [f"generator={post / 'generator'}", f"latents={post / 'latents'}", "sigma=0.5"]
     settings = ["sampling.name=pipeline", "sampling.steps=4", "cache.shard_size=5", "cache.batch_size=5"]
-    command = sys.modules["robustok.commands.make_pairs"]
     for rank, world, name in ((0, 1, "one"), (0, 2, "two"), (1, 2, "two")):
-
-        class Process:
-            process_index, num_processes, is_main_process, device = rank, world, rank == 0, torch.device("cpu")
-            wait_for_everyone, main_process_first = staticmethod(lambda: None), staticmethod(nullcontext)
-
-        monkeypatch.setattr(command, "start_accelerator", lambda process=Process: process)
+        tiny_pipelines.make_pairs_as(monkeypatch, rank, world)
         assert main(["make-pairs", f"out={tmp_path / name}", *sources, *settings]) == 0
         shards = list((tmp_path / name).glob("*.safetensors"))
         assert len(shards) == {(0, 2): 2}.get((rank, world), 4)

@@ -7,7 +7,7 @@ bf16 autocast it needs ``BF16_SHARE`` of that, and a copy of the weights.
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from robustok.commands.step_memory import LossNetworks, generator_step, image_st
 from robustok.commands.train_classifier import TrainClassifierRun
 from robustok.config import Config, plain
 from robustok.data.buckets import bucket_name, open_buckets
-from robustok.data.dataset import open_images
+from robustok.data.dataset import ImageDataset, open_images
 from robustok.data.latent_cache import LatentCache, caches_in
 from robustok.data.latent_checks import check_squares
 from robustok.generators import build_generator, check_kind, load_generator
@@ -184,7 +184,7 @@ def _post_training(run: DecoderTrainingRun | PostTrainRun) -> Estimates:
     for name in (name for name, path in caches.items() if path is not None):
         found[name] = sum(len(LatentCache(path)) for path in caches_in(caches[name]))
     if None in caches.values():
-        found |= _to_make(run, tokenizer)
+        found |= _to_make(run, tokenizer, buckets)
     given = [source.weights for source in sources.values() if isinstance(source, Pretrained)]
     if (pipeline := pipeline_of(sources)) is not None:
         given = [pipeline / "vae"]  # the rest is used where it is
@@ -195,18 +195,20 @@ def _post_training(run: DecoderTrainingRun | PostTrainRun) -> Estimates:
     return found | _training(run, model, (inputs,), terms, _loss_networks(run, shape), frozen)
 
 
-def _to_make(run: PostTrainRun, tokenizer: Tokenizer) -> Estimates:
-    """What is made before the training: latents, free samples, and pairs of each sigma that is tried."""
+def _to_make(run: PostTrainRun, tokenizer: Tokenizer, buckets: Sequence[ImageDataset]) -> Estimates:
+    """What is made before the training: latents, free samples, and pairs of each sigma that is tried.
+
+    Images are those of the buckets, or without buckets opened where their number is needed.
+    """
     record, found = _latent_bytes(tokenizer, run.cache.dtype) + RECORD, {}
-    if run.data.buckets:
-        buckets = open_buckets(run.data, tokenizer)
+    if buckets:
         pixels = sum(len(data) * math.prod(data.shape) for data in buckets) / sum(map(len, buckets))
         record = round(pixels / tokenizer.image_size**2 * (record - RECORD)) + RECORD  # on average
     count = run.pairs_used()
     if "samples" in needed_caches(run.used) and run.samples is None:
         found |= {"samples": count, "samples_bytes": count * record}
     if run.needs_latents and run.latents is None:
-        count = min(count, sum(map(len, open_buckets(run.data, tokenizer))))
+        count = min(count, sum(map(len, buckets or open_buckets(run.data, tokenizer))))
         found["latents_bytes"] = count * record
     if not run.makes_pairs:
         return found

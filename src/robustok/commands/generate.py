@@ -176,8 +176,8 @@ def sampling_of(cache: LatentCache, generator: Generator, sampling: Config) -> C
         return sampling
     if sampling.height is not None:
         raise UserError("mixtures have the size of their images; drop sampling.height and sampling.width")
-    *grid, _ = cache.manifest.latent_shape
-    height, width = (side * generator.factor for side in grid) if len(grid) == 2 else (None, None)
+    grid = cache.manifest.grid
+    height, width = (None, None) if grid is None else (side * generator.factor for side in grid)
     return sampling.model_copy(update={"height": height, "width": width})
 
 

@@ -98,9 +98,8 @@ def _write_npz(file: Path, cache: LatentCache, tokenizer: Tokenizer, batch_size:
             yield pixels[: count - start].cpu().numpy()
 
     if accelerator.is_main_process:
-        *grid, _ = cache.manifest.latent_shape
-        square = (tokenizer.image_size, tokenizer.image_size)
-        height, width = (side * tokenizer.factor for side in grid) if len(grid) == 2 else square
+        grid, square = cache.manifest.grid, (tokenizer.image_size, tokenizer.image_size)
+        height, width = square if grid is None else (side * tokenizer.factor for side in grid)
         write_npz(file, batches(), (count, height, width, 3), cache.labels)
     else:
         deque(batches(), maxlen=0)

@@ -100,7 +100,7 @@ def draw_before_after(
 ) -> None:
     """Write a PNG of the middle of some generated images: a row for each decoder of the same latents.
 
-    Images of several buckets stand side by side as they are, on white.
+    Images of several buckets keep their shapes, side by side on white.
 
     Args:
         file: what to write.

@@ -76,7 +76,7 @@ def check_squares(cache: LatentCache, taker: str) -> None:
     Raises:
         UserError: they have rows and columns.
     """
-    if len(cache.manifest.latent_shape) > 2:
+    if cache.manifest.grid is not None:
         raise UserError(
             f"{cache.path} holds latents of data.buckets, with rows and columns, which {taker} does not take; give "
             "those of square images, made with data.buckets=false"

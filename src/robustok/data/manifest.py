@@ -55,6 +55,11 @@ class Manifest:
         return self
 
     @property
+    def grid(self) -> tuple[int, int] | None:
+        """Rows and columns of latents that keep them, those of a bucket; None of others, which are row by row."""
+        return self.latent_shape[:2] if len(self.latent_shape) == 3 else None
+
+    @property
     def shards(self) -> int:
         """Number of shards."""
         return -(-self.count // self.shard_size)

@@ -166,7 +166,8 @@ class TokenGenerator(nn.Module):
         """
         batch = self._batch(sampling, len(labels), record)
         batch.start(sampling, uniforms, kept)
-        batch.forget_graphs(self._state())
+        if batch.static:
+            batch.forget_graphs(self._state())
         rest = labels.new_full((batch.count - len(labels),), self.null_label)
         autocast = _uncached_autocast(batch.device.type) if batch.static else nullcontext()
         with autocast, torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
